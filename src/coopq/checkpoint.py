@@ -1,0 +1,141 @@
+"""Quantized models on disk: packed weights as safetensors, everything else as JSON.
+
+    quantized.safetensors   packed weights of the players, and all other weights as they were
+    plan.json               bits of each module, and how to read them
+    config.json, tokenizer  as transformers writes them
+
+The weights do not carry the name that transformers looks for, so it cannot load them by mistake.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+
+from coopq.backends import Backend, get_backend
+from coopq.errors import ModelError
+from coopq.files import atomic_folder
+from coopq.models import LoadedModel, pick_device
+from coopq.plan import Plan
+from coopq.types import ProgressCallback, silent
+
+_WEIGHTS = "quantized.safetensors"
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether `folder` holds a model saved by `save_model`."""
+    return (folder / _WEIGHTS).is_file() and (folder / "plan.json").is_file()
+
+
+def save_model(
+    loaded: LoadedModel, plan: Plan, backend: Backend, out: Path, progress: ProgressCallback = silent
+) -> int:
+    """Quantize a model by a plan and save it; `out` appears whole or not at all.
+
+    Args:
+        loaded: The full-precision model that the plan was made for.
+        plan: Bits of each module.
+        backend: What quantizes.
+        out: A folder that does not exist, or is empty.
+        progress: Told of every module.
+    Returns:
+        Bytes of the quantized tensors, which are the plan's.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules = plan.modules
+    for done, (name, bits) in enumerate(modules.items()):
+        progress("packing", done, len(modules))
+        packed = backend.quantize(loaded.model.get_submodule(name).weight.data, bits)
+        tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
+    progress("packing", len(modules), len(modules))
+    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert n_bytes == plan.bytes, f"{n_bytes} bytes were packed, {plan.bytes} were predicted"
+    tensors.update(_untouched(loaded, modules))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(out) as folder:
+        loaded.model.config.save_pretrained(folder)
+        if loaded.model.can_generate():
+            loaded.model.generation_config.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        save_file(tensors, folder / _WEIGHTS, metadata={"format": "coopq"})
+        (folder / _WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
+        plan.save(folder / "plan.json")
+    return n_bytes
+
+
+def load(path: str | Path, *, device: str = "auto") -> Any:
+    """Load a model saved by `coopq quantize` or `coopq apply`; its weights stay packed.
+
+    Args:
+        path: The folder.
+        device: "cpu", "cuda", ..., or "auto".
+    Returns:
+        A transformers causal language model in evaluation mode.
+    Raises:
+        ModelError: If the folder holds no such model, or its weights do not fit its plan.
+    """
+    folder = Path(path)
+    if not is_saved_model(folder):
+        raise ModelError(f"{folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write them")
+    plan = Plan.load(folder / "plan.json")
+    backend = get_backend(plan.config["backend"], group_size=plan.config["group_size"])
+    target, dtype = pick_device(device), getattr(torch, plan.fingerprint["dtype"])
+    with no_init_weights():  # every weight is read from the file
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    tensors = load_file(folder / _WEIGHTS)
+    for name, bits in plan.modules.items():
+        linear = model.get_submodule(name)
+        packed = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
+        bias = packed.pop("bias", None)
+        model.set_submodule(
+            name,
+            backend.linear(
+                {key: tensor.to(target) for key, tensor in packed.items()},
+                (linear.out_features, linear.in_features),
+                bits,
+                None if bias is None else bias.to(target, dtype),
+                dtype,
+            ),
+        )
+    missing = _load_untouched(model, tensors, set(plan.modules))
+    if missing:
+        raise ModelError(f"{folder / _WEIGHTS} lacks {', '.join(missing)}; save the model again")
+    return model.to(target).eval()
+
+
+def saved_bytes(folder: Path) -> int:
+    """Bytes of the quantized tensors that really lie in a saved model."""
+    prefixes = tuple(f"{name}." for name in Plan.load(folder / "plan.json").modules)
+    tensors = load_file(folder / _WEIGHTS)
+    return sum(t.nbytes for name, t in tensors.items() if name.startswith(prefixes) and not name.endswith(".bias"))
+
+
+def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor]:
+    """All weights but the players', each once, in the checkpoint's dtype where that loses nothing."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in loaded.model.state_dict().items():
+        if name.removesuffix(".weight") in modules or (tensor.data_ptr(), tensor.shape) in seen:
+            continue
+        seen.add((tensor.data_ptr(), tensor.shape))
+        narrow = tensor.to(loaded.checkpoint_dtype) if tensor.is_floating_point() else tensor
+        lossless = torch.equal(narrow.to(tensor.dtype), tensor)
+        tensors[name] = (narrow if lossless else tensor).contiguous().cpu()
+    return tensors
+
+
+def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: set[str]) -> list[str]:
+    """Load all weights but the players'; the names of those that neither the file nor tying provides."""
+    keys = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    state = model.state_dict()
+    given = {state[name].data_ptr() for name in tensors if name in state}
+    return [
+        name
+        for name in keys.missing_keys
+        if state[name].data_ptr() not in given and not any(name.startswith(f"{module}.") for module in modules)
+    ] + list(keys.unexpected_keys)

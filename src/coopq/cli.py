@@ -1,0 +1,333 @@
+"""The command line: one function for each command; the work is done elsewhere."""
+
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from coopq.errors import CalibrationError, CoopQError, EstimationError
+from coopq.journal import Journal
+from coopq.plan import Plan, plan_budget
+from coopq.report import (
+    comparison_table,
+    evaluation_data,
+    plan_data,
+    plan_summary,
+    run_data,
+    show_plan,
+    show_run,
+)
+from coopq.run import CalibrationConfig, RunConfig, RunFolder
+from coopq.storage import Budget
+from coopq.types import ProgressCallback
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which bits go where: mixed-precision quantization of language models by a cooperative game.",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
+Budget_ = Annotated[
+    str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
+]
+Backend = Annotated[str, typer.Option(help="rtn, quanto or hqq.")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale.  [default: the backend's]")]
+Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
+Permutations = Annotated[int, typer.Option(help="Random walks to measure; more can be added to a run later.")]
+Seed = Annotated[int, typer.Option(help="Seed of the walks.")]
+Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, or hub:NAME[:CONFIG].")]
+CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds for the solver.  [default: until proven optimal]")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Run = Annotated[Path | None, typer.Option(help="Folder of the work.  [default: OUT-run]")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    budget: Budget_,
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
+    run: Run = None,
+    backend: Backend = "rtn",
+    group_size: GroupSize = None,
+    bits: Bits = "2,4",
+    permutations: Permutations = 25,
+    seed: Seed = 0,
+    calibration: Calibration = "c4",
+    calibration_seed: CalibrationSeed = 0,
+    tokens: Tokens = 8192,
+    sequence_length: Length = 512,
+    alpha: Alpha = 0.5,
+    time_limit: TimeLimit = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """The one-shot job: estimate, allocate, quantize, save. Run it again and it goes on where it was."""
+    text = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    low, high = _bits(bits)
+    config = RunConfig(model, backend, group_size, low, high, permutations, seed, text, dtype, device)
+    from coopq import pipeline
+
+    _quiet_libraries()
+    with _progress() as progress:
+        plan = pipeline.quantize(config, budget, out, run=run, alpha=alpha, time_limit=time_limit, progress=progress)
+    _print(plan_data(plan) | {"out": str(out)}, f"{plan_summary(plan)}\nsaved in {out}", as_json)
+
+
+@app.command()
+def estimate(
+    model: Model,
+    run: Annotated[Path, typer.Option(help="Folder of the work.")],
+    backend: Backend = "rtn",
+    group_size: GroupSize = None,
+    bits: Bits = "2,4",
+    permutations: Permutations = 25,
+    seed: Seed = 0,
+    calibration: Calibration = "c4",
+    calibration_seed: CalibrationSeed = 0,
+    tokens: Tokens = 8192,
+    sequence_length: Length = 512,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the walks and estimate Shapley values and their covariance."""
+    text = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    low, high = _bits(bits)
+    config = RunConfig(model, backend, group_size, low, high, permutations, seed, text, dtype, device)
+    from coopq import pipeline
+
+    _quiet_libraries()
+    with _progress() as progress:
+        estimation = pipeline.estimate(config, run, progress)
+    _, spent = Journal.peek(RunFolder(run).journal)
+    _print(run_data(estimation, [], spent), show_run(estimation, [], spent), as_json)
+
+
+@app.command()
+def allocate(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished estimation.")],
+    budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
+    alpha: Alpha = 0.5,
+    time_limit: TimeLimit = None,
+    as_json: Json = False,
+) -> None:
+    """Solve the CoopQ program for one or several budgets; a plan each, in RUN/plans."""
+    budgets = [Budget.parse(text) for text in budget]
+    folder = RunFolder(run)
+    estimation = folder.load()
+    plans = [plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit) for parsed in budgets]
+    folder.plans.mkdir(exist_ok=True)
+    paths = [folder.plans / f"{plan.budget}.json" for plan in plans]
+    for plan, path in zip(plans, paths, strict=True):
+        plan.save(path)
+    text = "\n".join(f"{plan_summary(plan)}\nsaved in {path}" for plan, path in zip(plans, paths, strict=True))
+    _print({"plans": [plan_data(p) | {"path": str(q)} for p, q in zip(plans, paths, strict=True)]}, text, as_json)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="A plan file.")],
+    out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
+    model: Annotated[str | None, typer.Option(help="Where the plan's model is now.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize the model of a plan and save it."""
+    loaded = Plan.load(plan)
+    from coopq import pipeline
+
+    _quiet_libraries()
+    with _progress() as progress:
+        n_bytes = pipeline.apply(loaded, out, model=model, progress=progress)
+    _print(
+        plan_data(loaded) | {"out": str(out)},
+        f"{n_bytes / 2**20:.2f} MiB of quantized weights, saved in {out}",
+        as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder saved by coopq, or any model as for quantize.")],
+    tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2.  [default: all]")] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    compare: Annotated[bool, typer.Option(help="Compare a saved model with what else its budget buys.")] = True,
+    run: Annotated[Path | None, typer.Option(help="Run folder of the saved model.  [default: MODEL-run]")] = None,
+    source: Annotated[str | None, typer.Option(help="Where the full-precision model is now.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """WikiText-2 perplexity; for a saved model also of full precision, uniform widths and random assignments."""
+    from coopq import evaluate as work
+    from coopq.checkpoint import is_saved_model
+    from coopq.pipeline import default_run
+
+    _quiet_libraries()
+    rows = []
+    folder = Path(model)
+    with _progress() as progress:
+        if is_saved_model(folder):
+            place = run or default_run(folder)
+            options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "progress": progress}
+            evaluation = work.evaluate_saved(folder, place, device=device, **options)
+            if compare:
+                rows = work.compare(Plan.load(folder / "plan.json"), place, model=source, **options)
+        else:
+            evaluation = work.evaluate_model(
+                model, length=sequence_length, max_tokens=tokens, device=device, progress=progress
+            )
+    if rows and not as_json:
+        _out.print(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
+    line = (
+        f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
+        f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
+    )
+    _print(evaluation_data(evaluation, rows), line, as_json)
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(help="A run folder, a plan file, or a saved model.")],
+    as_json: Json = False,
+) -> None:
+    """Layers, bits, and Shapley values with standard errors."""
+    if path.is_dir() and not (path / "plan.json").is_file():
+        folder = RunFolder(path)
+        values, spent = Journal.peek(folder.journal)
+        if values and not folder.is_estimated:
+            _out.print(f"{path}: {values} losses measured so far, {spent} layer forwards")
+        estimation = folder.load()
+        plans = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
+        _print(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)
+    else:
+        plan = Plan.load(path / "plan.json" if path.is_dir() else path)
+        _print(plan_data(plan), show_plan(plan), as_json)
+
+
+def _calibration(source: str, tokens: int, length: int, seed: int) -> CalibrationConfig:
+    if length < 1 or tokens % length:
+        raise CalibrationError(
+            f"--tokens {tokens} is not a multiple of --sequence-length {length}; sequences are never padded"
+        )
+    return CalibrationConfig(source=source, sequences=tokens // length, length=length, seed=seed)
+
+
+def _bits(text: str) -> tuple[int, int]:
+    try:
+        low, high = sorted(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise EstimationError(f"--bits {text!r} is not two widths; write 2,4 for example") from error
+    return low, high
+
+
+@contextmanager
+def _progress() -> Iterator[ProgressCallback]:
+    """A bar for every stage, with rate and time left, on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_err) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, completed=done)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+class _RateColumn(ProgressColumn):
+    """Steps a second, or seconds a step where that is more than one."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own bars; the libraries' errors still come as exceptions."""
+    from transformers.utils import logging as library
+
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+
+
+def _print(data: Any, text: RenderableType, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(data, indent=1))
+    else:
+        _out.print(text, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: user errors become one line and exit code 2, tracebacks only with --debug."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:  # accepted anywhere, and always before the command for typer
+        arguments = ["--debug", *(a for a in arguments if a != "--debug")]
+    try:
+        app(arguments)
+    except CoopQError as error:
+        _fail(str(error), debug)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(
+            f"{place}{error.strerror or error}; nothing computed is lost: solve it and run the same command again",
+            debug,
+        )
+    except KeyboardInterrupt:
+        _err.print("interrupted; nothing computed is lost: run the same command again to go on")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Losses of many assignments, computing every common prefix of blocks once: the hot path.
+
+The hidden state after block d depends only on the bits of blocks 0..d. Assignments in lexicographic order are a
+depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coopq.bank import WeightBank
+from coopq.errors import EstimationError
+from coopq.players import find_blocks
+from coopq.types import Assignment, Assignments
+
+_BATCH_TOKENS = 512
+"""Tokens that go through a block together. On CPUs, larger batches are no faster and their logits cost memory."""
+
+
+def prefix_tree_size(assignments: Assignments) -> int:
+    """Number of distinct non-empty prefixes: the block forwards that a set of assignments costs."""
+    unique = np.unique(assignments, axis=0)
+    changed = unique[1:] != unique[:-1]
+    shared = np.where(changed.any(axis=1), changed.argmax(axis=1), unique.shape[1])
+    return int(unique.shape[1] * len(unique) - shared.sum())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model itself calls one block: everything but the hidden states depends on the tokens alone."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    returns_tuple: bool
+
+
+class PrefixEngine:
+    """Evaluates assignments of one model on one fixed set of tokens.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        bank: Its players' weights; the model's weights are the bank's to move.
+        tokens: Shape (n_sequences, length).
+
+    Attributes:
+        layer_forwards: Forwards of one block over all tokens spent so far.
+    """
+
+    def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64]) -> None:
+        self._model = model
+        self._bank = bank
+        self._blocks = list(find_blocks(model)[1])
+        self.layer_forwards = 0
+        ids = torch.from_numpy(tokens).to(model.device)
+        self._batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+        recorded = [self._record(batch) for batch in self._batches]
+        self._calls = [[calls[d] for _, calls in recorded] for d in range(len(self._blocks))]
+        self._embedded = [embedded for embedded, _ in recorded]
+
+    def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
+        """Walk the prefix tree of the assignments.
+
+        Args:
+            assignments: Shape (n, n_players); duplicates are evaluated once.
+        Yields:
+            Each distinct assignment in lexicographic order, the loss of each sequence (shape (n_sequences,),
+            nats per token), and the block forwards spent since the one before.
+        Raises:
+            EstimationError: If a loss is not finite.
+        """
+        depth = len(self._blocks)
+        hidden: list[list[Tensor]] = [self._embedded] + [[] for _ in range(depth)]
+        previous: Assignment | None = None
+        try:
+            for assignment in np.unique(assignments, axis=0):
+                differs = [True] if previous is None else assignment != previous
+                start = int(np.argmax(differs))
+                for d in range(start, depth):
+                    self._bank.set_player(d, int(assignment[d]))
+                    hidden[d + 1] = self._forward_block(d, hidden[d])
+                self.layer_forwards += depth - start
+                losses = self._losses(hidden[depth])
+                if not np.isfinite(losses).all():
+                    raise EstimationError(
+                        f"the loss of assignment {assignment.tolist()} is not a number; "
+                        "compute in float32, or use a wider low bit-width"
+                    )
+                yield assignment, losses, depth - start
+                previous = assignment
+        finally:
+            self._bank.restore()
+
+    @torch.no_grad()
+    def _forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
+        outputs = []
+        for states, call in zip(hidden, self._calls[d], strict=True):
+            output = self._blocks[d](states, *call.args, **call.kwargs)
+            outputs.append(output[0] if call.returns_tuple else output)
+        return outputs
+
+    def _losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
+        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
+        return np.concatenate(
+            [
+                sequence_nll(self._head(batch, states, calls[-1]), batch)
+                for batch, states, calls in zip(self._batches, hidden, zip(*self._calls, strict=True), strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def _head(self, batch: Tensor, states: Tensor, last: _Call) -> Tensor:
+        """The model's own forward with every block replaced by one that answers `states`."""
+
+        def answer(*_: Any, **__: Any) -> Any:
+            return (states,) if last.returns_tuple else states
+
+        try:
+            for block in self._blocks:
+                block.forward = answer
+            return self._model(input_ids=batch, use_cache=False).logits
+        finally:
+            for block in self._blocks:
+                del block.forward
+
+    @torch.no_grad()
+    def _record(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:
+        """Embedded states of a batch and the call of each block, from one forward of the model."""
+        embedded: list[Tensor] = []
+        calls: list[_Call] = []
+
+        def record(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            kwargs = dict(kwargs)
+            states, *rest = args if args else (kwargs.pop("hidden_states"),)
+            if not calls:
+                embedded.append(states)
+            calls.append(_Call(tuple(rest), kwargs, isinstance(output, tuple)))
+
+        handles = [block.register_forward_hook(record, with_kwargs=True) for block in self._blocks]
+        try:
+            self._model(input_ids=batch, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return embedded[0], calls
+
+
+@torch.no_grad()
+def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
+    """Mean negative log-likelihood of each sequence.
+
+    Args:
+        logits: Shape (n_sequences, length, vocabulary).
+        tokens: Shape (n_sequences, length); the first token of each is not scored.
+    Returns:
+        Shape (n_sequences,), nats per token, summed in float64.
+    """
+    n_sequences, length = tokens.shape
+    nll = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    return nll.double().reshape(n_sequences, length - 1).mean(dim=1).cpu().numpy()
+
+
+def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
+    """Loss of each sequence by the model's plain forward, a batch at a time; see `sequence_nll`."""
+    ids = torch.from_numpy(tokens).to(model.device)
+    for batch in ids.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
+        with torch.no_grad():
+            logits = model(input_ids=batch, use_cache=False).logits
+        yield sequence_nll(logits, batch)

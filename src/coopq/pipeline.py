@@ -1,0 +1,231 @@
+"""The stages in order over a run folder: estimate, allocate, quantize."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coopq.backends import Backend, get_backend
+from coopq.bank import WeightBank, measure_storage
+from coopq.calibration import TokenSet, calibration_set, check_calibration
+from coopq.checkpoint import is_saved_model, save_model
+from coopq.engine import PrefixEngine, prefix_tree_size
+from coopq.errors import EstimationError, Mismatch, OutputError
+from coopq.estimators import SPQE, run_estimator
+from coopq.files import locked, require_new_folder, require_writable
+from coopq.game import QuantizationGame
+from coopq.journal import Journal
+from coopq.models import LoadedModel, fingerprint_weights, load_model
+from coopq.plan import Plan, plan_budget
+from coopq.players import find_players
+from coopq.run import Estimation, RunConfig, RunFolder
+from coopq.storage import Budget, Storage
+from coopq.types import Player, ProgressCallback, silent
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model with everything that measures it, held open over a locked run folder."""
+
+    config: RunConfig
+    folder: RunFolder
+    loaded: LoadedModel
+    backend: Backend
+    players: tuple[Player, ...]
+    storage: Storage
+    bank: WeightBank
+    calibration: TokenSet
+    fingerprint: Mapping[str, Any]
+    progress: ProgressCallback
+
+    @contextmanager
+    def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
+        """The game on `tokens`, with its values in `journal`."""
+        with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint}) as values:
+            engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+            yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
+
+    @contextmanager
+    def calibration_game(self, stage: str) -> Iterator[QuantizationGame]:
+        """The game that searches play."""
+        with self.game(self.calibration, self.folder.journal, stage) as game:
+            yield game
+
+
+@contextmanager
+def open_workbench(
+    config: RunConfig, run: Path, progress: ProgressCallback = silent, budget: Budget | None = None
+) -> Iterator[Workbench]:
+    """Check the request, load the model and lock the run folder; cheap checks come first.
+
+    Args:
+        config: What to measure.
+        run: The run folder; it is made when missing.
+        progress: Told of every step.
+        budget: Checked for feasibility before anything expensive.
+    """
+    check_config(config)
+    require_writable(run)
+    folder = RunFolder(run)
+    with locked(run):
+        folder.check(config)
+        backend = get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
+        progress("loading the model", 0, 1)
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        progress("loading the model", 1, 1)
+        players = find_players(loaded.model)
+        storage = measure_storage(players, backend, (config.low, config.high))
+        if budget is not None:
+            storage.limit(budget, config.low, config.high)
+        max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
+        weights = {
+            "weights": fingerprint_weights(loaded.model),
+            "players": "block",
+            "backend": backend.fingerprint(),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": loaded.model.device.type,
+        }
+        folder.start(config)
+        bank = WeightBank(folder.bank, loaded.model, players, backend, weights)
+        bank.build((config.low, config.high), progress)
+        fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
+        yield Workbench(config, folder, loaded, backend, players, storage, bank, calibration, fingerprint, progress)
+
+
+def check_config(config: RunConfig) -> None:
+    """Check everything that needs no model.
+
+    Raises:
+        CoopQError: Naming what is wrong.
+    """
+    if not config.low < config.high:
+        raise EstimationError(f"bits {config.low},{config.high} must be two different widths, the lower one first")
+    if config.permutations < 2:
+        raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
+    get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
+    check_calibration(config.calibration)
+
+
+def estimate(config: RunConfig, run: Path, progress: ProgressCallback = silent) -> Estimation:
+    """Play the game on the permutation walks of SPQE; an interrupted run goes on where it was.
+
+    Args:
+        config: What to measure.
+        run: The run folder.
+        progress: Told of every loss.
+    """
+    with open_workbench(config, run, progress) as bench:
+        return estimate_on(bench)
+
+
+def estimate_on(bench: Workbench) -> Estimation:
+    """`estimate` on an open workbench."""
+    config, n_players = bench.config, len(bench.players)
+    estimator = SPQE(n_players, low=config.low, high=config.high, permutations=config.permutations, seed=config.seed)
+    with bench.calibration_game("measuring the walks") as game:
+        result = run_estimator(estimator, game)
+    estimation = Estimation(
+        config=config,
+        players=bench.players,
+        storage=bench.storage,
+        estimate=result,
+        fingerprint=bench.fingerprint,
+        layer_forwards=prefix_tree_size(estimator.points),
+        layer_forwards_unshared=config.permutations * n_players**2,
+    )
+    bench.folder.save(estimation)
+    return estimation
+
+
+def measure(bench: Workbench, plan: Plan) -> Plan:
+    """The plan with its loss on the calibration set truly measured."""
+    with bench.calibration_game("measuring the plan") as game:
+        loss = float(game(np.array([plan.assignment], dtype=np.int8))[0])
+    return dataclasses.replace(plan, measured_loss=loss)
+
+
+def quantize(
+    config: RunConfig,
+    budget: str,
+    out: Path,
+    *,
+    run: Path | None = None,
+    alpha: float = 0.5,
+    time_limit: float | None = None,
+    progress: ProgressCallback = silent,
+) -> Plan:
+    """The main job: estimate, allocate a budget, measure the plan, save the quantized model.
+
+    Args:
+        config: The model and how to measure it.
+        budget: "2.5avg", "2.8bpw" or "40MiB".
+        out: Folder of the quantized model; it appears whole, at the end.
+        run: Folder of the work, "<out>-run" by default; an interrupted job goes on from it.
+        alpha: Shrinkage of the covariance.
+        time_limit: Seconds for the solver.
+        progress: Told of every step.
+    Returns:
+        The plan, which is also saved in `out`. A finished job is not repeated.
+    """
+    parsed = Budget.parse(budget)
+    if is_saved_model(out):
+        return _finished(config, parsed, alpha, out)
+    require_new_folder(out)
+    with open_workbench(config, run or default_run(out), progress, parsed) as bench:
+        plan = measure(bench, plan_budget(estimate_on(bench), parsed, alpha=alpha, time_limit=time_limit))
+        save_model(bench.loaded, plan, bench.backend, out, progress)
+    return plan
+
+
+def apply(plan: Plan, out: Path, *, model: str | None = None, progress: ProgressCallback = silent) -> int:
+    """Quantize the model of a plan and save it.
+
+    Args:
+        plan: The plan.
+        out: Folder of the quantized model.
+        model: Where the model is now; None takes the plan's word.
+        progress: Told of every step.
+    Returns:
+        Bytes of the quantized tensors.
+    Raises:
+        Mismatch: If the model is not the plan's.
+    """
+    require_new_folder(out)
+    config = RunConfig.from_json(plan.config)
+    backend = get_backend(config.backend, group_size=config.group_size, bits=tuple(set(plan.assignment)))
+    progress("loading the model", 0, 1)
+    loaded = load_model(model or config.model, dtype=plan.fingerprint["dtype"], device=config.device)
+    progress("loading the model", 1, 1)
+    ours, theirs = {"weights": fingerprint_weights(loaded.model)}, {"weights": plan.fingerprint["weights"]}
+    if ours != theirs:
+        raise Mismatch(
+            f"the plan was made for another model than {model or config.model!r}",
+            ours,
+            theirs,
+            "name the plan's model, or allocate a new plan",
+        )
+    return save_model(loaded, plan, backend, out, progress)
+
+
+def default_run(out: Path) -> Path:
+    """The run folder of an output folder: beside it, so that the output holds nothing but the model."""
+    return out.with_name(f"{out.name}-run")
+
+
+def _finished(config: RunConfig, budget: Budget, alpha: float, out: Path) -> Plan:
+    """The plan of an output that is complete, if it answers this very request."""
+    plan = Plan.load(out / "plan.json")
+    ours = {**config.to_json(), "budget": budget.text, "alpha": alpha}
+    theirs = {**plan.config, "budget": plan.budget, "alpha": plan.solver.alpha}
+    if ours != theirs:
+        differing = Mismatch("", ours, theirs, "").fields
+        raise OutputError(
+            f"output folder {out} is not empty: it holds a model made with another {', '.join(differing)}; "
+            "name another folder, or empty it first"
+        )
+    return plan

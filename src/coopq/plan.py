@@ -1,0 +1,169 @@
+"""A plan: the bit-width of every module, where it came from and what it should cost."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coopq.allocate import allocate, paper_program
+from coopq.errors import PlanError
+from coopq.files import write_json
+from coopq.run import Estimation
+from coopq.storage import Budget
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlayerPlan:
+    """One player: its bits, its linear modules, its Shapley value and standard error (nats per token)."""
+
+    name: str
+    bits: int
+    modules: tuple[str, ...]
+    shapley: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How the program was solved; see `coopq.allocate.Allocation`."""
+
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan as it is saved in plan.json.
+
+    Attributes:
+        budget: As the user wrote it.
+        budget_bytes: The same in bytes.
+        bytes: Bytes of the quantized weights under this plan.
+        average_bits: Weight bits alone, averaged over the quantized weights.
+        bits_per_weight: With scales, zeros and padding.
+        players: Bits of each player.
+        solver: How sure the solver is.
+        predicted_loss: Loss on the calibration set by the surrogate, nats per token.
+        measured_loss: The same truly measured; None until it is.
+        config: The run's configuration.
+        fingerprint: What the losses depend on.
+        layer_forwards: Spent by one uninterrupted estimation.
+        layer_forwards_unshared: The same without sharing prefixes.
+    """
+
+    budget: str
+    budget_bytes: int
+    bytes: int
+    average_bits: float
+    bits_per_weight: float
+    players: tuple[PlayerPlan, ...]
+    solver: Solver
+    predicted_loss: float
+    measured_loss: float | None
+    config: Mapping[str, Any]
+    fingerprint: Mapping[str, Any]
+    layer_forwards: int
+    layer_forwards_unshared: int
+
+    @property
+    def assignment(self) -> list[int]:
+        """Bits of each player, in order."""
+        return [player.bits for player in self.players]
+
+    @property
+    def modules(self) -> dict[str, int]:
+        """Bits of each linear module by its name in the model."""
+        return {name: player.bits for player in self.players for name in player.modules}
+
+    def save(self, path: Path) -> None:
+        """Write the plan, atomically."""
+        write_json(path, {"format_version": _FORMAT_VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read a plan.
+
+        Raises:
+            PlanError: If the file is missing, is no plan, or has another version's format.
+        """
+        try:
+            data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = data.pop("format_version")
+        except FileNotFoundError as error:
+            raise PlanError(f"no plan at {path}; `coopq allocate` writes one") from error
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise PlanError(f"{path} is not a plan ({error}); `coopq allocate` writes one") from error
+        if version != _FORMAT_VERSION:
+            raise PlanError(f"{path} has plan format {version}; this version of coopq reads {_FORMAT_VERSION}")
+        try:
+            players = tuple(PlayerPlan(**{**p, "modules": tuple(p["modules"])}) for p in data.pop("players"))
+            return cls(players=players, solver=Solver(**data.pop("solver")), **data)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a complete plan ({error}); allocate it again") from error
+
+
+def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, time_limit: float | None = None) -> Plan:
+    """Allocate one budget by the paper's program.
+
+    Args:
+        estimation: A finished estimation.
+        budget: The limit on bytes.
+        alpha: Shrinkage of the covariance towards its diagonal, 0 to 1.
+        time_limit: Seconds for the solver; None waits for the proof.
+    Raises:
+        InfeasibleBudget: With the smallest and largest feasible budget.
+        PlanError: If alpha is out of range.
+    """
+    if not 0 <= alpha <= 1:
+        raise PlanError(f"alpha = {alpha} is not between 0 and 1; the paper takes 0.5")
+    config, storage, estimate = estimation.config, estimation.storage, estimation.estimate
+    limit = storage.limit(budget, config.low, config.high)
+    program = paper_program(
+        estimate.shapley,
+        estimate.covariance,
+        alpha,
+        costs=storage.raise_costs(config.low, config.high),
+        capacity=limit - sum(storage.n_bytes[config.low]),
+    )
+    allocation = allocate(program, time_limit)
+    assignment = np.where(allocation.q, config.low, config.high)
+    return Plan(
+        budget=budget.text,
+        budget_bytes=limit,
+        bytes=storage.bytes_of(assignment),
+        average_bits=storage.average_bits(assignment),
+        bits_per_weight=storage.bits_per_weight(assignment),
+        players=tuple(
+            PlayerPlan(
+                name=player.name,
+                bits=int(bits),
+                modules=tuple(linear.name for linear in player.linears),
+                shapley=float(shapley),
+                stderr=float(stderr),
+            )
+            for player, bits, shapley, stderr in zip(
+                estimation.players, assignment, estimate.shapley, estimate.stderr, strict=True
+            )
+        ),
+        solver=Solver(
+            status=allocation.status,
+            objective=allocation.objective,
+            bound=allocation.bound,
+            gap=allocation.gap,
+            alpha=alpha,
+        ),
+        predicted_loss=estimate.loss_high + allocation.objective,
+        measured_loss=None,
+        config=config.to_json(),
+        fingerprint=estimation.fingerprint,
+        layer_forwards=estimation.layer_forwards,
+        layer_forwards_unshared=estimation.layer_forwards_unshared,
+    )

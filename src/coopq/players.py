@@ -1,0 +1,64 @@
+"""Finding the transformer blocks of a model and the linear layers in them, from structure alone."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from coopq.errors import ModelError
+from coopq.types import LinearLayer, Player
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of transformer blocks and its name in the model.
+
+    It is the outermost `nn.ModuleList` with as many entries as the configuration has hidden layers, each of
+    which holds linear layers.
+
+    Raises:
+        ModelError: If there is none, or more than one.
+    """
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside_another = any(name.startswith(f"{outer}.") for outer in found)
+        if not isinstance(module, nn.ModuleList) or len(module) != n_layers or inside_another:
+            continue
+        if all(_linears(block) for block in module):
+            found[name] = module
+    if len(found) != 1:
+        lists = [
+            f"{name} ({len(module)})" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        ]
+        raise ModelError(
+            f"{type(model).__name__}: {len(found) or 'no'} candidates for its transformer blocks {list(found)}; looked "
+            f"for one nn.ModuleList of num_hidden_layers = {n_layers} blocks with nn.Linear layers in each, and the "
+            f"model's lists are: {', '.join(lists) or 'none'}; only decoder-only models of that form can be quantized"
+        )
+    return next(iter(found.items()))
+
+
+def find_players(model: Any, granularity: Literal["block"] = "block") -> tuple[Player, ...]:
+    """The players of a model: one for each transformer block, with all its linear layers.
+
+    Embeddings, norms and the head belong to no player and stay as they are.
+
+    Raises:
+        ModelError: If the blocks cannot be found.
+    """
+    if granularity != "block":
+        raise ModelError(f"granularity {granularity!r} is unknown; choose 'block'")
+    prefix, blocks = find_blocks(model)
+    return tuple(
+        Player(
+            name=f"{prefix}.{index}",
+            linears=tuple(
+                LinearLayer(f"{prefix}.{index}.{name}", (linear.out_features, linear.in_features))
+                for name, linear in _linears(block).items()
+            ),
+        )
+        for index, block in enumerate(blocks)
+    )
+
+
+def _linears(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}

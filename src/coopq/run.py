@@ -1,0 +1,218 @@
+"""A run folder: what was asked for, what was measured, what was learnt.
+
+run.json       the configuration
+journal.jsonl  every loss measured on the calibration set
+estimate.json  Shapley values, covariance, sizes: all that an allocation needs
+bank/          dequantised weights
+plans/         one plan for each budget allocated from this run
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coopq.errors import Mismatch, RunError
+from coopq.estimators import ShapleyEstimate
+from coopq.files import write_json
+from coopq.storage import Storage
+from coopq.types import LinearLayer, Player
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the game is played on.
+
+    Attributes:
+        source: "c4" (the packaged sample), a .txt or .jsonl file, or "hub:NAME[:CONFIG]".
+        sequences: Number of sequences.
+        length: Tokens of each sequence.
+        seed: Seed of the choice of sequences.
+    """
+
+    source: str = "c4"
+    sequences: int = 16
+    length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that an estimation depends on.
+
+    Attributes:
+        model: Hub id, local folder, GGUF file, or "demo".
+        backend: "rtn", "quanto" or "hqq".
+        group_size: Weights that share a scale; None takes the backend's default.
+        low: Bit-width that players are lowered to.
+        high: Bit-width that players start from.
+        permutations: Number of walks, M.
+        seed: Seed of the walks.
+        calibration: The text.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
+        device: "cpu", "cuda", ..., or "auto".
+    """
+
+    model: str
+    backend: str = "rtn"
+    group_size: int | None = None
+    low: int = 2
+    high: int = 4
+    permutations: int = 25
+    seed: int = 0
+    calibration: CalibrationConfig = CalibrationConfig()
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RunConfig":
+        """From what `to_json` gave."""
+        return cls(**{**data, "calibration": CalibrationConfig(**data["calibration"])})
+
+
+@dataclass(frozen=True)
+class Estimation:
+    """A finished estimation with everything that an allocation and a plan need.
+
+    Attributes:
+        config: What was asked for.
+        players: Who plays.
+        storage: Their sizes.
+        estimate: What the walks say.
+        fingerprint: What the losses depend on.
+        layer_forwards: Block forwards over all calibration tokens that one uninterrupted run spends.
+        layer_forwards_unshared: The same without sharing prefixes: M L^2.
+    """
+
+    config: RunConfig
+    players: tuple[Player, ...]
+    storage: Storage
+    estimate: ShapleyEstimate
+    fingerprint: Mapping[str, Any]
+    layer_forwards: int
+    layer_forwards_unshared: int
+
+
+class RunFolder:
+    """Reads and writes the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bank = path / "bank"
+        self.journal = path / "journal.jsonl"
+        self.evaluation = path / "evaluation"
+        self.plans = path / "plans"
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether the estimation is finished."""
+        return (self.path / "estimate.json").is_file()
+
+    def check(self, config: RunConfig) -> None:
+        """Check that `config` goes on with the configuration recorded, if there is one.
+
+        Other permutations go on from the same journal; anything else is another run.
+
+        Raises:
+            Mismatch: If the folder belongs to another configuration.
+        """
+        if (self.path / "run.json").exists():
+            ours, theirs = config.to_json(), self.config().to_json()
+            for free in ("permutations", "seed"):
+                theirs[free] = ours[free]
+            if ours != theirs:
+                raise Mismatch(
+                    f"run folder {self.path} was started with another configuration",
+                    ours,
+                    theirs,
+                    "use another run folder, or repeat the first configuration",
+                )
+
+    def start(self, config: RunConfig) -> None:
+        """Record the configuration."""
+        write_json(self.path / "run.json", {"format_version": _FORMAT_VERSION, "config": config.to_json()})
+
+    def config(self) -> RunConfig:
+        """The configuration.
+
+        Raises:
+            RunError: If this is no run folder.
+        """
+        data = _read(self.path / "run.json", f"{self.path} is not a run folder; `coopq estimate` makes one")
+        return RunConfig.from_json(data["config"])
+
+    def save(self, estimation: Estimation) -> None:
+        """Write the estimation."""
+        estimate = estimation.estimate
+        write_json(
+            self.path / "estimate.json",
+            {
+                "format_version": _FORMAT_VERSION,
+                "config": estimation.config.to_json(),
+                "fingerprint": dict(estimation.fingerprint),
+                "layer_forwards": estimation.layer_forwards,
+                "layer_forwards_unshared": estimation.layer_forwards_unshared,
+                "players": [asdict(player) for player in estimation.players],
+                "bytes": {str(bits): list(sizes) for bits, sizes in estimation.storage.n_bytes.items()},
+                "estimate": {
+                    field.name: value.tolist() if isinstance(value, np.ndarray) else value
+                    for field in fields(estimate)
+                    for value in [getattr(estimate, field.name)]
+                },
+            },
+        )
+
+    def load(self) -> Estimation:
+        """The estimation.
+
+        Raises:
+            RunError: If there is none yet.
+        """
+        config = self.config()
+        data = _read(
+            self.path / "estimate.json",
+            f"the estimation in {self.path} is not finished; "
+            f"go on with: coopq estimate {config.model} --run {self.path} and the options it was started with",
+        )
+        players = tuple(
+            Player(
+                name=player["name"],
+                linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
+            )
+            for player in data["players"]
+        )
+        estimate: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data["estimate"].items()}
+        return Estimation(
+            config=RunConfig.from_json(data["config"]),
+            players=players,
+            storage=Storage(
+                n_weights=tuple(player.n_weights for player in players),
+                n_bytes={int(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
+            ),
+            estimate=ShapleyEstimate(**estimate),
+            fingerprint=data["fingerprint"],
+            layer_forwards=data["layer_forwards"],
+            layer_forwards_unshared=data["layer_forwards_unshared"],
+        )
+
+
+def _read(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON file of this folder; `missing` is the error when it does not exist."""
+    if not path.is_file():
+        raise RunError(missing)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not readable as JSON ({error}); use another run folder") from error
+    if not isinstance(data, dict) or data.get("format_version") != _FORMAT_VERSION:
+        raise RunError(f"{path} has an unknown format; this version of coopq reads version {_FORMAT_VERSION}")
+    return data

@@ -1,0 +1,110 @@
+"""Exact bytes of assignments, and the budgets that users set on them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.errors import BudgetError, InfeasibleBudget, UnsupportedBits
+from coopq.types import Assignment
+
+_UNITS = {
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "kB": 10**3,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "B": 1,
+}
+_BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(avg|bpw|KiB|MiB|GiB|kB|KB|MB|GB|B)\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper limit on the bytes of the quantized weights, scales, zeros and padding included.
+
+    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per weight) or a
+    unit of bytes. Build it with `Budget.parse`.
+    """
+
+    text: str
+    value: Fraction
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """The budget written as "2.5avg", "2.8bpw" or "40MiB".
+
+        Raises:
+            BudgetError: If it reads otherwise.
+        """
+        match = _BUDGET.fullmatch(text)
+        if match is None:
+            raise BudgetError(
+                f"budget {text!r} cannot be read; write average bits (2.5avg), "
+                "bits per weight with scales and zeros (2.8bpw), or bytes (40MiB, 1.4GB)"
+            )
+        return cls(text=match[1] + match[2], value=Fraction(match[1]), unit=match[2])
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of every player at every bit-width.
+
+    Attributes:
+        n_weights: Weights of each player, shape (n_players,).
+        n_bytes: Bytes of each player for each bit-width, as they will lie on disk.
+    """
+
+    n_weights: tuple[int, ...]
+    n_bytes: Mapping[int, tuple[int, ...]]
+
+    def bytes_of(self, assignment: Assignment | Sequence[int]) -> int:
+        """Bytes of the quantized weights under `assignment`."""
+        return sum(self._width(int(bits))[player] for player, bits in enumerate(assignment))
+
+    def bits_per_weight(self, assignment: Assignment | Sequence[int]) -> float:
+        """Stored bits per quantized weight, scales, zeros and padding included."""
+        return 8 * self.bytes_of(assignment) / sum(self.n_weights)
+
+    def average_bits(self, assignment: Assignment | Sequence[int]) -> float:
+        """Bit-width averaged over the weights; scales and zeros do not count."""
+        return sum(n * int(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
+
+    def limit(self, budget: Budget, low: int, high: int) -> int:
+        """The budget in bytes for assignments of the widths `low` and `high`.
+
+        Raises:
+            InfeasibleBudget: If every assignment is larger, or even the largest leaves room.
+        Source: the average-bits form is B(b) of CoopQ (2026).
+        """
+        smallest, largest = sum(self._width(low)), sum(self._width(high))
+        if budget.unit == "avg":
+            limit = smallest + (budget.value - low) / (high - low) * (largest - smallest)
+        elif budget.unit == "bpw":
+            limit = budget.value * sum(self.n_weights) / 8
+        else:
+            limit = budget.value * _UNITS[budget.unit]
+        if not smallest <= limit <= largest:
+            raise InfeasibleBudget(
+                f"budget {budget.text} is infeasible with {low} and {high} bits; the smallest is "
+                f"{self._describe(smallest, low)}, the largest {self._describe(largest, high)}"
+            )
+        return int(limit)
+
+    def raise_costs(self, low: int, high: int) -> npt.NDArray[np.int64]:
+        """Bytes that raising each player from `low` to `high` costs, shape (n_players,)."""
+        return np.array(self._width(high), dtype=np.int64) - np.array(self._width(low), dtype=np.int64)
+
+    def _width(self, bits: int) -> tuple[int, ...]:
+        if bits not in self.n_bytes:
+            raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
+        return self.n_bytes[bits]
+
+    def _describe(self, n_bytes: int, bits: int) -> str:
+        return f"{bits}avg = {8 * n_bytes / sum(self.n_weights):.4f}bpw = {n_bytes}B"

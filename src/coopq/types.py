@@ -1,0 +1,66 @@
+"""Named arrays and protocols that the stages hand to each other."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Assignment: TypeAlias = npt.NDArray[np.int8]
+"""Bit-width of each player, shape (n_players,); `UNTOUCHED` leaves a player as it is."""
+
+Assignments: TypeAlias = npt.NDArray[np.int8]
+"""Several assignments, shape (n_assignments, n_players)."""
+
+Losses: TypeAlias = npt.NDArray[np.float64]
+"""Mean negative log-likelihood of each assignment, shape (n_assignments,), nats per token."""
+
+UNTOUCHED = 16
+"""The bit-width that stands for a player's original weights."""
+
+ProgressCallback: TypeAlias = Callable[[str, int, int], None]
+"""Called with (stage, done, total) whenever `done` grows."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """The progress callback that reports nothing."""
+
+
+class Game(Protocol):
+    """The loss of a model as a function of the bit-widths of its players."""
+
+    @property
+    def n_players(self) -> int:
+        """Number of players, the length of an assignment."""
+        ...
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One linear layer: its module name in the model and its weight's shape (out, in)."""
+
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def n_weights(self) -> int:
+        """Number of entries of the weight matrix."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Player:
+    """What gets one bit-width: the linear layers of one transformer block."""
+
+    name: str
+    linears: tuple[LinearLayer, ...]
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights that are quantized with this player."""
+        return sum(linear.n_weights for linear in self.linears)
