@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coopq.backends import Backend
 from coopq.errors import Mismatch, ModelError
 from coopq.files import atomic_file, require_space, write_json
 from coopq.storage import Storage
+from coopq.tensors import load_tensors, save_tensors
 from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
 
 _FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ class WeightBank:
                 for linear in self.players[player].linears
             }
             with atomic_file(self._path(player, width)) as temporary:
-                save_file(weights, temporary)
+                save_tensors(weights, temporary)
         if missing:
             progress("quantizing", len(missing), len(missing))
 
@@ -108,7 +108,7 @@ class WeightBank:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
         if bits != UNTOUCHED and (player, bits) not in self._weights:
             device = str(next(iter(self._originals.values())).device)
-            self._weights[player, bits] = load_file(self._path(player, bits), device=device)
+            self._weights[player, bits] = load_tensors(self._path(player, bits), device=device)
         for linear in self.players[player].linears:
             weights = self._originals if bits == UNTOUCHED else self._weights[player, bits]
             self._linears[linear.name].weight.data = weights[linear.name]

@@ -7,11 +7,11 @@
 The weights do not carry the name that transformers looks for, so it cannot load them by mistake.
 """
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -21,6 +21,7 @@ from coopq.errors import ModelError
 from coopq.files import atomic_folder
 from coopq.models import LoadedModel, pick_device
 from coopq.plan import Plan
+from coopq.tensors import load_tensors, save_tensors
 from coopq.types import ProgressCallback, silent
 
 _WEIGHTS = "quantized.safetensors"
@@ -61,8 +62,7 @@ def save_model(
         if loaded.model.can_generate():
             loaded.model.generation_config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        save_file(tensors, folder / _WEIGHTS, metadata={"format": "coopq"})
-        (folder / _WEIGHTS).chmod(0o644)  # safetensors leaves it to its owner alone
+        save_tensors(tensors, folder / _WEIGHTS)
         plan.save(folder / "plan.json")
     return n_bytes
 
@@ -86,32 +86,37 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     target, dtype = pick_device(device), getattr(torch, plan.fingerprint["dtype"])
     with no_init_weights():  # every weight is read from the file
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    tensors = load_file(folder / _WEIGHTS)
+    tensors = load_tensors(folder / _WEIGHTS)
+    packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.modules}
+    for key in list(tensors):
+        name, tensor_name = _split(key, packed)
+        if name:
+            packed[name][tensor_name] = tensors.pop(key).to(target)
+    lacking = _load_untouched(model, tensors, packed) + [name for name in packed if not packed[name]]
+    if lacking:
+        raise ModelError(f"{folder / _WEIGHTS} lacks, or should not hold, {', '.join(lacking)}; save the model again")
+    model.to(target)
     for name, bits in plan.modules.items():
         linear = model.get_submodule(name)
-        packed = {key.removeprefix(f"{name}."): tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
-        bias = packed.pop("bias", None)
-        model.set_submodule(
-            name,
-            backend.linear(
-                {key: tensor.to(target) for key, tensor in packed.items()},
-                (linear.out_features, linear.in_features),
-                bits,
-                None if bias is None else bias.to(target, dtype),
-                dtype,
-            ),
-        )
-    missing = _load_untouched(model, tensors, set(plan.modules))
-    if missing:
-        raise ModelError(f"{folder / _WEIGHTS} lacks {', '.join(missing)}; save the model again")
-    return model.to(target).eval()
+        shape = (linear.out_features, linear.in_features)
+        model.set_submodule(name, backend.linear(packed[name], shape, bits, linear.bias, dtype))
+    return model.eval()
 
 
 def saved_bytes(folder: Path) -> int:
     """Bytes of the quantized tensors that really lie in a saved model."""
-    prefixes = tuple(f"{name}." for name in Plan.load(folder / "plan.json").modules)
-    tensors = load_file(folder / _WEIGHTS)
-    return sum(t.nbytes for name, t in tensors.items() if name.startswith(prefixes) and not name.endswith(".bias"))
+    modules = Plan.load(folder / "plan.json").modules
+    return sum(t.nbytes for key, t in load_tensors(folder / _WEIGHTS).items() if _split(key, modules)[0])
+
+
+def _split(key: str, modules: Container[str]) -> tuple[str, str]:
+    """The quantized module that a saved tensor belongs to and its name there; ("", key) for all others."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name, rest = ".".join(parts[:end]), ".".join(parts[end:])
+        if name in modules and rest != "bias":
+            return name, rest
+    return "", key
 
 
 def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor]:
@@ -128,14 +133,11 @@ def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor
     return tensors
 
 
-def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: set[str]) -> list[str]:
-    """Load all weights but the players'; the names of those that neither the file nor tying provides."""
+def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: Container[str]) -> list[str]:
+    """Load all weights but the players'; the names of those that are missing or too many."""
     keys = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     state = model.state_dict()
     given = {state[name].data_ptr() for name in tensors if name in state}
-    return [
-        name
-        for name in keys.missing_keys
-        if state[name].data_ptr() not in given and not any(name.startswith(f"{module}.") for module in modules)
-    ] + list(keys.unexpected_keys)
+    missing = [name for name in keys.missing_keys if name.removesuffix(".weight") not in modules]
+    return [name for name in missing if state[name].data_ptr() not in given] + list(keys.unexpected_keys)

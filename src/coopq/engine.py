@@ -4,7 +4,7 @@ The hidden state after block d depends only on the bits of blocks 0..d. Assignme
 depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,9 @@ class PrefixEngine:
         self._calls = [[calls[d] for _, calls in recorded] for d in range(len(self._blocks))]
         self._embedded = [embedded for embedded, _ in recorded]
 
-    def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
+    def evaluate(
+        self, assignments: Assignments
+    ) -> Generator[tuple[Assignment, npt.NDArray[np.float64], int], None, None]:
         """Walk the prefix tree of the assignments.
 
         Args:

@@ -20,7 +20,7 @@ from coopq.files import locked, require_new_folder, require_writable
 from coopq.game import QuantizationGame
 from coopq.journal import Journal
 from coopq.models import LoadedModel, fingerprint_weights, load_model
-from coopq.plan import Plan, plan_budget
+from coopq.plan import Plan, check_alpha, plan_budget
 from coopq.players import find_players
 from coopq.run import Estimation, RunConfig, RunFolder
 from coopq.storage import Budget, Storage
@@ -173,6 +173,7 @@ def quantize(
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
     parsed = Budget.parse(budget)
+    check_alpha(alpha)
     if is_saved_model(out):
         return _finished(config, parsed, alpha, out)
     require_new_folder(out)

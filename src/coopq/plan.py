@@ -122,8 +122,7 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
         InfeasibleBudget: With the smallest and largest feasible budget.
         PlanError: If alpha is out of range.
     """
-    if not 0 <= alpha <= 1:
-        raise PlanError(f"alpha = {alpha} is not between 0 and 1; the paper takes 0.5")
+    check_alpha(alpha)
     config, storage, estimate = estimation.config, estimation.storage, estimation.estimate
     limit = storage.limit(budget, config.low, config.high)
     program = paper_program(
@@ -167,3 +166,13 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
         layer_forwards=estimation.layer_forwards,
         layer_forwards_unshared=estimation.layer_forwards_unshared,
     )
+
+
+def check_alpha(alpha: float) -> None:
+    """Check the shrinkage of the covariance.
+
+    Raises:
+        PlanError: If it is out of range.
+    """
+    if not 0 <= alpha <= 1:
+        raise PlanError(f"alpha = {alpha} is not between 0 and 1; the paper takes 0.5")

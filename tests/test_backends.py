@@ -1,0 +1,136 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coopq.backends import BACKENDS, get_backend
+from coopq.backends.rtn import pack_bits, unpack_bits
+from coopq.bank import WeightBank
+from coopq.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
+from coopq.players import find_players
+from coopq.testing import check_backend
+from coopq.types import UNTOUCHED
+from tests.architectures import tiny_model
+
+WIDTHS = [(name, bits) for name in BACKENDS for bits in get_backend(name).bits]
+
+
+@pytest.mark.parametrize(("name", "bits"), WIDTHS)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 172), (192, 576), (64, 1536)])
+def test_backends_keep_the_contract(name: str, bits: int, shape: tuple[int, int]) -> None:
+    check_backend(get_backend(name), torch.randn(shape) * torch.rand(shape[0], 1), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_16_bit_models_run_in_their_dtype(name: str, dtype: torch.dtype) -> None:
+    backend, weight = get_backend(name), torch.randn(128, 256).to(dtype)
+    packed = backend.quantize(weight, 4)
+    layer = backend.linear(packed, (128, 256), 4, None, dtype)
+    inputs = torch.randn(2, 256, dtype=dtype)
+    restored = backend.dequantize(packed, (128, 256), 4, dtype)
+    assert restored.dtype == layer(inputs).dtype == dtype
+    torch.testing.assert_close(layer(inputs), inputs @ restored.T, atol=0.15, rtol=0.02)
+    assert sum(t.nbytes for t in packed.values()) == backend.storage_bytes((128, 256), 4)
+
+
+@given(bits=st.integers(1, 8), n=st.integers(1, 70), seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_codes_survive_packing_without_gaps(bits: int, n: int, seed: int) -> None:
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, size=n, dtype=np.uint8))
+    packed = pack_bits(codes, bits)
+    assert packed.numel() == -(-n // 8) * bits
+    assert torch.equal(unpack_bits(packed, bits, n), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rtn_by_its_definition(bits: int) -> None:
+    backend, weight = get_backend("rtn", group_size=8), torch.randn(5, 20)
+    restored = backend.dequantize(backend.quantize(weight, bits), (5, 20), bits, torch.float32)
+    for row in range(5):
+        for start in range(0, 20, 8):
+            group = weight[row, start : start + 8]
+            low, high = min(float(group.min()), 0.0), max(float(group.max()), 0.0)
+            scale = float(torch.tensor((high - low) / (2**bits - 1)).half())
+            zero = round(-low / scale)
+            codes = [min(max(round(float(w) / scale) + zero, 0), 2**bits - 1) for w in group]
+            expected = torch.tensor([(code - zero) * scale for code in codes])
+            torch.testing.assert_close(restored[row, start : start + 8], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rtn_keeps_zeros_and_constants() -> None:
+    backend = get_backend("rtn")
+    for value in (0.0, 1e-9, 0.5, -0.5):
+        weight = torch.full((2, 64), value)
+        restored = backend.dequantize(backend.quantize(weight, 2), (2, 64), 2, torch.float32)
+        torch.testing.assert_close(restored, weight, atol=1e-6, rtol=1e-3)
+
+
+def test_an_unknown_backend_gets_a_hint() -> None:
+    with pytest.raises(BackendError, match=r"'hqqq' is unknown; did you mean 'hqq'\?"):
+        get_backend("hqqq")
+
+
+def test_a_width_that_the_library_lacks_is_refused() -> None:
+    with pytest.raises(UnsupportedBits, match="'quanto' has no 3 bits; it has 2, 4, 8"):
+        get_backend("quanto", bits=(3, 4))
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("rtn", 0), ("hqq", -1), ("quanto", 64)])
+def test_group_sizes_are_checked(name: str, group_size: int) -> None:
+    with pytest.raises(BackendError, match="group size"):
+        get_backend(name, group_size=group_size)
+
+
+def test_shapes_that_hqq_cannot_pack_are_refused_from_the_shape_alone() -> None:
+    with pytest.raises(BackendError, match="cannot pack"):
+        get_backend("hqq").storage_bytes((3, 100), 4)
+
+
+def bank(folder: Path, model: Any, fingerprint: str = "a") -> WeightBank:
+    return WeightBank(folder, model, find_players(model), get_backend("rtn"), {"weights": fingerprint})
+
+
+def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    original = weight.detach().clone()
+    bank(tmp_path, model).build((2, 4))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(stamps) == 7
+    seen: list[str] = []
+    again = bank(tmp_path, model)
+    again.build((2, 4), lambda stage, *_: seen.append(stage))
+    assert not seen
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
+    backend = get_backend("rtn")
+    again.set_player(1, 4)
+    expected = backend.dequantize(backend.quantize(original, 4), (64, 32), 4, torch.float32)
+    assert torch.equal(weight, expected)
+    again.set_player(1, UNTOUCHED)
+    assert torch.equal(weight, original)
+
+
+def test_a_bank_of_something_else_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank(tmp_path, model)
+    with pytest.raises(Mismatch, match="weights: 'a' there, 'b' here"):
+        bank(tmp_path, model, "b")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
+    with pytest.raises(ModelError, match=r"model.layers.2.self_attn.v_proj holds values that are not finite"):
+        bank(tmp_path, model).build((2,))
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="the weight bank needs 0 MiB"):
+        bank(tmp_path, tiny_model("llama")).build((2, 4))

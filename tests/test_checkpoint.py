@@ -1,0 +1,154 @@
+"""What was measured is what ships: packed models on disk against the bank that the search used."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import coopq
+from coopq.backends import BACKENDS, get_backend
+from coopq.bank import WeightBank, measure_storage
+from coopq.checkpoint import saved_bytes
+from coopq.engine import PrefixEngine, model_nll
+from coopq.errors import ModelError
+from coopq.models import LoadedModel, load_model
+from coopq.plan import Plan, PlayerPlan, Solver
+from coopq.players import find_players
+from coopq.run import CalibrationConfig, RunConfig
+from tests.architectures import CONFIGS, tiny_model
+
+
+def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) -> Plan:
+    players = find_players(model)
+    storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
+    return Plan(
+        budget="3avg",
+        budget_bytes=storage.bytes_of(bits),
+        bytes=storage.bytes_of(bits),
+        average_bits=storage.average_bits(bits),
+        bits_per_weight=storage.bits_per_weight(bits),
+        players=tuple(
+            PlayerPlan(player.name, width, tuple(linear.name for linear in player.linears), 0.0, 0.0)
+            for player, width in zip(players, bits, strict=True)
+        ),
+        solver=Solver("optimal", 0.0, 0.0, 0.0, 0.5),
+        predicted_loss=0.0,
+        measured_loss=None,
+        config=RunConfig("tiny", backend=backend, group_size=group_size).to_json(),
+        fingerprint={"weights": "", "dtype": str(model.dtype).removeprefix("torch.")},
+        layer_forwards=1,
+        layer_forwards_unshared=1,
+    )
+
+
+def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:
+    config = plan.config
+    backend = get_backend(config["backend"], group_size=config["group_size"])
+    bank = WeightBank(tmp_path / "bank", loaded.model, find_players(loaded.model), backend, {})
+    bank.build(sorted(set(plan.assignment)))
+    engine = PrefixEngine(loaded.model, bank, tokens)
+    _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.int8)))
+    n_bytes = coopq.checkpoint.save_model(loaded, plan, backend, tmp_path / "saved")
+    assert n_bytes == plan.bytes == saved_bytes(tmp_path / "saved")
+    reloaded = coopq.load(tmp_path / "saved", device="cpu")
+    return measured, np.concatenate(list(model_nll(reloaded, tokens)))
+
+
+class Tokenizer:
+    """The engine of these models is fed tokens directly; saving only needs the method."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_saved_model_has_the_banks_loss_and_the_predicted_bytes(backend: str, stories: str, tmp_path: Path) -> None:
+    loaded = load_model(stories, device="cpu")
+    plan = plan_for(loaded.model, backend, None, [4, 2, 8, 2, 4])
+    tokens = np.array([loaded.tokenizer.encode("Once upon a time there was a little girl who had a red ball. " * 3)])
+    measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
+    np.testing.assert_allclose(saved, measured, atol=1e-5)
+    assert saved.mean() < 6.2, "a real model that still predicts: chance is log 512 = 6.24"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    loaded = LoadedModel(model, Tokenizer(), torch.float32)
+    plan = plan_for(model, "rtn", 16, [3, 8, 4])
+    measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, np.random.default_rng(0).integers(3, 97, (4, 24)))
+    np.testing.assert_allclose(saved, measured, rtol=1e-5)
+
+
+def test_two_bit_weights_take_two_bits_on_disk(stories: str, tmp_path: Path) -> None:
+    loaded = load_model(stories, device="cpu")
+    plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
+    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight_codes"].nbytes == 172 * 64 * 2 / 8
+    assert "lm_head.weight" not in tensors, "tied weights are stored once"
+
+
+def test_untouched_weights_keep_the_checkpoints_dtype_where_that_loses_nothing(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        model.model.norm.weight[0] = 1.0001  # not a bfloat16
+    loaded = LoadedModel(model, Tokenizer(), torch.bfloat16)
+    plan = plan_for(model, "rtn", 16, [4, 4, 4])
+    bank_and_saved_nll(loaded, plan, tmp_path, np.ones((1, 8), dtype=np.int64))
+    tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert tensors["model.norm.weight"].dtype == torch.float32
+
+
+def test_the_main_job_gives_a_model_that_generates(stories: str, tmp_path: Path) -> None:
+    config = RunConfig(stories, permutations=3, calibration=CalibrationConfig(sequences=2, length=64))
+    plan = coopq.quantize(config, "3.5avg", tmp_path / "out")
+    assert plan.measured_loss is not None
+    model = coopq.load(tmp_path / "out", device="cpu")
+    tokenizer = load_model(stories).tokenizer
+    prompt = tokenizer("Once upon a time", return_tensors="pt")
+    text = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    assert text.shape[1] > prompt["input_ids"].shape[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "plan.json",
+        "quantized.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(stories: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="holds no model saved by coopq"):
+        coopq.load(tmp_path)
+    loaded = load_model(stories, device="cpu")
+    plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
+    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
+    with pytest.raises(ModelError, match=r"lacks, or should not hold, model.layers.5"):
+        coopq.load(tmp_path / "saved")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_demo_model_ships_as_measured(backend: str, tmp_path: Path) -> None:
+    loaded = load_model("demo", device="cpu")
+    mixed = replace(loaded)
+    plan = plan_for(loaded.model, backend, None, [4] * 24 + [2] * 6)
+    text = "The quick brown fox jumps over the lazy dog, and then the dog sleeps in the sun all day long. " * 4
+    tokens = np.array([loaded.tokenizer.encode(text)[:64]])
+    measured, saved = bank_and_saved_nll(mixed, plan, tmp_path, tokens)
+    np.testing.assert_allclose(saved, measured, atol=1e-4)

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coopq.errors import JournalError, Mismatch
+from coopq.journal import Journal
+
+FINGERPRINT = {"weights": "abc", "backend": {"name": "rtn", "bits": (2, 4)}}
+
+
+def point(*bits: int) -> "np.ndarray[tuple[int], np.dtype[np.int8]]":
+    return np.array(bits, dtype=np.int8)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, FINGERPRINT) as journal:
+        journal.append(point(2, 4), np.array([1.25, 0.1]), 3)
+        journal.append(point(4, 4), np.array([1.0, 1 / 3]), 2)
+    return path
+
+
+def test_values_come_back_bit_by_bit(path: Path) -> None:
+    with Journal(path, FINGERPRINT) as journal:
+        assert len(journal) == 2
+        assert journal.layer_forwards == 5
+        np.testing.assert_array_equal(journal.get(point(4, 4)), [1.0, 1 / 3])
+        assert journal.get(point(2, 2)) is None
+    assert Journal.peek(path) == (2, 5)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 30])
+def test_a_last_line_cut_short_is_dropped_and_written_again(path: Path, cut: int) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    assert Journal.peek(path) == (1, 3)
+    with Journal(path, FINGERPRINT) as journal:
+        assert journal.get(point(4, 4)) is None
+        journal.append(point(4, 4), np.array([1.0, 1 / 3]), 2)
+    assert path.read_bytes() == whole
+
+
+def test_a_garbled_last_line_is_dropped(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"bits": [2, 2], "nll": [\x00\n')
+    with Journal(path, FINGERPRINT) as journal:
+        assert len(journal) == 2
+
+
+def test_a_header_cut_short_starts_afresh(tmp_path: Path, path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_bytes(path.read_bytes()[:20])
+    with Journal(short, FINGERPRINT) as journal:
+        assert len(journal) == 0
+    with Journal(short, FINGERPRINT) as journal:
+        assert len(journal) == 0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"{}", b"not json", b'{"bits": [2, 4], "nll": [NaN], "layer_forwards": 1}', b'{"bits": 2, "nll": [1.0]}', b"\xff"],
+)
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(path: Path, broken: bytes) -> None:
+    header, _, second = path.read_bytes().splitlines()
+    before = b"\n".join([header, broken, second]) + b"\n"
+    path.write_bytes(before)
+    with pytest.raises(JournalError, match="line 2 is broken"):
+        Journal(path, FINGERPRINT)
+    assert path.read_bytes() == before, "nothing may be lost"
+
+
+def test_another_fingerprint_is_refused_with_the_fields_that_differ(path: Path) -> None:
+    before = path.read_bytes()
+    with pytest.raises(Mismatch, match=r"weights: 'abc' there, 'xyz' here\)") as caught:
+        Journal(path, {**FINGERPRINT, "weights": "xyz"})
+    assert caught.value.fields == ["weights"]
+    assert path.read_bytes() == before
+
+
+def test_another_format_is_refused(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"format_version": 1', b'"format_version": 9'))
+    with pytest.raises(JournalError, match="format 9"):
+        Journal(path, FINGERPRINT)

@@ -1,0 +1,72 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coopq.baselines import random_assignments
+from coopq.errors import BudgetError, InfeasibleBudget
+from coopq.storage import Budget, Storage
+
+STORAGE = Storage(n_weights=(800, 1600, 2400), n_bytes={2: (250, 500, 750), 4: (450, 900, 1350)})
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [("2.5avg", "2.5", "avg"), (" 2.8 bpw ", "2.8", "bpw"), ("40MiB", "40", "MiB"), ("1.4GB", "1.4", "GB")],
+)
+def test_budgets_are_parsed(text: str, value: str, unit: str) -> None:
+    assert Budget.parse(text) == Budget(value + unit, Fraction(value), unit)
+
+
+@pytest.mark.parametrize("text", ["", "2.5", "avg", "-2avg", "2.5 bits", "nanbpw", "1e3MiB", "2.5avg3"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="cannot be read"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("2avg", 1500),
+        ("4avg", 2700),
+        ("2.5avg", 1800),
+        ("3bpw", 1800),
+        ("2000B", 2000),
+        ("2.5kB", 2500),
+        ("2KiB", 2048),
+    ],
+)
+def test_limits_in_bytes(text: str, limit: int) -> None:
+    assert STORAGE.limit(Budget.parse(text), 2, 4) == limit
+
+
+@pytest.mark.parametrize("text", ["1.9avg", "4.1avg", "2.4bpw", "1499B", "1MiB"])
+def test_an_infeasible_budget_names_the_feasible_ones(text: str) -> None:
+    with pytest.raises(InfeasibleBudget, match=r"2avg = 2.5000bpw = 1500B, the largest 4avg = 4.5000bpw = 2700B"):
+        STORAGE.limit(Budget.parse(text), 2, 4)
+
+
+def test_the_named_extremes_are_feasible() -> None:
+    for text in ("1500B", "2700B", "2.5bpw", "4.5bpw", "2avg", "4avg"):
+        STORAGE.limit(Budget.parse(text), 2, 4)
+
+
+def test_sizes_of_an_assignment() -> None:
+    assert STORAGE.bytes_of([2, 4, 2]) == 250 + 900 + 750
+    assert STORAGE.average_bits([2, 4, 2]) == pytest.approx((800 * 2 + 1600 * 4 + 2400 * 2) / 4800)
+    assert STORAGE.bits_per_weight([2, 4, 2]) == pytest.approx(8 * 1900 / 4800)
+
+
+@given(limit=st.integers(1500, 2700), seed=st.integers(0, 2**32))
+def test_random_assignments_fill_the_budget_and_keep_it(limit: int, seed: int) -> None:
+    costs = STORAGE.raise_costs(2, 4)
+    for assignment in random_assignments(STORAGE, 2, 4, limit, n=4, seed=seed):
+        used = STORAGE.bytes_of(assignment)
+        assert used <= limit
+        assert all(used + cost > limit for cost in costs[assignment == 2])
+
+
+def test_random_assignments_differ() -> None:
+    assert len(np.unique(random_assignments(STORAGE, 2, 4, 2000, n=20, seed=0), axis=0)) > 1
