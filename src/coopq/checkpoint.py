@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from coopq.backends import Backend, get_backend
 from coopq.errors import ModelError
 from coopq.files import atomic_folder
-from coopq.models import LoadedModel, pick_device
+from coopq.models import LoadedModel, pick_device, pick_dtype
 from coopq.plan import Plan
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import ProgressCallback, silent
@@ -83,7 +83,8 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
         raise ModelError(f"{folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write them")
     plan = Plan.load(folder / "plan.json")
     backend = get_backend(plan.config["backend"], group_size=plan.config["group_size"])
-    target, dtype = pick_device(device), getattr(torch, plan.fingerprint["dtype"])
+    target = pick_device(device)
+    dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     with no_init_weights():  # every weight is read from the file
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     tensors = load_tensors(folder / _WEIGHTS)

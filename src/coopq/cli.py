@@ -32,6 +32,7 @@ from coopq.report import (
     evaluation_data,
     plan_data,
     plan_summary,
+    provenance,
     run_data,
     show_plan,
     show_run,
@@ -97,15 +98,16 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """The one-shot job: estimate, allocate, quantize, save. Run it again and it goes on where it was."""
-    text = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
     low, high = _bits(bits)
-    config = RunConfig(model, backend, group_size, low, high, permutations, seed, text, dtype, device)
+    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
     from coopq import pipeline
 
     _quiet_libraries()
     with _progress() as progress:
         plan = pipeline.quantize(config, budget, out, run=run, alpha=alpha, time_limit=time_limit, progress=progress)
-    _print(plan_data(plan) | {"out": str(out)}, f"{plan_summary(plan)}\nsaved in {out}", as_json)
+    text = f"{provenance(config, plan.fingerprint)}\n{plan_summary(plan)}\nsaved in {out}"
+    _print(plan_data(plan) | {"out": str(out)}, text, as_json)
 
 
 @app.command()
@@ -126,9 +128,9 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    text = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
     low, high = _bits(bits)
-    config = RunConfig(model, backend, group_size, low, high, permutations, seed, text, dtype, device)
+    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
     from coopq import pipeline
 
     _quiet_libraries()

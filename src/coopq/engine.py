@@ -59,9 +59,8 @@ class PrefixEngine:
         self.layer_forwards = 0
         ids = torch.from_numpy(tokens).to(model.device)
         self._batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-        recorded = [self._record(batch) for batch in self._batches]
-        self._calls = [[calls[d] for _, calls in recorded] for d in range(len(self._blocks))]
-        self._embedded = [embedded for embedded, _ in recorded]
+        self._embedded: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
 
     def evaluate(
         self, assignments: Assignments
@@ -76,6 +75,10 @@ class PrefixEngine:
         Raises:
             EstimationError: If a loss is not finite.
         """
+        if not self._calls:
+            recorded = [self._record(batch) for batch in self._batches]
+            self._embedded = [embedded for embedded, _ in recorded]
+            self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
         depth = len(self._blocks)
         hidden: list[list[Tensor]] = [self._embedded] + [[] for _ in range(depth)]
         previous: Assignment | None = None

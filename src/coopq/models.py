@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coopq.errors import BackendError, ModelError
@@ -44,7 +45,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
-    """The dtype to compute in; "auto" is float32 on CPUs, where it is faster, and the checkpoint's elsewhere."""
+    """The dtype to compute in; "auto" is float32 on CPUs, where it is faster, and the checkpoint's elsewhere.
+
+    Raises:
+        ModelError: If the name is unknown.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else checkpoint
     if name not in _DTYPES:
@@ -63,8 +68,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
         ModelError: If there is no such model, or it cannot be read.
     """
     target = pick_device(device)
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise ModelError(f"dtype {dtype!r} is unknown; choose from auto, {', '.join(_DTYPES)}")
+    pick_dtype(dtype, target, torch.float32)  # a wrong name fails before the model is read
     folder = _local_folder(source)
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -119,8 +123,14 @@ def _convert_gguf(path: Path) -> Path:
     with path.open("rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
     folder = cache / f"{path.stem}-{content[:16]}"
-    if folder.is_dir():
-        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "convert.lock"):  # of two processes, the second waits and finds the work done
+        if not folder.is_dir():
+            _write_converted(path, folder)
+    return folder
+
+
+def _write_converted(path: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -129,8 +139,6 @@ def _convert_gguf(path: Path) -> Path:
     # The weights are plain float32 now; left in place, these would make transformers refuse to save them.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
-    cache.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return folder

@@ -69,11 +69,11 @@ def open_workbench(
         budget: Checked for feasibility before anything expensive.
     """
     check_config(config)
+    backend = get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
     require_writable(run)
     folder = RunFolder(run)
     with locked(run):
         folder.check(config)
-        backend = get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
         progress("loading the model", 0, 1)
         loaded = load_model(config.model, dtype=config.dtype, device=config.device)
         progress("loading the model", 1, 1)
@@ -107,7 +107,8 @@ def check_config(config: RunConfig) -> None:
         raise EstimationError(f"bits {config.low},{config.high} must be two different widths, the lower one first")
     if config.permutations < 2:
         raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
-    get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
+    if config.seed < 0 or config.calibration.seed < 0:
+        raise EstimationError(f"seeds {config.seed} and {config.calibration.seed} must not be negative")
     check_calibration(config.calibration)
 
 
@@ -178,7 +179,11 @@ def quantize(
         return _finished(config, parsed, alpha, out)
     require_new_folder(out)
     with open_workbench(config, run or default_run(out), progress, parsed) as bench:
-        plan = measure(bench, plan_budget(estimate_on(bench), parsed, alpha=alpha, time_limit=time_limit))
+        estimation = estimate_on(bench)
+        progress("solving the program", 0, 1)
+        plan = plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit)
+        progress("solving the program", 1, 1)
+        plan = measure(bench, plan)
         save_model(bench.loaded, plan, bench.backend, out, progress)
     return plan
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coopq.plan import Plan
-from coopq.run import Estimation
+from coopq.run import Estimation, RunConfig
 from coopq.scores import Comparison, Evaluation
 
 
@@ -64,6 +64,16 @@ def plan_summary(plan: Plan) -> str:
     )
 
 
+def provenance(config: RunConfig, fingerprint: Mapping[str, Any]) -> str:
+    """Model, backend, walks and calibration set in one line."""
+    text = config.calibration
+    opening = ", each after a BOS token" if fingerprint["bos"] else ", no special tokens"
+    return (
+        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits, {config.permutations} walks "
+        f"(seed {config.seed}) on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
+    )
+
+
 def plans_table(
     names: Sequence[str], shapley: Sequence[float], stderr: Sequence[float], bits: Mapping[str, Sequence[int]]
 ) -> Table:
@@ -87,7 +97,10 @@ def show_plan(plan: Plan) -> RenderableType:
         [player.stderr for player in plan.players],
         {"bits": plan.assignment},
     )
-    return Group(Text(plan_summary(plan)), table, Text(_cost(plan.layer_forwards, plan.layer_forwards_unshared)))
+    head = provenance(RunConfig.from_json(plan.config), plan.fingerprint)
+    return Group(
+        Text(head), Text(plan_summary(plan)), table, Text(_cost(plan.layer_forwards, plan.layer_forwards_unshared))
+    )
 
 
 def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int) -> RenderableType:
@@ -98,10 +111,13 @@ def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
         estimation.estimate.stderr.tolist(),
         {plan.budget: plan.assignment for plan in plans},
     )
-    config = estimation.config
-    head = f"{config.model}, backend {config.backend}, {config.low} and {config.high} bits, {config.permutations} walks"
     summaries = [Text(plan_summary(plan)) for plan in plans]
-    return Group(Text(head), *summaries, table, Text(_cost(layer_forwards, estimation.layer_forwards_unshared)))
+    return Group(
+        Text(provenance(estimation.config, estimation.fingerprint)),
+        *summaries,
+        table,
+        Text(_cost(layer_forwards, estimation.layer_forwards_unshared)),
+    )
 
 
 def comparison_table(rows: Sequence[Comparison], text: str) -> Table:

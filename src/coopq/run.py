@@ -120,14 +120,15 @@ class RunFolder:
     def check(self, config: RunConfig) -> None:
         """Check that `config` goes on with the configuration recorded, if there is one.
 
-        Other permutations go on from the same journal; anything else is another run.
+        Other walks go on from the same journal. Where the model lies and what computes may change too: the
+        fingerprints of the weight bank and the journal guard what they must not.
 
         Raises:
             Mismatch: If the folder belongs to another configuration.
         """
         if (self.path / "run.json").exists():
             ours, theirs = config.to_json(), self.config().to_json()
-            for free in ("permutations", "seed"):
+            for free in ("permutations", "seed", "model", "device", "dtype"):
                 theirs[free] = ours[free]
             if ours != theirs:
                 raise Mismatch(

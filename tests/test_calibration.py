@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from coopq.calibration import TokenSet, calibration_set, wikitext2
+from coopq.errors import CalibrationError
+from coopq.run import CalibrationConfig
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "stories260k")
+
+
+def with_bos(tokenizer: Any) -> bool:
+    return bool(tokenizer.encode("a")[0] == tokenizer.bos_token_id)
+
+
+def test_the_packaged_sample_gives_whole_windows_of_single_documents(tokenizer: Any) -> None:
+    config = CalibrationConfig(sequences=6, length=96, seed=1)
+    tokens = calibration_set(config, tokenizer)
+    assert tokens.tokens.shape == (6, 96)
+    assert tokens.n_scored == 6 * 95
+    assert tokens.bos == with_bos(tokenizer)
+    content = tokens.tokens[:, 1:] if tokens.bos else tokens.tokens
+    specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    assert not specials & set(content.flatten().tolist()), "nothing but text, but for a stated BOS"
+    assert len(np.unique(content, axis=0)) == 6, "no window twice"
+
+
+def test_the_seed_decides_and_the_fingerprint_tells(tokenizer: Any) -> None:
+    first, same, other = (
+        calibration_set(CalibrationConfig(sequences=4, length=32, seed=seed), tokenizer) for seed in (0, 0, 1)
+    )
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert TokenSet(first.tokens.reshape(2, 64), "c4", True).fingerprint != first.fingerprint
+
+
+def test_windows_do_not_overlap_and_cover_a_text_file(tmp_path: Path, tokenizer: Any) -> None:
+    text = "Lily went to the park and saw a big dog. " * 40
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    length = 20 + with_bos(tokenizer)
+    n = len(whole) // 20
+    tokens = calibration_set(CalibrationConfig(str(path), n, length), tokenizer).tokens[:, -20:]
+    expected = [whole[i * 20 : (i + 1) * 20] for i in range(n)]
+    assert sorted(tokens.tolist()) == sorted(expected)
+    with pytest.raises(CalibrationError, match=f"gives {n} sequences of {length} tokens, and {n + 1} are wanted"):
+        calibration_set(CalibrationConfig(str(path), n + 1, length), tokenizer)
+
+
+def test_sequences_never_cross_documents(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(json.dumps({"text": word * 30}) + "\n" for word in ("cat ", "dog ")) + "\n")
+    sequences = calibration_set(CalibrationConfig(str(path), 4, 12), tokenizer).tokens[:, 1:]
+    decoded = [tokenizer.decode(row) for row in sequences]
+    assert all(("cat" in text) != ("dog" in text) for text in decoded)
+
+
+def test_a_bos_token_opens_each_sequence_only_where_the_tokenizer_does_so_itself(tokenizer: Any) -> None:
+    class Plain:
+        """The same tokenizer without a BOS."""
+
+        bos_token_id = tokenizer.bos_token_id
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+    tokens = calibration_set(CalibrationConfig(sequences=3, length=16), Plain())
+    assert not tokens.bos
+    assert tokens.tokens.shape == (3, 16)
+    assert tokenizer.bos_token_id not in tokens.tokens
+    assert "BOS" not in tokens.describe()
+
+
+def test_a_hub_data_set(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"Tom has {n} red cars. " * 9}) + "\n" for n in range(9))
+    )
+    config = CalibrationConfig(f"hub:{tmp_path}", sequences=4, length=16)
+    assert calibration_set(config, tokenizer).tokens.shape == (4, 16)
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(0, 16), (4, 1)])
+def test_nothing_to_score_is_refused(sequences: int, length: int, tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="cannot be scored"):
+        calibration_set(CalibrationConfig(sequences=sequences, length=length), tokenizer)
+
+
+def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:
+    whole = wikitext2(tokenizer, 256)
+    few = wikitext2(tokenizer, 256, max_tokens=1100)
+    assert few.tokens.shape == (4, 256)
+    assert np.array_equal(few.tokens, whole.tokens[:4])
+    assert len(whole.tokens) > 1500
+    assert "Robert Boulter" in tokenizer.decode(few.tokens[0])
+    assert whole.describe().startswith(f"{len(whole.tokens)} x 256 tokens of WikiText-2 test")
+    with pytest.raises(CalibrationError, match="no window of 256 tokens fits into 100 tokens"):
+        wikitext2(tokenizer, 256, max_tokens=100)

@@ -1,0 +1,43 @@
+"""The wheel outside the checkout, and the names that it promises."""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import coopq
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(coopq, name) is not None for name in coopq.__all__)
+    assert not hasattr(coopq, "no_such_name")
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, coopq.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_wheel_runs_the_main_job_outside_the_checkout(tmp_path: Path, stories: str) -> None:
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", *tmp_path.glob("*.whl"))
+    # The other packages are taken from here: a path in a .pth file lends its packages, not its own .pth files,
+    # so the checkout stays out of sight.
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    assert run(python, "-c", "import coopq; print(coopq.__file__)").startswith(str(site))
+    command = tmp_path / "env" / "bin" / "coopq"
+    fast = ("--permutations", "2", "--tokens", "128", "--sequence-length", "64")
+    run(command, "quantize", stories, "--budget", "3avg", "--out", "model", *fast)
+    assert "perplexity" in run(command, "evaluate", "model", "--tokens", "256", "--sequence-length", "64")
+    assert (site / "coopq" / "data" / "LICENSES.md").is_file()
