@@ -69,3 +69,14 @@ def test_a_second_process_on_a_run_is_refused(stories: str, tmp_path: Path) -> N
     assert second.returncode == 2
     assert errors.strip().splitlines()[-1].startswith("error: run folder")
     assert "is in use by another process" in errors
+
+
+def test_an_interrupt_says_how_to_go_on(stories: str, tmp_path: Path) -> None:
+    process = start(stories, tmp_path / "out")
+    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in errors
+    assert "Traceback" not in errors

@@ -275,7 +275,11 @@ def _progress() -> Iterator[ProgressCallback]:
                 tasks[stage] = bars.add_task(stage, total=total, completed=done)
             bars.update(tasks[stage], completed=done, total=total)
 
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            _err.print("interrupted; nothing computed is lost: run the same command again to go on")
+            raise
 
 
 class _RateColumn(ProgressColumn):
@@ -326,9 +330,6 @@ def main() -> None:
             f"{place}{error.strerror or error}; nothing computed is lost: solve it and run the same command again",
             debug,
         )
-    except KeyboardInterrupt:
-        _err.print("interrupted; nothing computed is lost: run the same command again to go on")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

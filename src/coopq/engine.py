@@ -167,7 +167,7 @@ def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
     """
     n_sequences, length = tokens.shape
     nll = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return nll.double().reshape(n_sequences, length - 1).mean(dim=1).cpu().numpy()
+    return nll.cpu().double().reshape(n_sequences, length - 1).mean(dim=1).numpy()
 
 
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:

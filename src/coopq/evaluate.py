@@ -11,6 +11,7 @@ from coopq.baselines import random_assignments, uniform_assignment
 from coopq.calibration import TokenSet, wikitext2
 from coopq.checkpoint import load, saved_bytes
 from coopq.engine import model_nll
+from coopq.files import locked, require_writable
 from coopq.journal import Journal
 from coopq.models import load_model
 from coopq.pipeline import Workbench, open_workbench
@@ -80,23 +81,25 @@ def evaluate_saved(
     text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, _max_length(model))
     assignment = np.array(plan.assignment, dtype=np.int8)
     total, done = 0.0, 0
-    for portion, journal in _portions(model, text, run / "evaluation", "saved"):
-        fingerprint = {
-            **plan.fingerprint,
-            "tokens": portion.fingerprint,
-            "model": "saved",
-            "device": model.device.type,
-        }
-        with Journal(journal, fingerprint) as values:
-            losses = values.get(assignment)
-            if losses is None:
-                parts = []
-                for batch in model_nll(model, portion.tokens):
-                    parts.append(batch)
-                    progress("evaluating the saved model", done + sum(map(len, parts)), len(text.tokens))
-                losses = np.concatenate(parts)
-                values.append(assignment, losses, len(plan.players))
-        total, done = total + float(losses.sum()), done + len(losses)
+    require_writable(run)
+    with locked(run):
+        for portion, journal in _portions(model, text, run / "evaluation", "saved"):
+            fingerprint = {
+                **plan.fingerprint,
+                "tokens": portion.fingerprint,
+                "model": "saved",
+                "device": model.device.type,
+            }
+            with Journal(journal, fingerprint) as values:
+                losses = values.get(assignment)
+                if losses is None:
+                    parts = []
+                    for batch in model_nll(model, portion.tokens):
+                        parts.append(batch)
+                        progress("evaluating the saved model", done + sum(map(len, parts)), len(text.tokens))
+                    losses = np.concatenate(parts)
+                    values.append(assignment, losses, len(plan.players))
+            total, done = total + float(losses.sum()), done + len(losses)
     return Evaluation(total / done, text.n_scored, saved_bytes(folder), text.describe())
 
 

@@ -42,6 +42,7 @@ def run_data(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
         "status": {plan.budget: plan.solver.status for plan in plans},
         "gap": {plan.budget: plan.solver.gap for plan in plans},
         "layer_forwards": layer_forwards,
+        "layer_forwards_walks": estimation.layer_forwards,
         "layer_forwards_unshared": estimation.layer_forwards_unshared,
         "permutations": estimation.estimate.permutations,
     }
@@ -116,7 +117,8 @@ def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
         Text(provenance(estimation.config, estimation.fingerprint)),
         *summaries,
         table,
-        Text(_cost(layer_forwards, estimation.layer_forwards_unshared)),
+        Text(_cost(estimation.layer_forwards, estimation.layer_forwards_unshared)),
+        Text(f"{layer_forwards} layer forwards spent in this run so far, plans and comparisons included"),
     )
 
 
@@ -139,4 +141,5 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
 
 
 def _cost(layer_forwards: int, unshared: int) -> str:
-    return f"{layer_forwards} layer forwards; {unshared} without sharing prefixes ({unshared / layer_forwards:.2f}x)"
+    ratio = unshared / layer_forwards
+    return f"the walks take {layer_forwards} layer forwards; {unshared} without sharing prefixes ({ratio:.2f}x)"
