@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def test_the_prefix_tree_has_one_node_for_each_distinct_prefix(points: Any) -> N
 def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:
     model = tiny_model("llama")
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:2])
+    list(engine.evaluate(np.array([[4, 4, 4]], dtype=np.int8)))  # the first evaluation also records and checks
+    before = engine.layer_forwards
     points = np.random.default_rng(1).choice(np.array([2, 4], dtype=np.int8), size=(7, 3))
     calls = 0
 
@@ -95,7 +98,16 @@ def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:
         block.register_forward_hook(count)
     spent = sum(forwards for _, _, forwards in engine.evaluate(points))
     heads = len(np.unique(points, axis=0)) * 3  # the head's pass calls each block's stub once
-    assert spent == engine.layer_forwards == prefix_tree_size(points) == calls - heads
+    assert spent == engine.layer_forwards - before == prefix_tree_size(points) == calls - heads
+
+
+def test_blocks_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank = build(model, tmp_path)
+    calls = itertools.count()
+    model.model.layers[1].register_forward_hook(lambda _, __, output: output + next(calls))
+    with pytest.raises(ModelError, match="its blocks depend on more than the hidden states"):
+        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.int8)))
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 The weights do not carry the name that transformers looks for, so it cannot load them by mistake.
 """
 
+import hashlib
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def saved_bytes(folder: Path) -> int:
     """Bytes of the quantized tensors that really lie in a saved model."""
     modules = Plan.load(folder / "plan.json").modules
     return sum(t.nbytes for key, t in load_tensors(folder / _WEIGHTS).items() if _split(key, modules)[0])
+
+
+def fingerprint_saved(folder: Path) -> str:
+    """A hash of a saved model's weights and plan."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (_WEIGHTS, "plan.json"):
+        with (folder / name).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _split(key: str, modules: Container[str]) -> tuple[str, str]:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from coopq.bank import WeightBank
-from coopq.errors import EstimationError
+from coopq.errors import EstimationError, ModelError
 from coopq.players import find_blocks
 from coopq.types import Assignment, Assignments
 
 _BATCH_TOKENS = 512
 """Tokens that go through a block together. On CPUs, larger batches are no faster and their logits cost memory."""
+_TOLERANCE = 1e-3
+"""Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
 
 
 def prefix_tree_size(assignments: Assignments) -> int:
@@ -74,8 +76,10 @@ class PrefixEngine:
             nats per token), and the block forwards spent since the one before.
         Raises:
             EstimationError: If a loss is not finite.
+            ModelError: If the model's own forward gives another loss for the first batch of the first assignment.
         """
-        if not self._calls:
+        unchecked = not self._calls
+        if unchecked:
             recorded = [self._record(batch) for batch in self._batches]
             self._embedded = [embedded for embedded, _ in recorded]
             self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
@@ -96,10 +100,27 @@ class PrefixEngine:
                         f"the loss of assignment {assignment.tolist()} is not a number; "
                         "compute in float32, or use a wider low bit-width"
                     )
+                if unchecked:
+                    self._check(losses)
+                    unchecked = False
                 yield assignment, losses, depth - start
                 previous = assignment
         finally:
             self._bank.restore()
+
+    @torch.no_grad()
+    def _check(self, losses: npt.NDArray[np.float64]) -> None:
+        """Compare with the model's own forward, its weights being those of `losses`.
+
+        They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
+        """
+        batch = self._batches[0]
+        own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
+        if not np.allclose(own, losses[: len(own)], rtol=_TOLERANCE, atol=_TOLERANCE):
+            raise ModelError(
+                f"{type(self._model).__name__}: block by block its loss is {losses[: len(own)].mean():.5f}, by its own "
+                f"forward {own.mean():.5f}; its blocks depend on more than the hidden states, so it cannot be measured"
+            )
 
     @torch.no_grad()
     def _forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
@@ -113,8 +134,8 @@ class PrefixEngine:
         """Loss of each sequence from the states after the last block, by the model's own norm and head."""
         return np.concatenate(
             [
-                sequence_nll(self._head(batch, states, calls[-1]), batch)
-                for batch, states, calls in zip(self._batches, hidden, zip(*self._calls, strict=True), strict=True)
+                sequence_nll(self._head(batch, states, call), batch)
+                for batch, states, call in zip(self._batches, hidden, self._calls[-1], strict=True)
             ]
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from coopq.baselines import random_assignments, uniform_assignment
 from coopq.calibration import TokenSet, wikitext2
-from coopq.checkpoint import load, saved_bytes
+from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
 from coopq.files import locked, require_writable
 from coopq.journal import Journal
@@ -80,16 +80,12 @@ def evaluate_saved(
     model = load(folder, device=device)
     text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, _max_length(model))
     assignment = np.array(plan.assignment, dtype=np.int8)
+    weights = fingerprint_saved(folder)
     total, done = 0.0, 0
     require_writable(run)
     with locked(run):
-        for portion, journal in _portions(model, text, run / "evaluation", "saved"):
-            fingerprint = {
-                **plan.fingerprint,
-                "tokens": portion.fingerprint,
-                "model": "saved",
-                "device": model.device.type,
-            }
+        for portion, journal in _portions(model, text, run / "evaluation", f"saved-{weights[:8]}"):
+            fingerprint = {"file": weights, "tokens": portion.fingerprint, "device": model.device.type}
             with Journal(journal, fingerprint) as values:
                 losses = values.get(assignment)
                 if losses is None:
