@@ -55,6 +55,20 @@ def test_losses_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:4])
+    list(engine.evaluate(np.full((1, 3), UNTOUCHED, dtype=np.int8)))
+    states = engine._embedded
+    for depth in range(3):
+        states = engine._forward_block(depth, states)
+    (batch,) = engine._batches
+    with torch.no_grad():
+        own = model(input_ids=batch).logits
+    torch.testing.assert_close(engine._head(batch, states[0], engine._calls[-1][0]), own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_players_hold_every_linear_layer_of_the_blocks_and_no_other(name: str) -> None:
     model = tiny_model(name)
     found = {linear.name: linear.shape for player in find_players(model) for linear in player.linears}

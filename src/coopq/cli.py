@@ -55,20 +55,20 @@ Budget_ = Annotated[
     str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
 Backend = Annotated[str, typer.Option(help="rtn, quanto or hqq.")]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale.  [default: the backend's]")]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
 Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
 Permutations = Annotated[int, typer.Option(help="Random walks to measure; more can be added to a run later.")]
 Seed = Annotated[int, typer.Option(help="Seed of the walks.")]
-Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, or hub:NAME[:CONFIG].")]
+Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, hub:NAME or hub:NAME:CONFIG.")]
 CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
-TimeLimit = Annotated[float | None, typer.Option(help="Seconds for the solver.  [default: until proven optimal]")]
+TimeLimit = Annotated[float | None, typer.Option(help="Seconds for the solver. (default: until proven optimal)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Run = Annotated[Path | None, typer.Option(help="Folder of the work.  [default: OUT-run]")]
+Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
 
 
 @app.callback()
@@ -152,7 +152,12 @@ def allocate(
     budgets = [Budget.parse(text) for text in budget]
     folder = RunFolder(run)
     estimation = folder.load()
-    plans = [plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit) for parsed in budgets]
+    plans: list[Plan] = []
+    with _progress() as progress:
+        for parsed in budgets:
+            progress("solving the program", len(plans), len(budgets))
+            plans.append(plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit))
+        progress("solving the program", len(plans), len(budgets))
     folder.plans.mkdir(exist_ok=True)
     paths = [folder.plans / f"{plan.budget}.json" for plan in plans]
     for plan, path in zip(plans, paths, strict=True):
@@ -185,10 +190,10 @@ def apply(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder saved by coopq, or any model as for quantize.")],
-    tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2.  [default: all]")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2. (default: all)")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     compare: Annotated[bool, typer.Option(help="Compare a saved model with what else its budget buys.")] = True,
-    run: Annotated[Path | None, typer.Option(help="Run folder of the saved model.  [default: MODEL-run]")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run folder of the saved model. (default: MODEL-run)")] = None,
     source: Annotated[str | None, typer.Option(help="Where the full-precision model is now.")] = None,
     device: Device = "auto",
     as_json: Json = False,

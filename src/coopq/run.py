@@ -29,7 +29,7 @@ class CalibrationConfig:
     """Which text the game is played on.
 
     Attributes:
-        source: "c4" (the packaged sample), a .txt or .jsonl file, or "hub:NAME[:CONFIG]".
+        source: "c4" (the packaged sample), a .txt or .jsonl file, or "hub:NAME" or "hub:NAME:CONFIG".
         sequences: Number of sequences.
         length: Tokens of each sequence.
         seed: Seed of the choice of sequences.
