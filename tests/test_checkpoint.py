@@ -27,6 +27,8 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) 
     players = find_players(model)
     storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
     return Plan(
+        method="coopq",
+        alpha=0.5,
         budget="3avg",
         budget_bytes=storage.bytes_of(bits),
         bytes=storage.bytes_of(bits),
@@ -36,7 +38,7 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) 
             PlayerPlan(player.name, width, tuple(linear.name for linear in player.linears), 0.0, 0.0)
             for player, width in zip(players, bits, strict=True)
         ),
-        solver=Solver("optimal", 0.0, 0.0, 0.0, 0.5),
+        solver=Solver("optimal", 0.0, 0.0, 0.0),
         predicted_loss=0.0,
         measured_loss=None,
         config=RunConfig("tiny", backend=backend, group_size=group_size).to_json(),

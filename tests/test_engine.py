@@ -59,13 +59,12 @@ def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
     model = tiny_model(name)
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:4])
     list(engine.evaluate(np.full((1, 3), UNTOUCHED, dtype=np.int8)))
-    states = engine._embedded
+    states = engine.embedded
     for depth in range(3):
-        states = engine._forward_block(depth, states)
-    (batch,) = engine._batches
+        states = engine.forward_block(depth, states)
+    (batch,) = engine.batches
     with torch.no_grad():
-        own = model(input_ids=batch).logits
-    torch.testing.assert_close(engine._head(batch, states[0], engine._calls[-1][0]), own, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(engine.head(0, states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

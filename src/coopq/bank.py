@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coopq.backends import Backend
 from coopq.errors import Mismatch, ModelError
@@ -96,8 +96,7 @@ class WeightBank:
         for done, (player, width) in enumerate(missing):
             progress("quantizing", done, len(missing))
             weights = {
-                linear.name: self._quantized(linear.name, linear.shape, width)
-                for linear in self.players[player].linears
+                linear.name: self._make(linear.name, linear.shape, width) for linear in self.players[player].linears
             }
             with atomic_file(self._path(player, width)) as temporary:
                 save_tensors(weights, temporary)
@@ -106,19 +105,34 @@ class WeightBank:
 
     def set_player(self, player: int, bits: int) -> None:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
-        if bits != UNTOUCHED and (player, bits) not in self._weights:
+        weights = self._originals if bits == UNTOUCHED else self.quantized(player, bits)
+        for linear in self.players[player].linears:
+            self._linears[linear.name].weight.data = weights[linear.name]
+
+    def originals(self, player: int) -> dict[str, Tensor]:
+        """The model's own weights of a player's linear layers, by name."""
+        return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
+
+    def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
+        """Dequantised weights of a player, by name; they must have been built."""
+        if (player, bits) not in self._weights:
             device = str(next(iter(self._originals.values())).device)
             self._weights[player, bits] = load_tensors(self._path(player, bits), device=device)
-        for linear in self.players[player].linears:
-            weights = self._originals if bits == UNTOUCHED else self._weights[player, bits]
-            self._linears[linear.name].weight.data = weights[linear.name]
+        return self._weights[player, bits]
+
+    def parameters(self, player: int) -> dict[str, nn.Parameter]:
+        """The parameters that hold a player's weights at the moment, by name."""
+        return {
+            linear.name: cast(nn.Parameter, self._linears[linear.name].weight)
+            for linear in self.players[player].linears
+        }
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         for player in range(len(self.players)):
             self.set_player(player, UNTOUCHED)
 
-    def _quantized(self, name: str, shape: tuple[int, int], bits: int) -> Tensor:
+    def _make(self, name: str, shape: tuple[int, int], bits: int) -> Tensor:
         weight = self._originals[name]
         if not torch.isfinite(weight).all():
             raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")

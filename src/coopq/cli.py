@@ -55,6 +55,9 @@ Budget_ = Annotated[
     str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
 Backend = Annotated[str, typer.Option(help="rtn, quanto or hqq.")]
+Method = Annotated[
+    str, typer.Option(help="coopq, or a baseline: llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation.")
+]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
 Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
 Permutations = Annotated[int, typer.Option(help="Random walks to measure; more can be added to a run later.")]
@@ -82,6 +85,7 @@ def quantize(
     budget: Budget_,
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
     run: Run = None,
+    method: Method = "coopq",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     bits: Bits = "2,4",
@@ -105,7 +109,9 @@ def quantize(
 
     _quiet_libraries()
     with _progress() as progress:
-        plan = pipeline.quantize(config, budget, out, run=run, alpha=alpha, time_limit=time_limit, progress=progress)
+        plan = pipeline.quantize(
+            config, budget, out, run=run, method=method, alpha=alpha, time_limit=time_limit, progress=progress
+        )
     text = f"{provenance(config, plan.fingerprint)}\n{plan_summary(plan)}\nsaved in {out}"
     _print(plan_data(plan) | {"out": str(out)}, text, as_json)
 

@@ -52,6 +52,8 @@ class PrefixEngine:
 
     Attributes:
         layer_forwards: Forwards of one block over all tokens spent so far.
+        batches: The tokens as they go through a block together, each of shape (n, length).
+        embedded: The states that the first block gets, by batch, shape (n, length, width); empty until `record`.
     """
 
     def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64]) -> None:
@@ -60,8 +62,8 @@ class PrefixEngine:
         self._blocks = list(find_blocks(model)[1])
         self.layer_forwards = 0
         ids = torch.from_numpy(tokens).to(model.device)
-        self._batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
-        self._embedded: list[Tensor] = []
+        self.batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+        self.embedded: list[Tensor] = []
         self._calls: list[list[_Call]] = []
 
     def evaluate(
@@ -78,13 +80,9 @@ class PrefixEngine:
             EstimationError: If a loss is not finite.
             ModelError: If the model's own forward gives another loss for the first batch of the first assignment.
         """
-        unchecked = not self._calls
-        if unchecked:
-            recorded = [self._record(batch) for batch in self._batches]
-            self._embedded = [embedded for embedded, _ in recorded]
-            self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
+        unchecked = self.record()
         depth = len(self._blocks)
-        hidden: list[list[Tensor]] = [self._embedded] + [[] for _ in range(depth)]
+        hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
         previous: Assignment | None = None
         try:
             for assignment in np.unique(assignments, axis=0):
@@ -92,7 +90,7 @@ class PrefixEngine:
                 start = int(np.argmax(differs))
                 for d in range(start, depth):
                     self._bank.set_player(d, int(assignment[d]))
-                    hidden[d + 1] = self._forward_block(d, hidden[d])
+                    hidden[d + 1] = self.forward_block(d, hidden[d])
                 self.layer_forwards += depth - start
                 losses = self._losses(hidden[depth])
                 if not np.isfinite(losses).all():
@@ -114,7 +112,7 @@ class PrefixEngine:
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
-        batch = self._batches[0]
+        batch = self.batches[0]
         own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
         if not np.allclose(own, losses[: len(own)], rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
@@ -123,36 +121,43 @@ class PrefixEngine:
             )
 
     @torch.no_grad()
-    def _forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
-        outputs = []
-        for states, call in zip(hidden, self._calls[d], strict=True):
-            output = self._blocks[d](states, *call.args, **call.kwargs)
-            outputs.append(output[0] if call.returns_tuple else output)
-        return outputs
+    def forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
+        """States after block d from those before it, batch by batch."""
+        return [self.call_block(d, j, states) for j, states in enumerate(hidden)]
 
-    def _losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
-        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
-        return np.concatenate(
-            [
-                sequence_nll(self._head(batch, states, call), batch)
-                for batch, states, call in zip(self._batches, hidden, self._calls[-1], strict=True)
-            ]
-        )
+    def call_block(self, d: int, j: int, states: Tensor) -> Tensor:
+        """States of batch j after block d, called as the model itself does."""
+        call = self._calls[d][j]
+        output = self._blocks[d](states, *call.args, **call.kwargs)
+        return output[0] if call.returns_tuple else output
 
-    @torch.no_grad()
-    def _head(self, batch: Tensor, states: Tensor, last: _Call) -> Tensor:
-        """The model's own forward with every block replaced by one that answers `states`."""
+    def head(self, j: int, states: Tensor) -> Tensor:
+        """Logits of batch j: the model's own forward with every block replaced by one that answers `states`."""
 
         def answer(*_: Any, **__: Any) -> Any:
-            return (states,) if last.returns_tuple else states
+            return (states,) if self._calls[-1][j].returns_tuple else states
 
         try:
             for block in self._blocks:
                 block.forward = answer
-            return self._model(input_ids=batch, use_cache=False).logits
+            return self._model(input_ids=self.batches[j], use_cache=False).logits
         finally:
             for block in self._blocks:
                 del block.forward
+
+    @torch.no_grad()
+    def _losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
+        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
+        return np.concatenate([sequence_nll(self.head(j, s), self.batches[j]) for j, s in enumerate(hidden)])
+
+    def record(self) -> bool:
+        """Watch the model call its blocks, once; whether it was done just now."""
+        if self._calls:
+            return False
+        recorded = [self._record(batch) for batch in self.batches]
+        self.embedded = [embedded for embedded, _ in recorded]
+        self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
+        return True
 
     @torch.no_grad()
     def _record(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:

@@ -23,6 +23,7 @@ from coopq.types import UNTOUCHED, Assignment, ProgressCallback, silent
 
 _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
+_METHODS = {"coopq": "CoopQ"}
 _N_RANDOM = 5
 _RANDOM_SEED = 0
 
@@ -134,7 +135,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
         f"uniform {low}": [uniform_assignment(n_players, low)],
     }
     for plan in plans:
-        groups[f"CoopQ {plan.budget}"] = [np.array(plan.assignment, dtype=np.int8)]
+        groups[f"{_METHODS.get(plan.method, plan.method)} {plan.budget}"] = [np.array(plan.assignment, dtype=np.int8)]
         groups[f"random {plan.budget}"] = list(
             random_assignments(bench.storage, low, high, plan.budget_bytes, _N_RANDOM, _RANDOM_SEED)
         )

@@ -1,45 +1,43 @@
 """The stages in order over a run folder: estimate, allocate, quantize."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from coopq.backends import Backend, get_backend
 from coopq.bank import WeightBank, measure_storage
+from coopq.baselines import Gains, get_baseline
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, Mismatch, OutputError
 from coopq.estimators import SPQE, run_estimator
-from coopq.files import locked, require_new_folder, require_writable
+from coopq.files import locked, require_new_folder, require_writable, write_json
 from coopq.game import QuantizationGame
 from coopq.journal import Journal
 from coopq.models import LoadedModel, fingerprint_weights, load_model
-from coopq.plan import Plan, check_alpha, plan_budget
+from coopq.plan import Plan, check_alpha, plan_budget, plan_gains
 from coopq.players import find_players
-from coopq.run import Estimation, RunConfig, RunFolder
-from coopq.storage import Budget, Storage
-from coopq.types import Player, ProgressCallback, silent
+from coopq.probe import Probe
+from coopq.run import Estimation, RunConfig, RunFolder, Subject
+from coopq.storage import Budget
+from coopq.types import ProgressCallback, silent
 
 
 @dataclass(frozen=True)
-class Workbench:
+class Workbench(Subject):
     """A loaded model with everything that measures it, held open over a locked run folder."""
 
-    config: RunConfig
     folder: RunFolder
     loaded: LoadedModel
     backend: Backend
-    players: tuple[Player, ...]
-    storage: Storage
     bank: WeightBank
     calibration: TokenSet
-    fingerprint: Mapping[str, Any]
     progress: ProgressCallback
 
     @contextmanager
@@ -94,7 +92,7 @@ def open_workbench(
         bank = WeightBank(folder.bank, loaded.model, players, backend, weights)
         bank.build((config.low, config.high), progress)
         fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
-        yield Workbench(config, folder, loaded, backend, players, storage, bank, calibration, fingerprint, progress)
+        yield Workbench(config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress)
 
 
 def check_config(config: RunConfig) -> None:
@@ -143,6 +141,39 @@ def estimate_on(bench: Workbench) -> Estimation:
     return estimation
 
 
+def gains_on(bench: Workbench, method: str) -> tuple[Gains, int]:
+    """A baseline's gains, and the layer forwards that they take; kept in the run folder."""
+    path = bench.folder.path / "scores" / f"{method}.json"
+    fingerprint = {**bench.fingerprint, "low": bench.config.low, "high": bench.config.high}
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["fingerprint"] == json.loads(json.dumps(fingerprint)):
+            return np.array(record["gains"]), record["layer_forwards"]
+    engine = PrefixEngine(bench.loaded.model, bench.bank, bench.calibration.tokens)
+    probe = Probe(engine, bench.bank, bench.config.low, bench.config.high)
+    bench.progress(f"scoring by {method}", 0, 1)
+    gains = get_baseline(method)(probe)
+    bench.progress(f"scoring by {method}", 1, 1)
+    path.parent.mkdir(exist_ok=True)
+    record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
+    write_json(path, record)
+    return gains, probe.layer_forwards
+
+
+def plan_on(bench: Workbench, method: str, budget: Budget, alpha: float, time_limit: float | None) -> Plan:
+    """The plan of a budget by a method: "coopq" or a baseline."""
+    if method == "coopq":
+        estimation = estimate_on(bench)
+        bench.progress("solving the program", 0, 1)
+        plan = plan_budget(estimation, budget, alpha=alpha, time_limit=time_limit)
+    else:
+        gains, layer_forwards = gains_on(bench, method)
+        bench.progress("solving the program", 0, 1)
+        plan = plan_gains(bench, method, gains, budget, layer_forwards=layer_forwards, time_limit=time_limit)
+    bench.progress("solving the program", 1, 1)
+    return plan
+
+
 def measure(bench: Workbench, plan: Plan) -> Plan:
     """The plan with its loss on the calibration set truly measured."""
     with bench.calibration_game("measuring the plan") as game:
@@ -156,6 +187,7 @@ def quantize(
     out: Path,
     *,
     run: Path | None = None,
+    method: str = "coopq",
     alpha: float = 0.5,
     time_limit: float | None = None,
     progress: ProgressCallback = silent,
@@ -167,6 +199,7 @@ def quantize(
         budget: "2.5avg", "2.8bpw" or "40MiB".
         out: Folder of the quantized model; it appears whole, at the end.
         run: Folder of the work, "<out>-run" by default; an interrupted job goes on from it.
+        method: "coopq", or a baseline of `coopq.baselines`.
         alpha: Shrinkage of the covariance.
         time_limit: Seconds for the solver.
         progress: Told of every step.
@@ -175,15 +208,13 @@ def quantize(
     """
     parsed = Budget.parse(budget)
     check_alpha(alpha)
+    if method != "coopq":
+        get_baseline(method)
     if is_saved_model(out):
-        return _finished(config, parsed, alpha, out)
+        return _finished(config, method, parsed, alpha if method == "coopq" else None, out)
     require_new_folder(out)
     with open_workbench(config, run or default_run(out), progress, parsed) as bench:
-        estimation = estimate_on(bench)
-        progress("solving the program", 0, 1)
-        plan = plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit)
-        progress("solving the program", 1, 1)
-        plan = measure(bench, plan)
+        plan = measure(bench, plan_on(bench, method, parsed, alpha, time_limit))
         save_model(bench.loaded, plan, bench.backend, out, progress)
     return plan
 
@@ -223,11 +254,11 @@ def default_run(out: Path) -> Path:
     return out.with_name(f"{out.name}-run")
 
 
-def _finished(config: RunConfig, budget: Budget, alpha: float, out: Path) -> Plan:
+def _finished(config: RunConfig, method: str, budget: Budget, alpha: float | None, out: Path) -> Plan:
     """The plan of an output that is complete, if it answers this very request."""
     plan = Plan.load(out / "plan.json")
-    ours = {**config.to_json(), "budget": budget.text, "alpha": alpha}
-    theirs = {**plan.config, "budget": plan.budget, "alpha": plan.solver.alpha}
+    ours = {**config.to_json(), "method": method, "budget": budget.text, "alpha": alpha}
+    theirs = {**plan.config, "method": plan.method, "budget": plan.budget, "alpha": plan.alpha}
     if ours != theirs:
         differing = Mismatch("", ours, theirs, "").fields
         raise OutputError(

@@ -1,17 +1,18 @@
 """A plan: the bit-width of every module, where it came from and what it should cost."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from coopq.allocate import allocate, paper_program
+from coopq.allocate import Allocation, QuadraticProgram, allocate, paper_program
 from coopq.errors import PlanError
 from coopq.files import write_json
-from coopq.run import Estimation
+from coopq.run import Estimation, Subject
 from coopq.storage import Budget
 
 _FORMAT_VERSION = 1
@@ -19,13 +20,17 @@ _FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class PlayerPlan:
-    """One player: its bits, its linear modules, its Shapley value and standard error (nats per token)."""
+    """One player: its bits, its linear modules, and the method's score of it.
+
+    The score of "coopq" is the Shapley value, with its standard error, in nats per token; those of the baselines have
+    no error, and units of their own.
+    """
 
     name: str
     bits: int
     modules: tuple[str, ...]
-    shapley: float
-    stderr: float
+    score: float
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,6 @@ class Solver:
     objective: float
     bound: float
     gap: float
-    alpha: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Plan:
     """A plan as it is saved in plan.json.
 
     Attributes:
+        method: "coopq", or a baseline.
+        alpha: Shrinkage of the covariance; None for methods without one.
         budget: As the user wrote it.
         budget_bytes: The same in bytes.
         bytes: Bytes of the quantized weights under this plan.
@@ -51,14 +57,16 @@ class Plan:
         bits_per_weight: With scales, zeros and padding.
         players: Bits of each player.
         solver: How sure the solver is.
-        predicted_loss: Loss on the calibration set by the surrogate, nats per token.
+        predicted_loss: Loss on the calibration set by the surrogate, nats per token; None for methods without one.
         measured_loss: The same truly measured; None until it is.
         config: The run's configuration.
         fingerprint: What the losses depend on.
-        layer_forwards: Spent by one uninterrupted estimation.
+        layer_forwards: Forwards of one block over all calibration tokens that the method takes, uninterrupted.
         layer_forwards_unshared: The same without sharing prefixes.
     """
 
+    method: str
+    alpha: float | None
     budget: str
     budget_bytes: int
     bytes: int
@@ -66,7 +74,7 @@ class Plan:
     bits_per_weight: float
     players: tuple[PlayerPlan, ...]
     solver: Solver
-    predicted_loss: float
+    predicted_loss: float | None
     measured_loss: float | None
     config: Mapping[str, Any]
     fingerprint: Mapping[str, Any]
@@ -124,47 +132,66 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
     """
     check_alpha(alpha)
     config, storage, estimate = estimation.config, estimation.storage, estimation.estimate
-    limit = storage.limit(budget, config.low, config.high)
     program = paper_program(
         estimate.shapley,
         estimate.covariance,
         alpha,
         costs=storage.raise_costs(config.low, config.high),
-        capacity=limit - sum(storage.n_bytes[config.low]),
+        capacity=_capacity(estimation, budget),
     )
     allocation = allocate(program, time_limit)
-    assignment = np.where(allocation.q, config.low, config.high)
-    return Plan(
-        budget=budget.text,
-        budget_bytes=limit,
-        bytes=storage.bytes_of(assignment),
-        average_bits=storage.average_bits(assignment),
-        bits_per_weight=storage.bits_per_weight(assignment),
-        players=tuple(
-            PlayerPlan(
-                name=player.name,
-                bits=int(bits),
-                modules=tuple(linear.name for linear in player.linears),
-                shapley=float(shapley),
-                stderr=float(stderr),
-            )
-            for player, bits, shapley, stderr in zip(
-                estimation.players, assignment, estimate.shapley, estimate.stderr, strict=True
-            )
-        ),
-        solver=Solver(
-            status=allocation.status,
-            objective=allocation.objective,
-            bound=allocation.bound,
-            gap=allocation.gap,
-            alpha=alpha,
-        ),
+    return _plan(
+        estimation,
+        budget,
+        allocation,
+        _players(estimation, allocation, estimate.shapley.tolist(), estimate.stderr.tolist()),
+        method="coopq",
+        alpha=alpha,
         predicted_loss=estimate.loss_high + allocation.objective,
-        measured_loss=None,
-        config=config.to_json(),
-        fingerprint=estimation.fingerprint,
         layer_forwards=estimation.layer_forwards,
         layer_forwards_unshared=estimation.layer_forwards_unshared,
+    )
+
+
+def plan_gains(
+    subject: Subject,
+    method: str,
+    gains: npt.NDArray[np.float64],
+    budget: Budget,
+    *,
+    layer_forwards: int,
+    time_limit: float | None = None,
+) -> Plan:
+    """Allocate one budget by a one-layer score: the exact knapsack over what raising each player is worth.
+
+    Args:
+        subject: What the plan is for.
+        method: Name of the score.
+        gains: What raising each player is worth, shape (n_players,).
+        budget: The limit on bytes.
+        layer_forwards: What the score took.
+        time_limit: Seconds for the solver; None waits for the proof.
+    Raises:
+        InfeasibleBudget: With the smallest and largest feasible budget.
+    """
+    config, storage = subject.config, subject.storage
+    program = QuadraticProgram(
+        linear=gains,
+        quadratic=np.zeros((len(gains), len(gains))),
+        costs=storage.raise_costs(config.low, config.high),
+        capacity=_capacity(subject, budget),
+    )
+    allocation = allocate(program, time_limit)
+    return _plan(
+        subject,
+        budget,
+        allocation,
+        _players(subject, allocation, gains.tolist(), [None] * len(gains)),
+        method=method,
+        alpha=None,
+        predicted_loss=None,
+        layer_forwards=layer_forwards,
+        layer_forwards_unshared=layer_forwards,
     )
 
 
@@ -176,3 +203,40 @@ def check_alpha(alpha: float) -> None:
     """
     if not 0 <= alpha <= 1:
         raise PlanError(f"alpha = {alpha} is not between 0 and 1; the paper takes 0.5")
+
+
+def _capacity(subject: Subject, budget: Budget) -> int:
+    """Bytes that the budget leaves above all players at the low width."""
+    config, storage = subject.config, subject.storage
+    return storage.limit(budget, config.low, config.high) - sum(storage.n_bytes[config.low])
+
+
+def _players(
+    subject: Subject, allocation: Allocation, scores: Sequence[float], stderr: Sequence[float | None]
+) -> tuple[PlayerPlan, ...]:
+    widths = np.where(allocation.q, subject.config.low, subject.config.high).tolist()
+    return tuple(
+        PlayerPlan(player.name, bits, tuple(linear.name for linear in player.linears), score, error)
+        for player, bits, score, error in zip(subject.players, widths, scores, stderr, strict=True)
+    )
+
+
+def _plan(
+    subject: Subject, budget: Budget, allocation: Allocation, players: tuple[PlayerPlan, ...], **fields: Any
+) -> Plan:
+    """A plan with its sizes."""
+    config, storage = subject.config, subject.storage
+    assignment = [player.bits for player in players]
+    return Plan(
+        budget=budget.text,
+        budget_bytes=storage.limit(budget, config.low, config.high),
+        bytes=storage.bytes_of(assignment),
+        average_bits=storage.average_bits(assignment),
+        bits_per_weight=storage.bits_per_weight(assignment),
+        players=players,
+        solver=Solver(allocation.status, allocation.objective, allocation.bound, allocation.gap),
+        measured_loss=None,
+        config=config.to_json(),
+        fingerprint=subject.fingerprint,
+        **fields,
+    )

@@ -12,13 +12,20 @@ from coopq.plan import Plan
 from coopq.run import Estimation, RunConfig
 from coopq.scores import Comparison, Evaluation
 
+_SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
+
 
 def plan_data(plan: Plan) -> dict[str, Any]:
-    """A plan for machines: `bits`, `shapley`, `stderr` by player, `status`, `gap`, `layer_forwards` and sizes."""
+    """A plan for machines: `bits` by player, `status`, `gap`, `layer_forwards` and sizes.
+
+    Plans of the method coopq have `shapley` and `stderr` by player, those of baselines `scores`.
+    """
+    scores = {player.name: player.score for player in plan.players}
+    errors = {player.name: player.stderr for player in plan.players}
     return {
+        "method": plan.method,
         "bits": {player.name: player.bits for player in plan.players},
-        "shapley": {player.name: player.shapley for player in plan.players},
-        "stderr": {player.name: player.stderr for player in plan.players},
+        **({"shapley": scores, "stderr": errors} if plan.method == "coopq" else {"scores": scores}),
         "status": plan.solver.status,
         "gap": plan.solver.gap,
         "layer_forwards": plan.layer_forwards,
@@ -57,10 +64,11 @@ def evaluation_data(evaluation: Evaluation, rows: Sequence[Comparison] = ()) -> 
 def plan_summary(plan: Plan) -> str:
     """Sizes, losses and proof of a plan in two lines."""
     measured = "not measured yet" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
+    predicted = "not predicted" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted"
     return (
-        f"budget {plan.budget}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
+        f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
-        f"calibration loss {plan.predicted_loss:.4f} predicted, {measured} (nats per token); "
+        f"calibration loss {predicted}, {measured} (nats per token); "
         f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}"
     )
 
@@ -75,42 +83,40 @@ def provenance(config: RunConfig, fingerprint: Mapping[str, Any]) -> str:
     )
 
 
-def plans_table(
-    names: Sequence[str], shapley: Sequence[float], stderr: Sequence[float], bits: Mapping[str, Sequence[int]]
+def players_table(
+    title: str, names: Sequence[str], bits: Mapping[str, Sequence[int]], scores: Mapping[str, Sequence[float]]
 ) -> Table:
-    """Players as rows; bits by budget, Shapley values with standard errors."""
-    table = Table(title="Shapley value: loss increase by lowering the player, nats per token, ± standard error")
+    """Players as rows; bits by budget, then scores."""
+    table = Table(title=title)
     table.add_column("player")
-    for budget in bits:
-        table.add_column(budget, justify="right")
-    table.add_column("Shapley value", justify="right")
-    table.add_column("±", justify="right")
-    for row, (name, value, error) in enumerate(zip(names, shapley, stderr, strict=True)):
-        table.add_row(name, *(str(widths[row]) for widths in bits.values()), f"{value:.5f}", f"{error:.5f}")
+    for column in (*bits, *scores):
+        table.add_column(column, justify="right")
+    for row, name in enumerate(names):
+        widths = [str(of_budget[row]) for of_budget in bits.values()]
+        table.add_row(name, *widths, *(f"{values[row]:.5g}" for values in scores.values()))
     return table
 
 
 def show_plan(plan: Plan) -> RenderableType:
     """A plan for people."""
-    table = plans_table(
-        [player.name for player in plan.players],
-        [player.shapley for player in plan.players],
-        [player.stderr for player in plan.players],
-        {"bits": plan.assignment},
-    )
+    scores = [player.score for player in plan.players]
+    columns = {"score": scores}
+    if plan.method == "coopq":
+        columns = {"Shapley value": scores, "±": [player.stderr or 0.0 for player in plan.players]}
+    names = [player.name for player in plan.players]
+    table = players_table(_SHAPLEY if plan.method == "coopq" else "", names, {"bits": plan.assignment}, columns)
     head = provenance(RunConfig.from_json(plan.config), plan.fingerprint)
-    return Group(
-        Text(head), Text(plan_summary(plan)), table, Text(_cost(plan.layer_forwards, plan.layer_forwards_unshared))
-    )
+    cost = _cost(plan.layer_forwards, plan.layer_forwards_unshared)
+    return Group(Text(head), Text(plan_summary(plan)), table, Text(cost))
 
 
 def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int) -> RenderableType:
     """A run for people."""
-    table = plans_table(
+    table = players_table(
+        _SHAPLEY,
         [player.name for player in estimation.players],
-        estimation.estimate.shapley.tolist(),
-        estimation.estimate.stderr.tolist(),
         {plan.budget: plan.assignment for plan in plans},
+        {"Shapley value": estimation.estimate.shapley.tolist(), "±": estimation.estimate.stderr.tolist()},
     )
     summaries = [Text(plan_summary(plan)) for plan in plans]
     return Group(
@@ -141,5 +147,7 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
 
 
 def _cost(layer_forwards: int, unshared: int) -> str:
+    if layer_forwards == unshared:
+        return f"{layer_forwards} layer forwards"
     ratio = unshared / layer_forwards
     return f"the walks take {layer_forwards} layer forwards; {unshared} without sharing prefixes ({ratio:.2f}x)"

@@ -80,24 +80,33 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class Estimation:
-    """A finished estimation with everything that an allocation and a plan need.
+class Subject:
+    """What plans are made for.
 
     Attributes:
         config: What was asked for.
         players: Who plays.
         storage: Their sizes.
-        estimate: What the walks say.
-        fingerprint: What the losses depend on.
-        layer_forwards: Block forwards over all calibration tokens that one uninterrupted run spends.
-        layer_forwards_unshared: The same without sharing prefixes: M L^2.
+        fingerprint: What losses depend on.
     """
 
     config: RunConfig
     players: tuple[Player, ...]
     storage: Storage
-    estimate: ShapleyEstimate
     fingerprint: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Estimation(Subject):
+    """A finished estimation with everything that an allocation and a plan need.
+
+    Attributes:
+        estimate: What the walks say.
+        layer_forwards: Block forwards over all calibration tokens that one uninterrupted run spends.
+        layer_forwards_unshared: The same without sharing prefixes: M L^2.
+    """
+
+    estimate: ShapleyEstimate
     layer_forwards: int
     layer_forwards_unshared: int
 

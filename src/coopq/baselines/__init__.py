@@ -1,0 +1,52 @@
+"""One-layer scores that CoopQ is compared with, each turned into an assignment under the same byte budget."""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.baselines.uninformed import random_assignments, uniform_assignment
+from coopq.errors import EstimationError
+
+__all__ = ["BASELINES", "Gains", "gains_of_ranking", "get_baseline", "random_assignments", "uniform_assignment"]
+
+Gains = npt.NDArray[np.float64]
+"""What raising each player to the high width is worth by a score, shape (n_players,); a knapsack adds them up."""
+
+BASELINES = {
+    "llm-mq": "coopq.baselines.llm_mq:gains_by_layer",
+    "llm-mq-block": "coopq.baselines.llm_mq:gains_by_block",
+    "lim": "coopq.baselines.lim:gains",
+    "zd": "coopq.baselines.zd:gains_one_sided",
+    "zd-two-sided": "coopq.baselines.zd:gains_two_sided",
+    "activation": "coopq.baselines.activation:gains",
+}
+
+
+def get_baseline(name: str) -> Callable[[Any], Gains]:
+    """The function from a `coopq.probe.Probe` to gains.
+
+    Raises:
+        EstimationError: If the name is unknown.
+    """
+    if name not in BASELINES:
+        near = difflib.get_close_matches(name, BASELINES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BASELINES)}"
+        raise EstimationError(f"method {name!r} is unknown; {hint}")
+    module, _, attribute = BASELINES[name].partition(":")
+    function: Callable[[Any], Gains] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def gains_of_ranking(scores: Gains) -> Gains:
+    """Gains from scores that only rank players: how far each is above the lowest.
+
+    With players of equal size the knapsack then raises those with the highest scores, as the scores' authors do.
+    The lowest gets a gain too, so that what fits into the budget is used.
+    """
+    above = scores - scores.min()
+    spread = float(above.max()) or 1.0
+    return above + 1e-6 * spread

@@ -1,0 +1,23 @@
+"""Activation score: the Frobenius norm of what a block puts out, larger keeps more bits.
+
+Source: a baseline of CoopQ (2026), which does not say more; the norm is taken of each sequence's states after the block
+and averaged over the calibration sequences.
+"""
+
+import numpy as np
+
+from coopq.baselines import Gains, gains_of_ranking
+from coopq.probe import Probe
+
+
+def scores(probe: Probe) -> Gains:
+    """Frobenius norm of each block's output, averaged over sequences, shape (n_players,)."""
+    values = np.empty(len(probe.players))
+    for player, _, outputs in probe.states():
+        values[player] = float(outputs.flatten(1).double().norm(dim=1).mean())
+    return values
+
+
+def gains(probe: Probe) -> Gains:
+    """Blocks with the largest outputs are raised first."""
+    return gains_of_ranking(scores(probe))

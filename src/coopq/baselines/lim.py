@@ -1,0 +1,26 @@
+"""LIM, layer input modification: how much a block changes what goes through it.
+
+Source: Dumitru et al., Layer-Wise Quantization, 2024 (arXiv 2406.17415): the negative cosine similarity of a layer's
+input and output, averaged over calibration samples; higher keeps more bits. Similarities are taken of the flattened
+states of each sequence.
+"""
+
+import numpy as np
+from torch.nn import functional
+
+from coopq.baselines import Gains, gains_of_ranking
+from coopq.probe import Probe
+
+
+def scores(probe: Probe) -> Gains:
+    """Negative cosine similarity of input and output of each block, averaged over sequences, shape (n_players,)."""
+    values = np.empty(len(probe.players))
+    for player, inputs, outputs in probe.states():
+        similarity = functional.cosine_similarity(inputs.flatten(1).double(), outputs.flatten(1).double(), dim=1)
+        values[player] = -float(similarity.mean())
+    return values
+
+
+def gains(probe: Probe) -> Gains:
+    """Blocks that change their input most are raised first."""
+    return gains_of_ranking(scores(probe))

@@ -1,0 +1,95 @@
+"""Activations and gradients of the full-precision model, streamed block by block: no second copy of the model."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coopq.bank import WeightBank
+from coopq.engine import PrefixEngine
+from coopq.types import Player
+
+
+class Probe:
+    """What one-layer scores look at.
+
+    Args:
+        engine: The model on its calibration tokens.
+        bank: Its players' weights.
+        low: The lower of the two widths.
+        high: The higher one.
+
+    Attributes:
+        layer_forwards: Forwards of one block over all tokens that were asked for; a backward counts as two.
+    """
+
+    def __init__(self, engine: PrefixEngine, bank: WeightBank, low: int, high: int) -> None:
+        self._engine = engine
+        self._bank = bank
+        self.low = low
+        self.high = high
+        self.layer_forwards = 0
+
+    @property
+    def players(self) -> Sequence[Player]:
+        """The players, in order."""
+        return self._bank.players
+
+    def weights(self, player: int) -> dict[str, Tensor]:
+        """Original weights of a player's linear layers by name, each of shape (out, in)."""
+        return self._bank.originals(player)
+
+    def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
+        """The same, quantized and dequantised."""
+        return self._bank.quantized(player, bits)
+
+    def states(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Hidden states before and after each block, shape (n_sequences, length, width) both; two at a time."""
+        self._engine.record()
+        states = self._engine.embedded
+        for player in range(len(self.players)):
+            outputs = self._engine.forward_block(player, states)
+            self.layer_forwards += 1
+            yield player, torch.cat(states), torch.cat(outputs)
+            states = outputs
+
+    def gradients(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Gradients of the mean loss by each player's weights, from the last player to the first.
+
+        Yields:
+            The player, and d loss / d weight by name of the linear layer, shape (out, in). A block's forward is
+            repeated with a graph when its turn comes, so that only hidden states and one block's gradients are held.
+        """
+        engine = self._engine
+        engine.record()
+        states = [engine.embedded]
+        for player in range(len(self.players)):
+            states.append(engine.forward_block(player, states[-1]))
+        upstream = [self._head_gradient(j, final) for j, final in enumerate(states.pop())]
+        self.layer_forwards += len(self.players)
+        for player in reversed(range(len(self.players))):
+            self.layer_forwards += 3
+            weights = self._bank.parameters(player)
+            totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            for j, leaf in enumerate(states.pop()):
+                with torch.enable_grad():
+                    leaf = leaf.detach().requires_grad_()
+                    output = engine.call_block(player, j, leaf)
+                upstream[j], *gradients = torch.autograd.grad(output, [leaf, *weights.values()], upstream[j])
+                for total, gradient in zip(totals.values(), gradients, strict=True):
+                    total += gradient
+            yield player, totals
+
+    def _head_gradient(self, j: int, final: Tensor) -> Tensor:
+        """Gradient of the mean loss by the states after the last block, for one batch of tokens."""
+        tokens = self._engine.batches[j]
+        n_scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self._engine.batches)
+        with torch.enable_grad():
+            leaf = final.detach().requires_grad_()
+            logits = self._engine.head(j, leaf)
+            loss = functional.cross_entropy(
+                logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+            )
+        (gradient,) = torch.autograd.grad(loss / n_scored, leaf)
+        return gradient

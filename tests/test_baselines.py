@@ -1,0 +1,175 @@
+"""Each score and each assignment against values computed another way on tiny models."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import coopq
+from coopq.backends import get_backend
+from coopq.bank import WeightBank, measure_storage
+from coopq.baselines import BASELINES, activation, gains_of_ranking, get_baseline, lim, llm_mq, zd
+from coopq.engine import PrefixEngine
+from coopq.errors import EstimationError
+from coopq.plan import plan_gains
+from coopq.players import find_players
+from coopq.probe import Probe
+from coopq.run import CalibrationConfig, RunConfig, Subject
+from coopq.storage import Budget, Storage
+from coopq.types import LinearLayer, Player
+from tests.architectures import CONFIGS, tiny_model
+
+TOKENS = np.random.default_rng(0).integers(3, 97, size=(18, 30))  # two batches
+
+
+def probe_of(model: Any, folder: Path) -> Probe:
+    bank = WeightBank(folder, model, find_players(model), get_backend("rtn", group_size=16), {})
+    bank.build((2, 4))
+    return Probe(PrefixEngine(model, bank, TOKENS), bank, 2, 4)
+
+
+def block_states(model: Any) -> list[tuple[Any, Any]]:
+    """Input and output of every block in one plain forward of all tokens."""
+    seen: list[tuple[Any, Any]] = []
+
+    def keep(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        seen.append((states.detach(), (output[0] if isinstance(output, tuple) else output).detach()))
+
+    handles = [
+        model.get_submodule(player.name).register_forward_hook(keep, with_kwargs=True) for player in find_players(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(TOKENS), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_streamed_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    probe = probe_of(model, tmp_path)
+    streamed = {name: gradient for _, gradients in probe.gradients() for name, gradient in gradients.items()}
+    assert all(parameter.grad is None for parameter in model.parameters()), "nothing is left behind"
+    ids = torch.from_numpy(TOKENS)
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, gradient in streamed.items():
+        torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-3, atol=1e-5)
+    assert len(streamed) == sum(len(player.linears) for player in probe.players)
+    assert probe.layer_forwards == 4 * 3
+
+
+def test_llm_mq_by_whole_model_autograd(tmp_path: Path) -> None:
+    model = tiny_model("qwen2")
+    probe = probe_of(model, tmp_path)
+    ids = torch.from_numpy(TOKENS)
+    model(input_ids=ids, labels=ids).loss.backward()
+    backend = get_backend("rtn", group_size=16)
+    by_layer, by_block = np.zeros((2, 3)), np.zeros((2, 3))
+    for row, bits in enumerate((2, 4)):
+        for player in range(3):
+            changes = []
+            for linear in probe.players[player].linears:
+                weight = model.get_submodule(linear.name).weight
+                rounded = backend.dequantize(backend.quantize(weight.detach(), bits), linear.shape, bits, weight.dtype)
+                changes.append(float((weight.grad * (weight.detach() - rounded)).sum()))
+            by_layer[row, player], by_block[row, player] = np.abs(changes).sum(), abs(sum(changes))
+    model.zero_grad()
+    np.testing.assert_allclose(llm_mq.gains_by_layer(probe), by_layer[0] - by_layer[1], rtol=1e-3)
+    np.testing.assert_allclose(llm_mq.gains_by_block(probe), by_block[0] - by_block[1], rtol=1e-3)
+    assert not np.allclose(by_layer, by_block)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+def test_lim_and_activation_by_hand(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    states = block_states(model)
+    similarity, norm = np.zeros(3), np.zeros(3)
+    for player, (before, after) in enumerate(states):
+        x, y = before.flatten(1).double().numpy(), after.flatten(1).double().numpy()
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        similarity[player] = np.mean((x * y).sum(axis=1) / norms)
+        norm[player] = np.mean(np.linalg.norm(y, axis=1))
+    probe = probe_of(model, tmp_path)
+    np.testing.assert_allclose(lim.scores(probe), -similarity, rtol=1e-5)
+    np.testing.assert_allclose(activation.scores(probe), norm, rtol=1e-5)
+    assert probe.layer_forwards == 6
+
+
+def test_zd_by_hand(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    probe = probe_of(model, tmp_path)
+    with torch.no_grad():
+        for weight in probe.weights(1).values():
+            weight.exponential_()  # skewed: the two readings differ
+    for two_sided in (False, True):
+        expected = []
+        for player in range(3):
+            weights = np.concatenate([w.numpy().ravel() for w in probe.weights(player).values()])
+            z = (weights - weights.mean()) / weights.std(ddof=1)
+            expected.append(((np.abs(z) if two_sided else z) > 1).mean())
+        np.testing.assert_allclose(zd.scores(probe, two_sided=two_sided), expected, atol=2e-4)
+    assert probe.layer_forwards == 0, "needs no data"
+    assert zd.gains_one_sided(probe).argmin() == zd.scores(probe, two_sided=False).argmax(), "smaller keeps more bits"
+
+
+def subject(costs: list[int]) -> Subject:
+    players = tuple(Player(f"p{i}", (LinearLayer(f"p{i}.x", (1, cost)),)) for i, cost in enumerate(costs))
+    storage = Storage(tuple(costs), {2: tuple(2 * c for c in costs), 4: tuple(4 * c for c in costs)})
+    return Subject(RunConfig("toy"), players, storage, {})
+
+
+def test_players_of_equal_size_are_taken_by_rank() -> None:
+    scores = np.array([-0.9, -0.2, -0.5, -0.7, -0.3])
+    plan = plan_gains(subject([5] * 5), "lim", gains_of_ranking(scores), Budget.parse("3.2avg"), layer_forwards=5)
+    assert plan.assignment == [2, 4, 4, 2, 4]
+    assert plan.predicted_loss is None
+    everything = plan_gains(subject([5] * 5), "lim", gains_of_ranking(scores), Budget.parse("4avg"), layer_forwards=5)
+    assert everything.assignment == [4] * 5, "what fits is used"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(-1, 1)), min_size=2, max_size=8),
+    st.integers(20, 40).map(lambda x: x / 10),
+)
+@settings(max_examples=50, deadline=None)
+def test_players_of_unequal_size_are_an_exact_knapsack(players: list[tuple[int, float]], bits: float) -> None:
+    costs, gains = [cost for cost, _ in players], np.array([gain for _, gain in players])
+    of = subject(costs)
+    plan = plan_gains(of, "llm-mq", gains, Budget.parse(f"{bits}avg"), layer_forwards=0)
+    best = max(
+        float(gains @ np.array(raised))
+        for raised in product([0, 1], repeat=len(costs))
+        if of.storage.bytes_of([4 if r else 2 for r in raised]) <= plan.budget_bytes
+    )
+    assert plan.bytes <= plan.budget_bytes
+    assert gains @ (np.array(plan.assignment) == 4) == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_every_baseline_does_the_main_job(method: str, stories: str, tmp_path: Path) -> None:
+    config = RunConfig(stories, calibration=CalibrationConfig(sequences=2, length=64))
+    plan = coopq.quantize(config, "3avg", tmp_path / "out", method=method)
+    assert plan.method == coopq.Plan.load(tmp_path / "out" / "plan.json").method == method
+    assert plan.bytes <= plan.budget_bytes
+    assert plan.measured_loss is not None
+    assert len(set(plan.assignment)) == 2
+    again = coopq.quantize(config, "3.5avg", tmp_path / "other", run=tmp_path / "out-run", method=method)
+    assert [p.score for p in again.players] == [p.score for p in plan.players], "the scores are kept"
+
+
+def test_an_unknown_method_gets_a_hint() -> None:
+    with pytest.raises(EstimationError, match="method 'lmi' is unknown; did you mean 'lim'"):
+        get_baseline("lmi")
+
+
+def test_sizes_are_measured_for_every_width(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    storage = measure_storage(find_players(model), get_backend("rtn", group_size=16), (2, 3, 4, 8))
+    assert sorted(storage.n_bytes) == [2, 3, 4, 8]
