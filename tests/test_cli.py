@@ -98,8 +98,37 @@ def test_a_plan_is_applied(job: Path, stories: str) -> None:
     out = job.with_name("applied")
     code, text, err = coopq("apply", run / "plans" / "2.5avg.json", "--out", out)
     assert code == 0, err
-    assert "MiB of quantized weights" in text
+    assert "budget 2.5avg by coopq" in text
     assert (out / "quantized.safetensors").is_file()
+
+
+def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
+    out = job.with_name("deployed")
+    code, text, err = coopq("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
+    assert code == 0, err
+    data = json.loads(text)
+    assert data["deployment"] == {"backend": "hqq", "group_size": None}
+    assert data["measured_loss"] is None
+    assert data["bytes"] != json.loads((job / "plan.json").read_text())["bytes"]
+    code, text, err = coopq("evaluate", out, "--no-compare", "--tokens", "256", "--sequence-length", "64", "--json")
+    assert code == 0, err
+    assert json.loads(text)["bytes"] == data["bytes"]
+
+
+def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories: str) -> None:
+    arguments = ["compare", stories, "--budget", "2.5avg", "--budget", "3avg", "--run", str(tmp_path / "run"), *FAST]
+    arguments += ["--judge-tokens", "512", "--judge-length", "128", "--json"]
+    code, out, err = coopq(*arguments)
+    assert code == 0, err
+    rows = json.loads(out)["comparison"]
+    methods = {row["method"] for row in rows if row["budget"] == "2.5avg"}
+    assert methods == {"coopq", "llm-mq", "llm-mq-block", "lim", "zd", "zd-two-sided", "activation", "random"}
+    assert all(row["average_bits"] <= 2.5 for row in rows if row["budget"] == "2.5avg")
+    assert (tmp_path / "run" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "run" / "comparison.svg").read_text()
+    before = (tmp_path / "run" / "journal.jsonl").read_bytes()
+    assert coopq(*arguments)[1] == out
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
 
 
 def test_evaluate_compares_under_the_same_budget(finished: Path) -> None:
@@ -108,11 +137,20 @@ def test_evaluate_compares_under_the_same_budget(finished: Path) -> None:
     data = json.loads(out)
     assert data["tokens"] == 4 * 127
     assert data["bytes"] == json.loads((finished / "plan.json").read_text())["bytes"]
-    rows = {row["name"]: row for row in data["comparison"]}
-    assert list(rows) == ["full precision", "uniform 4", "uniform 2", "CoopQ 3avg", "random 3avg"]
-    assert rows["CoopQ 3avg"]["nll"] == pytest.approx(data["nll"], abs=1e-5)
-    assert rows["random 3avg"]["n"] == 5
-    assert rows["random 3avg"]["bits_per_weight"] <= 3.25 + 0.2
+    rows = {
+        (row["method"], row["average_bits"] if row["method"] == "uniform" else row["budget"]): row
+        for row in data["comparison"]
+    }
+    assert list(rows) == [
+        ("full precision", None),
+        ("uniform", 4),
+        ("uniform", 2),
+        ("coopq", "3avg"),
+        ("random", "3avg"),
+    ]
+    assert rows["coopq", "3avg"]["nll"] == pytest.approx(data["nll"], abs=1e-5)
+    assert rows["random", "3avg"]["n"] == 5
+    assert rows["random", "3avg"]["average_bits"] <= 3
     journals = list(finished.with_name("out-run").glob("evaluation/*.jsonl"))
     before = [journal.read_bytes() for journal in journals]
     again = coopq("evaluate", finished, "--tokens", "512", "--sequence-length", "128", "--json")

@@ -83,7 +83,7 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     if not is_saved_model(folder):
         raise ModelError(f"{folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write them")
     plan = Plan.load(folder / "plan.json")
-    backend = get_backend(plan.config["backend"], group_size=plan.config["group_size"])
+    backend = get_backend(**plan.quantizer)
     target = pick_device(device)
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     with no_init_weights():  # every weight is read from the file

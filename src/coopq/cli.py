@@ -6,11 +6,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +26,7 @@ from rich.progress import (
 from rich.text import Text
 
 from coopq.errors import CalibrationError, CoopQError, EstimationError
+from coopq.files import write_json
 from coopq.journal import Journal
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
@@ -177,6 +179,8 @@ def apply(
     plan: Annotated[Path, typer.Argument(help="A plan file.")],
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
     model: Annotated[str | None, typer.Option(help="Where the plan's model is now.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Deploy with another backend than was measured.")] = None,
+    group_size: GroupSize = None,
     as_json: Json = False,
 ) -> None:
     """Quantize the model of a plan and save it."""
@@ -185,12 +189,49 @@ def apply(
 
     _quiet_libraries()
     with _progress() as progress:
-        n_bytes = pipeline.apply(loaded, out, model=model, progress=progress)
-    _print(
-        plan_data(loaded) | {"out": str(out)},
-        f"{n_bytes / 2**20:.2f} MiB of quantized weights, saved in {out}",
-        as_json,
-    )
+        saved = pipeline.apply(loaded, out, model=model, backend=backend, group_size=group_size, progress=progress)
+    _print(plan_data(saved) | {"out": str(out)}, f"{plan_summary(saved)}\nsaved in {out}", as_json)
+
+
+@app.command()
+def compare(
+    model: Model,
+    budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
+    run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
+    backend: Backend = "rtn",
+    group_size: GroupSize = None,
+    bits: Bits = "2,4",
+    permutations: Permutations = 25,
+    seed: Seed = 0,
+    calibration: Calibration = "c4",
+    calibration_seed: CalibrationSeed = 0,
+    tokens: Tokens = 8192,
+    sequence_length: Length = 512,
+    judge_tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2 (default: all)")] = None,
+    judge_length: Annotated[int, typer.Option(help="Tokens of a WikiText-2 window.")] = 2048,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """CoopQ and every baseline at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
+    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    low, high = _bits(bits)
+    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
+    from coopq import evaluate as work
+    from coopq.figure import check_plotting, save_comparison
+
+    check_plotting()
+    _quiet_libraries()
+    with _progress() as progress:
+        rows = work.compare_methods(
+            config, budget, run, length=judge_length, max_tokens=judge_tokens, progress=progress
+        )
+    text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
+    data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
+    write_json(run / "comparison.json", data)
+    files = save_comparison(rows, f"{model}, {backend}, {low} and {high} bits: {text}", run / "comparison")
+    saved = ", ".join(map(str, [run / "comparison.json", *files]))
+    _print(data, Group(comparison_table(rows, text), f"saved in {saved}"), as_json)
 
 
 @app.command()
@@ -198,7 +239,9 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A folder saved by coopq, or any model as for quantize.")],
     tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2. (default: all)")] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    compare: Annotated[bool, typer.Option(help="Compare a saved model with what else its budget buys.")] = True,
+    comparison: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="Compare a saved model with what else its budget buys.")
+    ] = True,
     run: Annotated[Path | None, typer.Option(help="Run folder of the saved model. (default: MODEL-run)")] = None,
     source: Annotated[str | None, typer.Option(help="Where the full-precision model is now.")] = None,
     device: Device = "auto",
@@ -217,7 +260,7 @@ def evaluate(
             place = run or default_run(folder)
             options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "progress": progress}
             evaluation = work.evaluate_saved(folder, place, device=device, **options)
-            if compare:
+            if comparison:
                 rows = work.compare(Plan.load(folder / "plan.json"), place, model=source, **options)
         else:
             evaluation = work.evaluate_model(

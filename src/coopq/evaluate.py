@@ -1,29 +1,29 @@
 """Perplexity of models and plans on text that no search has seen."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coopq.baselines import random_assignments, uniform_assignment
+from coopq.baselines import BASELINES, random_assignments, uniform_assignment
 from coopq.calibration import TokenSet, wikitext2
 from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
 from coopq.files import locked, require_writable
 from coopq.journal import Journal
 from coopq.models import load_model
-from coopq.pipeline import Workbench, open_workbench
+from coopq.pipeline import Workbench, open_workbench, plan_on
 from coopq.plan import Plan
 from coopq.players import find_players
 from coopq.run import RunConfig
 from coopq.scores import Comparison, Evaluation
-from coopq.types import UNTOUCHED, Assignment, ProgressCallback, silent
+from coopq.storage import Budget
+from coopq.types import UNTOUCHED, Assignment, Assignments, ProgressCallback, silent
 
 _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
-_METHODS = {"coopq": "CoopQ"}
 _N_RANDOM = 5
 _RANDOM_SEED = 0
 
@@ -126,20 +126,44 @@ def compare(
         return compare_on(bench, [plan], length=length, max_tokens=max_tokens)
 
 
+def compare_methods(
+    config: RunConfig,
+    budgets: Sequence[str],
+    run: Path,
+    *,
+    length: int,
+    max_tokens: int | None = None,
+    progress: ProgressCallback = silent,
+) -> list[Comparison]:
+    """CoopQ and every baseline at several budgets, beside uniform widths and random assignments.
+
+    Args:
+        config: The model and how to measure it.
+        budgets: As for `coopq.quantize`.
+        run: The run folder; what it knows is not measured again.
+        length: Tokens of a window of WikiText-2.
+        max_tokens: Only the first tokens of the text; None takes all.
+        progress: Told of every step.
+    """
+    parsed = [Budget.parse(budget) for budget in budgets]
+    with open_workbench(config, run, progress, *parsed) as bench:
+        plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in parsed]
+        return compare_on(bench, plans, length=length, max_tokens=max_tokens)
+
+
 def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: int | None = None) -> list[Comparison]:
-    """`compare` for several plans of one open workbench; rows of CoopQ and random name the budget."""
+    """Plans of one open workbench beside full precision, uniform widths, and random assignments of their budgets."""
     low, high, n_players = bench.config.low, bench.config.high, len(bench.players)
-    groups: dict[str, list[Assignment]] = {
-        "full precision": [uniform_assignment(n_players, UNTOUCHED)],
-        f"uniform {high}": [uniform_assignment(n_players, high)],
-        f"uniform {low}": [uniform_assignment(n_players, low)],
-    }
-    for plan in plans:
-        groups[f"{_METHODS.get(plan.method, plan.method)} {plan.budget}"] = [np.array(plan.assignment, dtype=np.int8)]
-        groups[f"random {plan.budget}"] = list(
-            random_assignments(bench.storage, low, high, plan.budget_bytes, _N_RANDOM, _RANDOM_SEED)
-        )
-    points = np.unique(np.stack([row for rows in groups.values() for row in rows]), axis=0)
+    groups: list[tuple[str, str | None, Assignments]] = [
+        ("full precision", None, uniform_assignment(n_players, UNTOUCHED)[None]),
+        ("uniform", None, uniform_assignment(n_players, high)[None]),
+        ("uniform", None, uniform_assignment(n_players, low)[None]),
+    ]
+    groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.int8)) for plan in plans]
+    for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
+        random = random_assignments(bench.storage, low, high, limit, _N_RANDOM, _RANDOM_SEED)
+        groups.append(("random", budget, random))
+    points = np.unique(np.concatenate([assignments for _, _, assignments in groups]), axis=0)
     with bench.calibration_game("comparing on the calibration set") as game:
         calibration = game(points)
     text = wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
@@ -150,12 +174,14 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
     judged /= len(text.tokens)
     position = {row.tobytes(): i for i, row in enumerate(points)}
     rows = []
-    for name, assignments in groups.items():
+    for method, budget_text, assignments in groups:
         where = [position[row.tobytes()] for row in assignments]
         rows.append(
             Comparison(
-                name=name,
+                method=method,
+                budget=budget_text,
                 n=len(assignments),
+                average_bits=float(np.mean([bench.storage.average_bits(row) for row in assignments])),
                 bits_per_weight=float(np.mean([_bits_per_weight(bench, row) for row in assignments])),
                 calibration_nll=float(calibration[where].mean()),
                 nll=float(judged[where].mean()),

@@ -56,7 +56,7 @@ class Workbench(Subject):
 
 @contextmanager
 def open_workbench(
-    config: RunConfig, run: Path, progress: ProgressCallback = silent, budget: Budget | None = None
+    config: RunConfig, run: Path, progress: ProgressCallback = silent, *budgets: Budget
 ) -> Iterator[Workbench]:
     """Check the request, load the model and lock the run folder; cheap checks come first.
 
@@ -64,7 +64,7 @@ def open_workbench(
         config: What to measure.
         run: The run folder; it is made when missing.
         progress: Told of every step.
-        budget: Checked for feasibility before anything expensive.
+        budgets: Checked for feasibility before anything expensive.
     """
     check_config(config)
     backend = get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
@@ -77,7 +77,7 @@ def open_workbench(
         progress("loading the model", 1, 1)
         players = find_players(loaded.model)
         storage = measure_storage(players, backend, (config.low, config.high))
-        if budget is not None:
+        for budget in budgets:
             storage.limit(budget, config.low, config.high)
         max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
@@ -160,7 +160,9 @@ def gains_on(bench: Workbench, method: str) -> tuple[Gains, int]:
     return gains, probe.layer_forwards
 
 
-def plan_on(bench: Workbench, method: str, budget: Budget, alpha: float, time_limit: float | None) -> Plan:
+def plan_on(
+    bench: Workbench, method: str, budget: Budget, *, alpha: float = 0.5, time_limit: float | None = None
+) -> Plan:
     """The plan of a budget by a method: "coopq" or a baseline."""
     if method == "coopq":
         estimation = estimate_on(bench)
@@ -214,27 +216,40 @@ def quantize(
         return _finished(config, method, parsed, alpha if method == "coopq" else None, out)
     require_new_folder(out)
     with open_workbench(config, run or default_run(out), progress, parsed) as bench:
-        plan = measure(bench, plan_on(bench, method, parsed, alpha, time_limit))
+        plan = measure(bench, plan_on(bench, method, parsed, alpha=alpha, time_limit=time_limit))
         save_model(bench.loaded, plan, bench.backend, out, progress)
     return plan
 
 
-def apply(plan: Plan, out: Path, *, model: str | None = None, progress: ProgressCallback = silent) -> int:
+def apply(
+    plan: Plan,
+    out: Path,
+    *,
+    model: str | None = None,
+    backend: str | None = None,
+    group_size: int | None = None,
+    progress: ProgressCallback = silent,
+) -> Plan:
     """Quantize the model of a plan and save it.
 
     Args:
         plan: The plan.
         out: Folder of the quantized model.
         model: Where the model is now; None takes the plan's word.
+        backend: Deploy with this backend instead of the one that was measured; the saved plan says so.
+        group_size: Group size of that other backend.
         progress: Told of every step.
     Returns:
-        Bytes of the quantized tensors.
+        The plan as it was saved.
     Raises:
         Mismatch: If the model is not the plan's.
     """
     require_new_folder(out)
     config = RunConfig.from_json(plan.config)
-    backend = get_backend(config.backend, group_size=config.group_size, bits=tuple(set(plan.assignment)))
+    if backend is not None:
+        deployed = {"backend": backend, "group_size": group_size}
+        plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None)
+    quantizer = get_backend(**plan.quantizer, bits=tuple(set(plan.assignment)))
     progress("loading the model", 0, 1)
     loaded = load_model(model or config.model, dtype=plan.fingerprint["dtype"], device=config.device)
     progress("loading the model", 1, 1)
@@ -246,7 +261,15 @@ def apply(plan: Plan, out: Path, *, model: str | None = None, progress: Progress
             theirs,
             "name the plan's model, or allocate a new plan",
         )
-    return save_model(loaded, plan, backend, out, progress)
+    if backend is not None:
+        storage = measure_storage(find_players(loaded.model), quantizer, sorted(set(plan.assignment)))
+        plan = dataclasses.replace(
+            plan,
+            bytes=storage.bytes_of(plan.assignment),
+            bits_per_weight=storage.bits_per_weight(plan.assignment),
+        )
+    save_model(loaded, plan, quantizer, out, progress)
+    return plan
 
 
 def default_run(out: Path) -> Path:

@@ -63,6 +63,7 @@ class Plan:
         fingerprint: What the losses depend on.
         layer_forwards: Forwards of one block over all calibration tokens that the method takes, uninterrupted.
         layer_forwards_unshared: The same without sharing prefixes.
+        deployment: Backend and group size, where they are not those that the losses were measured with.
     """
 
     method: str
@@ -80,6 +81,13 @@ class Plan:
     fingerprint: Mapping[str, Any]
     layer_forwards: int
     layer_forwards_unshared: int
+    deployment: Mapping[str, Any] | None = None
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """Backend and group size that make the weights: those deployed, or else those measured."""
+        source = self.config if self.deployment is None else self.deployment
+        return {"name": source["backend"], "group_size": source["group_size"]}
 
     @property
     def assignment(self) -> list[int]:

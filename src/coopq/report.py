@@ -36,6 +36,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "predicted_loss": plan.predicted_loss,
         "measured_loss": plan.measured_loss,
+        "deployment": plan.deployment,
     }
 
 
@@ -63,13 +64,14 @@ def evaluation_data(evaluation: Evaluation, rows: Sequence[Comparison] = ()) -> 
 
 def plan_summary(plan: Plan) -> str:
     """Sizes, losses and proof of a plan in two lines."""
-    measured = "not measured yet" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
+    deployed = f"; deployed by {plan.deployment['backend']}, not by what was measured" if plan.deployment else ""
+    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
     predicted = "not predicted" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted"
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
         f"calibration loss {predicted}, {measured} (nats per token); "
-        f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}"
+        f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
     )
 
 

@@ -28,20 +28,32 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the comparison: a group of assignments, `n` of them, their losses averaged.
+    """One row of a comparison: the assignments of one method at one budget, their values averaged.
 
     Attributes:
-        name: "CoopQ", "uniform 4", "random", ...
-        n: Assignments in the group.
-        bits_per_weight: Averaged over the group.
-        calibration_nll: Mean over the group, nats per token.
-        nll: The same on the judging text.
-        perplexity: Mean of the perplexities of the group.
+        method: "coopq", a baseline, "random", "uniform" or "full precision".
+        budget: As the user wrote it; None for what has no budget.
+        n: Number of assignments.
+        average_bits: Weight bits alone.
+        bits_per_weight: With scales, zeros and padding.
+        calibration_nll: Loss on the calibration set, nats per token.
+        nll: Loss on the judging text, nats per token.
+        perplexity: Mean of the assignments' perplexities on the judging text.
     """
 
-    name: str
+    method: str
+    budget: str | None
     n: int
+    average_bits: float
     bits_per_weight: float
     calibration_nll: float
     nll: float
     perplexity: float
+
+    @property
+    def name(self) -> str:
+        """Method and budget for people, or the width where it is uniform."""
+        if self.method == "uniform":
+            return f"uniform {self.average_bits:g}"
+        mean = f" (mean of {self.n})" if self.n > 1 else ""
+        return self.method + (f" {self.budget}" if self.budget else "") + mean
