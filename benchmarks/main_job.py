@@ -29,6 +29,7 @@ from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.scores import Comparison
 from coopq.storage import Budget
+from coopq.types import ProgressCallback
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "main_job", ROOT / "docs" / "results" / "main_job.json"
@@ -50,19 +51,11 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
     config = RunConfig(
         "demo", backend=backend, low=low, high=high, permutations=permutations, seed=SEED, calibration=CALIBRATION
     )
-    with Progress() as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{name}: {stage}", total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        with open_workbench(config, WORK / name, progress) as bench:
-            budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
-            plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
-            rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
-            shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
+    with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
+        budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
+        plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
+        rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
     title = f"SmolLM2-135M, {backend}, {low} and {high} bits: WikiText-2"
     save_comparison(rows, title, RESULTS.with_name(f"main_job-{name}"))
     _, spent = coopq.journal.Journal.peek(WORK / name / "journal.jsonl")
@@ -74,6 +67,18 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
         "layer_forwards_unshared": plans[0].layer_forwards_unshared,
         "layer_forwards_spent_with_comparison": spent,
     }
+
+
+def bars_for(bars: Progress, name: str) -> ProgressCallback:
+    """A bar for each stage of a part."""
+    tasks: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(f"{name}: {stage}", total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    return progress
 
 
 def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
-from coopq.players import find_players
-from coopq.types import UNTOUCHED, Assignment
+from coopq.players import find_blocks, find_players
+from coopq.types import REMOVED, UNTOUCHED, Assignment
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
@@ -77,6 +77,25 @@ def test_players_hold_every_linear_layer_of_the_blocks_and_no_other(name: str) -
         if isinstance(module, torch.nn.Linear) and ".layers." in module_name
     }
     assert found == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_a_removed_block_hands_on_what_it_gets(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
+    points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.int8)
+    measured = [(losses, spent) for _, losses, spent in engine.evaluate(points)]
+    assert [spent for _, spent in measured] == [0, 1]
+    kept = find_blocks(model)[1][1]
+    for remaining, (losses, _) in zip(([], [kept]), measured, strict=True):
+        (model.model if name == "llama" else model.gpt_neox).layers = torch.nn.ModuleList(remaining)
+        model.config.num_hidden_layers = len(remaining)
+        with torch.no_grad():
+            expected = [
+                float(model(input_ids=row[None], labels=row[None], use_cache=False).loss)
+                for row in torch.from_numpy(TOKENS)
+            ]
+        np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
 def test_the_model_gets_its_own_weights_back(tmp_path: Path) -> None:

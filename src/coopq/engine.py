@@ -4,7 +4,8 @@ The hidden state after block d depends only on the bits of blocks 0..d. Assignme
 depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional
 from coopq.bank import WeightBank
 from coopq.errors import EstimationError, ModelError
 from coopq.players import find_blocks
-from coopq.types import Assignment, Assignments
+from coopq.types import REMOVED, Assignment, Assignments
 
 _BATCH_TOKENS = 512
 """Tokens that go through a block together. On CPUs, larger batches are no faster and their logits cost memory."""
@@ -88,10 +89,15 @@ class PrefixEngine:
             for assignment in np.unique(assignments, axis=0):
                 differs = [True] if previous is None else assignment != previous
                 start = int(np.argmax(differs))
+                spent = 0
                 for d in range(start, depth):
+                    if assignment[d] == REMOVED:
+                        hidden[d + 1] = hidden[d]
+                        continue
                     self._bank.set_player(d, int(assignment[d]))
                     hidden[d + 1] = self.forward_block(d, hidden[d])
-                self.layer_forwards += depth - start
+                    spent += 1
+                self.layer_forwards += spent
                 losses = self._losses(hidden[depth])
                 if not np.isfinite(losses).all():
                     raise EstimationError(
@@ -99,21 +105,23 @@ class PrefixEngine:
                         "compute in float32, or use a wider low bit-width"
                     )
                 if unchecked:
-                    self._check(losses)
+                    self._check(assignment, losses)
                     unchecked = False
-                yield assignment, losses, depth - start
+                yield assignment, losses, spent
                 previous = assignment
         finally:
             self._bank.restore()
 
     @torch.no_grad()
-    def _check(self, losses: npt.NDArray[np.float64]) -> None:
-        """Compare with the model's own forward, its weights being those of `losses`.
+    def _check(self, assignment: Assignment, losses: npt.NDArray[np.float64]) -> None:
+        """Compare with the model's own forward, its weights being those of `assignment`.
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
         batch = self.batches[0]
-        own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
+        removed = {int(d): _pass_on(self._calls[d][0].returns_tuple) for d in np.flatnonzero(assignment == REMOVED)}
+        with self._answering(removed):
+            own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
         if not np.allclose(own, losses[: len(own)], rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
                 f"{type(self._model).__name__}: block by block its loss is {losses[: len(own)].mean():.5f}, by its own "
@@ -137,13 +145,19 @@ class PrefixEngine:
         def answer(*_: Any, **__: Any) -> Any:
             return (states,) if self._calls[-1][j].returns_tuple else states
 
-        try:
-            for block in self._blocks:
-                block.forward = answer
+        with self._answering(dict.fromkeys(range(len(self._blocks)), answer)):
             return self._model(input_ids=self.batches[j], use_cache=False).logits
+
+    @contextmanager
+    def _answering(self, answers: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
+        """Let other functions stand in for the forwards of some blocks."""
+        try:
+            for d, answer in answers.items():
+                self._blocks[d].forward = answer
+            yield
         finally:
-            for block in self._blocks:
-                del block.forward
+            for d in answers:
+                del self._blocks[d].forward
 
     @torch.no_grad()
     def _losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
@@ -179,6 +193,16 @@ class PrefixEngine:
             for handle in handles:
                 handle.remove()
         return embedded[0], calls
+
+
+def _pass_on(returns_tuple: bool) -> Callable[..., Any]:
+    """The forward of a block that is left out."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states,) if returns_tuple else states
+
+    return forward
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from coopq.players import find_players
 from coopq.run import RunConfig
 from coopq.scores import Comparison, Evaluation
 from coopq.storage import Budget
-from coopq.types import UNTOUCHED, Assignment, Assignments, ProgressCallback, silent
+from coopq.types import UNTOUCHED, Assignment, Assignments, Losses, ProgressCallback, silent
 
 _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
@@ -166,12 +166,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
     points = np.unique(np.concatenate([assignments for _, _, assignments in groups]), axis=0)
     with bench.calibration_game("comparing on the calibration set") as game:
         calibration = game(points)
-    text = wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
-    judged = np.zeros(len(points))
-    for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
-        with bench.game(portion, journal, "judging on WikiText-2") as game:
-            judged += game.per_sequence(points).sum(axis=1)
-    judged /= len(text.tokens)
+    judged = judge_on(bench, points, length=length, max_tokens=max_tokens)
     position = {row.tobytes(): i for i, row in enumerate(points)}
     rows = []
     for method, budget_text, assignments in groups:
@@ -189,6 +184,16 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
             )
         )
     return rows
+
+
+def judge_on(bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None) -> Losses:
+    """WikiText-2 loss of each assignment, shape (n,), nats per token; kept apart from what searches see."""
+    text = wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
+    total = np.zeros(len(points))
+    for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
+        with bench.game(portion, journal, "judging on WikiText-2") as game:
+            total += game.per_sequence(points).sum(axis=1)
+    return total / len(text.tokens)
 
 
 def _bits_per_weight(bench: Workbench, assignment: Assignment) -> float:

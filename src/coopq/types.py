@@ -19,6 +19,9 @@ Losses: TypeAlias = npt.NDArray[np.float64]
 UNTOUCHED = 16
 """The bit-width that stands for a player's original weights."""
 
+REMOVED = 0
+"""The bit-width of a player that is left out: its block hands on what it gets. The pruning game's low width."""
+
 ProgressCallback: TypeAlias = Callable[[str, int, int], None]
 """Called with (stage, done, total) whenever `done` grows."""
 
