@@ -84,7 +84,7 @@ def bars_for(bars: Progress, name: str) -> ProgressCallback:
 def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:
     """Save a plan, load it again, and compare its loss and bytes with what the search believed."""
     shutil.rmtree(out, ignore_errors=True)
-    save_model(bench.loaded, plan, bench.backend, out)
+    save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out)
     tokens = calibration_set(bench.config.calibration, bench.loaded.tokenizer).tokens
     nll = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
     assert plan.measured_loss is not None

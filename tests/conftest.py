@@ -1,9 +1,12 @@
+import os
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test asks the network
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 

@@ -1,4 +1,7 @@
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +74,33 @@ def test_the_papers_program_by_hand() -> None:
     np.testing.assert_allclose(program.quadratic, [[4.0, 0.5], [0.5, 9.0]])
     np.testing.assert_allclose(program.linear, [-0.2, 0.2])
     assert allocate(program).q.tolist() == [False, True]  # only player 0 can be raised
+
+
+def test_many_large_unequal_players_keep_the_budget_exactly() -> None:
+    rng = np.random.default_rng(5)
+    costs = rng.integers(10**9, 2 * 10**9, size=10)
+    for capacity in (int(costs[:4].sum()) - 1, int(costs[2:8].sum()), int(costs.sum()) - 1):
+        program = QuadraticProgram(rng.random(10) + 0.5, np.zeros((10, 10)), costs, capacity)
+        allocation = allocate(program)
+        assert program.feasible(allocation.q)
+        assert allocation.objective == pytest.approx(best_by_enumeration(program))
+
+
+def test_an_interrupt_is_not_a_solution() -> None:
+    code = """
+import os, signal, sys, threading
+import numpy as np
+from tests.test_allocate import random_program
+from coopq.allocate import allocate
+threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+try:
+    allocate(random_program(7, 60, 1.0))
+except KeyboardInterrupt:
+    sys.exit(42)
+"""
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 42, done.stderr
 
 
 def test_a_time_limit_is_a_normal_outcome_with_a_bound_and_a_gap() -> None:

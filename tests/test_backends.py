@@ -7,16 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.backends import BACKENDS, get_backend
+from coopq.backends import get_backend
 from coopq.backends.rtn import pack_bits, unpack_bits
 from coopq.bank import WeightBank
 from coopq.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
+from coopq.models import LoadedModel
 from coopq.players import find_players
-from coopq.testing import check_backend
+from coopq.testing import WEIGHT_ONLY, check_backend
 from coopq.types import UNTOUCHED
 from tests.architectures import tiny_model
 
-WIDTHS = [(name, bits) for name in BACKENDS for bits in get_backend(name).bits]
+WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in get_backend(name).bits]
 
 
 @pytest.mark.parametrize(("name", "bits"), WIDTHS)
@@ -25,8 +26,21 @@ def test_backends_keep_the_contract(name: str, bits: int, shape: tuple[int, int]
     check_backend(get_backend(name), torch.randn(shape) * torch.rand(shape[0], 1), bits)
 
 
+@pytest.mark.parametrize(("name", "group_size"), [("rtn", 1), ("rtn", 48), ("rtn", 1000), ("hqq", 8), ("hqq", 128)])
+def test_other_group_sizes_keep_the_contract(name: str, group_size: int) -> None:
+    weight = torch.randn(64, 192)
+    backend, shape = get_backend(name, group_size=group_size), (64, 192)
+    packed = backend.quantize(weight, 4)
+    assert sum(tensor.nbytes for tensor in packed.values()) == backend.storage_bytes(shape, 4)
+    restored = backend.dequantize(packed, shape, 4, weight.dtype)
+    inputs = torch.randn(2, 192)
+    torch.testing.assert_close(
+        backend.linear(packed, shape, 4, None, weight.dtype)(inputs), inputs @ restored.T, atol=1e-4, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_16_bit_models_run_in_their_dtype(name: str, dtype: torch.dtype) -> None:
     backend, weight = get_backend(name), torch.randn(128, 256).to(dtype)
     packed = backend.quantize(weight, 4)
@@ -80,7 +94,7 @@ def test_a_width_that_the_library_lacks_is_refused() -> None:
         get_backend("quanto", bits=(3, 4))
 
 
-@pytest.mark.parametrize(("name", "group_size"), [("rtn", 0), ("hqq", -1), ("quanto", 64)])
+@pytest.mark.parametrize(("name", "group_size"), [("rtn", 0), ("hqq", -1), ("hqq", 4), ("quanto", 64)])
 def test_group_sizes_are_checked(name: str, group_size: int) -> None:
     with pytest.raises(BackendError, match="group size"):
         get_backend(name, group_size=group_size)
@@ -92,7 +106,8 @@ def test_shapes_that_hqq_cannot_pack_are_refused_from_the_shape_alone() -> None:
 
 
 def bank(folder: Path, model: Any, fingerprint: str = "a") -> WeightBank:
-    return WeightBank(folder, model, find_players(model), get_backend("rtn"), {"weights": fingerprint})
+    loaded = LoadedModel(model, None, torch.float32)
+    return WeightBank(folder, loaded, find_players(model), get_backend("rtn"), {"weights": fingerprint})
 
 
 def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
@@ -104,7 +119,7 @@ def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
     assert len(stamps) == 7
     seen: list[str] = []
     again = bank(tmp_path, model)
-    again.build((2, 4), lambda stage, *_: seen.append(stage))
+    again.build((2, 4), progress=lambda stage, *_: seen.append(stage))
     assert not seen
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
     backend = get_backend("rtn")

@@ -16,6 +16,7 @@ from coopq.bank import WeightBank, measure_storage
 from coopq.baselines import BASELINES, activation, gains_of_ranking, get_baseline, lim, llm_mq, zd
 from coopq.engine import PrefixEngine
 from coopq.errors import EstimationError
+from coopq.models import LoadedModel
 from coopq.plan import plan_gains
 from coopq.players import find_players
 from coopq.probe import Probe
@@ -28,7 +29,9 @@ TOKENS = np.random.default_rng(0).integers(3, 97, size=(18, 30))  # two batches
 
 
 def probe_of(model: Any, folder: Path) -> Probe:
-    bank = WeightBank(folder, model, find_players(model), get_backend("rtn", group_size=16), {})
+    bank = WeightBank(
+        folder, LoadedModel(model, None, torch.float32), find_players(model), get_backend("rtn", group_size=16), {}
+    )
     bank.build((2, 4))
     return Probe(PrefixEngine(model, bank, TOKENS), bank, 2, 4)
 
@@ -153,15 +156,22 @@ def test_players_of_unequal_size_are_an_exact_knapsack(players: list[tuple[int, 
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_every_baseline_does_the_main_job(method: str, stories: str, tmp_path: Path) -> None:
+def test_every_baseline_does_the_main_job(
+    method: str, stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = RunConfig(stories, calibration=CalibrationConfig(sequences=2, length=64))
     plan = coopq.quantize(config, "3avg", tmp_path / "out", method=method)
     assert plan.method == coopq.Plan.load(tmp_path / "out" / "plan.json").method == method
     assert plan.bytes <= plan.budget_bytes
     assert plan.measured_loss is not None
     assert len(set(plan.assignment)) == 2
+
+    def not_again(_: str) -> None:
+        raise AssertionError("the scores are kept in the run folder")
+
+    monkeypatch.setattr("coopq.pipeline.get_baseline", lambda name: not_again)
     again = coopq.quantize(config, "3.5avg", tmp_path / "other", run=tmp_path / "out-run", method=method)
-    assert [p.score for p in again.players] == [p.score for p in plan.players], "the scores are kept"
+    assert [p.score for p in again.players] == [p.score for p in plan.players]
 
 
 def test_an_unknown_method_gets_a_hint() -> None:

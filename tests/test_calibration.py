@@ -68,7 +68,7 @@ def test_a_bos_token_opens_each_sequence_only_where_the_tokenizer_does_so_itself
 
         bos_token_id = tokenizer.bos_token_id
 
-        def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        def encode(self, text: str, **_: Any) -> Any:
             return tokenizer.encode(text, add_special_tokens=False)
 
     tokens = calibration_set(CalibrationConfig(sequences=3, length=16), Plain())
@@ -76,6 +76,23 @@ def test_a_bos_token_opens_each_sequence_only_where_the_tokenizer_does_so_itself
     assert tokens.tokens.shape == (3, 16)
     assert tokenizer.bos_token_id not in tokens.tokens
     assert "BOS" not in tokens.describe()
+
+
+def test_what_looks_like_a_special_token_stays_text(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("The tags <s> and </s> are text here. " * 10)
+    tokens = calibration_set(CalibrationConfig(str(path), sequences=2, length=24), tokenizer)
+    content = tokens.tokens[:, 1:] if tokens.bos else tokens.tokens
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(content.flatten().tolist())
+
+
+def test_jsonl_is_cut_at_line_feeds_alone(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"text": "One.\u2028Two.\u0085" * 30}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert calibration_set(CalibrationConfig(str(path), 2, 16), tokenizer).tokens.shape == (2, 16)
+    path.write_text('{"text": null}\n')
+    with pytest.raises(CalibrationError, match="line 1"):
+        calibration_set(CalibrationConfig(str(path), 2, 16), tokenizer)
 
 
 def test_a_hub_data_set(tmp_path: Path, tokenizer: Any) -> None:
@@ -102,3 +119,6 @@ def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:
     assert whole.describe().startswith(f"{len(whole.tokens)} x 256 tokens of WikiText-2 test")
     with pytest.raises(CalibrationError, match="no window of 256 tokens fits into 100 tokens"):
         wikitext2(tokenizer, 256, max_tokens=100)
+    for length, tokens in ((0, None), (1, None), (16, 0), (16, -5)):
+        with pytest.raises(CalibrationError, match="cannot be scored"):
+            wikitext2(tokenizer, length, max_tokens=tokens)

@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import coopq
-from coopq.backends import BACKENDS, get_backend
+from coopq.backends import get_backend
 from coopq.bank import WeightBank, measure_storage
-from coopq.checkpoint import saved_bytes
+from coopq.checkpoint import fingerprint_saved, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
-from coopq.errors import ModelError
+from coopq.errors import ModelError, OutputError, PlanError
 from coopq.models import LoadedModel, load_model
 from coopq.plan import Plan, PlayerPlan, Solver
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.testing import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
 
 
@@ -51,12 +52,12 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) 
 def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:
     config = plan.config
     backend = get_backend(config["backend"], group_size=config["group_size"])
-    bank = WeightBank(tmp_path / "bank", loaded.model, find_players(loaded.model), backend, {})
+    bank = WeightBank(tmp_path / "bank", loaded, find_players(loaded.model), backend, {})
     bank.build(sorted(set(plan.assignment)))
     engine = PrefixEngine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.int8)))
-    n_bytes = coopq.checkpoint.save_model(loaded, plan, backend, tmp_path / "saved")
-    assert n_bytes == plan.bytes == saved_bytes(tmp_path / "saved")
+    assert coopq.checkpoint.save_model(loaded, plan, backend, tokens, tmp_path / "saved") == plan
+    assert plan.bytes == saved_bytes(tmp_path / "saved")
     reloaded = coopq.load(tmp_path / "saved", device="cpu")
     return measured, np.concatenate(list(model_nll(reloaded, tokens)))
 
@@ -68,7 +69,7 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_the_saved_model_has_the_banks_loss_and_the_predicted_bytes(backend: str, stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, backend, None, [4, 2, 8, 2, 4])
@@ -93,7 +94,7 @@ def test_every_architecture_is_saved_and_loaded(name: str, tmp_path: Path) -> No
 def test_two_bit_weights_take_two_bits_on_disk(stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), tmp_path / "saved")
+    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight_codes"].nbytes == 172 * 64 * 2 / 8
     assert "lm_head.weight" not in tensors, "tied weights are stored once"
@@ -113,7 +114,7 @@ def test_untouched_weights_keep_the_checkpoints_dtype_where_that_loses_nothing(t
     assert tensors["model.norm.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_the_main_job_gives_a_model_that_generates(backend: str, stories: str, tmp_path: Path) -> None:
     text = CalibrationConfig(sequences=2, length=64)
     config = RunConfig(stories, backend=backend, permutations=3, calibration=text)
@@ -139,15 +140,37 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(storie
         coopq.load(tmp_path)
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), tmp_path / "saved")
+    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
     with pytest.raises(ModelError, match=r"lacks, or should not hold, model.layers.5"):
         coopq.load(tmp_path / "saved")
 
 
+def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_path: Path) -> None:
+    loaded = load_model(stories, device="cpu")
+    plan, backend = plan_for(loaded.model, "rtn", 64, [2] * 5), get_backend("rtn", group_size=64)
+    widened = replace(plan, players=(replace(plan.players[0], bits=4), *plan.players[1:]))
+    with pytest.raises(PlanError, match="allocate it again"):
+        coopq.checkpoint.save_model(loaded, widened, backend, None, tmp_path / "saved")
+    renamed = replace(plan, players=(replace(plan.players[0], modules=("model.nothing",)), *plan.players[1:]))
+    with pytest.raises(PlanError, match=r"differ in .*model.nothing"):
+        coopq.checkpoint.save_model(loaded, renamed, backend, None, tmp_path / "saved")
+    coopq.checkpoint.save_model(loaded, plan, backend, None, tmp_path / "saved")
+    weights = tmp_path / "saved" / "quantized.safetensors"
+    before = fingerprint_saved(tmp_path / "saved")
+    tensors = load_file(weights)
+    save_file({k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight_scale"}, weights)
+    assert fingerprint_saved(tmp_path / "saved") != before
+    with pytest.raises(ModelError, match="does not fit its plan"):
+        coopq.load(tmp_path / "saved")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OutputError, match="is damaged or missing"):
+        coopq.load(tmp_path / "saved")
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_the_demo_model_ships_as_measured(backend: str, tmp_path: Path) -> None:
     loaded = load_model("demo", device="cpu")
     mixed = replace(loaded)

@@ -1,6 +1,7 @@
 """The command line as its users meet it, in its own process, and the one line that each mistake gets."""
 
 import ctypes
+import io
 import json
 import os
 import resource
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from coopq.cli import main
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 
@@ -31,14 +35,34 @@ def coopq(
 
 
 def refused(*arguments: str | Path, setup: Callable[[], None] | None = None) -> str:
-    """The one line of a user error; nothing else but progress may be printed."""
-    code, out, err = coopq(*arguments, setup=setup)
+    """The one line of a user error; nothing else but progress may be printed.
+
+    In this process, unless it has to be set up otherwise: most mistakes are found faster than libraries are imported.
+    """
+    if setup is None:
+        code, out, err = in_process(*arguments)
+    else:
+        code, out, err = coopq(*arguments, setup=setup)
     assert code == 2, (code, out, err)
     assert out == ""
     assert "Traceback" not in err
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: "), err
     return line
+
+
+def in_process(*arguments: str | Path) -> tuple[int | str | None, str, str]:
+    """The same as `coopq`, without a process of its own."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.argv = sys.argv, ["coopq", *map(str, arguments)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main()
+    except SystemExit as stop:
+        return stop.code, out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = before
+    return 0, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +112,7 @@ def test_several_budgets_from_one_estimation(job: Path) -> None:
     assert plans[2]["bytes"] <= 95 * 1024
     code, out, _ = coopq("show", run, "--json")
     data = json.loads(out)
-    assert set(data["bits"]) == {"2.5avg", "3.6bpw", "95KiB"}
+    assert set(data["bits"]) == {"3avg", "2.5avg", "3.6bpw", "95KiB"}, "the plan of the one-shot job among them"
     assert data["layer_forwards"] > 0
 
 
@@ -107,12 +131,25 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
     code, text, err = coopq("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
-    assert data["deployment"] == {"backend": "hqq", "group_size": None}
+    assert data["deployment"] == {"name": "hqq", "group_size": None, "act_order": None, "symmetric": None}
     assert data["measured_loss"] is None
     assert data["bytes"] != json.loads((job / "plan.json").read_text())["bytes"]
-    code, text, err = coopq("evaluate", out, "--no-compare", "--tokens", "256", "--sequence-length", "64", "--json")
+    code, text, err = coopq("evaluate", out, "--tokens", "256", "--sequence-length", "64", "--json")
     assert code == 0, err
-    assert json.loads(text)["bytes"] == data["bytes"]
+    evaluation = json.loads(text)
+    assert evaluation["bytes"] == data["bytes"]
+    (row,) = [row for row in evaluation["comparison"] if row["method"] == "coopq"]
+    assert row["nll"] == pytest.approx(evaluation["nll"], abs=1e-5), "compared with the backend that was deployed"
+
+
+def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None:
+    run, out = job.with_name("out-run"), job.with_name("deployed")
+    assert coopq("allocate", run, "--budget", "3.19bpw")[0] == 0
+    plan = run / "plans" / "3.19bpw.json"
+    assert "its budget 3.19bpw is" in refused("apply", plan, "--out", out, "--backend", "hqq")
+    assert "goes with a backend" in refused("apply", plan, "--out", out, "--group-size", "32")
+    same = coopq("apply", job / "plan.json", "--out", out, "--backend", "rtn", "--json")
+    assert json.loads(same[1])["deployment"] is None
 
 
 def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories: str) -> None:
@@ -162,6 +199,7 @@ def test_evaluate_a_full_precision_model(stories: str) -> None:
     code, out, err = coopq("evaluate", stories, "--tokens", "512", "--sequence-length", "128")
     assert code == 0, err
     assert "perplexity" in out
+    assert "cannot be scored" in refused("evaluate", stories, "--sequence-length", "0")
     code, out, _ = coopq("evaluate", stories, "--tokens", "512", "--sequence-length", "128", "--json")
     data = json.loads(out)
     assert {"nll", "perplexity", "tokens", "bytes"} <= set(data)
@@ -183,6 +221,10 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     more = coopq("estimate", stories, "--run", run, "--tokens", "128", "--sequence-length", "64", "--permutations", "6")
     assert more[0] == 0, more[2]
     assert (run / "journal.jsonl").read_text().startswith(before)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["permutations"] = 9
+    (run / "run.json").write_text(json.dumps(record))
+    assert "is not finished" in refused("allocate", run, "--budget", "3avg"), "nine walks were asked for, six are done"
 
 
 # Mistakes. Each gets one line that names the thing and the way out, and loses nothing.
@@ -239,6 +281,8 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--backend", "gptqq"], "backend 'gptqq' is unknown"),
         (["--backend", "quanto", "--bits", "3,4"], "'quanto' has no 3 bits"),
         (["--bits", "5,9"], "'rtn' has no 5 bits"),
+        (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
+        (["--act-order"], "'rtn' has no option act_order"),
         (["--bits", "4"], "is not two widths"),
         (["--bits", "4,4"], "two different widths"),
         (["--budget", "1.5avg"], "the smallest is 2avg"),
@@ -246,6 +290,9 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--tokens", "100"], "not a multiple"),
         (["--tokens", "1024", "--sequence-length", "1024"], "exceed the model's 512 positions"),
         (["--permutations", "1"], "at least 2"),
+        (["--time-limit", "-1"], "time limit -1.0 is not a positive number"),
+        (["--seed", "-1"], "must not be negative"),
+        (["--method", "lmi"], "method 'lmi' is unknown"),
         (["--alpha", "2"], "alpha = 2.0 is not between 0 and 1"),
         (["--device", "warp"], "device 'warp' is not available"),
         (["--dtype", "int3"], "dtype 'int3' is unknown"),
@@ -265,7 +312,7 @@ def test_after_a_mistake_the_same_folder_works(tmp_path: Path, stories: str) -> 
     assert coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)[0] == 0
 
 
-@pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum")])
+@pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum"), ("gptq", "gptqmodel")])
 def test_a_missing_extra_names_the_command_that_installs_it(
     backend: str, package: str, tmp_path: Path, stories: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +321,7 @@ def test_a_missing_extra_names_the_command_that_installs_it(
     (tmp_path / "site" / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     arguments = ["--backend", backend, "--budget", "3avg", "--out", str(tmp_path / "out"), *FAST]
-    assert f"pip install 'coopq[{backend}]'" in refused("quantize", stories, *arguments)
+    assert f"pip install 'coopq[{backend}]'" in refused("quantize", stories, *arguments, setup=os.setpgrp)
 
 
 def test_a_journal_broken_in_the_middle_and_at_its_end(job: Path, stories: str) -> None:
@@ -305,14 +352,11 @@ def test_a_run_of_another_configuration_and_a_journal_of_another_model(job: Path
     weights = load_file(changed / "model.safetensors")
     weights["model.norm.weight"] *= 1.01
     save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
-    record = json.loads((run / "run.json").read_text())
-    record["config"]["model"] = str(changed)
-    (run / "run.json").write_text(json.dumps(record))
     shutil.rmtree(run / "bank")
-    before = (run / "journal.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
     line = refused("quantize", changed, "--budget", "3avg", "--out", out, "--run", run, *FAST)
     assert "journal.jsonl was measured on something else (weights:" in line
-    assert (run / "journal.jsonl").read_bytes() == before
+    assert {path: path.read_bytes() for path in run.rglob("*.json*")} == before
     line = refused("apply", job / "plan.json", "--model", changed, "--out", out)
     assert "the plan was made for another model" in line
 
@@ -321,13 +365,24 @@ def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     assert "is not a plan" in refused("show", tmp_path / "plan.json")
     assert "no plan at" in refused("show", tmp_path / "none.json")
+    for content in ("[]", "nonsense", "3"):
+        (tmp_path / "plan.json").write_text(content)
+        assert "is not a plan" in refused("show", tmp_path / "plan.json")
     (tmp_path / "empty").mkdir()
     assert "is not a run folder" in refused("show", tmp_path / "empty")
     assert "is not a run folder" in refused("allocate", tmp_path / "empty", "--budget", "3avg")
     plan = json.loads((job / "plan.json").read_text())
+    changes: list[dict[str, object]] = [{"config": {}}, {"players": [{"name": "x"}]}]
+    for change in changes:
+        (tmp_path / "plan.json").write_text(json.dumps(plan | change))
+        assert "is not a complete plan" in refused("show", tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text(json.dumps(plan | {"format_version": 99}))
     assert "plan format 99" in refused("show", tmp_path / "plan.json")
-    (job.with_name("out-run") / "estimate.json").unlink()
+    estimate = job.with_name("out-run") / "estimate.json"
+    for content, message in (('{"format_version": 1}', "is not complete"), ("{", "is not readable as JSON")):
+        estimate.write_text(content)
+        assert message in refused("show", job.with_name("out-run"))
+    estimate.unlink()
     assert "is not finished" in refused("allocate", job.with_name("out-run"), "--budget", "3avg")
 
 
@@ -358,16 +413,42 @@ def test_no_permission_to_write(stories: str) -> None:
 
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, stories: str) -> None:
-    def small_files() -> None:
-        # The kernel refuses longer files, as it does on a full disk: the journal breaks off in the middle.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (220_000, 220_000))
+    run, out = tmp_path / "run", tmp_path / "out"
+    arguments = ["quantize", stories, "--budget", "3avg", "--out", str(out), "--run", str(run), *FAST]
+    arguments[arguments.index("3")] = "12"  # walks, for a journal of some length
+    whole = coopq(*arguments[:5], str(tmp_path / "whole"), *FAST[2:], "--permutations", "12")
+    assert whole[0] == 0, whole[2]
+    shutil.copytree(tmp_path / "whole-run" / "bank", run / "bank")
 
-    arguments = ["quantize", stories, "--budget", "3avg", "--out", str(tmp_path / "out")]
-    arguments += ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
-    assert "File too large" in refused(*arguments, setup=small_files)
-    assert not (tmp_path / "out").exists()
+    def short_files() -> None:
+        # The kernel refuses longer files, as it does on a full disk: the journal breaks off in the middle.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    line = refused(*arguments, setup=short_files)
+    assert "nothing computed is lost" in line
+    assert not out.exists()
+    kept = [
+        record for record in (run / "journal.jsonl").read_bytes().splitlines(keepends=True) if record.endswith(b"\n")
+    ]
+    assert len(kept) > 3, "values were measured before the disk was full"
     code, _, err = coopq(*arguments)
     assert code == 0, err
+    assert (run / "journal.jsonl").read_bytes().startswith(b"".join(kept))
+    assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+def test_a_folder_named_by_a_dot(finished: Path) -> None:
+    code, out, err = coopq("evaluate", ".", "--no-compare", "--tokens", "128", "--sequence-length", "64", cwd=finished)
+    assert code == 0, err
+    assert "perplexity" in out
+    assert not (finished / "-run").exists()
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, stories: str) -> None:
+    out = tmp_path / "q[bold]" / "x[/x]"
+    code, text, err = coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)
+    assert code == 0, err
+    assert str(out) in text
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -379,5 +460,5 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_help_names_every_command() -> None:
     code, out, _ = coopq("--help")
     assert code == 0
-    for command in ("quantize", "estimate", "allocate", "apply", "evaluate", "show"):
+    for command in ("quantize", "estimate", "allocate", "apply", "compare", "evaluate", "show"):
         assert command in out

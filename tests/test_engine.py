@@ -14,6 +14,7 @@ from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
+from coopq.models import LoadedModel
 from coopq.players import find_blocks, find_players
 from coopq.types import REMOVED, UNTOUCHED, Assignment
 from tests.architectures import CONFIGS, tiny_model
@@ -22,7 +23,9 @@ TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
 
 
 def build(model: Any, folder: Path) -> WeightBank:
-    bank = WeightBank(folder, model, find_players(model), get_backend("rtn", group_size=16), {})
+    bank = WeightBank(
+        folder, LoadedModel(model, None, torch.float32), find_players(model), get_backend("rtn", group_size=16), {}
+    )
     bank.build((2, 4))
     return bank
 

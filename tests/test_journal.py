@@ -60,12 +60,20 @@ def test_a_header_cut_short_starts_afresh(tmp_path: Path, path: Path) -> None:
 
 @pytest.mark.parametrize(
     "broken",
-    [b"{}", b"not json", b'{"bits": [2, 4], "nll": [NaN], "layer_forwards": 1}', b'{"bits": 2, "nll": [1.0]}', b"\xff"],
+    [
+        b'{"bits": [400, 4], "nll": [1.0, 1.0], "layer_forwards": 1}',
+        b"{}",
+        b"not json",
+        b'{"bits": [2, 4], "nll": [NaN], "layer_forwards": 1}',
+        b'{"bits": 2, "nll": [1.0]}',
+        b"\xff",
+    ],
 )
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(path: Path, broken: bytes) -> None:
     header, _, second = path.read_bytes().splitlines()
     before = b"\n".join([header, broken, second]) + b"\n"
     path.write_bytes(before)
+    assert Journal.peek(path)[0] <= 2, "looking at a broken journal is no error"
     with pytest.raises(JournalError, match="line 2 is broken"):
         Journal(path, FINGERPRINT)
     assert path.read_bytes() == before, "nothing may be lost"
@@ -77,6 +85,13 @@ def test_another_fingerprint_is_refused_with_the_fields_that_differ(path: Path) 
         Journal(path, {**FINGERPRINT, "weights": "xyz"})
     assert caught.value.fields == ["weights"]
     assert path.read_bytes() == before
+
+
+def test_a_record_of_other_sequences_is_broken(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b'{"bits": [2, 2], "nll": [1.0], "layer_forwards": 1}\n' * 2)
+    with pytest.raises(JournalError, match="line 4 is broken"):
+        Journal(path, FINGERPRINT)
 
 
 def test_another_format_is_refused(path: Path) -> None:

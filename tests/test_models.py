@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,21 @@ def test_the_fingerprint_follows_every_weight(stories: str) -> None:
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight[0, 0] += 1e-6
     assert fingerprint_weights(model) != before
+
+
+def test_the_fingerprint_follows_the_configuration(stories: str) -> None:
+    model = load_model(stories, device="cpu").model
+    before = fingerprint_weights(model)
+    model.config.rms_norm_eps = 1e-4
+    assert fingerprint_weights(model) != before
+
+
+def test_a_damaged_checkpoint_is_refused(stories: str, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(stories, tmp_path / "broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="cannot load model"):
+        load_model(str(broken), device="cpu")
 
 
 def test_dtypes(stories: str) -> None:

@@ -1,3 +1,4 @@
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -70,3 +71,13 @@ def test_random_assignments_fill_the_budget_and_keep_it(limit: int, seed: int) -
 
 def test_random_assignments_differ() -> None:
     assert len(np.unique(random_assignments(STORAGE, 2, 4, 2000, n=20, seed=0), axis=0)) > 1
+
+
+def test_the_feasible_budgets_that_an_error_names_are_feasible() -> None:
+    odd = Storage(n_weights=(777, 1313), n_bytes={2: (221, 379), 4: (411, 701)})
+    with pytest.raises(InfeasibleBudget) as caught:
+        odd.limit(Budget.parse("1B"), 2, 4)
+    named = re.findall(r"[0-9.]+(?:avg|bpw|B)", str(caught.value).split(";")[1])
+    assert len(named) == 6
+    for text in named:
+        odd.limit(Budget.parse(text), 2, 4)

@@ -19,6 +19,7 @@ _PUBLIC = {
     "apply": "coopq.pipeline",
     "compare": "coopq.evaluate",
     "estimate": "coopq.pipeline",
+    "compare_plan": "coopq.evaluate",
     "evaluate_model": "coopq.evaluate",
     "evaluate_saved": "coopq.evaluate",
     "find_players": "coopq.players",

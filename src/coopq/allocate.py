@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ from pyscipopt import Model, quicksum
 
 from coopq.errors import EstimationError
 
-_STATUS = {"optimal": "optimal", "gaplimit": "optimal", "timelimit": "time limit"}
+_STATUS = {"optimal": "optimal", "timelimit": "time limit"}
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,6 @@ def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allo
 
     model = Model("coopq")
     model.hideOutput()
-    # A byte over the budget is infeasible, and budgets have up to ten digits.
-    model.setParam("numerics/feastol", 1e-9)
     if time_limit is not None:
         model.setParam("limits/time", time_limit)
     q = [model.addVar(vtype="B", name=f"q{i}") for i in range(n)]
@@ -111,21 +110,34 @@ def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allo
             model.addCons(product <= q[i])
             model.addCons(product <= q[j])
         terms.append(weight * product)
-    unit = math.gcd(*program.costs.tolist())
+    unit = math.gcd(*program.costs.tolist()) or 1
     model.addCons(
         quicksum(int(c) // unit * (1 - x) for c, x in zip(program.costs, q, strict=True)) <= program.capacity // unit
     )
     model.setObjective(quicksum(terms), "minimize")
     model.optimize()
-
-    status = _STATUS.get(model.getStatus(), model.getStatus())
-    if model.getNSols() == 0:
-        raise EstimationError(f"the solver stopped ({status}) before it found any assignment; raise the time limit")
-    solution = np.array([model.getVal(x) > 0.5 for x in q])
-    assert program.feasible(solution)
+    solution, status = _solution(model, q)
+    while not program.feasible(solution):
+        # Bytes over the budget, but within the solver's relative tolerance. The raised players do not fit together,
+        # which is a valid inequality that excludes this solution and nothing feasible.
+        model.freeTransform()
+        raised = np.flatnonzero(~solution)
+        model.addCons(quicksum(1 - q[i] for i in raised) <= len(raised) - 1)
+        model.optimize()
+        solution, status = _solution(model, q)
     objective = program.objective(solution)
     bound = min(model.getDualbound() * scale, objective)
     if status == "optimal":
         bound = objective
     gap = 0.0 if bound == objective else (objective - bound) / max(abs(objective), 1e-12)
     return Allocation(q=solution, objective=objective, bound=bound, gap=gap, status=status)
+
+
+def _solution(model: Model, q: list[Any]) -> tuple[npt.NDArray[np.bool_], str]:
+    """The solver's best assignment and its status in our words."""
+    status = model.getStatus()
+    if status == "userinterrupt":  # SCIP answers an interrupt by stopping
+        raise KeyboardInterrupt
+    if status not in _STATUS or model.getNSols() == 0:
+        raise EstimationError(f"the solver stopped ({status}) before it found any assignment; raise the time limit")
+    return np.array([model.getVal(x) > 0.5 for x in q]), _STATUS[status]

@@ -1,16 +1,19 @@
 """Dequantised weights of every player at every bit-width: made once, kept on disk, mapped into memory."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from coopq.backends import Backend
 from coopq.errors import Mismatch, ModelError
-from coopq.files import atomic_file, require_space, write_json
+from coopq.files import atomic_file, read_json, require_space, write_json
+from coopq.models import LoadedModel
 from coopq.storage import Storage
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
@@ -40,7 +43,7 @@ class WeightBank:
 
     Args:
         folder: Where the weights are kept; a file for each player and width.
-        model: The full-precision model.
+        loaded: The full-precision model with its tokenizer.
         players: Its players.
         backend: What quantizes.
         fingerprint: What the weights depend on; a folder with another one is refused.
@@ -52,7 +55,7 @@ class WeightBank:
     def __init__(
         self,
         folder: Path,
-        model: torch.nn.Module,
+        loaded: LoadedModel,
         players: Sequence[Player],
         backend: Backend,
         fingerprint: Mapping[str, Any],
@@ -60,8 +63,9 @@ class WeightBank:
         self.players = players
         self._folder = folder
         self._backend = backend
+        self._loaded = loaded
         self._linears = {
-            linear.name: model.get_submodule(linear.name) for player in players for linear in player.linears
+            linear.name: loaded.model.get_submodule(linear.name) for player in players for linear in player.linears
         }
         self._originals: dict[str, Tensor] = {
             name: cast(Tensor, linear.weight).data for name, linear in self._linears.items()
@@ -71,37 +75,43 @@ class WeightBank:
         header = folder / "bank.json"
         ours = {"format_version": _FORMAT_VERSION, **fingerprint}
         if header.exists():
-            theirs = json.loads(header.read_text(encoding="utf-8"))
+            theirs = read_json(header)
             if theirs != json.loads(json.dumps(ours)):
                 raise Mismatch(f"weight bank {folder} holds other weights", ours, theirs, "use another run folder")
         else:
             write_json(header, ours)
 
-    def build(self, bits: Sequence[int], progress: ProgressCallback = silent) -> None:
+    def build(
+        self, bits: Sequence[int], tokens: npt.NDArray[np.int64] | None = None, progress: ProgressCallback = silent
+    ) -> None:
         """Make sure that all players are there at the widths `bits`.
 
+        Args:
+            bits: The widths.
+            tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
+            progress: Told of every player.
         Raises:
             OutputError: If the disk has no room for them.
             ModelError: If a weight is not finite.
         """
-        missing = [
-            (player, width)
-            for player in range(len(self.players))
-            for width in bits
-            if width != UNTOUCHED and not self._path(player, width).exists()
-        ]
+        every = range(len(self.players))
+        missing = {width: [p for p in every if not self._path(p, width).exists()] for width in bits}
+        total = sum(map(len, missing.values()))
         itemsize = next(iter(self._originals.values())).dtype.itemsize
-        needed = sum(self.players[player].n_weights * itemsize for player, _ in missing)
+        needed = sum(self.players[player].n_weights for of in missing.values() for player in of) * itemsize
         require_space(self._folder, needed, "the weight bank")
-        for done, (player, width) in enumerate(missing):
-            progress("quantizing", done, len(missing))
-            weights = {
-                linear.name: self._make(linear.name, linear.shape, width) for linear in self.players[player].linears
-            }
-            with atomic_file(self._path(player, width)) as temporary:
-                save_tensors(weights, temporary)
-        if missing:
-            progress("quantizing", len(missing), len(missing))
+        done = 0
+        for width, players in missing.items():
+            if players and self._backend.whole_model:
+                players = list(every)
+                total, done = max(total, len(every) * len(bits)), done
+            for player, weights in self._quantize(players, width, tokens):
+                progress("quantizing", done, total)
+                with atomic_file(self._path(player, width)) as temporary:
+                    save_tensors(weights, temporary)
+                done += 1
+        if done:
+            progress("quantizing", total, total)
 
     def set_player(self, player: int, bits: int) -> None:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
@@ -117,7 +127,9 @@ class WeightBank:
         """Dequantised weights of a player, by name; they must have been built."""
         if (player, bits) not in self._weights:
             device = str(next(iter(self._originals.values())).device)
-            self._weights[player, bits] = load_tensors(self._path(player, bits), device=device)
+            self._weights[player, bits] = load_tensors(
+                self._path(player, bits), device, way_out="delete it and run the same command again"
+            )
         return self._weights[player, bits]
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
@@ -132,11 +144,24 @@ class WeightBank:
         for player in range(len(self.players)):
             self.set_player(player, UNTOUCHED)
 
-    def _make(self, name: str, shape: tuple[int, int], bits: int) -> Tensor:
-        weight = self._originals[name]
-        if not torch.isfinite(weight).all():
-            raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
-        return self._backend.dequantize(self._backend.quantize(weight, bits), shape, bits, weight.dtype).contiguous()
+    def _quantize(
+        self, players: Sequence[int], bits: int, tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Dequantised weights of players at a width, one player after the other."""
+        linears = [(player, linear) for player in players for linear in self.players[player].linears]
+        for _, linear in linears:
+            if not torch.isfinite(self._originals[linear.name]).all():
+                raise ModelError(f"weight {linear.name} holds values that are not finite; the checkpoint is damaged")
+        widths = {linear.name: bits for _, linear in linears}
+        packed = self._backend.quantize_model(self._loaded.model, self._loaded.tokenizer, widths, tokens)
+        weights: dict[str, Tensor] = {}
+        for (player, linear), (name, tensors) in zip(linears, packed, strict=True):
+            assert linear.name == name
+            dtype = self._originals[name].dtype
+            weights[name] = self._backend.dequantize(tensors, linear.shape, bits, dtype).contiguous()
+            if len(weights) == len(self.players[player].linears):
+                yield player, weights
+                weights = {}
 
     def _path(self, player: int, bits: int) -> Path:
         return self._folder / f"player{player:03d}-{bits}bit.safetensors"

@@ -69,9 +69,7 @@ def calibration_set(config: CalibrationConfig, tokenizer: Any, max_length: int |
     bos = _bos(tokenizer)
     content = _content_length(config.length, bos, max_length)
     windows = [
-        window
-        for document in _documents(config.source)
-        for window in _windows(tokenizer.encode(document, add_special_tokens=False), content)
+        window for document in _documents(config.source) for window in _windows(_encode(tokenizer, document), content)
     ]
     if len(windows) < config.sequences:
         raise CalibrationError(
@@ -121,9 +119,11 @@ def wikitext2(tokenizer: Any, length: int, max_tokens: int | None = None, max_le
     Raises:
         CalibrationError: If not even one window fits.
     """
+    if length < 2 or (max_tokens is not None and max_tokens < 1):
+        raise CalibrationError(f"windows of {length} tokens out of {max_tokens} cannot be scored; take at least 2")
     bos = _bos(tokenizer)
     lines = (resources.files("coopq") / "data" / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
-    tokens = tokenizer.encode("\n\n".join(line for line in lines if line.strip()), add_special_tokens=False)
+    tokens = _encode(tokenizer, "\n\n".join(line for line in lines if line.strip()))
     windows = _windows(tokens, _content_length(length, bos, max_length))
     if max_tokens is not None:
         windows = windows[: max_tokens // length]
@@ -149,7 +149,7 @@ def _hub_documents(name: str) -> list[str]:
 
     try:
         rows = load_dataset(*name.split(":"), split="train", streaming=True)
-        return [row["text"] for row in rows.take(_HUB_DOCUMENTS)]
+        return [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"cannot read data set {name!r} ({type(error).__name__}: {error}); it needs a split 'train' with a "
@@ -159,17 +159,19 @@ def _hub_documents(name: str) -> list[str]:
 
 def _jsonl_documents(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError("not a text")
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f"calibration file {path}, line {number}: not a JSON object with a field 'text'; "
                 "mend or remove the line"
             ) from error
-        documents.append(str(text))
+        documents.append(text)
     return documents
 
 
@@ -185,6 +187,12 @@ def _read_text(path: Path) -> str:
     if not text.strip():
         raise CalibrationError(f"calibration file {path} is empty; give one with text")
     return text
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text and nothing else: what looks like a special token in it stays text."""
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return tokens
 
 
 def _bos(tokenizer: Any) -> int | None:

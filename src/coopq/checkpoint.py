@@ -1,61 +1,80 @@
 """Quantized models on disk: packed weights as safetensors, everything else as JSON.
 
-    quantized.safetensors   packed weights of the players, and all other weights as they were
+    quantized.safetensors   packed weights of the players, and all other weights as they were;
+                            model.safetensors where the form is the library's own, as with gptq
     plan.json               bits of each module, and how to read them
     config.json, tokenizer  as transformers writes them
 
-The weights do not carry the name that transformers looks for, so it cannot load them by mistake.
+quantized.safetensors is not a name that transformers looks for, so it cannot load packed weights by mistake.
 """
 
+import dataclasses
 import hashlib
+import json
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from coopq.backends import Backend, get_backend
-from coopq.errors import ModelError
-from coopq.files import atomic_folder
+from coopq.engine import model_nll
+from coopq.errors import ModelError, PlanError
+from coopq.files import atomic_folder, write_json
 from coopq.models import LoadedModel, pick_device, pick_dtype
 from coopq.plan import Plan
+from coopq.players import find_players
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import ProgressCallback, silent
-
-_WEIGHTS = "quantized.safetensors"
 
 
 def is_saved_model(folder: Path) -> bool:
     """Whether `folder` holds a model saved by `save_model`."""
-    return (folder / _WEIGHTS).is_file() and (folder / "plan.json").is_file()
+    return (folder / "plan.json").is_file() and (folder / "config.json").is_file()
 
 
 def save_model(
-    loaded: LoadedModel, plan: Plan, backend: Backend, out: Path, progress: ProgressCallback = silent
-) -> int:
+    loaded: LoadedModel,
+    plan: Plan,
+    backend: Backend,
+    tokens: npt.NDArray[np.int64] | None,
+    out: Path,
+    progress: ProgressCallback = silent,
+) -> Plan:
     """Quantize a model by a plan and save it; `out` appears whole or not at all.
 
     Args:
         loaded: The full-precision model that the plan was made for.
         plan: Bits of each module.
         backend: What quantizes.
+        tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
     Returns:
-        Bytes of the quantized tensors, which are the plan's.
+        The plan as saved: for backends whose mixed weights are not the bank's, with the loss of what was saved.
+    Raises:
+        PlanError: If the plan names other modules than the model has, or other sizes than they take.
     """
     tensors: dict[str, Tensor] = {}
     modules = plan.modules
-    for done, (name, bits) in enumerate(modules.items()):
+    known = {linear.name for player in find_players(loaded.model) for linear in player.linears}
+    if set(modules) != known:
+        raise PlanError(
+            f"the plan and the model differ in {', '.join(sorted(set(modules) ^ known))}; allocate it again"
+        )
+    quantized = backend.quantize_model(loaded.model, loaded.tokenizer, modules, tokens)
+    for done, (name, packed) in enumerate(quantized):
         progress("packing", done, len(modules))
-        packed = backend.quantize(loaded.model.get_submodule(name).weight.data, bits)
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
     progress("packing", len(modules), len(modules))
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    assert n_bytes == plan.bytes, f"{n_bytes} bytes were packed, {plan.bytes} were predicted"
+    if n_bytes != plan.bytes:
+        raise PlanError(f"the plan's bits take {n_bytes} bytes, and it says {plan.bytes}; allocate it again")
     tensors.update(_untouched(loaded, modules))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
@@ -63,9 +82,15 @@ def save_model(
         if loaded.model.can_generate():
             loaded.model.generation_config.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        save_tensors(tensors, folder / _WEIGHTS)
+        save_tensors(tensors, folder / backend.weights_file)
+        _add_native_config(folder, backend.native_config(modules))
         plan.save(folder / "plan.json")
-    return n_bytes
+        if backend.whole_model:
+            assert tokens is not None
+            losses = np.concatenate(list(model_nll(load(folder, device=loaded.model.device.type), tokens)))
+            plan = dataclasses.replace(plan, saved_loss=float(losses.mean()))
+            plan.save(folder / "plan.json")
+    return plan
 
 
 def load(path: str | Path, *, device: str = "auto") -> Any:
@@ -87,35 +112,48 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     target = pick_device(device)
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     with no_init_weights():  # every weight is read from the file
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    tensors = load_tensors(folder / _WEIGHTS)
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype
+        )
+    weights_file = folder / backend.weights_file
+    tensors = load_tensors(weights_file, way_out="save the model again")
     packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.modules}
     for key in list(tensors):
         name, tensor_name = _split(key, packed)
         if name:
             packed[name][tensor_name] = tensors.pop(key).to(target)
-    lacking = _load_untouched(model, tensors, packed) + [name for name in packed if not packed[name]]
+    try:
+        lacking = _load_untouched(model, tensors, packed)
+        model.to(target)
+        for name, bits in plan.modules.items() if not lacking else ():
+            linear = model.get_submodule(name)
+            shape = (linear.out_features, linear.in_features)
+            if sum(tensor.nbytes for tensor in packed[name].values()) != backend.storage_bytes(shape, bits):
+                raise KeyError(f"the tensors of {name} are not those of {bits} bits")
+            model.set_submodule(name, backend.linear(packed[name], shape, bits, linear.bias, dtype))
+    except (RuntimeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(
+            f"{folder} does not fit its plan and configuration ({reason}); save the model again"
+        ) from error
     if lacking:
-        raise ModelError(f"{folder / _WEIGHTS} lacks, or should not hold, {', '.join(lacking)}; save the model again")
-    model.to(target)
-    for name, bits in plan.modules.items():
-        linear = model.get_submodule(name)
-        shape = (linear.out_features, linear.in_features)
-        model.set_submodule(name, backend.linear(packed[name], shape, bits, linear.bias, dtype))
+        raise ModelError(f"{weights_file} lacks, or should not hold, {', '.join(lacking)}; save the model again")
     return model.eval()
 
 
 def saved_bytes(folder: Path) -> int:
     """Bytes of the quantized tensors that really lie in a saved model."""
-    modules = Plan.load(folder / "plan.json").modules
-    return sum(t.nbytes for key, t in load_tensors(folder / _WEIGHTS).items() if _split(key, modules)[0])
+    plan = Plan.load(folder / "plan.json")
+    weights_file = folder / get_backend(**plan.quantizer).weights_file
+    tensors = load_tensors(weights_file, way_out="save the model again")
+    return sum(tensor.nbytes for key, tensor in tensors.items() if _split(key, plan.modules)[0])
 
 
 def fingerprint_saved(folder: Path) -> str:
-    """A hash of a saved model's weights and plan."""
+    """A hash of a saved model's weights, plan and configuration."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in (_WEIGHTS, "plan.json"):
-        with (folder / name).open("rb") as handle:
+    for path in (*sorted(folder.glob("*.safetensors")), folder / "plan.json", folder / "config.json"):
+        with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "blake2b").digest())
     return digest.hexdigest()
 
@@ -142,6 +180,15 @@ def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor
         lossless = torch.equal(narrow.to(tensor.dtype), tensor)
         tensors[name] = (narrow if lossless else tensor).contiguous().cpu()
     return tensors
+
+
+def _add_native_config(folder: Path, native: dict[str, Any] | None) -> None:
+    """Let the library's own loader recognise the checkpoint."""
+    if native is None:
+        return
+    write_json(folder / "quantize_config.json", native)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | {"quantization_config": native})
 
 
 def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: Container[str]) -> list[str]:

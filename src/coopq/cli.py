@@ -56,11 +56,15 @@ Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or
 Budget_ = Annotated[
     str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
-Backend = Annotated[str, typer.Option(help="rtn, quanto or hqq.")]
+Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
 Method = Annotated[
     str, typer.Option(help="coopq, or a baseline: llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation.")
 ]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
+ActOrder = Annotated[
+    bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
+]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="gptq: zero points in the middle.")]
 Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
 Permutations = Annotated[int, typer.Option(help="Random walks to measure; more can be added to a run later.")]
 Seed = Annotated[int, typer.Option(help="Seed of the walks.")]
@@ -90,6 +94,8 @@ def quantize(
     method: Method = "coopq",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
+    act_order: ActOrder = None,
+    symmetric: Symmetric = None,
     bits: Bits = "2,4",
     permutations: Permutations = 25,
     seed: Seed = 0,
@@ -106,7 +112,9 @@ def quantize(
     """The one-shot job: estimate, allocate, quantize, save. Run it again and it goes on where it was."""
     source = _calibration(calibration, tokens, sequence_length, calibration_seed)
     low, high = _bits(bits)
-    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
+    config = RunConfig(
+        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+    )
     from coopq import pipeline
 
     _quiet_libraries()
@@ -114,7 +122,7 @@ def quantize(
         plan = pipeline.quantize(
             config, budget, out, run=run, method=method, alpha=alpha, time_limit=time_limit, progress=progress
         )
-    text = f"{provenance(config, plan.fingerprint)}\n{plan_summary(plan)}\nsaved in {out}"
+    text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     _print(plan_data(plan) | {"out": str(out)}, text, as_json)
 
 
@@ -124,6 +132,8 @@ def estimate(
     run: Annotated[Path, typer.Option(help="Folder of the work.")],
     backend: Backend = "rtn",
     group_size: GroupSize = None,
+    act_order: ActOrder = None,
+    symmetric: Symmetric = None,
     bits: Bits = "2,4",
     permutations: Permutations = 25,
     seed: Seed = 0,
@@ -138,7 +148,9 @@ def estimate(
     """Measure the walks and estimate Shapley values and their covariance."""
     source = _calibration(calibration, tokens, sequence_length, calibration_seed)
     low, high = _bits(bits)
-    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
+    config = RunConfig(
+        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+    )
     from coopq import pipeline
 
     _quiet_libraries()
@@ -167,7 +179,7 @@ def allocate(
             plans.append(plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit))
         progress("solving the program", len(plans), len(budgets))
     folder.plans.mkdir(exist_ok=True)
-    paths = [folder.plans / f"{plan.budget}.json" for plan in plans]
+    paths = [folder.plans / plan.file_name for plan in plans]
     for plan, path in zip(plans, paths, strict=True):
         plan.save(path)
     text = "\n".join(f"{plan_summary(plan)}\nsaved in {path}" for plan, path in zip(plans, paths, strict=True))
@@ -200,6 +212,8 @@ def compare(
     run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
     backend: Backend = "rtn",
     group_size: GroupSize = None,
+    act_order: ActOrder = None,
+    symmetric: Symmetric = None,
     bits: Bits = "2,4",
     permutations: Permutations = 25,
     seed: Seed = 0,
@@ -216,22 +230,22 @@ def compare(
     """CoopQ and every baseline at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
     source = _calibration(calibration, tokens, sequence_length, calibration_seed)
     low, high = _bits(bits)
-    config = RunConfig(model, backend, group_size, low, high, permutations, seed, source, dtype, device)
+    config = RunConfig(
+        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+    )
     from coopq import evaluate as work
     from coopq.figure import check_plotting, save_comparison
 
     check_plotting()
     _quiet_libraries()
     with _progress() as progress:
-        rows = work.compare_methods(
-            config, budget, run, length=judge_length, max_tokens=judge_tokens, progress=progress
-        )
+        rows = work.compare(config, budget, run, length=judge_length, max_tokens=judge_tokens, progress=progress)
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
     files = save_comparison(rows, f"{model}, {backend}, {low} and {high} bits: {text}", run / "comparison")
     saved = ", ".join(map(str, [run / "comparison.json", *files]))
-    _print(data, Group(comparison_table(rows, text), f"saved in {saved}"), as_json)
+    _print(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
 
 
 @app.command()
@@ -255,24 +269,26 @@ def evaluate(
     _quiet_libraries()
     rows = []
     folder = Path(model)
+    options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "device": device}
     with _progress() as progress:
         if is_saved_model(folder):
             place = run or default_run(folder)
-            options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "progress": progress}
-            evaluation = work.evaluate_saved(folder, place, device=device, **options)
-            if comparison:
-                rows = work.compare(Plan.load(folder / "plan.json"), place, model=source, **options)
+            evaluation = work.evaluate_saved(folder, place, **options, progress=progress)
         else:
-            evaluation = work.evaluate_model(
-                model, length=sequence_length, max_tokens=tokens, device=device, progress=progress
-            )
-    if rows and not as_json:
-        _out.print(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
-    line = (
-        f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
-        f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
-    )
-    _print(evaluation_data(evaluation, rows), line, as_json)
+            evaluation = work.evaluate_model(model, **options, progress=progress)
+    if not as_json:
+        line = (
+            f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
+            f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
+        )
+        _print(None, line, as_json)
+    if is_saved_model(folder) and comparison:
+        with _progress() as progress:
+            plan = Plan.load(folder / "plan.json")
+            rows = work.compare_plan(plan, place, **options, model=source, progress=progress)
+    table = comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored")
+    if rows or as_json:
+        _print(evaluation_data(evaluation, rows), table, as_json)
 
 
 @app.command()
@@ -285,9 +301,12 @@ def show(
         folder = RunFolder(path)
         values, spent = Journal.peek(folder.journal)
         if values and not folder.is_estimated:
-            _out.print(f"{path}: {values} losses measured so far, {spent} layer forwards")
+            _err.print(f"{path}: {values} losses measured so far, {spent} layer forwards", markup=False)
         estimation = folder.load()
-        plans = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
+        saved = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
+        plans = [plan for plan in saved if plan.config == estimation.config.to_json()]
+        if len(plans) < len(saved):
+            _err.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
         _print(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)
     else:
         plan = Plan.load(path / "plan.json" if path.is_dir() else path)
@@ -358,7 +377,7 @@ def _print(data: Any, text: RenderableType, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(data, indent=1))
     else:
-        _out.print(text, highlight=False, soft_wrap=True)
+        _out.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _fail(message: str, debug: bool) -> None:

@@ -226,4 +226,7 @@ def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray
     for batch in ids.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
         with torch.no_grad():
             logits = model(input_ids=batch, use_cache=False).logits
-        yield sequence_nll(logits, batch)
+        losses = sequence_nll(logits, batch)
+        if not np.isfinite(losses).all():
+            raise EstimationError("the loss of the model is not a number on some sequences; compute in float32")
+        yield losses

@@ -100,13 +100,14 @@ def evaluate_saved(
     return Evaluation(total / done, text.n_scored, saved_bytes(folder), text.describe())
 
 
-def compare(
+def compare_plan(
     plan: Plan,
     run: Path,
     *,
     length: int,
     max_tokens: int | None = None,
     model: str | None = None,
+    device: str | None = None,
     progress: ProgressCallback = silent,
 ) -> list[Comparison]:
     """A plan beside full precision, uniform widths, and random assignments of its budget.
@@ -117,16 +118,22 @@ def compare(
         length: Tokens of a window of WikiText-2.
         max_tokens: Only the first tokens of the text; None takes all.
         model: Where the plan's model is now; None takes the plan's word.
+        device: Where to compute; None takes the plan's word.
         progress: Told of every step.
     """
-    config = RunConfig.from_json(plan.config)
-    if model is not None:
-        config = replace(config, model=model)
+    config, quantizer = RunConfig.from_json(plan.config), plan.quantizer
+    config = replace(
+        config,
+        model=model or config.model,
+        device=device or config.device,
+        backend=quantizer.pop("name"),
+        **quantizer,
+    )
     with open_workbench(config, run, progress) as bench:
         return compare_on(bench, [plan], length=length, max_tokens=max_tokens)
 
 
-def compare_methods(
+def compare(
     config: RunConfig,
     budgets: Sequence[str],
     run: Path,
@@ -147,6 +154,7 @@ def compare_methods(
     """
     parsed = [Budget.parse(budget) for budget in budgets]
     with open_workbench(config, run, progress, *parsed) as bench:
+        _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
         plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in parsed]
         return compare_on(bench, plans, length=length, max_tokens=max_tokens)
 
@@ -176,7 +184,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
                 method=method,
                 budget=budget_text,
                 n=len(assignments),
-                average_bits=float(np.mean([bench.storage.average_bits(row) for row in assignments])),
+                average_bits=float(np.mean([_average_bits(bench, row) for row in assignments])),
                 bits_per_weight=float(np.mean([_bits_per_weight(bench, row) for row in assignments])),
                 calibration_nll=float(calibration[where].mean()),
                 nll=float(judged[where].mean()),
@@ -188,7 +196,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
 
 def judge_on(bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None) -> Losses:
     """WikiText-2 loss of each assignment, shape (n,), nats per token; kept apart from what searches see."""
-    text = wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
+    text = _judging_text(bench, length, max_tokens)
     total = np.zeros(len(points))
     for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
         with bench.game(portion, journal, "judging on WikiText-2") as game:
@@ -196,9 +204,19 @@ def judge_on(bench: Workbench, points: Assignments, *, length: int, max_tokens: 
     return total / len(text.tokens)
 
 
-def _bits_per_weight(bench: Workbench, assignment: Assignment) -> float:
+def _judging_text(bench: Workbench, length: int, max_tokens: int | None) -> TokenSet:
+    return wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
+
+
+def _average_bits(bench: Workbench, assignment: Assignment) -> float:
     if (assignment == UNTOUCHED).all():
         return 8.0 * bench.loaded.checkpoint_dtype.itemsize
+    return bench.storage.average_bits(assignment)
+
+
+def _bits_per_weight(bench: Workbench, assignment: Assignment) -> float:
+    if (assignment == UNTOUCHED).all():
+        return _average_bits(bench, assignment)
     return bench.storage.bits_per_weight(assignment)
 
 

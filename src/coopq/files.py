@@ -51,6 +51,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        RunError: If the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not readable as JSON ({error}); delete it and run the same command again") from error
+
+
 def require_new_folder(path: Path) -> None:
     """Check that `path` can be made as a new folder.
 

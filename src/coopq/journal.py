@@ -64,8 +64,13 @@ class Journal:
         """
         values, layer_forwards = 0, 0
         for line in path.read_bytes().splitlines(keepends=True)[1:] if path.exists() else []:
-            if line.endswith(b"\n"):
-                values, layer_forwards = values + 1, layer_forwards + int(json.loads(line)["layer_forwards"])
+            if not line.endswith(b"\n"):
+                continue
+            try:
+                spent = int(json.loads(line)["layer_forwards"])
+            except (ValueError, KeyError, TypeError):
+                continue  # replaying is what judges broken lines
+            values, layer_forwards = values + 1, layer_forwards + spent
         return values, layer_forwards
 
     def __len__(self) -> int:
@@ -97,11 +102,15 @@ class Journal:
                     self._check_header(record, fingerprint)
                 else:
                     self._learn(record)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError) as error:
                 if number < len(lines) or (number == 1 and line.endswith(b"\n")):
                     raise JournalError(
-                        f"{self.path}, line {number} is broken ({error}); restore the file from a copy, or delete "
-                        "the broken line: only its value is then measured again"
+                        f"{self.path}, line {number} is broken ({error}); restore the file from a copy, "
+                        + (
+                            "or use another run folder"
+                            if number == 1
+                            else "or delete the broken line: only its value is then measured again"
+                        )
                     ) from error
                 _log.warning("%s: dropped a last line that was not written whole", self.path)
                 break
@@ -129,6 +138,8 @@ class Journal:
         layer_forwards = record["layer_forwards"]
         if assignment.ndim != 1 or losses.ndim != 1 or not losses.size or not isinstance(layer_forwards, int):
             raise ValueError("not a record of losses")
+        if any(losses.size != known.size for known in self._losses.values()):
+            raise ValueError("another number of sequences than before")
         if not all(math.isfinite(loss) for loss in losses):
             raise ValueError("a loss is not finite")
         self._losses[_key(assignment)] = losses

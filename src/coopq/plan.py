@@ -1,6 +1,7 @@
 """A plan: the bit-width of every module, where it came from and what it should cost."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from coopq.allocate import Allocation, QuadraticProgram, allocate, paper_program
 from coopq.errors import PlanError
 from coopq.files import write_json
-from coopq.run import Estimation, Subject
+from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
 
 _FORMAT_VERSION = 1
@@ -63,7 +64,8 @@ class Plan:
         fingerprint: What the losses depend on.
         layer_forwards: Forwards of one block over all calibration tokens that the method takes, uninterrupted.
         layer_forwards_unshared: The same without sharing prefixes.
-        deployment: Backend and group size, where they are not those that the losses were measured with.
+        deployment: Backend and options, where they are not those that the losses were measured with.
+        saved_loss: Loss of the model as saved, for backends whose mixed weights are not the bank's (gptq).
     """
 
     method: str
@@ -82,12 +84,22 @@ class Plan:
     layer_forwards: int
     layer_forwards_unshared: int
     deployment: Mapping[str, Any] | None = None
+    saved_loss: float | None = None
 
     @property
     def quantizer(self) -> dict[str, Any]:
-        """Backend and group size that make the weights: those deployed, or else those measured."""
-        source = self.config if self.deployment is None else self.deployment
-        return {"name": source["backend"], "group_size": source["group_size"]}
+        """The backend that makes the weights, with its options: the one deployed, or else the one measured."""
+        return RunConfig.from_json(self.config).quantizer if self.deployment is None else dict(self.deployment)
+
+    @property
+    def label(self) -> str:
+        """The budget, after the method where that is a baseline."""
+        return self.budget if self.method == "coopq" else f"{self.method} {self.budget}"
+
+    @property
+    def file_name(self) -> str:
+        """Name of the plan's file in a run folder."""
+        return f"{self.label.replace(' ', '-')}.json"
 
     @property
     def assignment(self) -> list[int]:
@@ -115,14 +127,18 @@ class Plan:
             version = data.pop("format_version")
         except FileNotFoundError as error:
             raise PlanError(f"no plan at {path}; `coopq allocate` writes one") from error
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan ({error}); `coopq allocate` writes one") from error
         if version != _FORMAT_VERSION:
             raise PlanError(f"{path} has plan format {version}; this version of coopq reads {_FORMAT_VERSION}")
         try:
             players = tuple(PlayerPlan(**{**p, "modules": tuple(p["modules"])}) for p in data.pop("players"))
-            return cls(players=players, solver=Solver(**data.pop("solver")), **data)
-        except (KeyError, TypeError) as error:
+            plan = cls(players=players, solver=Solver(**data.pop("solver")), **data)
+            RunConfig.from_json(plan.config)
+            if not all(isinstance(p.bits, int) and isinstance(p.score, float | int) for p in players):
+                raise TypeError("bits and scores of players must be numbers")
+            return plan
+        except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a complete plan ({error}); allocate it again") from error
 
 
@@ -138,7 +154,7 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
         InfeasibleBudget: With the smallest and largest feasible budget.
         PlanError: If alpha is out of range.
     """
-    check_alpha(alpha)
+    check_solver(alpha, time_limit)
     config, storage, estimate = estimation.config, estimation.storage, estimation.estimate
     program = paper_program(
         estimate.shapley,
@@ -203,14 +219,16 @@ def plan_gains(
     )
 
 
-def check_alpha(alpha: float) -> None:
-    """Check the shrinkage of the covariance.
+def check_solver(alpha: float, time_limit: float | None) -> None:
+    """Check the settings of the program before anything expensive.
 
     Raises:
-        PlanError: If it is out of range.
+        PlanError: If the shrinkage or the time limit is out of range.
     """
     if not 0 <= alpha <= 1:
         raise PlanError(f"alpha = {alpha} is not between 0 and 1; the paper takes 0.5")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise PlanError(f"time limit {time_limit} is not a positive number of seconds; leave it out for none")
 
 
 def _capacity(subject: Subject, budget: Budget) -> int:

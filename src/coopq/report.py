@@ -36,6 +36,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "predicted_loss": plan.predicted_loss,
         "measured_loss": plan.measured_loss,
+        "saved_loss": plan.saved_loss,
         "deployment": plan.deployment,
     }
 
@@ -44,11 +45,11 @@ def run_data(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
     """A run for machines; `bits`, `status` and `gap` by budget, `layer_forwards` as truly spent."""
     names = [player.name for player in estimation.players]
     return {
-        "bits": {plan.budget: {player.name: player.bits for player in plan.players} for plan in plans},
+        "bits": {plan.label: {player.name: player.bits for player in plan.players} for plan in plans},
         "shapley": dict(zip(names, estimation.estimate.shapley.tolist(), strict=True)),
         "stderr": dict(zip(names, estimation.estimate.stderr.tolist(), strict=True)),
-        "status": {plan.budget: plan.solver.status for plan in plans},
-        "gap": {plan.budget: plan.solver.gap for plan in plans},
+        "status": {plan.label: plan.solver.status for plan in plans},
+        "gap": {plan.label: plan.solver.gap for plan in plans},
         "layer_forwards": layer_forwards,
         "layer_forwards_walks": estimation.layer_forwards,
         "layer_forwards_unshared": estimation.layer_forwards_unshared,
@@ -64,8 +65,10 @@ def evaluation_data(evaluation: Evaluation, rows: Sequence[Comparison] = ()) -> 
 
 def plan_summary(plan: Plan) -> str:
     """Sizes, losses and proof of a plan in two lines."""
-    deployed = f"; deployed by {plan.deployment['backend']}, not by what was measured" if plan.deployment else ""
+    deployed = f"; deployed by {plan.deployment['name']}, not by what was measured" if plan.deployment else ""
     measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
+    if plan.saved_loss is not None:
+        measured += f" on the bank's weights, {plan.saved_loss:.4f} on the saved model's"
     predicted = "not predicted" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted"
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
@@ -75,13 +78,14 @@ def plan_summary(plan: Plan) -> str:
     )
 
 
-def provenance(config: RunConfig, fingerprint: Mapping[str, Any]) -> str:
+def provenance(config: RunConfig, fingerprint: Mapping[str, Any], method: str = "coopq") -> str:
     """Model, backend, walks and calibration set in one line."""
+    walks = f"{config.permutations} walks (seed {config.seed})" if method == "coopq" else method
     text = config.calibration
     opening = ", each after a BOS token" if fingerprint["bos"] else ", no special tokens"
     return (
-        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits, {config.permutations} walks "
-        f"(seed {config.seed}) on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
+        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits, {walks} "
+        f"on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
     )
 
 
@@ -107,7 +111,7 @@ def show_plan(plan: Plan) -> RenderableType:
         columns = {"Shapley value": scores, "±": [player.stderr or 0.0 for player in plan.players]}
     names = [player.name for player in plan.players]
     table = players_table(_SHAPLEY if plan.method == "coopq" else "", names, {"bits": plan.assignment}, columns)
-    head = provenance(RunConfig.from_json(plan.config), plan.fingerprint)
+    head = provenance(RunConfig.from_json(plan.config), plan.fingerprint, plan.method)
     cost = _cost(plan.layer_forwards, plan.layer_forwards_unshared)
     return Group(Text(head), Text(plan_summary(plan)), table, Text(cost))
 
@@ -117,7 +121,7 @@ def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
     table = players_table(
         _SHAPLEY,
         [player.name for player in estimation.players],
-        {plan.budget: plan.assignment for plan in plans},
+        {plan.label: plan.assignment for plan in plans},
         {"Shapley value": estimation.estimate.shapley.tolist(), "±": estimation.estimate.stderr.tolist()},
     )
     summaries = [Text(plan_summary(plan)) for plan in plans]
@@ -126,7 +130,7 @@ def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int)
         *summaries,
         table,
         Text(_cost(estimation.layer_forwards, estimation.layer_forwards_unshared)),
-        Text(f"{layer_forwards} layer forwards spent in this run so far, plans and comparisons included"),
+        Text(f"{layer_forwards} layer forwards spent on the calibration set so far, comparisons included"),
     )
 
 
@@ -137,9 +141,8 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     for column in ("bits per weight", "calibration NLL", "NLL", "perplexity"):
         table.add_column(column, justify="right")
     for row in rows:
-        name = row.name if row.n == 1 else f"{row.name} (mean of {row.n})"
         table.add_row(
-            name,
+            row.name,
             f"{row.bits_per_weight:.3f}",
             f"{row.calibration_nll:.4f}",
             f"{row.nll:.4f}",

@@ -8,7 +8,8 @@ plans/         one plan for each budget allocated from this run
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,10 @@ class RunConfig:
 
     Attributes:
         model: Hub id, local folder, GGUF file, or "demo".
-        backend: "rtn", "quanto" or "hqq".
+        backend: "rtn", "quanto", "hqq" or "gptq".
         group_size: Weights that share a scale; None takes the backend's default.
+        act_order: For gptq; None takes its default.
+        symmetric: For gptq; None takes its default.
         low: Bit-width that players are lowered to.
         high: Bit-width that players start from.
         permutations: Number of walks, M.
@@ -68,6 +71,18 @@ class RunConfig:
     calibration: CalibrationConfig = CalibrationConfig()
     dtype: str = "auto"
     device: str = "auto"
+    act_order: bool | None = None
+    symmetric: bool | None = None
+
+    @property
+    def quantizer(self) -> dict[str, Any]:
+        """The backend with its options, as `coopq.backends.get_backend` takes them."""
+        return {
+            "name": self.backend,
+            "group_size": self.group_size,
+            "act_order": self.act_order,
+            "symmetric": self.symmetric,
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -157,8 +172,10 @@ class RunFolder:
         Raises:
             RunError: If this is no run folder.
         """
-        data = _read(self.path / "run.json", f"{self.path} is not a run folder; `coopq estimate` makes one")
-        return RunConfig.from_json(data["config"])
+        path = self.path / "run.json"
+        data = _read(path, f"{self.path} is not a run folder; `coopq estimate` makes one")
+        with _complete(path):
+            return RunConfig.from_json(data["config"])
 
     def save(self, estimation: Estimation) -> None:
         """Write the estimation."""
@@ -187,32 +204,50 @@ class RunFolder:
         Raises:
             RunError: If there is none yet.
         """
-        config = self.config()
-        data = _read(
-            self.path / "estimate.json",
-            f"the estimation in {self.path} is not finished; "
-            f"go on with: coopq estimate {config.model} --run {self.path} and the options it was started with",
+        config, path = self.config(), self.path / "estimate.json"
+        unfinished = (
+            f"the estimation in {self.path} is not finished; go on with: coopq estimate {config.model} "
+            f"--run {self.path} and the options it was started with"
         )
-        players = tuple(
-            Player(
-                name=player["name"],
-                linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
-            )
-            for player in data["players"]
+        data = _read(path, unfinished)
+        with _complete(path):
+            estimation = _estimation(data)
+        if (estimation.config.permutations, estimation.config.seed) != (config.permutations, config.seed):
+            raise RunError(unfinished)
+        return estimation
+
+
+def _estimation(data: Mapping[str, Any]) -> Estimation:
+    """What `RunFolder.save` wrote."""
+    players = tuple(
+        Player(
+            name=player["name"],
+            linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
         )
-        estimate: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data["estimate"].items()}
-        return Estimation(
-            config=RunConfig.from_json(data["config"]),
-            players=players,
-            storage=Storage(
-                n_weights=tuple(player.n_weights for player in players),
-                n_bytes={int(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
-            ),
-            estimate=ShapleyEstimate(**estimate),
-            fingerprint=data["fingerprint"],
-            layer_forwards=data["layer_forwards"],
-            layer_forwards_unshared=data["layer_forwards_unshared"],
-        )
+        for player in data["players"]
+    )
+    estimate: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data["estimate"].items()}
+    return Estimation(
+        config=RunConfig.from_json(data["config"]),
+        players=players,
+        storage=Storage(
+            n_weights=tuple(player.n_weights for player in players),
+            n_bytes={int(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
+        ),
+        estimate=ShapleyEstimate(**estimate),
+        fingerprint=data["fingerprint"],
+        layer_forwards=data["layer_forwards"],
+        layer_forwards_unshared=data["layer_forwards_unshared"],
+    )
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    """Turn what reading an incomplete file raises into an error that says so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} is not complete ({error!r}); use another run folder") from error
 
 
 def _read(path: Path, missing: str) -> dict[str, Any]:

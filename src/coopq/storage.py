@@ -1,7 +1,8 @@
 """Exact bytes of assignments, and the budgets that users set on them."""
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -93,7 +94,7 @@ class Storage:
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {low} and {high} bits; the smallest is "
-                f"{self._describe(smallest, low)}, the largest {self._describe(largest, high)}"
+                f"{self._describe(smallest, low, math.ceil)}, the largest {self._describe(largest, high, math.floor)}"
             )
         return int(limit)
 
@@ -106,5 +107,6 @@ class Storage:
             raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
         return self.n_bytes[bits]
 
-    def _describe(self, n_bytes: int, bits: int) -> str:
-        return f"{bits}avg = {8 * n_bytes / sum(self.n_weights):.4f}bpw = {n_bytes}B"
+    def _describe(self, n_bytes: int, bits: int, towards_feasible: Callable[[float], int]) -> str:
+        bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
+        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes}B"

@@ -12,6 +12,8 @@ from coopq.backends import Backend
 from coopq.types import Assignments, Losses
 
 LOW, HIGH = 2, 4
+WEIGHT_ONLY = ("rtn", "quanto", "hqq")
+"""Backends that quantize one weight at a time, without calibration tokens."""
 
 
 class TableGame:

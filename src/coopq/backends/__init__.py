@@ -12,18 +12,28 @@ BACKENDS = {
     "rtn": "coopq.backends.rtn:RTNBackend",
     "quanto": "coopq.backends.quanto:QuantoBackend",
     "hqq": "coopq.backends.hqq:HQQBackend",
+    "gptq": "coopq.backends.gptq:GPTQBackend",
 }
 
 
-def get_backend(name: str, *, group_size: int | None = None, bits: tuple[int, ...] = ()) -> Backend:
+def get_backend(
+    name: str,
+    *,
+    group_size: int | None = None,
+    act_order: bool | None = None,
+    symmetric: bool | None = None,
+    bits: tuple[int, ...] = (),
+) -> Backend:
     """The backend called `name`.
 
     Args:
         name: A key of `BACKENDS`.
         group_size: Weights that share a scale; None takes the backend's default.
+        act_order: For gptq; None takes its default.
+        symmetric: For gptq; None takes its default.
         bits: Widths that it must have.
     Raises:
-        BackendError: If the name is unknown or the backend's library is not installed.
+        BackendError: If the name is unknown, the backend lacks an option, or its library is not installed.
         UnsupportedBits: If it lacks a width.
     """
     if name not in BACKENDS:
@@ -37,4 +47,8 @@ def get_backend(name: str, *, group_size: int | None = None, bits: tuple[int, ..
             raise UnsupportedBits(
                 f"backend {name!r} has no {width} bits; it has {', '.join(map(str, backend_class.bits))}"
             )
-    return backend_class(group_size)
+    given = {"act_order": act_order, "symmetric": symmetric}
+    options = {option: value for option, value in given.items() if value is not None}
+    if options and name != "gptq":
+        raise BackendError(f"backend {name!r} has no option {', '.join(options)}; only gptq has")
+    return backend_class(group_size, **options)

@@ -5,11 +5,14 @@ truth: the bank holds their dequantised form, a saved model holds them as they a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coopq.errors import BackendError
 
@@ -29,9 +32,13 @@ class Backend(ABC):
 
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
+    whole_model: ClassVar[bool] = False
+    """Whether a layer's result depends on the others, so that all are quantized together."""
+    weights_file: ClassVar[str] = "quantized.safetensors"
+    """File of a saved model's weights; not one that transformers would load by mistake."""
 
     @abstractmethod
-    def __init__(self, group_size: int | None = None) -> None: ...
+    def __init__(self, group_size: int | None = None, **options: Any) -> None: ...
 
     @property
     @abstractmethod
@@ -46,6 +53,26 @@ class Backend(ABC):
     @abstractmethod
     def quantize(self, weight: Tensor, bits: int) -> Packed:
         """Quantize a weight of shape (out, in)."""
+
+    def quantize_model(
+        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[str, Packed]]:
+        """Quantize linear layers of a model.
+
+        Args:
+            model: The model, in full precision.
+            tokenizer: Its tokenizer.
+            bits: Width of each linear layer, by name.
+            tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
+        Yields:
+            Name and packed tensors of each layer, in the order of `bits`.
+        """
+        for name, width in bits.items():
+            yield name, self.quantize(model.get_submodule(name).weight.data, width)
+
+    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
+        """Configuration that the library's own loader wants beside the weights; None where it has no such format."""
+        return None
 
     @abstractmethod
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
@@ -68,6 +95,36 @@ class Backend(ABC):
     def fingerprint(self) -> dict[str, Any]:
         """Name, version and settings."""
         return {"name": self.name, "version": self.version, "settings": self.settings}
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that dequantises its weight in each forward, for backends without a module of their own."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        packed: Packed,
+        shape: tuple[int, int],
+        bits: int,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._backend, self._shape, self._bits, self._dtype = backend, shape, bits, dtype
+        self.out_features, self.in_features = shape
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs W' + bias."""
+        packed = dict(self.named_buffers(recurse=False))
+        weight = self._backend.dequantize(packed, self._shape, self._bits, self._dtype)
+        return functional.linear(inputs, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and width, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self._bits}"
 
 
 def check_group_size(group_size: int | None, default: int) -> int:

@@ -36,6 +36,8 @@ class HQQBackend(Backend):
             ) from error
         self._linear, self._quantizer, self._config = HQQLinear, Quantizer, BaseQuantizeConfig
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
+        if self.group_size % 8:
+            raise BackendError(f"backend 'hqq' takes group sizes that are multiples of 8, and {group_size} is not one")
 
     @property
     def version(self) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coopq.backends.base import Backend, Packed, check_group_size
+from coopq.backends.base import Backend, Packed, PackedLinear, check_group_size
 
 _DEFAULT_GROUP_SIZE = 64
 _SMALLEST_SCALE = 2.0**-24
@@ -67,40 +67,12 @@ class RTNBackend(Backend):
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
-        return _RTNLinear(self, packed, shape, bits, bias, dtype)
+        return PackedLinear(self, packed, shape, bits, bias, dtype)
 
     def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
         """See `Backend.storage_bytes`."""
         n_groups = shape[0] * -(-shape[1] // self.group_size)
         return _packed_bytes(n_groups * self.group_size, bits) + 2 * n_groups + _packed_bytes(n_groups, bits)
-
-
-class _RTNLinear(nn.Module):
-    """A linear layer that dequantises its weight in each forward."""
-
-    def __init__(
-        self,
-        backend: RTNBackend,
-        packed: Packed,
-        shape: tuple[int, int],
-        bits: int,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__()
-        self._backend, self._shape, self._bits, self._dtype = backend, shape, bits, dtype
-        self.out_features, self.in_features = shape
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        packed = dict(self.named_buffers(recurse=False))
-        weight = self._backend.dequantize(packed, self._shape, self._bits, self._dtype)
-        return functional.linear(inputs, weight, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self._bits}"
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

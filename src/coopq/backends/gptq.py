@@ -1,0 +1,146 @@
+"""GPTQ (Frantar et al., 2023) by the library GPTQModel, which runs in a process of its own."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from coopq.backends.base import Backend, Packed, PackedLinear, check_group_size
+from coopq.errors import BackendError
+from coopq.tensors import load_tensors
+
+_DEFAULT_GROUP_SIZE = 128
+_WORD = 32
+"""Bits of the words that codes are packed into."""
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class GPTQBackend(Backend):
+    """Second-order rounding with Hessians of the calibration tokens.
+
+    A layer's result depends on the layers before it, which are quantized when its inputs are taken. The bank's
+    weights at a width are those of the model with every player at that width; a saved mixed model is quantized anew,
+    with its own mixed inputs, so its loss differs from the bank's.
+
+    Args:
+        group_size: Weights along a row that share a scale.
+        act_order: Quantize columns by decreasing Hessian diagonal (the library's `desc_act`).
+        symmetric: Zero points in the middle of the range (the library's `sym`).
+    """
+
+    name: ClassVar[str] = "gptq"
+    bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    whole_model: ClassVar[bool] = True
+    weights_file: ClassVar[str] = "model.safetensors"
+
+    def __init__(self, group_size: int | None = None, *, act_order: bool = False, symmetric: bool = True) -> None:
+        if importlib.util.find_spec("gptqmodel") is None:
+            raise BackendError("backend 'gptq' needs the package gptqmodel; run: pip install 'coopq[gptq]'")
+        self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
+        self.act_order = act_order
+        self.symmetric = symmetric
+
+    @property
+    def version(self) -> str:
+        """Version of GPTQModel."""
+        return version("gptqmodel")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Group size, act-order and symmetry."""
+        return {"group_size": self.group_size, "act_order": self.act_order, "symmetric": self.symmetric}
+
+    def quantize(self, weight: Tensor, bits: int) -> Packed:
+        """Not to be had: see `quantize_model`."""
+        raise BackendError("backend 'gptq' quantizes whole models, not single weights")
+
+    def quantize_model(
+        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[str, Packed]]:
+        """See `Backend.quantize_model`.
+
+        Raises:
+            BackendError: If the library fails, with its last words.
+        """
+        assert tokens is not None, "Hessians need calibration tokens"
+        with tempfile.TemporaryDirectory(prefix="coopq-gptq-") as place:
+            folder = Path(place)
+            model.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            (folder / "tokens.json").write_text(json.dumps(tokens.tolist()), encoding="utf-8")
+            (folder / "settings.json").write_text(json.dumps(self._quantize_config(bits)), encoding="utf-8")
+            request = {name: str(folder / name) for name in ("model", "out")}
+            request |= {name: str(folder / f"{name}.json") for name in ("tokens", "settings")}
+            request["dtype"] = str(model.dtype).removeprefix("torch.")
+            command = [sys.executable, "-m", "coopq.backends.gptq_worker", json.dumps(request)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
+            if done.returncode != 0:
+                words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+                raise BackendError(
+                    f"GPTQModel failed ({words[-1] if words else done.returncode}); it may lack this architecture "
+                    "or this group size: try another one, or another backend"
+                )
+            tensors: dict[str, Tensor] = {}
+            for file in sorted((folder / "out").glob("*.safetensors")):
+                tensors |= load_tensors(file, model.device.type, way_out="run the same command again")
+        for name in bits:
+            if f"{name}.qweight" not in tensors:
+                raise BackendError(f"GPTQModel left {name} unquantized; choose another backend for this model")
+            yield name, {part: tensors[f"{name}.{part}"] for part in _PARTS}
+
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+        """See `Backend.dequantize`."""
+        codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
+        # The format stores zero points less one.
+        zeros = (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
+        group = packed["g_idx"].long()
+        weight = packed["scales"].float()[group] * (codes - zeros[group]).float()
+        return weight.T.to(dtype).contiguous()
+
+    def linear(
+        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """See `Backend.linear`."""
+        return PackedLinear(self, packed, shape, bits, bias, dtype)
+
+    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+        """See `Backend.storage_bytes`."""
+        rows, columns = shape
+        groups = -(-columns // self.group_size)
+        words = -(-columns * bits // _WORD) * rows + groups * -(-rows * bits // _WORD)
+        return 4 * words + 2 * groups * rows + 4 * columns
+
+    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
+        """See `Backend.native_config`."""
+        form = {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False}
+        return {**form, **self._quantize_config(bits)}
+
+    def _quantize_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
+        """The library's configuration: the commonest width, and a rule for each module of another one."""
+        (common, _), *_ = Counter(bits.values()).most_common()
+        rules = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in bits.items() if width != common}
+        return {
+            "bits": common,
+            "group_size": self.group_size,
+            "desc_act": self.act_order,
+            "sym": self.symmetric,
+            **({"dynamic": rules} if rules else {}),
+        }
+
+
+def _unpack(words: Tensor, bits: int) -> Tensor:
+    """Codes of int32 words along the last axis, the first code lowest; int64, shape (..., n_words * 32 / bits)."""
+    shifts = torch.arange(0, _WORD, bits, device=words.device)
+    return ((words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)

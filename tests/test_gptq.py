@@ -1,0 +1,123 @@
+"""GPTQ through GPTQModel, on a real tiny model; the library runs in processes of its own throughout."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import coopq
+from coopq.backends import get_backend
+from coopq.checkpoint import saved_bytes
+from coopq.errors import BackendError
+from coopq.models import load_model
+from coopq.run import CalibrationConfig, RunConfig
+
+PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
+    """The main job with GPTQ: bank at 2 and 4 bits, a mixed plan, a saved checkpoint."""
+    stories = str(Path(__file__).parent / "data" / "stories260k")
+    out = tmp_path_factory.mktemp("gptq") / "out"
+    text = CalibrationConfig(sequences=4, length=128)
+    config = RunConfig(stories, backend="gptq", group_size=32, permutations=3, calibration=text, device="cpu")
+    return coopq.quantize(config, "3avg", out), out
+
+
+def test_the_saved_model_is_mixed_and_its_own_loss_is_reported(job: tuple[coopq.Plan, Path]) -> None:
+    plan, out = job
+    assert set(plan.assignment) == {2, 4}
+    assert plan.measured_loss is not None
+    assert plan.saved_loss is not None
+    assert coopq.Plan.load(out / "plan.json") == plan
+    # The bank's weights were made with uniform inputs, the saved ones with mixed inputs: near, not equal.
+    assert plan.saved_loss == pytest.approx(plan.measured_loss, rel=0.1)
+    assert saved_bytes(out) == plan.bytes
+    rules = json.loads((out / "quantize_config.json").read_text())
+    assert (rules["bits"], *(rule["bits"] for rule in rules["dynamic"].values())).count(2) in (1, 7, 14, 21)
+    tensors = load_file(out / "model.safetensors")
+    for player in plan.players:
+        for name in player.modules:
+            assert tensors[f"{name}.qweight"].shape[0] == -(-tensors[f"{name}.g_idx"].numel() * player.bits // 32)
+
+
+def test_gptqmodel_loads_it_and_computes_the_same(job: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
+    _, out = job
+    # The library's kernels have no float32.
+    code = f"""
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from safetensors.torch import save_file
+model = GPTQModel.load({str(out)!r}, backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
+ids = model.tokenizer({PROMPT!r}, return_tensors="pt")["input_ids"]
+with torch.no_grad():
+    logits = model.model(input_ids=ids).logits.float()
+weights = {{
+    name: module.dequantize_weight().T.float().contiguous()
+    for name, module in model.model.named_modules()
+    if hasattr(module, "qweight")
+}}
+save_file({{"ids": ids, "logits": logits, **weights}}, {str(tmp_path / "theirs.safetensors")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = load_file(tmp_path / "theirs.safetensors")
+    model = coopq.load(out, device="cpu")
+    with torch.no_grad():
+        ours = model(input_ids=theirs["ids"]).logits
+    torch.testing.assert_close(ours, theirs["logits"], atol=0.1, rtol=0.02)
+    assert torch.equal(ours.argmax(-1)[0, -8:], theirs["logits"].argmax(-1)[0, -8:])
+    backend = get_backend("gptq", group_size=32)
+    plan = coopq.Plan.load(out / "plan.json")
+    packed = load_file(out / "model.safetensors")
+    for name, bits in plan.modules.items():
+        parts = {part: packed[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+        shape = (theirs[name].shape[0], theirs[name].shape[1])
+        restored = backend.dequantize(parts, shape, bits, torch.float32)
+        torch.testing.assert_close(restored, theirs[name], atol=1e-3, rtol=1e-3)
+
+
+def test_the_library_leaves_this_process_alone(job: tuple[coopq.Plan, Path]) -> None:
+    assert "gptqmodel" not in sys.modules
+    assert not any("GPTQMODEL" in name for name in os.environ)
+    assert not any("logbar" in type(handler).__module__ for handler in logging.getLogger().handlers)
+
+
+def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
+    loaded = load_model(stories, device="cpu")
+    tokens = np.random.default_rng(0).integers(3, 500, size=(4, 64))
+    name = "model.layers.0.self_attn.q_proj"
+    bits = {
+        f"model.layers.{i}.{m}": 4
+        for i in range(5)
+        for m in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+            "mlp.down_proj",
+        )
+    }
+    backend = get_backend("gptq", group_size=32, act_order=True, symmetric=False)
+    packed = dict(backend.quantize_model(loaded.model, loaded.tokenizer, bits, tokens))[name]
+    assert not torch.equal(packed["g_idx"], torch.arange(64, dtype=torch.int32) // 32)
+    assert len(set(packed["qzeros"].flatten().tolist())) > 1
+    weight = loaded.model.get_submodule(name).weight.detach()
+    restored = backend.dequantize(packed, (64, 64), 4, torch.float32)
+    assert float((restored - weight).norm() / weight.norm()) < 0.2
+    assert sum(tensor.nbytes for tensor in packed.values()) == backend.storage_bytes((64, 64), 4)
+
+
+def test_options_of_gptq_are_refused_elsewhere() -> None:
+    with pytest.raises(BackendError, match="backend 'rtn' has no option act_order"):
+        get_backend("rtn", act_order=True)
