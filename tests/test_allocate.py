@@ -60,7 +60,7 @@ def test_the_papers_objective_is_a_mean_variance_rule(seed: int, alpha: float) -
     rng = np.random.default_rng(seed)
     samples = rng.normal(size=(12, 6))
     samples -= samples.mean(axis=1, keepdims=True)  # every walk adds up to the same
-    covariance, shapley = np.cov(samples, rowvar=False), rng.normal(size=6)
+    covariance, shapley = np.cov(samples, rowvar=False).astype(np.float64), rng.normal(size=6)
     program = paper_program(shapley, covariance, alpha, np.ones(6, dtype=np.int64), 3)
     q = rng.random(6) < 0.5
     diagonal = np.diag(covariance)

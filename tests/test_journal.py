@@ -5,11 +5,12 @@ import pytest
 
 from coopq.errors import JournalError, Mismatch
 from coopq.journal import Journal
+from coopq.types import Assignment
 
 FINGERPRINT = {"weights": "abc", "backend": {"name": "rtn", "bits": (2, 4)}}
 
 
-def point(*bits: int) -> "np.ndarray[tuple[int], np.dtype[np.int8]]":
+def point(*bits: int) -> Assignment:
     return np.array(bits, dtype=np.int8)
 
 

@@ -79,7 +79,9 @@ class SPQE:
         return ShapleyEstimate(
             shapley=samples.mean(axis=0),
             stderr=samples.std(axis=0, ddof=1) / np.sqrt(len(samples)),
-            covariance=np.cov(samples, rowvar=False, ddof=1).reshape(samples.shape[1], samples.shape[1]),
+            covariance=np.cov(samples, rowvar=False, ddof=1)
+            .astype(np.float64)
+            .reshape(samples.shape[1], samples.shape[1]),
             loss_high=float(walk_losses[0, 0]),
             loss_low=float(walk_losses[0, -1]),
             permutations=len(samples),
