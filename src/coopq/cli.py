@@ -83,6 +83,8 @@ Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OU
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for library in ("torchao", "torch.utils._pytree"):  # imported by others, and full of warnings nobody here can heed
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 @app.command()
