@@ -1,10 +1,13 @@
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from tests.command_line import FAST, coopq
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test asks the network
 
@@ -22,3 +25,20 @@ def _seeded() -> None:
 def stories() -> str:
     """A real Llama of 260,000 parameters: 5 layers, 64 wide, trained on TinyStories."""
     return str(STORIES)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job: out/ holds the model, out-run/ the work."""
+    out = tmp_path_factory.mktemp("job") / "out"
+    code, _, err = coopq("quantize", STORIES, "--budget", "3avg", "--out", out, *FAST)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture
+def job(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished job to break."""
+    shutil.copytree(finished, tmp_path / "out")
+    shutil.copytree(finished.with_name("out-run"), tmp_path / "out-run")
+    return tmp_path / "out"

@@ -1,28 +1,13 @@
 """The command line: one function for each command; the work is done elsewhere."""
 
-import json
 import logging
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Group
 from rich.text import Text
 
 from coopq.errors import CalibrationError, CoopQError, EstimationError
@@ -41,7 +26,7 @@ from coopq.report import (
 )
 from coopq.run import CalibrationConfig, RunConfig, RunFolder
 from coopq.storage import Budget
-from coopq.types import ProgressCallback
+from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,9 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which bits go where: mixed-precision quantization of language models by a cooperative game.",
 )
-_out = Console()
-_err = Console(stderr=True)
-
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
 Budget_ = Annotated[
     str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
@@ -119,13 +101,13 @@ def quantize(
     )
     from coopq import pipeline
 
-    _quiet_libraries()
-    with _progress() as progress:
+    quiet_libraries()
+    with progress_bars() as progress:
         plan = pipeline.quantize(
             config, budget, out, run=run, method=method, alpha=alpha, time_limit=time_limit, progress=progress
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
-    _print(plan_data(plan) | {"out": str(out)}, text, as_json)
+    print_result(plan_data(plan) | {"out": str(out)}, text, as_json)
 
 
 @app.command()
@@ -155,11 +137,11 @@ def estimate(
     )
     from coopq import pipeline
 
-    _quiet_libraries()
-    with _progress() as progress:
+    quiet_libraries()
+    with progress_bars() as progress:
         estimation = pipeline.estimate(config, run, progress)
     _, spent = Journal.peek(RunFolder(run).journal)
-    _print(run_data(estimation, [], spent), show_run(estimation, [], spent), as_json)
+    print_result(run_data(estimation, [], spent), show_run(estimation, [], spent), as_json)
 
 
 @app.command()
@@ -175,7 +157,7 @@ def allocate(
     folder = RunFolder(run)
     estimation = folder.load()
     plans: list[Plan] = []
-    with _progress() as progress:
+    with progress_bars() as progress:
         for parsed in budgets:
             progress("solving the program", len(plans), len(budgets))
             plans.append(plan_budget(estimation, parsed, alpha=alpha, time_limit=time_limit))
@@ -185,7 +167,7 @@ def allocate(
     for plan, path in zip(plans, paths, strict=True):
         plan.save(path)
     text = "\n".join(f"{plan_summary(plan)}\nsaved in {path}" for plan, path in zip(plans, paths, strict=True))
-    _print({"plans": [plan_data(p) | {"path": str(q)} for p, q in zip(plans, paths, strict=True)]}, text, as_json)
+    print_result({"plans": [plan_data(p) | {"path": str(q)} for p, q in zip(plans, paths, strict=True)]}, text, as_json)
 
 
 @app.command()
@@ -201,10 +183,10 @@ def apply(
     loaded = Plan.load(plan)
     from coopq import pipeline
 
-    _quiet_libraries()
-    with _progress() as progress:
+    quiet_libraries()
+    with progress_bars() as progress:
         saved = pipeline.apply(loaded, out, model=model, backend=backend, group_size=group_size, progress=progress)
-    _print(plan_data(saved) | {"out": str(out)}, f"{plan_summary(saved)}\nsaved in {out}", as_json)
+    print_result(plan_data(saved) | {"out": str(out)}, f"{plan_summary(saved)}\nsaved in {out}", as_json)
 
 
 @app.command()
@@ -239,15 +221,15 @@ def compare(
     from coopq.figure import check_plotting, save_comparison
 
     check_plotting()
-    _quiet_libraries()
-    with _progress() as progress:
+    quiet_libraries()
+    with progress_bars() as progress:
         rows = work.compare(config, budget, run, length=judge_length, max_tokens=judge_tokens, progress=progress)
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
     files = save_comparison(rows, f"{model}, {backend}, {low} and {high} bits: {text}", run / "comparison")
     saved = ", ".join(map(str, [run / "comparison.json", *files]))
-    _print(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
+    print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
 
 
 @app.command()
@@ -268,11 +250,11 @@ def evaluate(
     from coopq.checkpoint import is_saved_model
     from coopq.pipeline import default_run
 
-    _quiet_libraries()
+    quiet_libraries()
     rows = []
     folder = Path(model)
     options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "device": device}
-    with _progress() as progress:
+    with progress_bars() as progress:
         if is_saved_model(folder):
             place = run or default_run(folder)
             evaluation = work.evaluate_saved(folder, place, **options, progress=progress)
@@ -283,14 +265,14 @@ def evaluate(
             f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
             f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
         )
-        _print(None, line, as_json)
+        print_result(None, line, as_json)
     if is_saved_model(folder) and comparison:
-        with _progress() as progress:
+        with progress_bars() as progress:
             plan = Plan.load(folder / "plan.json")
             rows = work.compare_plan(plan, place, **options, model=source, progress=progress)
     table = comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored")
     if rows or as_json:
-        _print(evaluation_data(evaluation, rows), table, as_json)
+        print_result(evaluation_data(evaluation, rows), table, as_json)
 
 
 @app.command()
@@ -303,16 +285,16 @@ def show(
         folder = RunFolder(path)
         values, spent = Journal.peek(folder.journal)
         if values and not folder.is_estimated:
-            _err.print(f"{path}: {values} losses measured so far, {spent} layer forwards", markup=False)
+            STDERR.print(f"{path}: {values} losses measured so far, {spent} layer forwards", markup=False)
         estimation = folder.load()
         saved = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
         plans = [plan for plan in saved if plan.config == estimation.config.to_json()]
         if len(plans) < len(saved):
-            _err.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
-        _print(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)
+            STDERR.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
+        print_result(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)
     else:
         plan = Plan.load(path / "plan.json" if path.is_dir() else path)
-        _print(plan_data(plan), show_plan(plan), as_json)
+        print_result(plan_data(plan), show_plan(plan), as_json)
 
 
 def _calibration(source: str, tokens: int, length: int, seed: int) -> CalibrationConfig:
@@ -331,64 +313,6 @@ def _bits(text: str) -> tuple[int, int]:
     return low, high
 
 
-@contextmanager
-def _progress() -> Iterator[ProgressCallback]:
-    """A bar for every stage, with rate and time left, on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_err) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, completed=done)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        try:
-            yield report
-        except KeyboardInterrupt:
-            _err.print("interrupted; nothing computed is lost: run the same command again to go on")
-            raise
-
-
-class _RateColumn(ProgressColumn):
-    """Steps a second, or seconds a step where that is more than one."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
-
-
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own bars; the libraries' errors still come as exceptions."""
-    from transformers.utils import logging as library
-
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-
-
-def _print(data: Any, text: RenderableType, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(data, indent=1))
-    else:
-        _out.print(text, highlight=False, soft_wrap=True, markup=False)
-
-
-def _fail(message: str, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    typer.echo(f"error: {message}", err=True)
-    sys.exit(2)
-
-
 def main() -> None:
     """Entry point: user errors become one line and exit code 2, tracebacks only with --debug."""
     arguments = sys.argv[1:]
@@ -398,10 +322,10 @@ def main() -> None:
     try:
         app(arguments)
     except CoopQError as error:
-        _fail(str(error), debug)
+        fail(str(error), debug)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        _fail(
+        fail(
             f"{place}{error.strerror or error}; nothing computed is lost: solve it and run the same command again",
             debug,
         )

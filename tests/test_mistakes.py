@@ -1,0 +1,228 @@
+"""Mistakes and mishaps: each gets one line that names the thing and the way out, and loses nothing."""
+
+import ctypes
+import json
+import os
+import resource
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import FAST, coopq, refused
+
+_PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
+
+
+@pytest.mark.parametrize("model", ["no-such/model", "./nowhere", "nothing.gguf"])
+def test_an_unknown_model(model: str, tmp_path: Path) -> None:
+    line = refused("quantize", model, "--budget", "3avg", "--out", tmp_path / "out", *FAST)
+    assert model.removeprefix("./") in line
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "holds no config.json" in refused("quantize", tmp_path, "--budget", "3avg", "--out", tmp_path / "out", *FAST)
+
+
+def test_a_model_without_blocks(tmp_path: Path, stories: str) -> None:
+    import transformers as hf
+
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=512, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "gpt2")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(stories) / name, tmp_path / "gpt2")
+    line = refused("quantize", tmp_path / "gpt2", "--budget", "3avg", "--out", tmp_path / "out", *FAST)
+    assert "looked for one nn.ModuleList of num_hidden_layers = 2" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("short.txt", b"Once upon a time.", "gives 0 sequences of 64 tokens, and 2 are wanted"),
+        ("latin.txt", "Il était une fois".encode("latin-1"), "is not UTF-8"),
+        ("broken.jsonl", b'{"text": "fine"}\n{"words": 1}\n', "line 2"),
+        ("table.csv", b"a,b", "neither .txt nor .jsonl"),
+    ],
+)
+def test_bad_calibration_files(name: str, content: bytes, message: str, tmp_path: Path, stories: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    out = tmp_path / "out"
+    assert message in refused("quantize", stories, "--calibration", path, "--budget", "3avg", "--out", out, *FAST)
+
+
+def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
+    arguments: list[str | Path] = ["--calibration", tmp_path / "none.txt", "--out", tmp_path / "out", *FAST]
+    arguments += ["--budget", "3avg"]
+    assert "no calibration file at" in refused("quantize", stories, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--backend", "gptqq"], "backend 'gptqq' is unknown"),
+        (["--backend", "quanto", "--bits", "3,4"], "'quanto' has no 3 bits"),
+        (["--bits", "5,9"], "'rtn' has no 5 bits"),
+        (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
+        (["--act-order"], "'rtn' has no option act_order"),
+        (["--bits", "4"], "is not two widths"),
+        (["--bits", "4,4"], "two different widths"),
+        (["--budget", "1.5avg"], "the smallest is 2avg"),
+        (["--budget", "small"], "'small' cannot be read"),
+        (["--tokens", "100"], "not a multiple"),
+        (["--tokens", "1024", "--sequence-length", "1024"], "exceed the model's 512 positions"),
+        (["--permutations", "1"], "at least 2"),
+        (["--time-limit", "-1"], "time limit -1.0 is not a positive number"),
+        (["--seed", "-1"], "must not be negative"),
+        (["--method", "lmi"], "method 'lmi' is unknown"),
+        (["--alpha", "2"], "alpha = 2.0 is not between 0 and 1"),
+        (["--device", "warp"], "device 'warp' is not available"),
+        (["--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["--calibration", "hub:/nowhere/at/all"], "cannot read data set"),
+    ],
+)
+def test_bad_options(options: list[str], message: str, tmp_path: Path, stories: str) -> None:
+    out = tmp_path / "out"
+    assert message in refused("quantize", stories, "--budget", "3avg", "--out", out, *FAST, *options)
+    assert not (tmp_path / "out-run" / "journal.jsonl").exists(), "refused before anything is measured"
+
+
+def test_after_a_mistake_the_same_folder_works(tmp_path: Path, stories: str) -> None:
+    out = tmp_path / "out"
+    refused("quantize", "no-such/model", "--budget", "3avg", "--out", out, *FAST)
+    refused("quantize", stories, "--budget", "9avg", "--out", out, *FAST)
+    assert coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)[0] == 0
+
+
+@pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum"), ("gptq", "gptqmodel")])
+def test_a_missing_extra_names_the_command_that_installs_it(
+    backend: str, package: str, tmp_path: Path, stories: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    # None in sys.modules is what Python itself takes for "not installed".
+    (tmp_path / "site" / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    arguments = ["--backend", backend, "--budget", "3avg", "--out", str(tmp_path / "out"), *FAST]
+    assert f"pip install 'coopq[{backend}]'" in refused("quantize", stories, *arguments, setup=os.setpgrp)
+
+
+def test_a_journal_broken_in_the_middle_and_at_its_end(job: Path, stories: str) -> None:
+    journal = job.with_name("out-run") / "journal.jsonl"
+    whole = journal.read_bytes()
+    arguments = ["quantize", stories, "--budget", "2.5avg", "--out", str(job.with_name("other"))]
+    arguments += ["--run", str(job.with_name("out-run")), *FAST]
+    lines = whole.splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], b"garbage\n", *lines[3:]]))
+    assert "line 3 is broken" in refused(*arguments)
+    journal.write_bytes(whole[:-9])
+    code, _, err = coopq(*arguments)
+    assert code == 0, err
+    assert "dropped a last line" in err
+    # The value that was lost is measured again, and the plan of 2.5avg, perhaps a new point, once.
+    assert set(journal.read_bytes().splitlines()) >= set(lines[0].splitlines() + whole.splitlines()[1:-1])
+
+
+def test_a_run_of_another_configuration_and_a_journal_of_another_model(job: Path, stories: str, tmp_path: Path) -> None:
+    run = job.with_name("out-run")
+    out = tmp_path / "other"
+    line = refused("quantize", stories, "--budget", "3avg", "--out", out, "--run", run, *FAST, "--backend", "hqq")
+    assert "backend: 'rtn' there, 'hqq' here" in line
+    # The same name, other weights: the model was trained on.
+    from safetensors.torch import load_file, save_file
+
+    changed = shutil.copytree(stories, tmp_path / "changed")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.norm.weight"] *= 1.01
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(run / "bank")
+    before = {path: path.read_bytes() for path in run.rglob("*.json*")}
+    line = refused("quantize", changed, "--budget", "3avg", "--out", out, "--run", run, *FAST)
+    assert "journal.jsonl was measured on something else (weights:" in line
+    assert {path: path.read_bytes() for path in run.rglob("*.json*")} == before
+    line = refused("apply", job / "plan.json", "--model", changed, "--out", out)
+    assert "the plan was made for another model" in line
+
+
+def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    assert "is not a plan" in refused("show", tmp_path / "plan.json")
+    assert "no plan at" in refused("show", tmp_path / "none.json")
+    for content in ("[]", "nonsense", "3"):
+        (tmp_path / "plan.json").write_text(content)
+        assert "is not a plan" in refused("show", tmp_path / "plan.json")
+    (tmp_path / "empty").mkdir()
+    assert "is not a run folder" in refused("show", tmp_path / "empty")
+    assert "is not a run folder" in refused("allocate", tmp_path / "empty", "--budget", "3avg")
+    plan = json.loads((job / "plan.json").read_text())
+    changes: list[dict[str, object]] = [{"config": {}}, {"players": [{"name": "x"}]}]
+    for change in changes:
+        (tmp_path / "plan.json").write_text(json.dumps(plan | change))
+        assert "is not a complete plan" in refused("show", tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"format_version": 99}))
+    assert "plan format 99" in refused("show", tmp_path / "plan.json")
+    estimate = job.with_name("out-run") / "estimate.json"
+    for content, message in (('{"format_version": 1}', "is not complete"), ("{", "is not readable as JSON")):
+        estimate.write_text(content)
+        assert message in refused("show", job.with_name("out-run"))
+    estimate.unlink()
+    assert "is not finished" in refused("allocate", job.with_name("out-run"), "--budget", "3avg")
+
+
+def test_an_output_folder_that_is_not_empty(job: Path, tmp_path: Path, stories: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("my only copy")
+    line = refused("quantize", stories, "--budget", "3avg", "--out", tmp_path / "mine", *FAST)
+    assert "is not empty" in line
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "my only copy"
+    assert "another budget" in refused("quantize", stories, "--budget", "3.5avg", "--out", job, *FAST)
+    assert "is not empty" in refused("apply", job / "plan.json", "--out", job)
+    assert "is a file" in refused("apply", job / "plan.json", "--out", tmp_path / "mine" / "thesis.txt")
+
+
+def test_no_permission_to_write(stories: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        locked = Path(place) / "locked"
+        locked.mkdir(mode=0o555)
+
+        def obey_permissions() -> None:
+            if os.getuid() == 0:  # root may write anywhere, unless it gives that up
+                for capability in (_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH):
+                    assert ctypes.CDLL(None).prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
+
+        line = refused("quantize", stories, "--budget", "3avg", "--out", locked / "out", *FAST, setup=obey_permissions)
+        assert "cannot write to" in line
+        assert "Permission denied" in line
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, stories: str) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    arguments = ["quantize", stories, "--budget", "3avg", "--out", str(out), "--run", str(run), *FAST]
+    arguments[arguments.index("3")] = "12"  # walks, for a journal of some length
+    whole = coopq(*arguments[:5], str(tmp_path / "whole"), *FAST[2:], "--permutations", "12")
+    assert whole[0] == 0, whole[2]
+    shutil.copytree(tmp_path / "whole-run" / "bank", run / "bank")
+
+    def short_files() -> None:
+        # The kernel refuses longer files, as it does on a full disk: the journal breaks off in the middle.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    line = refused(*arguments, setup=short_files)
+    assert "nothing computed is lost" in line
+    assert not out.exists()
+    kept = [
+        record for record in (run / "journal.jsonl").read_bytes().splitlines(keepends=True) if record.endswith(b"\n")
+    ]
+    assert len(kept) > 3, "values were measured before the disk was full"
+    code, _, err = coopq(*arguments)
+    assert code == 0, err
+    assert (run / "journal.jsonl").read_bytes().startswith(b"".join(kept))
+    assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    code, _, err = coopq("show", tmp_path / "none.json", "--debug")
+    assert code == 2
+    assert "Traceback" in err
