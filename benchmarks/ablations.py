@@ -17,10 +17,10 @@ from coopq.allocate import allocate, paper_program
 from coopq.estimators import SPQE, ShapleyEstimate, run_estimator
 from coopq.evaluate import judge_on
 from coopq.pipeline import Workbench, open_workbench
-from coopq.run import RunConfig, RunFolder
+from coopq.run import RunFolder
 from coopq.storage import Budget
 from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
-from main_job import BUDGETS, CALIBRATION, JUDGE_TOKENS, PARTS, RESULTS, SEED, WINDOW, WORK, bars_for
+from main_job import BUDGETS, JUDGE_TOKENS, PARTS, RESULTS, SEED, WINDOW, WORK, bars_for, part_config
 
 REPORT = RESULTS.with_name("ablations.json")
 WALKS = (10, 25, 50, 100)
@@ -60,10 +60,8 @@ def estimate(bench: Workbench, permutations: int, low: int, high: int) -> tuple[
 
 def run_part(name: str, permutations: int) -> dict[str, Any]:
     """All ablations on one backend and pair of widths."""
-    backend, low, high = PARTS[name]
-    config = RunConfig(
-        "demo", backend=backend, low=low, high=high, permutations=permutations, seed=SEED, calibration=CALIBRATION
-    )
+    _, low, high = PARTS[name]
+    config = part_config(name, permutations)
     with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
         budgets = BUDGETS[low, high]
         counts = [m for m in WALKS if m <= permutations]

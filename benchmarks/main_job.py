@@ -40,17 +40,31 @@ BUDGETS = {(2, 4): ("2.25avg", "2.5avg", "3.0avg", "3.5avg"), (3, 4): ("3.25avg"
 PARTS = {
     f"{backend}-{low}-{high}": (backend, low, high)
     for low, high in BUDGETS
-    for backend in ("rtn", "quanto", "hqq")
-    if (backend, low) != ("quanto", 3)  # quanto has no 3 bits
+    for backend in ("rtn", "quanto", "hqq", "gptq")
+    if low == 2 or backend in ("rtn", "hqq")  # the others have no 3 bits
 }
+GROUP_SIZES = {"gptq": 64}  # the width of the model, 576, is no multiple of the default
+
+
+def part_config(name: str, permutations: int) -> RunConfig:
+    """What a part measures."""
+    backend, low, high = PARTS[name]
+    return RunConfig(
+        "demo",
+        backend=backend,
+        group_size=GROUP_SIZES.get(backend),
+        low=low,
+        high=high,
+        permutations=permutations,
+        seed=SEED,
+        calibration=CALIBRATION,
+    )
 
 
 def run_part(name: str, permutations: int) -> dict[str, Any]:
     """One backend and pair of widths: estimate, allocate all budgets, judge, and check what ships."""
     backend, low, high = PARTS[name]
-    config = RunConfig(
-        "demo", backend=backend, low=low, high=high, permutations=permutations, seed=SEED, calibration=CALIBRATION
-    )
+    config = part_config(name, permutations)
     with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
         budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
         plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
