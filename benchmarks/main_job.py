@@ -138,6 +138,8 @@ def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> li
     lines = [
         f"## {backend}, {low} and {high} bits",
         "",
+        f"`python benchmarks/main_job.py {name} --permutations {part['permutations']}`",
+        "",
         f"![Perplexity against average bits](main_job-{name}.png)",
         "",
         "| weights | average bits | bits per weight | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |",
