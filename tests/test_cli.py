@@ -36,6 +36,9 @@ def test_several_budgets_from_one_estimation(job: Path) -> None:
     assert [plan["budget"] for plan in plans] == ["2.5avg", "3.6bpw", "95KiB"]
     assert plans[1]["bits_per_weight"] <= 3.6
     assert plans[2]["bytes"] <= 95 * 1024
+    line = refused("allocate", run, "--budget", "3.9avg", "--budget", "9avg")
+    assert "budget 9avg is infeasible" in line
+    assert not (run / "plans" / "3.9avg.json").exists(), "all budgets or none"
     code, out, _ = coopq("show", run, "--json")
     data = json.loads(out)
     assert set(data["bits"]) == {"3avg", "2.5avg", "3.6bpw", "95KiB"}, "the plan of the one-shot job among them"

@@ -96,15 +96,14 @@ class WeightBank:
         """
         every = range(len(self.players))
         missing = {width: [p for p in every if not self._path(p, width).exists()] for width in bits}
+        if self._backend.whole_model:
+            missing = {width: list(every) for width, players in missing.items() if players}
         total = sum(map(len, missing.values()))
         itemsize = next(iter(self._originals.values())).dtype.itemsize
         needed = sum(self.players[player].n_weights for of in missing.values() for player in of) * itemsize
         require_space(self._folder, needed, "the weight bank")
         done = 0
         for width, players in missing.items():
-            if players and self._backend.whole_model:
-                players = list(every)
-                total, done = max(total, len(every) * len(bits)), done
             for player, weights in self._quantize(players, width, tokens):
                 progress("quantizing", done, total)
                 with atomic_file(self._path(player, width)) as temporary:

@@ -156,6 +156,8 @@ def allocate(
     budgets = [Budget.parse(text) for text in budget]
     folder = RunFolder(run)
     estimation = folder.load()
+    for parsed in budgets:  # all are checked before any is solved
+        estimation.storage.limit(parsed, estimation.config.low, estimation.config.high)
     plans: list[Plan] = []
     with progress_bars() as progress:
         for parsed in budgets:

@@ -1,7 +1,15 @@
 """Everything that can go wrong for a user. Each message names the thing, the value and the way out."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+def hint(name: str, known: Iterable[str]) -> str:
+    """What to write instead of an unknown name."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
 
 
 class CoopQError(Exception):

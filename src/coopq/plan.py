@@ -168,7 +168,8 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
         estimation,
         budget,
         allocation,
-        _players(estimation, allocation, estimate.shapley.tolist(), estimate.stderr.tolist()),
+        estimate.shapley.tolist(),
+        estimate.stderr.tolist(),
         method="coopq",
         alpha=alpha,
         predicted_loss=estimate.loss_high + allocation.objective,
@@ -210,7 +211,8 @@ def plan_gains(
         subject,
         budget,
         allocation,
-        _players(subject, allocation, gains.tolist(), [None] * len(gains)),
+        gains.tolist(),
+        [None] * len(gains),
         method=method,
         alpha=None,
         predicted_loss=None,
@@ -237,29 +239,27 @@ def _capacity(subject: Subject, budget: Budget) -> int:
     return storage.limit(budget, config.low, config.high) - sum(storage.n_bytes[config.low])
 
 
-def _players(
-    subject: Subject, allocation: Allocation, scores: Sequence[float], stderr: Sequence[float | None]
-) -> tuple[PlayerPlan, ...]:
-    widths = np.where(allocation.q, subject.config.low, subject.config.high).tolist()
-    return tuple(
-        PlayerPlan(player.name, bits, tuple(linear.name for linear in player.linears), score, error)
-        for player, bits, score, error in zip(subject.players, widths, scores, stderr, strict=True)
-    )
-
-
 def _plan(
-    subject: Subject, budget: Budget, allocation: Allocation, players: tuple[PlayerPlan, ...], **fields: Any
+    subject: Subject,
+    budget: Budget,
+    allocation: Allocation,
+    scores: Sequence[float],
+    stderr: Sequence[float | None],
+    **fields: Any,
 ) -> Plan:
-    """A plan with its sizes."""
+    """The plan of an allocation, with its sizes."""
     config, storage = subject.config, subject.storage
-    assignment = [player.bits for player in players]
+    assignment = np.where(allocation.q, config.low, config.high).tolist()
     return Plan(
         budget=budget.text,
         budget_bytes=storage.limit(budget, config.low, config.high),
         bytes=storage.bytes_of(assignment),
         average_bits=storage.average_bits(assignment),
         bits_per_weight=storage.bits_per_weight(assignment),
-        players=players,
+        players=tuple(
+            PlayerPlan(player.name, bits, tuple(linear.name for linear in player.linears), score, error)
+            for player, bits, score, error in zip(subject.players, assignment, scores, stderr, strict=True)
+        ),
         solver=Solver(allocation.status, allocation.objective, allocation.bound, allocation.gap),
         measured_loss=None,
         config=config.to_json(),

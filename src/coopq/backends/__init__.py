@@ -1,10 +1,9 @@
 """Quantization backends behind one contract, imported only when asked for."""
 
-import difflib
 import importlib
 
 from coopq.backends.base import Backend, Packed
-from coopq.errors import BackendError, UnsupportedBits
+from coopq.errors import BackendError, UnsupportedBits, hint
 
 __all__ = ["BACKENDS", "Backend", "Packed", "get_backend"]
 
@@ -37,9 +36,7 @@ def get_backend(
         UnsupportedBits: If it lacks a width.
     """
     if name not in BACKENDS:
-        near = difflib.get_close_matches(name, BACKENDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BACKENDS)}"
-        raise BackendError(f"backend {name!r} is unknown; {hint}")
+        raise BackendError(f"backend {name!r} is unknown; {hint(name, BACKENDS)}")
     module, _, attribute = BACKENDS[name].partition(":")
     backend_class: type[Backend] = getattr(importlib.import_module(module), attribute)
     for width in bits:

@@ -1,6 +1,5 @@
 """One-layer scores that CoopQ is compared with, each turned into an assignment under the same byte budget."""
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.baselines.uninformed import random_assignments, uniform_assignment
-from coopq.errors import EstimationError
+from coopq.errors import EstimationError, hint
 
 __all__ = ["BASELINES", "Gains", "gains_of_ranking", "get_baseline", "random_assignments", "uniform_assignment"]
 
@@ -33,9 +32,7 @@ def get_baseline(name: str) -> Callable[[Any], Gains]:
         EstimationError: If the name is unknown.
     """
     if name not in BASELINES:
-        near = difflib.get_close_matches(name, BASELINES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(BASELINES)}"
-        raise EstimationError(f"method {name!r} is unknown; {hint}")
+        raise EstimationError(f"method {name!r} is unknown; {hint(name, BASELINES)}")
     module, _, attribute = BASELINES[name].partition(":")
     function: Callable[[Any], Gains] = getattr(importlib.import_module(module), attribute)
     return function
