@@ -12,6 +12,7 @@ import shutil
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from rich.progress import Progress
 
 import coopq
 from coopq.baselines import BASELINES
-from coopq.calibration import calibration_set
+from coopq.calibration import calibration_set, wikitext2
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import model_nll
 from coopq.evaluate import compare_on
 from coopq.figure import save_comparison
+from coopq.files import write_json
 from coopq.pipeline import Workbench, measure, open_workbench, plan_on
 from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
@@ -70,6 +72,7 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
         plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
         rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
         shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
+        saved = saved_losses(bench, plans) if bench.backend.whole_model else {}
     title = f"SmolLM2-135M, {backend}, {low} and {high} bits: WikiText-2"
     save_comparison(rows, title, RESULTS.with_name(f"main_job-{name}"))
     _, spent = coopq.journal.Journal.peek(WORK / name / "journal.jsonl")
@@ -77,6 +80,7 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
         "permutations": permutations,
         "rows": [asdict(row) for row in rows],
         "shipped": shipped,
+        "saved": saved,
         "layer_forwards": plans[0].layer_forwards,
         "layer_forwards_unshared": plans[0].layer_forwards_unshared,
         "layer_forwards_spent_with_comparison": spent,
@@ -110,6 +114,28 @@ def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:
         "bytes_predicted": plan.bytes,
         "bytes_saved": saved_bytes(out),
     }
+
+
+def saved_losses(bench: Workbench, plans: list[Plan]) -> dict[str, list[float]]:
+    """Calibration and WikiText-2 loss of each plan's really saved model, by method and budget; what is known is kept.
+
+    With gptq a block's weights depend on the blocks before it, so a mixed model is not the sum of the bank's parts.
+    """
+    record = bench.folder.path / "saved.json"
+    known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
+    text = wikitext2(bench.loaded.tokenizer, WINDOW, JUDGE_TOKENS)
+    for done, plan in enumerate(plans):
+        bench.progress("saving and judging", done, len(plans))
+        key = " ".join(map(str, plan.assignment))
+        if key not in known:
+            with TemporaryDirectory(dir=bench.folder.path) as folder:
+                out = Path(folder) / "model"
+                loss = save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out).saved_loss
+                judged = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), text.tokens)))
+            assert loss is not None
+            known[key] = [loss, float(judged.mean())]
+            write_json(record, known)
+    return {f"{plan.method} {plan.budget}": known[" ".join(map(str, plan.assignment))] for plan in plans}
 
 
 def markdown(parts: dict[str, Any]) -> str:
@@ -151,7 +177,7 @@ def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> li
             f"| {row.name} | {row.average_bits:g} | {row.bits_per_weight:.3f} | {row.calibration_nll:.4f} | {nll} | "
             f"{row.perplexity:,.1f} |"
         ]
-    lines += [""]
+    lines += ["", *saved_markdown(part["saved"])]
     for budget, winner in best.items():
         of = {row.method: row for row in rows if row.budget == budget}
         others = sorted((row.nll, method) for method, row in of.items() if method != "coopq")
@@ -164,6 +190,28 @@ def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> li
         f" ({unshared / shared:.2f} times fewer).",
         f"* Saved at {ship['budget']} and reloaded: |NLL - NLL of the bank| = {ship['difference']:.1e};"
         f" {ship['bytes_saved']} bytes saved, {ship['bytes_predicted']} predicted.",
+    ]
+
+
+def saved_markdown(saved: dict[str, list[float]]) -> list[str]:
+    """Where the mixed model is not made of the bank's parts: what really ships."""
+    if not saved:
+        return []
+    order = sorted(saved, key=lambda key: (key.split()[-1], saved[key][1]))
+    lowest = {key.split()[-1]: key for key in reversed(order)}
+    return [
+        "The losses above are those of the bank, whose blocks at each width come from one pass with every",
+        "block at that width. The models below were quantized as mixed, saved and reloaded. Lowest in bold.",
+        "",
+        "| saved | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {key} | {saved[key][0]:.4f} | {f'**{nll:.4f}**' if key in lowest.values() else f'{nll:.4f}'} "
+            f"| {np.exp(nll):,.1f} |"
+            for key in order
+            for nll in [saved[key][1]]
+        ),
+        "",
     ]
 
 
