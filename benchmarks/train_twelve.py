@@ -1,0 +1,295 @@
+"""Trains the model of twelve blocks whose 4096 assignments can all be measured: the ground truth of allocators.
+
+    nice python benchmarks/train_twelve.py         # hours on two cores; resumes, also after kill -9
+
+A Llama of 2.5 million parameters, on the English Wikipedia articles in benchmarks/data. The last megabyte of the text,
+in whole articles, is held out for validation: neither the model nor the tokenizer is trained on it.
+
+Writes benchmarks/data/twelve (float16 weights, tokenizer, training.json with the losses), and works in
+build/train_twelve: tokens, tokenizer, the last checkpoint, and log.jsonl. The batch of a step is a function of the seed
+and the step, its learning rate of the step and --tokens, so that an interrupted run ends with the same weights, bit by
+bit for the same number of threads (OMP_NUM_THREADS); log.jsonl then repeats the steps since the last checkpoint.
+
+Linear layers compute in bfloat16 under autocast, which processors without such instructions do slowly; weights,
+optimiser and validation are float32.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from coopq.engine import model_nll
+from coopq.files import atomic_file, atomic_folder, locked, read_json, require_new_folder, write_json
+from coopq.tensors import load_tensors, save_tensors
+
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT / "benchmarks" / "data" / "wikipedia-en-2015.txt.xz"
+OUT, WORK = ROOT / "benchmarks" / "data" / "twelve", ROOT / "build" / "train_twelve"
+VALIDATION_BYTES = 1_000_000
+VOCABULARY, END = 1024, "<|endoftext|>"
+CONTEXT = 512
+CONFIG: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+BATCH_TOKENS = 8192
+PEAK, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 4e-3, 300, 0.1, 1.0
+SHORT, SHORT_PART = 256, 0.8
+"""Most of the steps see half the context, a third faster; the last ones teach the positions beyond it."""
+VALIDATION_STEPS, VALIDATION_WINDOWS = 250, 64
+LINE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the weights, beside this file."""
+
+    tokens: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole training."""
+        return max(1, self.tokens // BATCH_TOKENS)
+
+    def learning_rate(self, step: int) -> float:
+        """A linear warmup, then a cosine to zero."""
+        warmup = min(WARMUP_STEPS, self.steps // 10 + 1)
+        if step < warmup:
+            return PEAK * (step + 1) / warmup
+        return PEAK * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
+    def batch(self, step: int, stream: npt.NDArray[np.uint16]) -> Tensor:
+        """Windows of the stream that start anywhere, each with the token after it."""
+        length = SHORT if step < SHORT_PART * self.steps else CONTEXT
+        random = np.random.default_rng((self.seed, step))
+        starts = random.integers(len(stream) - length, size=BATCH_TOKENS // length)
+        return torch.from_numpy(stream[starts[:, None] + np.arange(length + 1)].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Text:
+    """The tokenised articles, each followed by the token of its end, and how validation is scored.
+
+    Attributes:
+        train: What is trained on.
+        windows: The validation articles in windows of the whole context; an incomplete last one is dropped.
+        bytes_per_token: Of the validation articles.
+        tokenizer: In the form of transformers.
+    """
+
+    train: npt.NDArray[np.uint16]
+    windows: npt.NDArray[np.int64]
+    bytes_per_token: float
+    tokenizer: Any
+
+    def scores(self, model: Any, windows: npt.NDArray[np.int64]) -> dict[str, float]:
+        """Nats per token, perplexity and bits per byte of windows."""
+        nll = float(np.concatenate(list(model_nll(model, windows))).mean())
+        return {"nll": nll, "perplexity": math.exp(nll), "bits_per_byte": nll / math.log(2) / self.bytes_per_token}
+
+
+def read_text(work: Path) -> Text:
+    """The text as tokens, tokenised at the first call."""
+    validation = work / "validation.npy"
+    if not validation.exists():  # written last
+        tokenise(work)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(work / "tokenizer.json"), eos_token=END, model_max_length=CONTEXT
+    )
+    held_out = np.load(validation).astype(np.int64)
+    n_bytes = len(tokenizer.decode(held_out, skip_special_tokens=True).encode())
+    windows = held_out[: len(held_out) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+    return Text(np.load(work / "train.npy"), windows, n_bytes / len(held_out), tokenizer)
+
+
+def tokenise(work: Path) -> None:
+    """Train the tokenizer and write the tokens of both parts of the text."""
+    articles = lzma.decompress(TEXT.read_bytes()).decode().split("\n\n\n")
+    first_held_out, held_out = len(articles), 0
+    while held_out < VALIDATION_BYTES:
+        first_held_out -= 1
+        held_out += len(articles[first_held_out].encode())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(articles[:first_held_out], trainer)
+    with atomic_file(work / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    for name, part in ("train", articles[:first_held_out]), ("validation", articles[first_held_out:]):
+        ids = [token for encoding in tokenizer.encode_batch_fast(part) for token in (*encoding.ids, 0)]
+        print(f"{name}: {len(part)} articles, {len(ids):,} tokens", flush=True)
+        with atomic_file(work / f"{name}.npy") as path, path.open("wb") as handle:
+            np.save(handle, np.array(ids, dtype=np.uint16))
+
+
+class Training:
+    """The model, its optimiser and the next step, which checkpoints restore."""
+
+    def __init__(self, recipe: Recipe, work: Path) -> None:
+        self.recipe, self.step, self._work = recipe, 0, work
+        torch.manual_seed(recipe.seed)
+        self.model: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        self._parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        matrices = [tensor for tensor in self._parameters.values() if tensor.dim() > 1]
+        norms = [tensor for tensor in self._parameters.values() if tensor.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
+        if self._checkpoint.exists():
+            self._restore()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self._work / "checkpoint.json"
+
+    def advance(self, stream: npt.NDArray[np.uint16]) -> float:
+        """Take one step; returns its loss."""
+        tokens = self.recipe.batch(self.step, stream)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.learning_rate(self.step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def save(self) -> None:
+        """Write a checkpoint: the tensors, then the JSON that names their file, then remove older tensors."""
+        tensors = {f"model.{name}": tensor.detach() for name, tensor in self._parameters.items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        current = self._work / f"step-{self.step}.safetensors"
+        with atomic_file(current) as path:
+            save_tensors(tensors, path)
+        write_json(self._checkpoint, {"recipe": asdict(self.recipe), "step": self.step, "tensors": current.name})
+        for other in self._work.glob("step-*.safetensors"):
+            if other != current:
+                other.unlink()
+
+    def _restore(self) -> None:
+        checkpoint = read_json(self._checkpoint)
+        if checkpoint["recipe"] != asdict(self.recipe):
+            raise SystemExit(f"error: {self._work} trains {checkpoint['recipe']}; use the same, or another --work")
+        state: dict[int, dict[str, Tensor]] = {}
+        start_over = f"delete {self._checkpoint} to start over"
+        for key, tensor in load_tensors(self._work / checkpoint["tensors"], way_out=start_over).items():
+            kind, name = key.split(".", 1)
+            if kind == "model":
+                self._parameters[name].data.copy_(tensor)
+            else:
+                index, name = name.split(".")
+                state.setdefault(int(index), {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = checkpoint["step"]
+
+
+def train(training: Training, text: Text, checkpoint_seconds: float) -> Iterator[dict[str, float]]:
+    """Train to the end, with checkpoints; yields what is to be reported, a minute or a validation at a time."""
+    some = text.windows[:: max(1, len(text.windows) // VALIDATION_WINDOWS)]
+    saved = since = time.monotonic()
+    losses: list[float] = []
+    spent = 0.0
+    while training.step < training.recipe.steps:
+        start = time.monotonic()
+        losses.append(training.advance(text.train))
+        spent += time.monotonic() - start
+        last = training.step == training.recipe.steps
+        validates = last or training.step % VALIDATION_STEPS == 0
+        if validates or time.monotonic() - since > LINE_SECONDS:
+            row = {
+                "step": training.step,
+                "tokens_per_second": len(losses) * BATCH_TOKENS / spent,
+                "loss": float(np.mean(losses)),
+                **(
+                    {f"validation_{key}": v for key, v in text.scores(training.model, some).items()}
+                    if validates
+                    else {}
+                ),
+            }
+            losses, spent, since = [], 0.0, time.monotonic()
+            yield row
+        if last or time.monotonic() - saved > checkpoint_seconds:
+            training.save()
+            saved = time.monotonic()
+
+
+def ship(training: Training, text: Text, out: Path) -> None:
+    """Write the model folder in float16, read it again, and print the losses on the whole validation text."""
+    scores = {"float32": text.scores(training.model, text.windows)}
+    with atomic_folder(out) as folder:
+        training.model.half().save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)  # safetensors leaves it to its owner alone
+        text.tokenizer.save_pretrained(folder)
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        scores["float16"] = text.scores(saved, text.windows)
+        sample = text.tokenizer.decode(text.windows[0])
+        if AutoTokenizer.from_pretrained(folder).encode(sample) != text.tokenizer.encode(sample):
+            raise SystemExit("error: the saved tokenizer is not the one that was trained with")
+        write_json(folder / "training.json", {**asdict(training.recipe), "validation": scores})
+        shutil.rmtree(out, ignore_errors=True)  # an earlier one; `main` saw to that
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    print(f"{out}: {size:.2f} MB; validation on {text.windows.size:,} tokens, computed in float32:")
+    for name, row in scores.items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.5f}" for key, value in row.items()))
+
+
+def main() -> None:
+    """Train, or go on training, and write the model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=128_000_000, help="to train on, repeats counted")
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
+    parser.add_argument("--out", type=Path, default=OUT, help="model folder to write, or write over")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of tokens, checkpoint and log")
+    parser.add_argument("--checkpoint-seconds", type=float, default=120.0, help="between checkpoints")
+    arguments = parser.parse_args()
+    if not (arguments.out / "training.json").exists():
+        require_new_folder(arguments.out)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    with locked(arguments.work), (arguments.work / "log.jsonl").open("a") as log:
+        text = read_text(arguments.work)
+        training = Training(Recipe(arguments.tokens, arguments.seed), arguments.work)
+        print(f"step {training.step} of {training.recipe.steps}, {torch.get_num_threads()} threads", flush=True)
+        for row in train(training, text, arguments.checkpoint_seconds):
+            print(", ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+        ship(training, text, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
