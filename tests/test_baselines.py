@@ -18,7 +18,7 @@ from coopq.engine import PrefixEngine
 from coopq.errors import EstimationError
 from coopq.models import LoadedModel
 from coopq.plan import plan_gains
-from coopq.players import find_players
+from coopq.players import GRANULARITIES, find_players
 from coopq.probe import Probe
 from coopq.run import CalibrationConfig, RunConfig, Subject
 from coopq.storage import Budget, Storage
@@ -28,10 +28,9 @@ from tests.architectures import CONFIGS, tiny_model
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(18, 30))  # two batches
 
 
-def probe_of(model: Any, folder: Path) -> Probe:
-    bank = WeightBank(
-        folder, LoadedModel(model, None, torch.float32), find_players(model), get_backend("rtn", group_size=16), {}
-    )
+def probe_of(model: Any, folder: Path, granularity: str = "block") -> Probe:
+    loaded = LoadedModel(model, None, torch.float32)
+    bank = WeightBank(folder, loaded, find_players(model, granularity), get_backend("rtn", group_size=16), {})
     bank.build((2, 4))
     return Probe(PrefixEngine(model, bank, TOKENS), bank, 2, 4)
 
@@ -54,29 +53,36 @@ def block_states(model: Any) -> list[tuple[Any, Any]]:
     return seen
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_streamed_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_streamed_gradients_are_those_of_the_whole_model(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    probe = probe_of(model, tmp_path)
-    streamed = {name: gradient for _, gradients in probe.gradients() for name, gradient in gradients.items()}
+    probe = probe_of(model, tmp_path, granularity)
+    by_player = dict(probe.gradients())
+    assert list(by_player) == list(reversed(range(len(probe.players))))
+    for player, gradients in by_player.items():
+        assert list(gradients) == [linear.name for linear in probe.players[player].linears]
+    streamed = {name: gradient for gradients in by_player.values() for name, gradient in gradients.items()}
     assert all(parameter.grad is None for parameter in model.parameters()), "nothing is left behind"
     ids = torch.from_numpy(TOKENS)
     model(input_ids=ids, labels=ids).loss.backward()
     for name, gradient in streamed.items():
         torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-3, atol=1e-5)
     assert len(streamed) == sum(len(player.linears) for player in probe.players)
-    assert probe.layer_forwards == 4 * 3
+    assert probe.layer_forwards == 4 * 3, "once for each block, however many players are in it"
 
 
-def test_llm_mq_by_whole_model_autograd(tmp_path: Path) -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_llm_mq_by_whole_model_autograd(granularity: str, tmp_path: Path) -> None:
     model = tiny_model("qwen2")
-    probe = probe_of(model, tmp_path)
+    probe = probe_of(model, tmp_path, granularity)
+    n_players = len(probe.players)
     ids = torch.from_numpy(TOKENS)
     model(input_ids=ids, labels=ids).loss.backward()
     backend = get_backend("rtn", group_size=16)
-    by_layer, by_block = np.zeros((2, 3)), np.zeros((2, 3))
+    by_layer, by_block = np.zeros((2, n_players)), np.zeros((2, n_players))
     for row, bits in enumerate((2, 4)):
-        for player in range(3):
+        for player in range(n_players):
             changes = []
             for linear in probe.players[player].linears:
                 weight = model.get_submodule(linear.name).weight
@@ -86,11 +92,12 @@ def test_llm_mq_by_whole_model_autograd(tmp_path: Path) -> None:
     model.zero_grad()
     np.testing.assert_allclose(llm_mq.gains_by_layer(probe), by_layer[0] - by_layer[1], rtol=1e-3)
     np.testing.assert_allclose(llm_mq.gains_by_block(probe), by_block[0] - by_block[1], rtol=1e-3)
-    assert not np.allclose(by_layer, by_block)
+    assert np.allclose(by_layer, by_block) == (granularity == "linear")
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
-def test_lim_and_activation_by_hand(name: str, tmp_path: Path) -> None:
+def test_lim_and_activation_by_hand(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     states = block_states(model)
     similarity, norm = np.zeros(3), np.zeros(3)
@@ -99,21 +106,24 @@ def test_lim_and_activation_by_hand(name: str, tmp_path: Path) -> None:
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         similarity[player] = np.mean((x * y).sum(axis=1) / norms)
         norm[player] = np.mean(np.linalg.norm(y, axis=1))
-    probe = probe_of(model, tmp_path)
-    np.testing.assert_allclose(lim.scores(probe), -similarity, rtol=1e-5)
-    np.testing.assert_allclose(activation.scores(probe), norm, rtol=1e-5)
-    assert probe.layer_forwards == 6
+    probe = probe_of(model, tmp_path, granularity)
+    n = 1 if granularity == "block" else len(find_players(model)[0].linears)  # these inherit the score of their block
+    np.testing.assert_allclose(lim.scores(probe), np.repeat(-similarity, n), rtol=1e-5)
+    np.testing.assert_allclose(activation.scores(probe), np.repeat(norm, n), rtol=1e-5)
+    assert lim.gains(probe).shape == (3 * n,)
+    assert probe.layer_forwards == 9, "three forwards a score"
 
 
-def test_zd_by_hand(tmp_path: Path) -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_zd_by_hand(granularity: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
-    probe = probe_of(model, tmp_path)
+    probe = probe_of(model, tmp_path, granularity)
     with torch.no_grad():
         for weight in probe.weights(1).values():
             weight.exponential_()  # skewed: the two readings differ
     for two_sided in (False, True):
         expected = []
-        for player in range(3):
+        for player in range(len(probe.players)):
             weights = np.concatenate([w.numpy().ravel() for w in probe.weights(player).values()])
             z = (weights - weights.mean()) / weights.std(ddof=1)
             expected.append(((np.abs(z) if two_sided else z) > 1).mean())
@@ -123,7 +133,7 @@ def test_zd_by_hand(tmp_path: Path) -> None:
 
 
 def subject(costs: list[int]) -> Subject:
-    players = tuple(Player(f"p{i}", (LinearLayer(f"p{i}.x", (1, cost)),)) for i, cost in enumerate(costs))
+    players = tuple(Player(f"p{i}", (LinearLayer(f"p{i}.x", (1, cost)),), i) for i, cost in enumerate(costs))
     storage = Storage(tuple(costs), {2: tuple(2 * c for c in costs), 4: tuple(4 * c for c in costs)})
     return Subject(RunConfig("toy"), players, storage, {})
 

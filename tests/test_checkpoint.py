@@ -18,14 +18,14 @@ from coopq.engine import PrefixEngine, model_nll
 from coopq.errors import ModelError, OutputError, PlanError
 from coopq.models import LoadedModel, load_model
 from coopq.plan import Plan, PlayerPlan, Solver
-from coopq.players import find_players
+from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
 
 
-def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) -> Plan:
-    players = find_players(model)
+def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int], granularity: str = "block") -> Plan:
+    players = find_players(model, granularity)
     storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
     return Plan(
         method="coopq",
@@ -42,7 +42,7 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) 
         solver=Solver("optimal", 0.0, 0.0, 0.0),
         predicted_loss=0.0,
         measured_loss=None,
-        config=RunConfig("tiny", backend=backend, group_size=group_size).to_json(),
+        config=RunConfig("tiny", backend=backend, group_size=group_size, granularity=granularity).to_json(),
         fingerprint={"weights": "", "dtype": str(model.dtype).removeprefix("torch.")},
         layer_forwards=1,
         layer_forwards_unshared=1,
@@ -52,7 +52,8 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int]) 
 def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:
     config = plan.config
     backend = get_backend(config["backend"], group_size=config["group_size"])
-    bank = WeightBank(tmp_path / "bank", loaded, find_players(loaded.model), backend, {})
+    players = find_players(loaded.model, config["granularity"])
+    bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build(sorted(set(plan.assignment)))
     engine = PrefixEngine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.int8)))
@@ -79,14 +80,30 @@ def test_the_saved_model_has_the_banks_loss_and_the_predicted_bytes(backend: str
     assert saved.mean() < 6.2, "a real model that still predicts: chance is log 512 = 6.24"
 
 
+@pytest.mark.parametrize("backend", WEIGHT_ONLY)
+def test_linear_layers_of_widths_of_their_own_ship_as_measured(backend: str, stories: str, tmp_path: Path) -> None:
+    loaded = load_model(stories, device="cpu")
+    bits = np.random.default_rng(0).choice([2, 4, 8], size=35).tolist()
+    plan = plan_for(loaded.model, backend, None, bits, "linear")
+    tokens = np.array([loaded.tokenizer.encode("Once upon a time there was a little girl who had a red ball. " * 3)])
+    measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
+    np.testing.assert_allclose(saved, measured, atol=1e-5)
+    sizes = get_backend(backend)
+    shapes = {linear.name: linear.shape for player in find_players(loaded.model) for linear in player.linears}
+    expected = sum(sizes.storage_bytes(shape, width) for shape, width in zip(shapes.values(), bits, strict=True))
+    assert saved_bytes(tmp_path / "saved") == expected
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_architecture_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+def test_every_architecture_is_saved_and_loaded(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     loaded = LoadedModel(model, Tokenizer(), torch.float32)
-    plan = plan_for(model, "rtn", 16, [3, 8, 4])
+    n_players = len(find_players(model, granularity))
+    plan = plan_for(model, "rtn", 16, [[3, 8, 4][player % 3] for player in range(n_players)], granularity)
     measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, np.random.default_rng(0).integers(3, 97, (4, 24)))
     np.testing.assert_allclose(saved, measured, rtol=1e-5)
 

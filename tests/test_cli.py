@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import FAST, coopq, refused
+from coopq.checkpoint import saved_bytes
+from coopq.journal import Journal
+from coopq.plan import Plan
+from coopq.run import RunFolder
+from tests.command_line import FAST, coopq, in_process, refused
+from tests.conftest import STORIES
 
 
 def test_show_for_machines(finished: Path) -> None:
@@ -69,6 +74,82 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
     assert evaluation["bytes"] == data["bytes"]
     (row,) = [row for row in evaluation["comparison"] if row["method"] == "coopq"]
     assert row["nll"] == pytest.approx(evaluation["nll"], abs=1e-5), "compared with the backend that was deployed"
+
+
+@pytest.fixture(scope="module")
+def linear_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished job whose players are linear layers, with its work beside it."""
+    out = tmp_path_factory.mktemp("linear") / "out"
+    code, _, err = in_process("quantize", STORIES, "--budget", "3avg", "--granularity", "linear", "--out", out, *FAST)
+    assert code == 0, err
+    return out
+
+
+def test_linear_layers_get_widths_of_their_own(linear_job: Path) -> None:
+    code, text, err = in_process("show", linear_job, "--json")
+    assert code == 0, err
+    data = json.loads(text)
+    assert len(data["bits"]) == len(data["shapley"]) == 35
+    assert any(
+        len({data["bits"][f"model.layers.{block}.{name}"] for name in ("self_attn.q_proj", "mlp.up_proj")}) == 2
+        for block in range(5)
+    ), "widths differ within a block"
+    assert 0 < data["layer_forwards"] < data["layer_forwards_unshared"] == 3 * 35 * 5
+    journal = linear_job.with_name("out-run") / "journal.jsonl"
+    _, spent = Journal.peek(journal)
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert records[0]["fingerprint"]["players"] == "linear"
+    walked = sum(record["layer_forwards"] for record in records[1:-1])  # the last is the plan itself
+    assert walked == data["layer_forwards"] < spent
+    assert saved_bytes(linear_job) == data["bytes"]
+    assert data["bytes"] <= Plan.load(linear_job / "plan.json").budget_bytes
+
+
+def test_a_saved_model_of_linear_players_is_judged_as_measured(linear_job: Path) -> None:
+    code, out, err = in_process("evaluate", linear_job, "--tokens", "256", "--sequence-length", "64", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    (row,) = [row for row in data["comparison"] if row["method"] == "coopq"]
+    assert row["nll"] == pytest.approx(data["nll"], abs=1e-5)
+    assert data["bytes"] == saved_bytes(linear_job)
+
+
+def test_plans_of_linear_players_are_allocated_and_deployed(linear_job: Path, tmp_path: Path) -> None:
+    run = linear_job.with_name("out-run")
+    assert in_process("allocate", run, "--budget", "2.5avg")[0] == 0
+    plan, out = run / "plans" / "2.5avg.json", tmp_path / "deployed"
+    code, text, err = in_process("apply", plan, "--out", out, "--backend", "hqq", "--json")
+    assert code == 0, err
+    data = json.loads(text)
+    assert data["bytes"] == saved_bytes(out) != Plan.load(plan).bytes
+    assert len(data["bits"]) == 35
+
+
+def test_a_run_keeps_its_granularity(finished: Path, stories: str) -> None:
+    run = finished.with_name("out-run")
+    line = refused("estimate", stories, "--granularity", "linear", "--run", run, *FAST)
+    assert "granularity: 'block' there, 'linear' here" in line
+
+
+def test_runs_and_plans_from_before_there_was_a_granularity_are_of_blocks(job: Path, stories: str) -> None:
+    run = job.with_name("out-run")
+    for path in (job / "plan.json", run / "plans" / "3avg.json", run / "run.json", run / "estimate.json"):
+        record = json.loads(path.read_text())
+        assert record["config"].pop("granularity") == "block"
+        if path.name == "estimate.json":
+            assert [player.pop("block") for player in record["players"]] == [0, 1, 2, 3, 4]
+        path.write_text(json.dumps(record))
+    code, out, err = in_process("show", run, "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["bits"]) == {"3avg"}, "the plan still belongs to the run"
+    assert [player.block for player in RunFolder(run).load().players] == [0, 1, 2, 3, 4]
+    before = (run / "journal.jsonl").read_bytes()
+    code, _, err = in_process(
+        "quantize", stories, "--budget", "3avg", "--out", job.with_name("again"), "--run", run, *FAST
+    )
+    assert code == 0, err
+    assert (run / "journal.jsonl").read_bytes() == before
+    assert in_process("quantize", stories, "--budget", "3avg", "--out", job, *FAST)[0] == 0, "finished, and known to be"
 
 
 def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
@@ -15,19 +15,24 @@ from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
 from coopq.models import LoadedModel
-from coopq.players import find_blocks, find_players
-from coopq.types import REMOVED, UNTOUCHED, Assignment
+from coopq.players import GRANULARITIES, find_blocks, find_players
+from coopq.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
 
 
-def build(model: Any, folder: Path) -> WeightBank:
-    bank = WeightBank(
-        folder, LoadedModel(model, None, torch.float32), find_players(model), get_backend("rtn", group_size=16), {}
-    )
+def build(model: Any, folder: Path, granularity: str = "block") -> WeightBank:
+    loaded = LoadedModel(model, None, torch.float32)
+    bank = WeightBank(folder, loaded, find_players(model, granularity), get_backend("rtn", group_size=16), {})
     bank.build((2, 4))
     return bank
+
+
+def block_prefixes(points: Any, blocks: list[int]) -> set[Any]:
+    """Every distinct prefix of the points that ends where a block does."""
+    ends = [end for end in range(1, len(blocks) + 1) if end == len(blocks) or blocks[end] > blocks[end - 1]]
+    return {tuple(point[:end]) for point in points for end in ends}
 
 
 def plain_loss(model: Any, bank: WeightBank, assignment: Assignment) -> Any:
@@ -58,6 +63,23 @@ def test_losses_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_losses_of_linear_players_equal_the_models_own_on_every_architecture(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    bank = build(model, tmp_path, "linear")
+    blocks = [player.block for player in bank.players]
+    points = np.random.default_rng(0).choice(np.array([2, 4, UNTOUCHED], dtype=np.int8), size=(5, len(blocks)))
+    points[1:4] = points[0]  # and one player of each block differs, the first or the last in it
+    for row, player in enumerate((blocks.index(1) - 1, blocks.index(1), len(blocks) - 1), start=1):
+        points[row, player] = 2 if points[0, player] == 4 else 4
+    engine = PrefixEngine(model, bank, TOKENS)
+    losses = {assignment.tobytes(): values for assignment, values, _ in engine.evaluate(points)}
+    for point in points:
+        np.testing.assert_allclose(losses[point.tobytes()], plain_loss(model, bank, point), rtol=2e-5)
+    assert len({round(values.mean(), 7) for values in losses.values()}) == 5, "the bits must matter"
+    assert engine.layer_forwards == len(block_prefixes(points, blocks)) == 3 + 3 + 2 + 1 + 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:4])
@@ -73,20 +95,32 @@ def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_players_hold_every_linear_layer_of_the_blocks_and_no_other(name: str) -> None:
     model = tiny_model(name)
-    found = {linear.name: linear.shape for player in find_players(model) for linear in player.linears}
-    expected = {
-        module_name: tuple(module.weight.shape)
+    expected = [
+        LinearLayer(module_name, (module.weight.shape[0], module.weight.shape[1]))
         for module_name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in module_name
-    }
-    assert found == expected
+    ]
+    blocks, linears = find_players(model), find_players(model, "linear")
+    assert [linear for player in blocks for linear in player.linears] == expected
+    assert [player.block for player in blocks] == [0, 1, 2]
+    assert [player.linears for player in linears] == [(linear,) for linear in expected]
+    assert [player.name for player in linears] == [linear.name for linear in expected]
+    assert all(f".layers.{player.block}." in player.name for player in linears)
 
 
+def test_an_unknown_granularity_names_the_choices() -> None:
+    with pytest.raises(ModelError, match="granularity 'head' is unknown; choose from block, linear"):
+        find_players(tiny_model("llama"), "head")
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_a_removed_block_hands_on_what_it_gets(name: str, tmp_path: Path) -> None:
+def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
-    points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.int8)
+    bank = build(model, tmp_path, granularity)
+    engine = PrefixEngine(model, bank, TOKENS)
+    blocks = [player.block for player in bank.players]
+    points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.int8)[:, blocks]
     measured = [(losses, spent) for _, losses, spent in engine.evaluate(points)]
     assert [spent for _, spent in measured] == [0, 1]
     kept = find_blocks(model)[1][1]
@@ -101,6 +135,16 @@ def test_a_removed_block_hands_on_what_it_gets(name: str, tmp_path: Path) -> Non
         np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
+def test_a_block_is_removed_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    engine = PrefixEngine(model, build(model, tmp_path, "linear"), TOKENS)
+    points = np.full((2, 21), 4, dtype=np.int8)
+    points[1, 7:13] = REMOVED  # all but the last of the second block
+    with pytest.raises(EstimationError, match=r"removes some players of block model\.layers\.1 and keeps others"):
+        next(engine.evaluate(points))
+    assert not engine.embedded, "noticed before anything is computed"
+
+
 def test_the_model_gets_its_own_weights_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -113,8 +157,38 @@ def test_the_model_gets_its_own_weights_back(tmp_path: Path) -> None:
 
 @given(arrays(np.int8, array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.sampled_from([2, 3, 4])))
 def test_the_prefix_tree_has_one_node_for_each_distinct_prefix(points: Any) -> None:
-    prefixes = {tuple(row[: d + 1]) for row in points for d in range(len(row))}
-    assert prefix_tree_size(points) == len(prefixes)
+    each = list(range(points.shape[1]))
+    assert prefix_tree_size(points) == prefix_tree_size(points, each) == len(block_prefixes(points, each))
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
+def test_the_prefix_tree_of_smaller_players_has_one_node_for_each_distinct_prefix_of_blocks(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    blocks = [block for block, size in enumerate(sizes) for _ in range(size)]
+    shape = (data.draw(st.integers(1, 8)), len(blocks))
+    points = data.draw(arrays(np.int8, shape, elements=st.sampled_from([2, 4])))
+    assert prefix_tree_size(points, blocks) == len(block_prefixes(points, blocks))
+
+
+def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank = build(model, tmp_path, "linear")
+    engine = PrefixEngine(model, bank, TOKENS[:1, :4])
+    blocks = [player.block for player in bank.players]
+    # Few players differ, so that points share prefixes, and within blocks too.
+    flips = st.lists(st.sets(st.integers(0, len(blocks) - 1), max_size=2), min_size=1, max_size=6)
+
+    @given(flips)
+    @settings(max_examples=25, deadline=None)
+    def check(raised: list[set[int]]) -> None:
+        points = np.array([[4 if p in of else 2 for p in range(len(blocks))] for of in raised], dtype=np.int8)
+        before = engine.layer_forwards
+        spent = sum(forwards for _, _, forwards in engine.evaluate(points))
+        assert spent == engine.layer_forwards - before == prefix_tree_size(points, blocks)
+        assert spent == len(block_prefixes(points, blocks))
+
+    check()
 
 
 def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:

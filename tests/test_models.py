@@ -16,6 +16,9 @@ def test_a_local_folder(stories: str) -> None:
     assert loaded.model.dtype == torch.float32
     assert not loaded.model.training
     assert len(find_players(loaded.model)) == 5
+    assert [player.block for player in find_players(loaded.model, "linear")] == [
+        block for block in range(5) for _ in range(7)
+    ]
 
 
 def test_the_fingerprint_follows_every_weight(stories: str) -> None:

@@ -38,6 +38,7 @@ Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or
 Budget_ = Annotated[
     str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
+Granularity = Annotated[str, typer.Option(help="What gets a width of its own: block, or linear (layer).")]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
 Method = Annotated[
     str, typer.Option(help="coopq, or a baseline: llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation.")
@@ -76,6 +77,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
     run: Run = None,
     method: Method = "coopq",
+    granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -94,10 +96,10 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """The one-shot job: estimate, allocate, quantize, save. Run it again and it goes on where it was."""
-    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    low, high = _bits(bits)
+    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    widths = _bits(bits)
     config = RunConfig(
-        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
     from coopq import pipeline
 
@@ -114,6 +116,7 @@ def quantize(
 def estimate(
     model: Model,
     run: Annotated[Path, typer.Option(help="Folder of the work.")],
+    granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -130,10 +133,10 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    low, high = _bits(bits)
+    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    widths = _bits(bits)
     config = RunConfig(
-        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
     from coopq import pipeline
 
@@ -196,6 +199,7 @@ def compare(
     model: Model,
     budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
     run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
+    granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -214,10 +218,10 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """CoopQ and every baseline at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
-    source = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    low, high = _bits(bits)
+    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
+    widths = _bits(bits)
     config = RunConfig(
-        model, backend, group_size, low, high, permutations, seed, source, dtype, device, act_order, symmetric
+        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
     from coopq import evaluate as work
     from coopq.figure import check_plotting, save_comparison
@@ -229,7 +233,8 @@ def compare(
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
-    files = save_comparison(rows, f"{model}, {backend}, {low} and {high} bits: {text}", run / "comparison")
+    title = f"{model}, {backend}, {config.low} and {config.high} bits by {granularity}: {text}"
+    files = save_comparison(rows, title, run / "comparison")
     saved = ", ".join(map(str, [run / "comparison.json", *files]))
     print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
 
@@ -290,7 +295,7 @@ def show(
             STDERR.print(f"{path}: {values} losses measured so far, {spent} layer forwards", markup=False)
         estimation = folder.load()
         saved = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
-        plans = [plan for plan in saved if plan.config == estimation.config.to_json()]
+        plans = [plan for plan in saved if RunConfig.from_json(plan.config) == estimation.config]
         if len(plans) < len(saved):
             STDERR.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
         print_result(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)

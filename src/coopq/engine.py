@@ -1,10 +1,10 @@
 """Losses of many assignments, computing every common prefix of blocks once: the hot path.
 
-The hidden state after block d depends only on the bits of blocks 0..d. Assignments in lexicographic order are a
-depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
+The hidden state after block d depends only on the bits of the players in blocks 0..d. Assignments in lexicographic
+order are a depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,17 @@ _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
 
 
-def prefix_tree_size(assignments: Assignments) -> int:
-    """Number of distinct non-empty prefixes: the block forwards that a set of assignments costs."""
+def prefix_tree_size(assignments: Assignments, blocks: Sequence[int] | None = None) -> int:
+    """Number of distinct prefixes of one or more blocks: the block forwards that a set of assignments costs.
+
+    Args:
+        assignments: Shape (n, n_players).
+        blocks: Block of each player, ascending from 0, shape (n_players,); None where each player is a block.
+    """
     unique = np.unique(assignments, axis=0)
-    changed = unique[1:] != unique[:-1]
-    shared = np.where(changed.any(axis=1), changed.argmax(axis=1), unique.shape[1])
-    return int(unique.shape[1] * len(unique) - shared.sum())
+    block_of = np.arange(unique.shape[1]) if blocks is None else np.asarray(blocks)
+    shared = block_of[(unique[1:] != unique[:-1]).argmax(axis=1)]
+    return int((block_of[-1] + 1) * len(unique) - shared.sum())
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class PrefixEngine:
 
     Attributes:
         layer_forwards: Forwards of one block over all tokens spent so far.
+        members: Indices of the players in each block, ascending.
         batches: The tokens as they go through a block together, each of shape (n, length).
         embedded: The states that the first block gets, by batch, shape (n, length, width); empty until `record`.
     """
@@ -60,8 +66,12 @@ class PrefixEngine:
     def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64]) -> None:
         self._model = model
         self._bank = bank
-        self._blocks = list(find_blocks(model)[1])
+        self._prefix, blocks = find_blocks(model)
+        self._blocks = list(blocks)
         self.layer_forwards = 0
+        self.members: list[list[int]] = [[] for _ in self._blocks]
+        for index, player in enumerate(bank.players):
+            self.members[player.block].append(index)
         ids = torch.from_numpy(tokens).to(model.device)
         self.batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
         self.embedded: list[Tensor] = []
@@ -78,23 +88,25 @@ class PrefixEngine:
             Each distinct assignment in lexicographic order, the loss of each sequence (shape (n_sequences,),
             nats per token), and the block forwards spent since the one before.
         Raises:
-            EstimationError: If a loss is not finite.
+            EstimationError: If a loss is not finite, or some but not all players of a block are `REMOVED`.
             ModelError: If the model's own forward gives another loss for the first batch of the first assignment.
         """
+        unique = np.unique(assignments, axis=0)
+        left_out = self._left_out(unique)
         unchecked = self.record()
         depth = len(self._blocks)
         hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
         previous: Assignment | None = None
         try:
-            for assignment in np.unique(assignments, axis=0):
-                differs = [True] if previous is None else assignment != previous
-                start = int(np.argmax(differs))
+            for assignment, without in zip(unique, left_out, strict=True):
+                first = 0 if previous is None else int(np.argmax(assignment != previous))
                 spent = 0
-                for d in range(start, depth):
-                    if assignment[d] == REMOVED:
+                for d in range(self._bank.players[first].block, depth):
+                    if without[d]:
                         hidden[d + 1] = hidden[d]
                         continue
-                    self._bank.set_player(d, int(assignment[d]))
+                    for player in self.members[d]:
+                        self._bank.set_player(player, int(assignment[player]))
                     hidden[d + 1] = self.forward_block(d, hidden[d])
                     spent += 1
                 self.layer_forwards += spent
@@ -105,21 +117,33 @@ class PrefixEngine:
                         "compute in float32, or use a wider low bit-width"
                     )
                 if unchecked:
-                    self._check(assignment, losses)
+                    self._check(without, losses)
                     unchecked = False
                 yield assignment, losses, spent
                 previous = assignment
         finally:
             self._bank.restore()
 
+    def _left_out(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
+        """Which blocks each assignment leaves out, shape (n, n_blocks)."""
+        removed = assignments == REMOVED
+        left_out = np.stack([removed[:, players].all(axis=1) for players in self.members], axis=1)
+        for d, players in enumerate(self.members):
+            if (removed[:, players].any(axis=1) != left_out[:, d]).any():
+                raise EstimationError(
+                    f"an assignment removes some players of block {self._prefix}.{d} and keeps others; "
+                    "a block is left out as a whole: remove all of its players, or none"
+                )
+        return left_out
+
     @torch.no_grad()
-    def _check(self, assignment: Assignment, losses: npt.NDArray[np.float64]) -> None:
-        """Compare with the model's own forward, its weights being those of `assignment`.
+    def _check(self, left_out: npt.NDArray[np.bool_], losses: npt.NDArray[np.float64]) -> None:
+        """Compare with the model's own forward; it has the weights that gave `losses`, and goes without some blocks.
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
         batch = self.batches[0]
-        removed = {int(d): _pass_on(self._calls[d][0].returns_tuple) for d in np.flatnonzero(assignment == REMOVED)}
+        removed = {int(d): _pass_on(self._calls[d][0].returns_tuple) for d in np.flatnonzero(left_out)}
         with self._answering(removed):
             own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
         if not np.allclose(own, losses[: len(own)], rtol=_TOLERANCE, atol=_TOLERANCE):

@@ -95,7 +95,7 @@ def evaluate_saved(
                         parts.append(batch)
                         progress("evaluating the saved model", done + sum(map(len, parts)), len(text.tokens))
                     losses = np.concatenate(parts)
-                    values.append(assignment, losses, len(plan.players))
+                    values.append(assignment, losses, model.config.get_text_config().num_hidden_layers)
             total, done = total + float(losses.sum()), done + len(losses)
     return Evaluation(total / done, text.n_scored, saved_bytes(folder), text.describe())
 

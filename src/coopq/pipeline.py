@@ -23,7 +23,7 @@ from coopq.game import QuantizationGame
 from coopq.journal import Journal
 from coopq.models import LoadedModel, fingerprint_weights, load_model
 from coopq.plan import Plan, check_solver, plan_budget, plan_gains
-from coopq.players import find_players
+from coopq.players import check_granularity, find_players
 from coopq.probe import Probe
 from coopq.run import Estimation, RunConfig, RunFolder, Subject
 from coopq.storage import Budget, Storage
@@ -76,7 +76,7 @@ def open_workbench(
         progress("loading the model", 0, 1)
         loaded = load_model(config.model, dtype=config.dtype, device=config.device)
         progress("loading the model", 1, 1)
-        players = find_players(loaded.model)
+        players = find_players(loaded.model, config.granularity)
         storage = measure_storage(players, backend, (config.low, config.high))
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
@@ -84,7 +84,7 @@ def open_workbench(
         calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
         weights = {
             "weights": fingerprint_weights(loaded.model),
-            "players": "block",
+            "players": config.granularity,
             "backend": backend.fingerprint(),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": loaded.model.device.type,
@@ -113,6 +113,7 @@ def check_config(config: RunConfig) -> None:
         raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
     if config.seed < 0 or config.calibration.seed < 0:
         raise EstimationError(f"seeds {config.seed} and {config.calibration.seed} must not be negative")
+    check_granularity(config.granularity)
     check_calibration(config.calibration)
 
 
@@ -130,7 +131,7 @@ def estimate(config: RunConfig, run: Path, progress: ProgressCallback = silent) 
 
 def estimate_on(bench: Workbench) -> Estimation:
     """`estimate` on an open workbench."""
-    config, n_players = bench.config, len(bench.players)
+    config, n_players, blocks = bench.config, len(bench.players), [player.block for player in bench.players]
     estimator = SPQE(n_players, low=config.low, high=config.high, permutations=config.permutations, seed=config.seed)
     with bench.calibration_game("measuring the walks") as game:
         result = run_estimator(estimator, game)
@@ -140,8 +141,8 @@ def estimate_on(bench: Workbench) -> Estimation:
         storage=bench.storage,
         estimate=result,
         fingerprint=bench.fingerprint,
-        layer_forwards=prefix_tree_size(estimator.points),
-        layer_forwards_unshared=config.permutations * n_players**2,
+        layer_forwards=prefix_tree_size(estimator.points, blocks),
+        layer_forwards_unshared=config.permutations * n_players * len(set(blocks)),
     )
     bench.folder.save(estimation)
     return estimation
@@ -279,7 +280,8 @@ def apply(
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
     if plan.deployment is not None:
-        plan = _resized(plan, measure_storage(find_players(loaded.model), quantizer, (config.low, config.high)))
+        players = find_players(loaded.model, config.granularity)
+        plan = _resized(plan, measure_storage(players, quantizer, (config.low, config.high)))
     tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.whole_model else None
     return save_model(loaded, plan, quantizer, tokens, out, progress)
 

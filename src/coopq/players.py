@@ -1,11 +1,14 @@
 """Finding the transformer blocks of a model and the linear layers in them, from structure alone."""
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from coopq.errors import ModelError
+from coopq.errors import ModelError, hint
 from coopq.types import LinearLayer, Player
+
+GRANULARITIES = ("block", "linear")
+"""What a player can be: a transformer block with all its linear layers, or each of these layers by itself."""
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
@@ -37,27 +40,40 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def find_players(model: Any, granularity: Literal["block"] = "block") -> tuple[Player, ...]:
-    """The players of a model: one for each transformer block, with all its linear layers.
+def check_granularity(granularity: str) -> None:
+    """Check the name of a granularity, which needs no model.
+
+    Raises:
+        ModelError: If it is unknown.
+    """
+    if granularity not in GRANULARITIES:
+        raise ModelError(f"granularity {granularity!r} is unknown; {hint(granularity, GRANULARITIES)}")
+
+
+def find_players(model: Any, granularity: str = "block") -> tuple[Player, ...]:
+    """The players of a model, by block and then in the order of the block's modules.
 
     Embeddings, norms and the head belong to no player and stay as they are.
 
+    Args:
+        model: A causal language model of transformers.
+        granularity: One of `GRANULARITIES`.
     Raises:
-        ModelError: If the blocks cannot be found.
+        ModelError: If the granularity is unknown, or the blocks cannot be found.
     """
-    if granularity != "block":
-        raise ModelError(f"granularity {granularity!r} is unknown; choose 'block'")
+    check_granularity(granularity)
     prefix, blocks = find_blocks(model)
-    return tuple(
-        Player(
-            name=f"{prefix}.{index}",
-            linears=tuple(
-                LinearLayer(f"{prefix}.{index}.{name}", (linear.out_features, linear.in_features))
-                for name, linear in _linears(block).items()
-            ),
+    players: list[Player] = []
+    for index, block in enumerate(blocks):
+        linears = tuple(
+            LinearLayer(f"{prefix}.{index}.{name}", (linear.out_features, linear.in_features))
+            for name, linear in _linears(block).items()
         )
-        for index, block in enumerate(blocks)
-    )
+        if granularity == "block":
+            players.append(Player(f"{prefix}.{index}", linears, index))
+        else:
+            players += [Player(linear.name, (linear,), index) for linear in linears]
+    return tuple(players)
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:

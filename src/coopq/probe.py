@@ -36,6 +36,11 @@ class Probe:
         """The players, in order."""
         return self._bank.players
 
+    @property
+    def blocks(self) -> list[int]:
+        """The block of each player: what turns scores of blocks into scores of players, shape (n_players,)."""
+        return [player.block for player in self.players]
+
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self._bank.originals(player)
@@ -44,14 +49,14 @@ class Probe:
         """The same, quantized and dequantised."""
         return self._bank.quantized(player, bits)
 
-    def states(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states before and after each block, shape (n_sequences, length, width) both; two at a time."""
         self._engine.record()
         states = self._engine.embedded
-        for player in range(len(self.players)):
-            outputs = self._engine.forward_block(player, states)
+        for block in range(len(self._engine.members)):
+            outputs = self._engine.forward_block(block, states)
             self.layer_forwards += 1
-            yield player, torch.cat(states), torch.cat(outputs)
+            yield torch.cat(states), torch.cat(outputs)
             states = outputs
 
     def gradients(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -59,27 +64,29 @@ class Probe:
 
         Yields:
             The player, and d loss / d weight by name of the linear layer, shape (out, in). A block's forward is
-            repeated with a graph when its turn comes, so that only hidden states and one block's gradients are held.
+            repeated with a graph when its turn comes, once for all its players, so that only hidden states and one
+            block's gradients are held.
         """
         engine = self._engine
         engine.record()
         states = [engine.embedded]
-        for player in range(len(self.players)):
-            states.append(engine.forward_block(player, states[-1]))
+        for block in range(len(engine.members)):
+            states.append(engine.forward_block(block, states[-1]))
         upstream = [self._head_gradient(j, final) for j, final in enumerate(states.pop())]
-        self.layer_forwards += len(self.players)
-        for player in reversed(range(len(self.players))):
+        self.layer_forwards += len(engine.members)
+        for block, members in reversed(list(enumerate(engine.members))):
             self.layer_forwards += 3
-            weights = self._bank.parameters(player)
+            weights = {name: weight for player in members for name, weight in self._bank.parameters(player).items()}
             totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
             for j, leaf in enumerate(states.pop()):
                 with torch.enable_grad():
                     leaf = leaf.detach().requires_grad_()
-                    output = engine.call_block(player, j, leaf)
+                    output = engine.call_block(block, j, leaf)
                 upstream[j], *gradients = torch.autograd.grad(output, [leaf, *weights.values()], upstream[j])
                 for total, gradient in zip(totals.values(), gradients, strict=True):
                     total += gradient
-            yield player, totals
+            for player in reversed(members):
+                yield player, {linear.name: totals[linear.name] for linear in self.players[player].linears}
 
     def _head_gradient(self, j: int, final: Tensor) -> Tensor:
         """Gradient of the mean loss by the states after the last block, for one batch of tokens."""

@@ -84,8 +84,8 @@ def provenance(config: RunConfig, fingerprint: Mapping[str, Any], method: str = 
     text = config.calibration
     opening = ", each after a BOS token" if fingerprint["bos"] else ", no special tokens"
     return (
-        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits, {walks} "
-        f"on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
+        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits by {config.granularity}, "
+        f"{walks} on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
     )
 
 

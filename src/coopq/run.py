@@ -59,6 +59,7 @@ class RunConfig:
         calibration: The text.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., or "auto".
+        granularity: What is a player: a "block", or each "linear" layer.
     """
 
     model: str
@@ -73,6 +74,7 @@ class RunConfig:
     device: str = "auto"
     act_order: bool | None = None
     symmetric: bool | None = None
+    granularity: str = "block"
 
     @property
     def quantizer(self) -> dict[str, Any]:
@@ -118,7 +120,7 @@ class Estimation(Subject):
     Attributes:
         estimate: What the walks say.
         layer_forwards: Block forwards over all calibration tokens that one uninterrupted run spends.
-        layer_forwards_unshared: The same without sharing prefixes: M L^2.
+        layer_forwards_unshared: The same without sharing prefixes: walks times players times blocks.
     """
 
     estimate: ShapleyEstimate
@@ -223,8 +225,9 @@ def _estimation(data: Mapping[str, Any]) -> Estimation:
         Player(
             name=player["name"],
             linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
+            block=player.get("block", index),  # not written when every player was a block
         )
-        for player in data["players"]
+        for index, player in enumerate(data["players"])
     )
     estimate: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in data["estimate"].items()}
     return Estimation(

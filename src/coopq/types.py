@@ -58,10 +58,17 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Player:
-    """What gets one bit-width: the linear layers of one transformer block."""
+    """What gets one bit-width: linear layers of one transformer block, all of them or a single one.
+
+    Attributes:
+        name: Module name of the block or of the linear layer.
+        linears: Its linear layers.
+        block: Index of the transformer block that they lie in.
+    """
 
     name: str
     linears: tuple[LinearLayer, ...]
+    block: int
 
     @property
     def n_weights(self) -> int:

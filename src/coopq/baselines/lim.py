@@ -2,7 +2,7 @@
 
 Source: Dumitru et al., Layer-Wise Quantization, 2024 (arXiv 2406.17415): the negative cosine similarity of a layer's
 input and output, averaged over calibration samples; higher keeps more bits. Similarities are taken of the flattened
-states of each sequence.
+states of each sequence. Their layers are blocks: players that are linear layers inherit the score of their block.
 """
 
 import numpy as np
@@ -13,12 +13,15 @@ from coopq.probe import Probe
 
 
 def scores(probe: Probe) -> Gains:
-    """Negative cosine similarity of input and output of each block, averaged over sequences, shape (n_players,)."""
-    values = np.empty(len(probe.players))
-    for player, inputs, outputs in probe.states():
+    """Negative cosine similarity of what goes into each player's block and what comes out, averaged over sequences.
+
+    Shape (n_players,).
+    """
+    of_blocks: list[float] = []
+    for inputs, outputs in probe.states():
         similarity = functional.cosine_similarity(inputs.flatten(1).double(), outputs.flatten(1).double(), dim=1)
-        values[player] = -float(similarity.mean())
-    return values
+        of_blocks.append(-float(similarity.mean()))
+    return np.array(of_blocks)[probe.blocks]
 
 
 def gains(probe: Probe) -> Gains:

@@ -4,7 +4,8 @@ The sensitivity of a weight W at b bits is |<dL/dW, W - Q_b(W)>|; the program mi
 widths, raising a player is worth the difference of its sensitivities, and the program is a knapsack.
 
 Source: Li et al., LLM-MQ: Mixed-precision Quantization for Efficient LLM Deployment, 2023. Their layers are linear
-layers and ours are blocks, so the absolute value can be taken of each linear layer or of their sum: both are here.
+layers. Where players are blocks, the absolute value can be taken of each linear layer or of their sum: both are here.
+Where players are linear layers, both are the same.
 """
 
 import numpy as np
@@ -28,14 +29,14 @@ def first_order_changes(probe: Probe) -> dict[int, list[list[float]]]:
 
 
 def gains_by_layer(probe: Probe) -> Gains:
-    """The sensitivity of a block is the sum of its linear layers' sensitivities."""
+    """The sensitivity of a player is the sum of its linear layers' sensitivities."""
     changes = first_order_changes(probe)
     low, high = (np.array([np.abs(of).sum() for of in changes[bits]]) for bits in (probe.low, probe.high))
     return low - high
 
 
 def gains_by_block(probe: Probe) -> Gains:
-    """The sensitivity of a block is the absolute value of its linear layers' summed changes."""
+    """The sensitivity of a player is the absolute value of its linear layers' summed changes."""
     changes = first_order_changes(probe)
     low, high = (np.array([abs(sum(of)) for of in changes[bits]]) for bits in (probe.low, probe.high))
     return low - high

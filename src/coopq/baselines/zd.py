@@ -1,4 +1,4 @@
-"""ZD, z-score distribution: the share of a block's weights far above their mean; needs no data.
+"""ZD, z-score distribution: the share of a player's weights far above their mean; needs no data.
 
 Source: Dumitru et al., Layer-Wise Quantization, 2024 (arXiv 2406.17415): z = (w - mean) / standard deviation over all
 weights of the layer; the share with z > 1; smaller keeps more bits.
@@ -12,7 +12,7 @@ from coopq.probe import Probe
 
 
 def scores(probe: Probe, *, two_sided: bool) -> Gains:
-    """Share of each block's weights with z > 1, or with |z| > 1, shape (n_players,)."""
+    """Share of each player's weights with z > 1, or with |z| > 1, shape (n_players,)."""
     values = np.empty(len(probe.players))
     for player in range(len(probe.players)):
         weights = torch.cat([weight.flatten() for weight in probe.weights(player).values()]).float()
@@ -22,10 +22,10 @@ def scores(probe: Probe, *, two_sided: bool) -> Gains:
 
 
 def gains_one_sided(probe: Probe) -> Gains:
-    """Blocks with the smallest share above are raised first."""
+    """Players with the smallest share above are raised first."""
     return gains_of_ranking(-scores(probe, two_sided=False))
 
 
 def gains_two_sided(probe: Probe) -> Gains:
-    """Blocks with the smallest share on both sides are raised first."""
+    """Players with the smallest share on both sides are raised first."""
     return gains_of_ranking(-scores(probe, two_sided=True))
