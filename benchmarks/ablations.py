@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.allocate import allocate, paper_program
+from coopq.allocate import allocate
 from coopq.estimators import SPQE, ShapleyEstimate, run_estimator
 from coopq.evaluate import judge_on
 from coopq.pipeline import Workbench, open_workbench
+from coopq.program import paper_program
 from coopq.run import RunFolder
 from coopq.storage import Budget
 from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
@@ -53,7 +54,7 @@ def estimate(bench: Workbench, permutations: int, low: int, high: int) -> tuple[
     """An SPQE estimate, and the mean and deviation over walks of the loss after each step."""
     estimator = SPQE(len(bench.players), low=low, high=high, permutations=permutations, seed=SEED)
     with bench.calibration_game(f"{permutations} walks from {high} to {low}") as game:
-        result = run_estimator(estimator, game)
+        result = run_estimator(estimator, game).estimate()
         walks = game(estimator.points).reshape(permutations, -1)
     return result, {"mean": walks.mean(axis=0).tolist(), "deviation": walks.std(axis=0, ddof=1).tolist()}
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.allocate import QuadraticProgram, allocate, paper_program
+from coopq.allocate import allocate
+from coopq.program import QuadraticProgram, paper_program
 
 
 def random_program(seed: int, n: int, magnitude: float) -> QuadraticProgram:

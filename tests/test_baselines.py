@@ -140,10 +140,14 @@ def subject(costs: list[int]) -> Subject:
 
 def test_players_of_equal_size_are_taken_by_rank() -> None:
     scores = np.array([-0.9, -0.2, -0.5, -0.7, -0.3])
-    plan = plan_gains(subject([5] * 5), "lim", gains_of_ranking(scores), Budget.parse("3.2avg"), layer_forwards=5)
+    plan = plan_gains(
+        subject([5] * 5), "lim", gains_of_ranking(scores, np.ones(5)), Budget.parse("3.2avg"), layer_forwards=5
+    )
     assert plan.assignment == [2, 4, 4, 2, 4]
     assert plan.predicted_loss is None
-    everything = plan_gains(subject([5] * 5), "lim", gains_of_ranking(scores), Budget.parse("4avg"), layer_forwards=5)
+    everything = plan_gains(
+        subject([5] * 5), "lim", gains_of_ranking(scores, np.ones(5)), Budget.parse("4avg"), layer_forwards=5
+    )
     assert everything.assignment == [4] * 5, "what fits is used"
 
 

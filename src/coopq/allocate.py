@@ -10,38 +10,9 @@ import numpy.typing as npt
 from pyscipopt import Model, quicksum
 
 from coopq.errors import EstimationError
+from coopq.program import QuadraticProgram
 
 _STATUS = {"optimal": "optimal", "timelimit": "time limit"}
-
-
-@dataclass(frozen=True)
-class QuadraticProgram:
-    """minimise a'q + q'Kq over binary q, subject to sum_i c_i (1 - q_i) <= capacity.
-
-    q_i = 1 leaves player i at the low width, q_i = 0 raises it to the high one.
-
-    Attributes:
-        linear: a, shape (n_players,), nats per token.
-        quadratic: K, symmetric, shape (n_players, n_players).
-        costs: c, bytes that raising each player costs, shape (n_players,).
-        capacity: Bytes that all raised players may cost together.
-
-    Source: CoopQ (2026), stage 2.
-    """
-
-    linear: npt.NDArray[np.float64]
-    quadratic: npt.NDArray[np.float64]
-    costs: npt.NDArray[np.int64]
-    capacity: int
-
-    def objective(self, q: npt.NDArray[np.bool_]) -> float:
-        """Value of a'q + q'Kq."""
-        x = q.astype(np.float64)
-        return float(self.linear @ x + x @ self.quadratic @ x)
-
-    def feasible(self, q: npt.NDArray[np.bool_]) -> bool:
-        """Whether the raised players fit the capacity, in exact integers."""
-        return int(self.costs[~q].sum()) <= self.capacity
 
 
 @dataclass(frozen=True)
@@ -61,22 +32,6 @@ class Allocation:
     bound: float
     gap: float
     status: str
-
-
-def paper_program(
-    shapley: npt.NDArray[np.float64],
-    covariance: npt.NDArray[np.float64],
-    alpha: float,
-    costs: npt.NDArray[np.int64],
-    capacity: int,
-) -> QuadraticProgram:
-    """The paper's program: K = (1 - alpha) C + alpha diag(C), a_i = phi_i - sum_{j != i} K_ij.
-
-    Source: CoopQ (2026), stage 2; alpha = 0.5 there.
-    """
-    quadratic = (1 - alpha) * covariance + alpha * np.diag(np.diag(covariance))
-    linear = shapley - (quadratic.sum(axis=1) - np.diag(quadratic))
-    return QuadraticProgram(linear=linear, quadratic=quadratic, costs=costs, capacity=capacity)
 
 
 def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allocation:

@@ -134,7 +134,7 @@ def estimate_on(bench: Workbench) -> Estimation:
     config, n_players, blocks = bench.config, len(bench.players), [player.block for player in bench.players]
     estimator = SPQE(n_players, low=config.low, high=config.high, permutations=config.permutations, seed=config.seed)
     with bench.calibration_game("measuring the walks") as game:
-        result = run_estimator(estimator, game)
+        result = run_estimator(estimator, game).estimate()
     estimation = Estimation(
         config=config,
         players=bench.players,

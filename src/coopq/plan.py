@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.allocate import Allocation, QuadraticProgram, allocate, paper_program
+from coopq.allocate import Allocation, allocate
 from coopq.errors import PlanError
 from coopq.files import write_json
+from coopq.program import QuadraticProgram, paper_program
 from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
 

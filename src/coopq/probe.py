@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -40,6 +42,12 @@ class Probe:
     def blocks(self) -> list[int]:
         """The block of each player: what turns scores of blocks into scores of players, shape (n_players,)."""
         return [player.block for player in self.players]
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """Share of its block's weights that each player has, shape (n_players,); 1 where players are blocks."""
+        n_weights = np.array([player.n_weights for player in self.players], dtype=np.float64)
+        return n_weights / np.bincount(self.blocks, n_weights)[self.blocks]
 
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""

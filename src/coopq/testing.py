@@ -1,7 +1,9 @@
 """What tests of coopq and of its plugins share: games with exact answers, and the contract of a backend."""
 
+from collections.abc import Callable
 from itertools import product
 from math import comb
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +48,52 @@ class TableGame:
                 weight = 1 / (n * comb(n - 1, coalition.bit_count()))
                 values[player] += weight * (self.table[coalition | 1 << player] - self.table[coalition])
         return values
+
+
+class SyntheticGame:
+    """A game of any size with a known optimum: an increasing function of a random quadratic.
+
+    Players differ in what they cost alone as blocks of language models do, and interact most with their neighbours.
+    The optimum of a budget is that of the quadratic, whatever the function.
+
+    Args:
+        n_players: Number of players.
+        form: "quadratic", "super-linear", "saturating" or "s-shaped".
+        seed: Seed of the quadratic.
+
+    Attributes:
+        linear: Of the quadratic, shape (n_players,).
+        pairs: Of the quadratic, symmetric with a zero diagonal, shape (n_players, n_players).
+    """
+
+    FORMS: ClassVar[dict[str, Callable[[Losses], Losses]]] = {
+        "quadratic": lambda u: u,
+        "super-linear": lambda u: np.expm1(1.5 * u) / 1.5,
+        "saturating": lambda u: -2 * np.expm1(-u / 2),
+        "s-shaped": lambda u: 3 / (1 + np.exp(2.5 * (1.5 - u))),
+    }
+
+    def __init__(self, n_players: int, form: str, seed: int) -> None:
+        rng = np.random.default_rng([seed, n_players, list(self.FORMS).index(form)])
+        linear = rng.lognormal(0, 0.8, n_players)
+        distance = np.abs(np.subtract.outer(np.arange(n_players), np.arange(n_players)))
+        shape = (n_players, n_players)
+        pairs = np.triu(rng.normal(0, 1, shape) * np.exp(-distance / 6) + 0.3 * rng.normal(0, 1, shape), 1)
+        pairs += pairs.T
+        pairs *= 0.3 * linear.mean() / np.sqrt((pairs**2).sum(axis=1).mean())
+        # All players lowered are at about 3, where the forms differ.
+        scale = 3 / max(linear.sum() + pairs.sum(), linear.sum() / 2)
+        self.linear, self.pairs, self._form = linear * scale, pairs * scale, self.FORMS[form]
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return len(self.linear)
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments."""
+        q = (assignments == LOW).astype(np.float64)
+        return self._form(q @ self.linear + ((q @ self.pairs) * q).sum(axis=1))
 
 
 def check_backend(backend: Backend, weight: torch.Tensor, bits: int) -> None:

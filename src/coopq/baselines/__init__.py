@@ -38,12 +38,12 @@ def get_baseline(name: str) -> Callable[[Any], Gains]:
     return function
 
 
-def gains_of_ranking(scores: Gains) -> Gains:
-    """Gains from scores that only rank players: how far each is above the lowest.
+def gains_of_ranking(scores: Gains, shares: Gains) -> Gains:
+    """Gains from scores that only rank players: how far each is above the lowest, by its share of a block's weights.
 
-    With players of equal size the knapsack then raises those with the highest scores, as the scores' authors do.
-    The lowest gets a gain too, so that what fits into the budget is used.
+    With players of equal size the knapsack then raises those with the highest scores, as the scores' authors do; small
+    players are worth no more for what they cost. The lowest gets a gain too, so that what fits into the budget is used.
     """
     above = scores - scores.min()
     spread = float(above.max()) or 1.0
-    return above + 1e-6 * spread
+    return (above + 1e-6 * spread) * shares

@@ -18,4 +18,4 @@ def scores(probe: Probe) -> Gains:
 
 def gains(probe: Probe) -> Gains:
     """Blocks with the largest outputs are raised first."""
-    return gains_of_ranking(scores(probe))
+    return gains_of_ranking(scores(probe), probe.shares)

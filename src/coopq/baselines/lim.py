@@ -26,4 +26,4 @@ def scores(probe: Probe) -> Gains:
 
 def gains(probe: Probe) -> Gains:
     """Blocks that change their input most are raised first."""
-    return gains_of_ranking(scores(probe))
+    return gains_of_ranking(scores(probe), probe.shares)

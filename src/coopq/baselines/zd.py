@@ -23,9 +23,9 @@ def scores(probe: Probe, *, two_sided: bool) -> Gains:
 
 def gains_one_sided(probe: Probe) -> Gains:
     """Players with the smallest share above are raised first."""
-    return gains_of_ranking(-scores(probe, two_sided=False))
+    return gains_of_ranking(-scores(probe, two_sided=False), probe.shares)
 
 
 def gains_two_sided(probe: Probe) -> Gains:
     """Players with the smallest share on both sides are raised first."""
-    return gains_of_ranking(-scores(probe, two_sided=True))
+    return gains_of_ranking(-scores(probe, two_sided=True), probe.shares)

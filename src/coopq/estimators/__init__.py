@@ -1,6 +1,22 @@
-"""Estimators: from losses of assignments to what each player contributes."""
+"""Estimators: which points of the game to measure, and what they say."""
 
-from coopq.estimators.base import Estimator, ShapleyEstimate, run_estimator
+from coopq.estimators.active import ActiveSearch
+from coopq.estimators.base import Estimator, Measured, Search, Setting, ShapleyEstimate, run_estimator
+from coopq.estimators.cross_layer import CrossLayer
+from coopq.estimators.greedy import Greedy
+from coopq.estimators.regression import Regression
 from coopq.estimators.spqe import SPQE
 
-__all__ = ["SPQE", "Estimator", "ShapleyEstimate", "run_estimator"]
+__all__ = [
+    "SPQE",
+    "ActiveSearch",
+    "CrossLayer",
+    "Estimator",
+    "Greedy",
+    "Measured",
+    "Regression",
+    "Search",
+    "Setting",
+    "ShapleyEstimate",
+    "run_estimator",
+]

@@ -1,12 +1,13 @@
-"""What an estimator is, and the one loop that runs all of them."""
+"""What an estimator is, the one loop that runs all of them, and what they share."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from coopq.types import Assignments, Game, Losses
+from coopq.program import QuadraticProgram
+from coopq.types import Assignment, Assignments, Game, Losses
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,94 @@ class ShapleyEstimate:
     permutations: int
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a search is for.
+
+    Attributes:
+        low: The lower width.
+        high: The higher one.
+        costs: Bytes that raising each player costs, shape (n_players,).
+        capacities: For each budget, the bytes that all raised players may cost together.
+        seed: Seed of all that is random.
+    """
+
+    low: int
+    high: int
+    costs: npt.NDArray[np.int64]
+    capacities: tuple[int, ...]
+    seed: int = 0
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return len(self.costs)
+
+    def assignments(self, lowered: npt.NDArray[np.bool_]) -> Assignments:
+        """Bit-widths of coalitions, same shape."""
+        return np.where(lowered, self.low, self.high).astype(np.int8)
+
+    def lowered(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
+        """Coalitions of assignments, same shape."""
+        return assignments == self.low
+
+    def program(self, capacity: int) -> QuadraticProgram:
+        """The constraint of a budget without an objective."""
+        n = self.n_players
+        return QuadraticProgram(np.zeros(n), np.zeros((n, n)), self.costs, capacity)
+
+
+class Measured:
+    """Points of a game between two widths and their losses.
+
+    Attributes:
+        lowered: Distinct coalitions, shape (n_points, n_players).
+        losses: Shape (n_points,), nats per token.
+        raised_bytes: What the raised players of each point cost, shape (n_points,).
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._keys: set[bytes] = set()
+        self.lowered = np.zeros((0, setting.n_players), dtype=bool)
+        self.losses: Losses = np.zeros(0)
+        self.raised_bytes: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def __contains__(self, lowered: npt.NDArray[np.bool_]) -> bool:
+        return lowered.tobytes() in self._keys
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def add(self, assignments: Assignments, losses: Losses) -> None:
+        """Take points; those of other widths and those known are left out."""
+        setting = self._setting
+        of_game = np.isin(assignments, (setting.low, setting.high)).all(axis=1)
+        new = []
+        for row in np.flatnonzero(of_game):
+            key = setting.lowered(assignments[row]).tobytes()
+            if key not in self._keys:
+                self._keys.add(key)
+                new.append(row)
+        lowered = setting.lowered(assignments[new])
+        self.lowered = np.concatenate([self.lowered, lowered])
+        self.losses = np.concatenate([self.losses, losses[new]])
+        self.raised_bytes = np.concatenate([self.raised_bytes, ~lowered @ setting.costs])
+
+    def sizes(self) -> npt.NDArray[np.float64]:
+        """Size of each point: 0 with all players lowered, 1 with none, shape (n_points,)."""
+        return self.raised_bytes / self._setting.costs.sum()
+
+    def best(self, capacity: int, n: int = 1) -> npt.NDArray[np.bool_]:
+        """The points of lowest loss that keep a budget, best first, shape (up to n, n_players)."""
+        fitting = np.flatnonzero(self.raised_bytes <= capacity)
+        return self.lowered[fitting[np.argsort(self.losses[fitting], kind="stable")[:n]]]
+
+    def lowest(self, capacity: int) -> float:
+        """The lowest loss that keeps a budget; infinity where none is known."""
+        return float(self.losses[self.raised_bytes <= capacity].min(initial=np.inf))
+
+
 class Estimator(Protocol):
     """Proposes points of the game and learns from their losses; it never calls the game itself.
 
@@ -45,13 +134,20 @@ class Estimator(Protocol):
         """Take the losses of the points proposed last."""
         ...
 
-    def estimate(self) -> ShapleyEstimate:
-        """What was learnt."""
+
+class Search(Estimator, Protocol):
+    """An estimator that answers with an assignment for each budget of its setting."""
+
+    def choose(self, capacity: int) -> Assignment:
+        """The assignment of a budget, shape (n_players,)."""
         ...
 
 
-def run_estimator(estimator: Estimator, game: Game) -> ShapleyEstimate:
+AnyEstimator = TypeVar("AnyEstimator", bound=Estimator)
+
+
+def run_estimator(estimator: AnyEstimator, game: Game) -> AnyEstimator:
     """Measure what `estimator` proposes until it wants no more."""
     while len(points := estimator.propose()):
         estimator.learn(points, game(points))
-    return estimator.estimate()
+    return estimator

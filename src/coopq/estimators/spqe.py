@@ -50,14 +50,24 @@ class SPQE:
         high: Bit-width that players start from.
         permutations: Number of walks, M; at least 2, for a covariance.
         seed: Seed of the permutations.
+        antithetic: Let every second walk go through the players in the reverse order of the one before. A pair is
+            exact for games of single and pair terms, and says half as much about pairs.
 
-    Source: CoopQ (2026), stage 1.
+    Source: CoopQ (2026), stage 1; antithetic walks: Mitchell et al., Sampling Permutations for Shapley Value
+    Estimation, 2022.
     """
 
-    def __init__(self, n_players: int, *, low: int, high: int, permutations: int, seed: int) -> None:
+    def __init__(
+        self, n_players: int, *, low: int, high: int, permutations: int, seed: int, antithetic: bool = False
+    ) -> None:
         if permutations < 2:
             raise EstimationError(f"permutations = {permutations}, but a covariance needs at least 2")
-        self.orders = [np.random.default_rng([seed, m]).permutation(n_players) for m in range(permutations)]
+        self.orders = [
+            np.random.default_rng([seed, m // 2]).permutation(n_players)[:: -1 if m % 2 else 1]
+            if antithetic
+            else np.random.default_rng([seed, m]).permutation(n_players)
+            for m in range(permutations)
+        ]
         walks = [permutation_walk(order, low, high) for order in self.orders]
         self.points: Assignments = np.concatenate(walks)
         self._losses: Losses | None = None

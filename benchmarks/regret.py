@@ -1,0 +1,203 @@
+"""How far from the true optimum every estimator ends, by what it costs, on games whose optimum is known.
+
+    python benchmarks/regret.py            # synthetic games; about a quarter of an hour on one core
+
+Regret: (loss of the chosen assignment - optimum) / (mean loss of random assignments of the budget - optimum), so that 0
+is the optimum and 1 is chance; averaged over the budgets. Cost: layer forwards with shared prefixes over all budgets
+together, in forwards of the whole model. Writes docs/results/regret.json and regret.md.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from coopq.allocate import allocate
+from coopq.engine import prefix_tree_size
+from coopq.estimators import SPQE, ActiveSearch, CrossLayer, Greedy, Regression, Search, Setting, run_estimator
+from coopq.program import QuadraticProgram, local_optima, paper_program, random_fill
+from coopq.testing import HIGH, LOW, SyntheticGame
+from coopq.types import Assignment, Assignments, Game, Losses
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "regret.json"
+AVERAGES = (2.25, 2.5, 3.0, 3.5)
+SIZES, SEEDS = (24, 32, 36), range(3)
+CHECKPOINTS = (60, 100, 150, 200, 250)
+"""Costs at which the active search is looked at, in forwards of the whole model."""
+
+
+class Counted:
+    """A game that remembers, and counts what a prefix tree would cost."""
+
+    def __init__(self, game: Game) -> None:
+        self._game = game
+        self._known: dict[bytes, float] = {}
+        self.n_players = game.n_players
+        self.forwards = 0.0
+        self.watch: Callable[[float], None] = lambda _: None
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments; those not yet known are counted."""
+        new = np.array([x for x in np.unique(assignments, axis=0) if x.tobytes() not in self._known])
+        if len(new):
+            self.watch(self.forwards)
+            self.forwards += prefix_tree_size(new) / self.n_players
+            self._known.update(zip((x.tobytes() for x in new), self._game(new).tolist(), strict=True))
+        return np.array([self._known[x.tobytes()] for x in assignments])
+
+
+class Judge:
+    """Regret of assignments of a game."""
+
+    def __init__(self, game: Game, setting: Setting, optima: list[Assignment]) -> None:
+        self._game = game
+        self._setting = setting
+        self._best = game(np.array(optima))
+        rng = np.random.default_rng(0)
+        self._chance = [
+            float(
+                game(setting.assignments(np.array([random_fill(setting.program(c), rng) for _ in range(300)]))).mean()
+            )
+            for c in setting.capacities
+        ]
+
+    def __call__(self, choose: Callable[[int], Assignment]) -> float:
+        chosen = [choose(capacity) for capacity in self._setting.capacities]
+        for q, capacity in zip(chosen, self._setting.capacities, strict=True):
+            assert self._setting.costs[q == HIGH].sum() <= capacity
+        losses = self._game(np.array(chosen))
+        return float(np.mean((losses - self._best) / (np.array(self._chance) - self._best)))
+
+
+def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, Setting, list[Assignment]]:
+    """A game, its budgets, and the optimum of each: of many descents on the quadratic behind it."""
+    game = SyntheticGame(n_players, form, seed)
+    capacities = tuple(int((average - LOW) / (HIGH - LOW) * n_players + 1e-9) for average in AVERAGES)
+    setting = Setting(LOW, HIGH, np.ones(n_players, dtype=np.int64), capacities, seed)
+    optima = []
+    for capacity in capacities:
+        program = QuadraticProgram(game.linear, game.pairs, setting.costs, capacity)
+        best = local_optima(program, np.zeros((0, n_players), bool), 500, np.random.default_rng(0))[0]
+        optima.append(setting.assignments(best))
+    return game, setting, optima
+
+
+def by_paper(setting: Setting, game: Game, judge: Judge, *, walks: int, **options: Any) -> float:
+    """The paper's method, and its variants."""
+    spqe = SPQE(setting.n_players, low=LOW, high=HIGH, permutations=walks, seed=setting.seed, **options)
+    estimate = run_estimator(spqe, game).estimate()
+
+    def choose(capacity: int) -> Assignment:
+        program = paper_program(estimate.shapley, estimate.covariance, 0.5, setting.costs, capacity)
+        return setting.assignments(allocate(program).q)
+
+    return judge(choose)
+
+
+def alone(setting: Setting, game: Game, judge: Judge, *, at_high: bool) -> float:
+    """What each player does alone, at one end of the game: the one-shot score."""
+    flips = np.eye(setting.n_players, dtype=bool) == at_high
+    losses = game(setting.assignments(flips))
+    gains = losses if at_high else -losses
+
+    def choose(capacity: int) -> Assignment:
+        raised = np.argsort(-gains, kind="stable")[:capacity]  # players are of equal size
+        return setting.assignments(~np.isin(np.arange(setting.n_players), raised))
+
+    return judge(choose)
+
+
+def by_search(setting: Setting, game: Game, judge: Judge, *, make: Callable[[Setting], Search]) -> float:
+    """A search estimator."""
+    return judge(run_estimator(make(setting), game).choose)
+
+
+METHODS: dict[str, Callable[..., float]] = {
+    "coopq, M = 10": partial(by_paper, walks=10),
+    "coopq, M = 50": partial(by_paper, walks=50),
+    "coopq, M = 100": partial(by_paper, walks=100),
+    "coopq antithetic, M = 10": partial(by_paper, walks=10, antithetic=True),
+    "coopq antithetic, M = 50": partial(by_paper, walks=50, antithetic=True),
+    "alone at all high": partial(alone, at_high=True),
+    "alone at all low": partial(alone, at_high=False),
+    "cross-layer": partial(by_search, make=CrossLayer),
+    "regression, order 1, 250 points": partial(by_search, make=partial(Regression, n_points=250, order=1)),
+    "regression, order 2, 250 points": partial(by_search, make=partial(Regression, n_points=250)),
+    "greedy down": partial(by_search, make=Greedy),
+    "greedy up": partial(by_search, make=partial(Greedy, direction="up")),
+    "greedy down, 4 a step": partial(by_search, make=partial(Greedy, per_step=4)),
+    "greedy up, 4 a step": partial(by_search, make=partial(Greedy, direction="up", per_step=4)),
+    "greedy down, 12 candidates": partial(by_search, make=partial(Greedy, candidates=12)),
+    "active": partial(by_search, make=ActiveSearch),
+}
+
+
+def measure(make_game: Callable[[], tuple[Game, Setting, list[Assignment]]]) -> dict[str, list[float]]:
+    """Cost and regret of every method on one game; of the active search on its way too."""
+    game, setting, optima = make_game()
+    judge = Judge(game, setting, optima)
+    rows: dict[str, list[float]] = {}
+    for name, method in METHODS.items():
+        counted = Counted(game)
+        rows[name] = [0.0, method(setting, counted, judge)]
+        rows[name][0] = counted.forwards
+    counted, search = Counted(game), ActiveSearch(setting)
+    trace: list[tuple[float, float]] = []
+    counted.watch = lambda forwards: trace.append((forwards, judge(search.choose))) if len(search.measured) else None
+    run_estimator(search, counted)
+    trace.append((counted.forwards, judge(search.choose)))
+    for limit in CHECKPOINTS:
+        within = [point for point in trace if point[0] <= limit]
+        if within:
+            rows[f"active, within {limit}"] = list(within[-1])
+    return rows
+
+
+def markdown(groups: dict[str, list[dict[str, list[float]]]]) -> str:
+    """Mean regret by method and group of games, with its standard error over games."""
+    lines = [
+        "# Regret on games whose optimum is known",
+        "",
+        "Written by `python benchmarks/regret.py`. Regret is 0 at the optimum and 1 at the mean of random assignments,",
+        f"averaged over the budgets {', '.join(f'{a}avg' for a in AVERAGES)}; cost is layer forwards with shared",
+        "prefixes for all budgets together, in forwards of the whole model. Mean ± standard error over games.",
+        "",
+        f"Synthetic games: {len(SIZES)} sizes (L = {', '.join(map(str, SIZES))}), {len(SEEDS)} seeds each.",
+        "",
+        f"| method | cost | {' | '.join(groups)} | all |",
+        f"| --- | --- | {' | '.join('---' for _ in groups)} | --- |",
+    ]
+    names = dict.fromkeys(name for games in groups.values() for game in games for name in game)
+    for name in names:
+        per_group = [[game[name] for game in games if name in game] for games in groups.values()]
+        everything = [pair for of_group in per_group for pair in of_group]
+        cells = [cell([regret for _, regret in of_group]) for of_group in (*per_group, everything)]
+        lines.append(f"| {name} | {np.mean([cost for cost, _ in everything]):.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: Iterable[float]) -> str:
+    """Mean and standard error."""
+    x = np.array(list(values))
+    return f"{x.mean():.4f} ± {x.std(ddof=1) / np.sqrt(len(x)):.4f}" if len(x) > 1 else f"{x.mean():.4f}"
+
+
+def main() -> None:
+    """Run all games and write the report."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    jobs = [(form, size, seed) for form in SyntheticGame.FORMS for size in SIZES for seed in SEEDS]
+    groups: dict[str, list[dict[str, list[float]]]] = {form: [] for form in SyntheticGame.FORMS}
+    for form, size, seed in track(jobs, description="games"):
+        groups[form].append(measure(partial(synthetic, size, form, seed)))
+    RESULTS.write_text(json.dumps(groups, indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown(groups))
+    print(markdown(groups))
+
+
+if __name__ == "__main__":
+    main()

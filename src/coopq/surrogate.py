@@ -1,0 +1,209 @@
+"""A quadratic surrogate of the game, fitted to measured losses, and how far it is to be trusted.
+
+The model is y = c + sum_i b_i z_i + sum_{i<j} w_ij z_i z_j with z = +1 for a lowered player and -1 for another, fitted
+by ridge regression in its dual form: the cost depends on the number of points, not of pairs, so 300 players are no
+problem. Single terms and pairs have penalties of their own. Everything is chosen by leave-one-out errors, which the
+dual form gives without fitting again. Points far in size from what is asked for count less: no one quadratic fits the
+whole game.
+
+Source: least squares over coalition values estimate interactions, where the covariance of marginals does not
+(docs/results/search.md); leave-one-out of ridge and of kriging: Dubrule, Cross validation of kriging, 1983.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.program import QuadraticProgram
+from coopq.types import Losses
+
+Lowered = npt.NDArray[np.bool_]
+"""Coalitions: True where a player is at the low width, shape (n_points, n_players) or (n_players,)."""
+
+Transform = Literal["raw", "sqrt", "log"]
+TRANSFORMS: tuple[Transform, ...] = ("raw", "sqrt", "log")
+"""Increasing functions of the loss that may be more nearly quadratic than the loss itself. None is best for all games:
+those that saturate want the loss as it is, those that explode its root or its logarithm."""
+
+_PAIR_RATIOS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Prior variance of all pair terms together, in units of that of all single terms."""
+_NOISES = 10.0 ** np.arange(-7, 1)
+"""Variance of what the model cannot say, in the same unit."""
+_REACH = 0.15
+"""Share of the size at which a point counts half as much as one of the size asked for."""
+_MOST_POINTS = 1000
+"""Fits are cubic in the points; of more, those nearest in size are taken."""
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A fitted quadratic, y = constant + linear'q + q' quadratic q, of a transform of the loss.
+
+    Attributes:
+        constant: y with no player lowered.
+        linear: Shape (n_players,).
+        quadratic: Symmetric with a zero diagonal, shape (n_players, n_players).
+        transform: Which function of the loss y is.
+        origin: The loss from which it starts, nats per token.
+        offset: What the logarithm adds, nats per token.
+        error: Leave-one-out error near the size asked for, root mean square, in units of y.
+        rank_correlation: Spearman correlation of left-out predictions with the losses among points of equal size
+            near the size asked for, averaged over sizes; NaN where there are too few.
+        n_points: Points that it was fitted to.
+    """
+
+    constant: float
+    linear: npt.NDArray[np.float64]
+    quadratic: npt.NDArray[np.float64]
+    transform: Transform
+    origin: float
+    offset: float
+    error: float
+    rank_correlation: float
+    n_points: int
+
+    def value(self, lowered: Lowered) -> npt.NDArray[np.float64]:
+        """y of coalitions, shape (n,)."""
+        q = lowered.astype(np.float64)
+        return self.constant + q @ self.linear + ((q @ self.quadratic) * q).sum(axis=1)
+
+    def predict(self, lowered: Lowered) -> Losses:
+        """Losses of coalitions, nats per token, shape (n,)."""
+        y = self.value(lowered)
+        if self.transform == "raw":
+            return y
+        above = np.maximum(y, 0) ** 2 if self.transform == "sqrt" else np.exp(y) - self.offset
+        return self.origin + above
+
+    def program(self, costs: npt.NDArray[np.int64], capacity: int) -> QuadraticProgram:
+        """The program that minimises the surrogate under a byte budget."""
+        return QuadraticProgram(linear=self.linear, quadratic=self.quadratic, costs=costs, capacity=capacity)
+
+
+def fit_surrogates(
+    lowered: Lowered,
+    losses: Losses,
+    *,
+    sizes: npt.NDArray[np.float64],
+    size: float,
+    transforms: Sequence[Transform] = TRANSFORMS,
+    pairs: bool = True,
+) -> list[Surrogate]:
+    """Fit one surrogate for each transform.
+
+    Args:
+        lowered: Distinct coalitions, shape (n_points, n_players).
+        losses: Their losses, shape (n_points,).
+        sizes: Size of each point, 0 for all players lowered to 1 for none, shape (n_points,).
+        size: The size that the surrogate is for.
+        transforms: Of the loss.
+        pairs: Whether to fit pair terms; without, the surrogate is additive.
+    """
+    nearest = np.argsort(np.abs(sizes - size), kind="stable")[:_MOST_POINTS]
+    lowered, losses, sizes = lowered[nearest], losses[nearest], sizes[nearest]
+    n_players = lowered.shape[1]
+    z = 2.0 * lowered - 1
+    gram = z @ z.T / n_players
+    pair_gram = (gram**2 * n_players - 1) / (2 * max(1, n_players - 1))
+    weight = 1 / (1 + ((sizes - size) / _REACH) ** 2)
+    root = np.sqrt(weight)
+    targets = [_transformed(losses, transform) for transform in transforms]
+    best: list[tuple[float, float, _Fit] | None] = [None] * len(transforms)
+    for ratio in _PAIR_RATIOS if pairs else (0.0,):
+        spectrum = _Spectrum(gram + ratio * pair_gram, root)
+        for k, (y, _, _) in enumerate(targets):
+            for noise in _NOISES:
+                fit = spectrum.fit(y, noise)
+                found = best[k]
+                if found is None or fit.surprise < found[0]:
+                    best[k] = (fit.surprise, ratio, fit)
+    surrogates = []
+    for transform, (y, origin, offset), found in zip(transforms, targets, best, strict=True):
+        assert found is not None
+        _, ratio, fit = found
+        single = z.T @ fit.weights / n_players
+        pair = ratio * (z.T * fit.weights) @ z / n_players / max(1, n_players - 1)
+        np.fill_diagonal(pair, 0.0)
+        surrogates.append(
+            Surrogate(
+                constant=float(fit.mean - single.sum() + pair.sum() / 2),
+                linear=2 * single - 2 * pair.sum(axis=1),
+                quadratic=2 * pair,
+                transform=transform,
+                origin=origin,
+                offset=offset,
+                error=float(np.sqrt((weight * fit.left_out**2).sum() / weight.sum())),
+                rank_correlation=_rank_correlation(y - fit.left_out, losses, sizes, size),
+                n_points=len(losses),
+            )
+        )
+    return surrogates
+
+
+def best_surrogate(surrogates: Sequence[Surrogate]) -> Surrogate:
+    """The one that ranks left-out points of equal size best; the first where that is not known."""
+    return max(surrogates, key=lambda s: -1.0 if np.isnan(s.rank_correlation) else s.rank_correlation)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Dual solution: y(z) = mean + sum_p weights_p k(z, z_p)."""
+
+    mean: float
+    weights: npt.NDArray[np.float64]
+    left_out: npt.NDArray[np.float64]
+    surprise: float
+
+
+class _Spectrum:
+    """Eigenvectors of a kernel between weighted points, from which every noise and target is fitted at once."""
+
+    def __init__(self, kernel: npt.NDArray[np.float64], root: npt.NDArray[np.float64]) -> None:
+        self._root = root
+        values, self._vectors = np.linalg.eigh(kernel * np.outer(root, root))
+        self._values = np.maximum(values, 0)
+        self._ones = self._vectors.T @ root
+
+    def fit(self, y: npt.NDArray[np.float64], noise: float) -> _Fit:
+        """Ridge with a free mean, and what it says of each point when that is left out."""
+        inverse = 1 / (self._values + noise)
+        target = self._vectors.T @ (y * self._root)
+        precision = (self._ones * inverse) @ self._ones
+        mean = float((self._ones * inverse) @ target / precision)
+        dual = self._vectors @ (inverse * (target - mean * self._ones))
+        of_ones = self._vectors @ (inverse * self._ones)
+        leverage = np.maximum((self._vectors**2) @ inverse - of_ones**2 / precision, 1e-300)
+        left_out = dual / leverage
+        scale = max(float(np.mean(left_out**2 * leverage)), 1e-300)
+        # Minus the log density of the left-out points, up to a constant.
+        surprise = float(np.mean(np.log(scale / leverage)))
+        return _Fit(mean, dual * self._root, left_out / self._root, surprise)
+
+
+def _transformed(losses: Losses, transform: Transform) -> tuple[npt.NDArray[np.float64], float, float]:
+    """The target of a fit, with the origin and the offset that undo it."""
+    origin = float(losses.min())
+    if transform == "raw":
+        return losses, 0.0, 0.0
+    if transform == "sqrt":
+        return np.sqrt(losses - origin), origin, 0.0
+    offset = 0.05 * float(np.median(losses) - origin) or 1.0
+    return np.log(losses - origin + offset), origin, offset
+
+
+def _rank_correlation(
+    predicted: npt.NDArray[np.float64], losses: Losses, sizes: npt.NDArray[np.float64], size: float
+) -> float:
+    """Mean Spearman correlation within groups of equal size, weighted by their points; NaN without a group of 4."""
+    total, n_points = 0.0, 0
+    rounded = np.round(sizes, 2)
+    for of_group in np.unique(rounded[np.abs(sizes - size) <= _REACH]):
+        group = rounded == of_group
+        n = int(group.sum())
+        if n >= 4 and np.ptp(losses[group]) > 0 and np.ptp(predicted[group]) > 0:
+            ranks = np.array([np.argsort(np.argsort(x[group])) for x in (predicted, losses)])
+            total, n_points = total + n * float(np.corrcoef(ranks)[0, 1]), n_points + n
+    return total / n_points if n_points else float("nan")
