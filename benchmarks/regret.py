@@ -67,6 +67,7 @@ class Judge:
         ]
 
     def __call__(self, choose: Callable[[int], Assignment]) -> float:
+        """Mean regret over the budgets of what `choose` says for each capacity."""
         chosen = [choose(capacity) for capacity in self._setting.capacities]
         for q, capacity in zip(chosen, self._setting.capacities, strict=True):
             assert self._setting.costs[q == HIGH].sum() <= capacity
