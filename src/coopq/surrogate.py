@@ -175,7 +175,7 @@ class _Spectrum:
         mean = float((self._ones * inverse) @ target / precision)
         dual = self._vectors @ (inverse * (target - mean * self._ones))
         of_ones = self._vectors @ (inverse * self._ones)
-        leverage = np.maximum((self._vectors**2) @ inverse - of_ones**2 / precision, 1e-300)
+        leverage = np.maximum((self._vectors**2) @ inverse - of_ones**2 / precision, 1e-12 * inverse.max())
         left_out = dual / leverage
         scale = max(float(np.mean(left_out**2 * leverage)), 1e-300)
         # Minus the log density of the left-out points, up to a constant.

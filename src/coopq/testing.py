@@ -1,8 +1,6 @@
 """What tests of coopq and of its plugins share: games with exact answers, and the contract of a backend."""
 
 from collections.abc import Callable
-from itertools import product
-from math import comb
 from typing import ClassVar
 
 import numpy as np
@@ -38,16 +36,6 @@ class TableGame:
         """Losses of the assignments."""
         self.calls += len(assignments)
         return self.table[(assignments == LOW) @ (1 << np.arange(self.n_players))]
-
-    def shapley(self) -> npt.NDArray[np.float64]:
-        """Exact Shapley values by the subset formula, shape (n_players,)."""
-        n = self.n_players
-        values = np.zeros(n)
-        for player, coalition in product(range(n), range(2**n)):
-            if not coalition >> player & 1:
-                weight = 1 / (n * comb(n - 1, coalition.bit_count()))
-                values[player] += weight * (self.table[coalition | 1 << player] - self.table[coalition])
-        return values
 
 
 class SyntheticGame:

@@ -3,6 +3,7 @@
 from coopq.estimators.active import ActiveSearch
 from coopq.estimators.base import Estimator, Measured, Search, Setting, ShapleyEstimate, run_estimator
 from coopq.estimators.cross_layer import CrossLayer
+from coopq.estimators.exact import Enumeration
 from coopq.estimators.greedy import Greedy
 from coopq.estimators.regression import Regression
 from coopq.estimators.spqe import SPQE
@@ -11,6 +12,7 @@ __all__ = [
     "SPQE",
     "ActiveSearch",
     "CrossLayer",
+    "Enumeration",
     "Estimator",
     "Greedy",
     "Measured",

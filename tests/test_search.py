@@ -1,0 +1,114 @@
+"""Estimators that answer with assignments, on games whose optimum is known."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coopq.estimators import ActiveSearch, Enumeration, Greedy, Regression, Search, Setting, run_estimator
+from coopq.program import random_fill
+from coopq.testing import HIGH, LOW, SyntheticGame, TableGame
+from coopq.types import Assignments, Losses
+
+SEARCHES: dict[str, Callable[[Setting], Search]] = {
+    "active": ActiveSearch,
+    "down": Greedy,
+    "up": lambda setting: Greedy(setting, direction="up"),
+    "batched": lambda setting: Greedy(setting, per_step=3, candidates=5),
+    "batched up": lambda setting: Greedy(setting, direction="up", per_step=3, candidates=5),
+    "regression": lambda setting: Regression(setting, n_points=30),
+}
+
+
+def optimum(game: SyntheticGame, setting: Setting, capacity: int) -> float:
+    search = run_estimator(Enumeration(setting), game)
+    return float(game(search.choose(capacity)[None])[0])
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 9))
+@settings(max_examples=15, deadline=None)
+def test_every_budget_is_kept_with_players_of_any_size(name: str, seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 1000, size=n)
+    capacities = tuple(sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=2)))
+    setting = Setting(LOW, HIGH, costs, capacities, seed)
+    game = TableGame(rng.normal(size=2**n))
+    search = run_estimator(SEARCHES[name](setting), game)
+    for capacity in capacities:
+        chosen = search.choose(capacity)
+        assert costs[chosen == HIGH].sum() <= capacity
+        assert set(chosen.tolist()) <= {LOW, HIGH}
+
+
+@pytest.mark.parametrize("form", SyntheticGame.FORMS)
+def test_active_finds_the_optimum_of_small_games(form: str) -> None:
+    for seed in range(3):
+        game = SyntheticGame(12, form, seed)
+        setting = Setting(LOW, HIGH, np.ones(12, dtype=np.int64), (2, 5, 9), seed)
+        search = run_estimator(ActiveSearch(setting), game)
+        assert len(search.measured) < 250
+        for capacity in setting.capacities:
+            assert game(search.choose(capacity)[None])[0] == pytest.approx(optimum(game, setting, capacity), rel=1e-9)
+
+
+def test_active_is_better_than_greedy_and_cheaper() -> None:
+    losses: dict[str, list[float]] = {"active": [], "down": [], "up": []}
+    points: dict[str, int] = dict.fromkeys(losses, 0)
+    for form in SyntheticGame.FORMS:
+        game = SyntheticGame(24, form, 5)
+        setting = Setting(LOW, HIGH, np.ones(24, dtype=np.int64), (6, 12, 18), 5)
+        chance = [
+            game(setting.assignments(np.array([random_fill(setting.program(c), np.random.default_rng(0))]))).mean()
+            for c in setting.capacities
+        ]
+        for name in losses:
+            search = run_estimator(SEARCHES[name](setting), game)
+            chosen = np.array([search.choose(capacity) for capacity in setting.capacities])
+            losses[name].append(float(np.mean(game(chosen) / chance)))
+            points[name] += len(search.measured)  # type: ignore[attr-defined]
+    assert np.mean(losses["active"]) <= min(np.mean(losses["down"]), np.mean(losses["up"]))
+    assert points["active"] < min(points["down"], points["up"])
+
+
+def test_a_killed_search_goes_on_to_the_same_end() -> None:
+    """Replaying known losses from a journal changes no proposal."""
+    game = SyntheticGame(10, "saturating", 1)
+    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (3, 6), 2)
+    proposals: list[Assignments] = []
+
+    class Recording(SyntheticGame):
+        def __call__(self, assignments: Assignments) -> Losses:
+            proposals.append(assignments)
+            return super().__call__(assignments)
+
+    first = run_estimator(ActiveSearch(setting), Recording(10, "saturating", 1))
+    again = ActiveSearch(setting)
+    for points in proposals:
+        np.testing.assert_array_equal(again.propose(), points)
+        again.learn(points, game(points))
+    assert len(again.propose()) == 0
+    for capacity in setting.capacities:
+        np.testing.assert_array_equal(first.choose(capacity), again.choose(capacity))
+
+
+def test_what_is_known_is_used() -> None:
+    game = SyntheticGame(10, "quadratic", 1)
+    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (4,))
+    everything = (np.arange(2**10)[:, None] >> np.arange(10) & 1).astype(bool)
+    points = setting.assignments(everything)
+    search = ActiveSearch(setting, known=(points, game(points)))
+    run_estimator(search, game)
+    assert game(search.choose(4)[None])[0] == pytest.approx(optimum(game, setting, 4))
+
+
+def test_greedy_by_hand() -> None:
+    # Player 0 is cheap alone, and ruins what 1 does; greedy down does not see it coming.
+    game = TableGame(np.array([0.0, 1.0, 2.0, 9.0, 3.0, 5.0, 4.5, 12.0]))
+    setting = Setting(LOW, HIGH, np.ones(3, dtype=np.int64), (1,))
+    down = run_estimator(Greedy(setting), game)
+    assert down.choose(1).tolist() == [LOW, HIGH, LOW]  # lowers 0 (1.0), then 2 (5.0) rather than 1 (9.0)
+    up = run_estimator(Greedy(setting, direction="up"), game)
+    assert up.choose(1).tolist() == [HIGH, LOW, LOW]  # raising 0 gives 4.5, the optimum
