@@ -16,11 +16,11 @@ from rich.progress import Progress
 from coopq.allocate import allocate
 from coopq.estimators import SPQE, ShapleyEstimate, run_estimator
 from coopq.evaluate import judge_on
-from coopq.pipeline import Workbench, open_workbench
 from coopq.program import paper_program
 from coopq.run import RunFolder
 from coopq.storage import Budget
 from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
+from coopq.workbench import Workbench, open_workbench
 from main_job import BUDGETS, JUDGE_TOKENS, PARTS, RESULTS, SEED, WINDOW, WORK, bars_for, part_config
 
 REPORT = RESULTS.with_name("ablations.json")

@@ -26,12 +26,13 @@ from coopq.engine import model_nll
 from coopq.evaluate import compare_on
 from coopq.figure import save_comparison
 from coopq.files import write_json
-from coopq.pipeline import Workbench, measure, open_workbench, plan_on
+from coopq.methods import measure, plans_on
 from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.scores import Comparison
 from coopq.storage import Budget
 from coopq.types import ProgressCallback
+from coopq.workbench import Workbench, open_workbench
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "main_job", ROOT / "docs" / "results" / "main_job.json"
@@ -69,7 +70,7 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
     config = part_config(name, permutations)
     with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
         budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
-        plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in budgets]
+        plans = [plan for method in ("coopq", *BASELINES) for plan in plans_on(bench, method, budgets)]
         rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
         shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
         saved = saved_losses(bench, plans) if bench.backend.whole_model else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from coopq.cli import main
 
 FAST = ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
+PAPER = ["--method", "coopq", *FAST]
 
 
 def coopq(

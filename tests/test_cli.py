@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from coopq.baselines import BASELINES
 from coopq.checkpoint import saved_bytes
 from coopq.journal import Journal
 from coopq.plan import Plan
 from coopq.run import RunFolder
-from tests.command_line import FAST, coopq, in_process, refused
+from tests.command_line import FAST, PAPER, coopq, in_process, refused
 from tests.conftest import STORIES
 
 
@@ -80,7 +81,7 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
 def linear_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job whose players are linear layers, with its work beside it."""
     out = tmp_path_factory.mktemp("linear") / "out"
-    code, _, err = in_process("quantize", STORIES, "--budget", "3avg", "--granularity", "linear", "--out", out, *FAST)
+    code, _, err = in_process("quantize", STORIES, "--budget", "3avg", "--granularity", "linear", "--out", out, *PAPER)
     assert code == 0, err
     return out
 
@@ -145,11 +146,13 @@ def test_runs_and_plans_from_before_there_was_a_granularity_are_of_blocks(job: P
     assert [player.block for player in RunFolder(run).load().players] == [0, 1, 2, 3, 4]
     before = (run / "journal.jsonl").read_bytes()
     code, _, err = in_process(
-        "quantize", stories, "--budget", "3avg", "--out", job.with_name("again"), "--run", run, *FAST
+        "quantize", stories, "--budget", "3avg", "--out", job.with_name("again"), "--run", run, *PAPER
     )
     assert code == 0, err
     assert (run / "journal.jsonl").read_bytes() == before
-    assert in_process("quantize", stories, "--budget", "3avg", "--out", job, *FAST)[0] == 0, "finished, and known to be"
+    assert in_process("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)[0] == 0, (
+        "finished, and known to be"
+    )
 
 
 def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None:
@@ -169,7 +172,8 @@ def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories:
     assert code == 0, err
     rows = json.loads(out)["comparison"]
     methods = {row["method"] for row in rows if row["budget"] == "2.5avg"}
-    assert methods == {"coopq", "llm-mq", "llm-mq-block", "lim", "zd", "zd-two-sided", "activation", "random"}
+    searches, scores = {"active", "coopq", "shapley", "interactions"}, {*BASELINES, "random"}
+    assert methods == searches | scores
     assert all(row["average_bits"] <= 2.5 for row in rows if row["budget"] == "2.5avg")
     assert (tmp_path / "run" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "run" / "comparison.svg").read_text()
@@ -217,7 +221,7 @@ def test_evaluate_a_full_precision_model(stories: str) -> None:
 
 def test_a_finished_job_is_not_repeated(job: Path, stories: str, finished: Path) -> None:
     shutil.rmtree(job.with_name("out-run"))
-    code, out, err = coopq("quantize", stories, "--budget", "3avg", "--out", job, *FAST)
+    code, out, err = coopq("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)
     assert code == 0, err
     assert "3avg" in out
     assert not job.with_name("out-run").exists()

@@ -9,13 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from coopq.plan import Plan
 
-SETTINGS = ["--permutations", "40", "--tokens", "1024", "--sequence-length", "256", "--budget", "3avg", "--json"]
+METHODS = {
+    "coopq": ["--method", "coopq", "--permutations", "40", "--tokens", "1024"],
+    "active": ["--granularity", "linear", "--tokens", "512", "--screen-tokens", "256"],
+}
+SETTINGS = ["--sequence-length", "256", "--budget", "3avg", "--json"]
 
 
-def start(stories: str, out: Path) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "coopq.cli", "quantize", stories, "--out", str(out), *SETTINGS]
+def start(stories: str, out: Path, method: str = "coopq") -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "coopq.cli", "quantize", stories, "--out", str(out), *SETTINGS, *METHODS[method]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -24,20 +30,21 @@ def n_lines(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-def test_killed_ten_times_at_random_moments(stories: str, tmp_path: Path) -> None:
-    whole = start(stories, tmp_path / "whole")
+@pytest.mark.parametrize(("method", "name"), [("coopq", "journal.jsonl"), ("active", "screening-1.jsonl")])
+def test_killed_ten_times_at_random_moments(method: str, name: str, stories: str, tmp_path: Path) -> None:
+    whole = start(stories, tmp_path / "whole", method)
     _, errors = whole.communicate(timeout=120)
     assert whole.returncode == 0, errors
     expected = Plan.load(tmp_path / "whole" / "plan.json")
-    total = n_lines(tmp_path / "whole-run" / "journal.jsonl")
+    total = n_lines(tmp_path / "whole-run" / name)
     assert total > 30
 
-    journal = tmp_path / "out-run" / "journal.jsonl"
+    journal = tmp_path / "out-run" / name
     # Ten moments spread over the whole estimation, each at a random place within its tenth, some of them
     # before its first value and some in the middle of a line.
     moments = [random.uniform(k, k + 1) * (total - 2) / 10 for k in range(10)]
     for kills, moment in enumerate(moments):
-        process = start(stories, tmp_path / "out")
+        process = start(stories, tmp_path / "out", method)
         deadline = time.monotonic() + 60
         while n_lines(journal) < moment and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -49,7 +56,7 @@ def test_killed_ten_times_at_random_moments(stories: str, tmp_path: Path) -> Non
             start_of_last = content.rstrip(b"\n").rfind(b"\n") + 1
             journal.write_bytes(content[: random.randrange(start_of_last + 1, len(content))])
 
-    last = start(stories, tmp_path / "out")
+    last = start(stories, tmp_path / "out", method)
     _, errors = last.communicate(timeout=120)
     assert last.returncode == 0, errors
     assert Plan.load(tmp_path / "out" / "plan.json") == expected

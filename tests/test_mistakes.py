@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import FAST, coopq, refused
+from tests.command_line import FAST, PAPER, coopq, refused
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 
@@ -178,7 +178,7 @@ def test_an_output_folder_that_is_not_empty(job: Path, tmp_path: Path, stories: 
     line = refused("quantize", stories, "--budget", "3avg", "--out", tmp_path / "mine", *FAST)
     assert "is not empty" in line
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "my only copy"
-    assert "another budget" in refused("quantize", stories, "--budget", "3.5avg", "--out", job, *FAST)
+    assert "another budget" in refused("quantize", stories, "--budget", "3.5avg", "--out", job, *PAPER)
     assert "is not empty" in refused("apply", job / "plan.json", "--out", job)
     assert "is a file" in refused("apply", job / "plan.json", "--out", tmp_path / "mine" / "thesis.txt")
 

@@ -68,7 +68,7 @@ def test_active_is_better_than_greedy_and_cheaper() -> None:
             search = run_estimator(SEARCHES[name](setting), game)
             chosen = np.array([search.choose(capacity) for capacity in setting.capacities])
             losses[name].append(float(np.mean(game(chosen) / chance)))
-            points[name] += len(search.measured)  # type: ignore[attr-defined]
+            points[name] += len(search.measured)
     assert np.mean(losses["active"]) <= min(np.mean(losses["down"]), np.mean(losses["up"]))
     assert points["active"] < min(points["down"], points["up"])
 

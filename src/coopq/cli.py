@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,21 +40,29 @@ Budget_ = Annotated[
 ]
 Granularity = Annotated[str, typer.Option(help="What gets a width of its own: block, or linear (layer).")]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
-Method = Annotated[
-    str, typer.Option(help="coopq, or a baseline: llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation.")
-]
+METHOD_HELP = (
+    "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
+    "greedy-down, greedy-up, regression, cross-layer, exact; or a one-layer score: llm-mq, llm-mq-block, lim, zd, "
+    "zd-two-sided, activation."
+)
+Method = Annotated[str, typer.Option(help=METHOD_HELP)]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
 ActOrder = Annotated[
     bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
 ]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="gptq: zero points in the middle.")]
 Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
-Permutations = Annotated[int, typer.Option(help="Random walks to measure; more can be added to a run later.")]
-Seed = Annotated[int, typer.Option(help="Seed of the walks.")]
+Permutations = Annotated[
+    int, typer.Option(help="Random walks to measure, for methods that walk; more can be added to a run later.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the walks, or of the search.")]
 Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, hub:NAME or hub:NAME:CONFIG.")]
 CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
+ScreenTokens = Annotated[
+    int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
@@ -76,7 +84,7 @@ def quantize(
     budget: Budget_,
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
     run: Run = None,
-    method: Method = "coopq",
+    method: Method = "active",
     granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
@@ -89,18 +97,20 @@ def quantize(
     calibration_seed: CalibrationSeed = 0,
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
+    screen_tokens: ScreenTokens = None,
     alpha: Alpha = 0.5,
     time_limit: TimeLimit = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The one-shot job: estimate, allocate, quantize, save. Run it again and it goes on where it was."""
+    """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
     texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
     widths = _bits(bits)
     config = RunConfig(
         model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
+    config = _screened(config, screen_tokens)
     from coopq import pipeline
 
     quiet_libraries()
@@ -143,8 +153,8 @@ def estimate(
     quiet_libraries()
     with progress_bars() as progress:
         estimation = pipeline.estimate(config, run, progress)
-    _, spent = Journal.peek(RunFolder(run).journal)
-    print_result(run_data(estimation, [], spent), show_run(estimation, [], spent), as_json)
+    measured, spent = Journal.peek(RunFolder(run).journal)
+    print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
 
 
 @app.command()
@@ -199,6 +209,9 @@ def compare(
     model: Model,
     budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
     run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"May be given several times. (default: the usual ones) {METHOD_HELP}")
+    ] = None,
     granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
@@ -211,25 +224,35 @@ def compare(
     calibration_seed: CalibrationSeed = 0,
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
+    screen_tokens: ScreenTokens = None,
     judge_tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2 (default: all)")] = None,
     judge_length: Annotated[int, typer.Option(help="Tokens of a WikiText-2 window.")] = 2048,
     dtype: Dtype = "auto",
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """CoopQ and every baseline at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
+    """Searches and baselines at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
     texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
     widths = _bits(bits)
     config = RunConfig(
         model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
+    config = _screened(config, screen_tokens)
     from coopq import evaluate as work
     from coopq.figure import check_plotting, save_comparison
 
     check_plotting()
     quiet_libraries()
     with progress_bars() as progress:
-        rows = work.compare(config, budget, run, length=judge_length, max_tokens=judge_tokens, progress=progress)
+        rows = work.compare(
+            config,
+            budget,
+            run,
+            length=judge_length,
+            max_tokens=judge_tokens,
+            methods=method or work.COMPARED,
+            progress=progress,
+        )
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
@@ -290,15 +313,17 @@ def show(
     """Layers, bits, and Shapley values with standard errors."""
     if path.is_dir() and not (path / "plan.json").is_file():
         folder = RunFolder(path)
-        values, spent = Journal.peek(folder.journal)
-        if values and not folder.is_estimated:
-            STDERR.print(f"{path}: {values} losses measured so far, {spent} layer forwards", markup=False)
-        estimation = folder.load()
+        config = folder.config()
+        measured, spent = Journal.peek(folder.journal)
         saved = [Plan.load(file) for file in sorted(folder.plans.glob("*.json"))]
-        plans = [plan for plan in saved if RunConfig.from_json(plan.config) == estimation.config]
+        plans = [plan for plan in saved if not plan.is_of_other_walks(config)]
         if len(plans) < len(saved):
             STDERR.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
-        print_result(run_data(estimation, plans, spent), show_run(estimation, plans, spent), as_json)
+        if len(measured[1]) and not plans and not folder.is_estimated:
+            STDERR.print(f"{path}: {len(measured[1])} losses measured so far, {spent} layer forwards", markup=False)
+        estimation = folder.load() if folder.is_estimated or not plans else None
+        what = (estimation, plans, spent, measured)
+        print_result(run_data(*what), show_run(*what), as_json)
     else:
         plan = Plan.load(path / "plan.json" if path.is_dir() else path)
         print_result(plan_data(plan), show_plan(plan), as_json)
@@ -310,6 +335,13 @@ def _calibration(source: str, tokens: int, length: int, seed: int) -> Calibratio
             f"--tokens {tokens} is not a multiple of --sequence-length {length}; sequences are never padded"
         )
     return CalibrationConfig(source=source, sequences=tokens // length, length=length, seed=seed)
+
+
+def _screened(config: RunConfig, tokens: int | None) -> RunConfig:
+    length = config.calibration.length
+    if tokens is not None and tokens % length:
+        raise CalibrationError(f"--screen-tokens {tokens} is not a multiple of --sequence-length {length}")
+    return replace(config, screening=None if tokens is None else tokens // length)
 
 
 def _bits(text: str) -> tuple[int, int]:

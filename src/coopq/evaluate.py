@@ -13,19 +13,23 @@ from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
 from coopq.files import locked, require_writable
 from coopq.journal import Journal
+from coopq.methods import check_method, measure, plans_on
 from coopq.models import load_model
-from coopq.pipeline import Workbench, open_workbench, plan_on
 from coopq.plan import Plan
 from coopq.players import find_players
 from coopq.run import RunConfig
 from coopq.scores import Comparison, Evaluation
 from coopq.storage import Budget
 from coopq.types import UNTOUCHED, Assignment, Assignments, Losses, ProgressCallback, silent
+from coopq.workbench import Workbench, open_workbench
 
 _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
 _N_RANDOM = 5
 _RANDOM_SEED = 0
+COMPARED = ("active", "coopq", "shapley", "interactions", *BASELINES)
+"""Methods that are compared unless others are named. `shapley` and `interactions` are other readings of the walks of
+`coopq`, and show what its covariance adds."""
 
 
 def evaluate_model(
@@ -140,9 +144,10 @@ def compare(
     *,
     length: int,
     max_tokens: int | None = None,
+    methods: Sequence[str] = COMPARED,
     progress: ProgressCallback = silent,
 ) -> list[Comparison]:
-    """CoopQ and every baseline at several budgets, beside uniform widths and random assignments.
+    """Methods at several budgets, beside uniform widths and random assignments.
 
     Args:
         config: The model and how to measure it.
@@ -150,12 +155,15 @@ def compare(
         run: The run folder; what it knows is not measured again.
         length: Tokens of a window of WikiText-2.
         max_tokens: Only the first tokens of the text; None takes all.
+        methods: Which ones; see `coopq.methods.METHODS`.
         progress: Told of every step.
     """
     parsed = [Budget.parse(budget) for budget in budgets]
+    for method in methods:
+        check_method(method)
     with open_workbench(config, run, progress, *parsed) as bench:
         _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
-        plans = [plan_on(bench, method, budget) for method in ("coopq", *BASELINES) for budget in parsed]
+        plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
         return compare_on(bench, plans, length=length, max_tokens=max_tokens)
 
 

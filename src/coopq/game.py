@@ -1,11 +1,13 @@
 """The quantization game: losses by assignment, measured once and journalled."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from coopq.engine import PrefixEngine
+from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.journal import Journal
-from coopq.types import Assignments, Losses, ProgressCallback, silent
+from coopq.types import Assignments, Game, Losses, ProgressCallback, silent
 
 
 class QuantizationGame:
@@ -13,10 +15,13 @@ class QuantizationGame:
 
     Args:
         engine: What measures.
-        journal: Where values are kept; what it knows is never measured again.
+        journal: What it knows is never measured again.
         n_players: Length of an assignment.
         progress: Told of every value.
         stage: Name of the work for `progress`.
+
+    Attributes:
+        journal: Where values are kept.
     """
 
     def __init__(
@@ -28,10 +33,11 @@ class QuantizationGame:
         stage: str = "measuring",
     ) -> None:
         self._engine = engine
-        self._journal = journal
+        self.journal = journal
         self._n_players = n_players
         self._progress = progress
         self._stage = stage
+        self._done = self._total = 0
 
     @property
     def n_players(self) -> int:
@@ -45,13 +51,49 @@ class QuantizationGame:
     def per_sequence(self, assignments: Assignments) -> npt.NDArray[np.float64]:
         """Losses of each assignment on each sequence, shape (n, n_sequences)."""
         unique = np.unique(assignments, axis=0)
-        unknown = np.array([row for row in unique if self._journal.get(row) is None], dtype=np.int8)
-        done = len(unique) - len(unknown)
+        unknown = np.array([row for row in unique if self.journal.get(row) is None], dtype=np.int8)
+        self._total += len(unique)
+        self._done += len(unique) - len(unknown)
         if len(unknown):
-            self._progress(self._stage, done, len(unique))
+            self._progress(self._stage, self._done, self._total)
             for assignment, losses, layer_forwards in self._engine.evaluate(unknown):
-                self._journal.append(assignment, losses, layer_forwards)
-                done += 1
-                self._progress(self._stage, done, len(unique))
-        known = [self._journal.get(row) for row in assignments]
+                self.journal.append(assignment, losses, layer_forwards)
+                self._done += 1
+                self._progress(self._stage, self._done, self._total)
+        known = [self.journal.get(row) for row in assignments]
         return np.stack([losses for losses in known if losses is not None])
+
+
+class Meter:
+    """A game that counts what is measured of it for the first time.
+
+    Args:
+        game: The game.
+        blocks: The block of each player.
+        known: Assignments that count as measured, shape (n, n_players).
+
+    Attributes:
+        layer_forwards: Block forwards over all tokens that an uninterrupted run spends, prefixes shared in each call.
+        evaluations: Assignments measured.
+    """
+
+    def __init__(self, game: Game, blocks: Sequence[int], known: Assignments) -> None:
+        self._game = game
+        self._blocks = blocks
+        self._known = {row.tobytes() for row in known}
+        self.layer_forwards = 0
+        self.evaluations = 0
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return self._game.n_players
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments."""
+        new = [row for row in np.unique(assignments, axis=0) if row.tobytes() not in self._known]
+        if new:
+            self._known.update(row.tobytes() for row in new)
+            self.layer_forwards += prefix_tree_size(np.array(new), self._blocks)
+            self.evaluations += len(new)
+        return self._game(assignments)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.errors import JournalError, Mismatch
-from coopq.types import Assignment
+from coopq.types import Assignment, Assignments, Losses
 
 _FORMAT_VERSION = 1
 _log = logging.getLogger(__name__)
@@ -50,6 +50,12 @@ class Journal:
         """Loss of each calibration sequence, shape (n_sequences,), nats per token; None if not measured."""
         return self._losses.get(_key(assignment))
 
+    def first(self, n: int) -> tuple[Assignments, Losses]:
+        """The first n assignments ever recorded and their mean losses, shape (n, n_players) and (n,)."""
+        records = list(self._losses.items())[:n]
+        assignments = [np.frombuffer(key, dtype=np.int8) for key, _ in records]
+        return np.array(assignments, dtype=np.int8), np.array([losses.mean() for _, losses in records])
+
     def append(self, assignment: Assignment, losses: npt.NDArray[np.float64], layer_forwards: int) -> None:
         """Record the losses of one assignment and the layer forwards that they cost."""
         self._write({"bits": assignment.tolist(), "nll": losses.tolist(), "layer_forwards": layer_forwards})
@@ -57,21 +63,24 @@ class Journal:
         self.layer_forwards += layer_forwards
 
     @staticmethod
-    def peek(path: Path) -> tuple[int, int]:
-        """Number of values in a journal and the layer forwards that they cost, leaving the file alone.
+    def peek(path: Path) -> tuple[tuple[Assignments, Losses], int]:
+        """All assignments of a journal, their mean losses and the layer forwards that they cost; nothing is written.
 
         Safe while another process writes it.
         """
-        values, layer_forwards = 0, 0
+        bits, losses, layer_forwards = [], [], 0
         for line in path.read_bytes().splitlines(keepends=True)[1:] if path.exists() else []:
             if not line.endswith(b"\n"):
                 continue
             try:
-                spent = int(json.loads(line)["layer_forwards"])
-            except (ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                nll, spent = float(np.mean(record["nll"])), int(record["layer_forwards"])
+                bits.append(np.array(record["bits"], dtype=np.int8))
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # replaying is what judges broken lines
-            values, layer_forwards = values + 1, layer_forwards + spent
-        return values, layer_forwards
+            losses.append(nll)
+            layer_forwards += spent
+        return (np.array(bits), np.array(losses)), layer_forwards
 
     def __len__(self) -> int:
         return len(self._losses)

@@ -16,8 +16,15 @@ from coopq.files import write_json
 from coopq.program import QuadraticProgram, paper_program
 from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
+from coopq.surrogate import Fidelity, Surrogate, best_surrogate
+from coopq.types import Assignment, Losses
 
+WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
+"""Methods that read permutation walks; their plans are of one number and seed of walks."""
 _FORMAT_VERSION = 1
+_BOOTSTRAPS = 10_000
+_SEARCH_TIME_LIMIT = 60.0
+"""Seconds for the program of a search: it only says how far the surrogate could be from its optimum."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,36 @@ class Solver:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """How sure the choice is, as far as the calibration set can say; by its sequences.
+
+    Attributes:
+        stderr: Standard error of the measured loss; None for a single sequence.
+        difference: Loss of the runner-up minus that of the chosen, nats per token; None without a runner-up.
+        interval: Its 95 % interval by a paired bootstrap over sequences.
+        probability: Share of the bootstrap's samples in which the chosen one is better.
+    """
+
+    stderr: float | None
+    difference: float | None
+    interval: tuple[float, float] | None
+    probability: float | None
+
+    @classmethod
+    def of(cls, losses: Losses, runner_up: Losses | None) -> "Evidence":
+        """From the losses of both on each sequence, shape (n_sequences,)."""
+        n = len(losses)
+        stderr = float(losses.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+        if runner_up is None or n == 1:
+            return cls(stderr, None if runner_up is None else float((runner_up - losses).mean()), None, None)
+        differences = runner_up - losses
+        means = differences[np.random.default_rng(0).integers(0, n, size=(_BOOTSTRAPS, n))].mean(axis=1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        ties = float((means == 0).mean())
+        return cls(stderr, float(differences.mean()), (float(low), float(high)), float((means > 0).mean()) + ties / 2)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A plan as it is saved in plan.json.
 
@@ -67,6 +104,9 @@ class Plan:
         layer_forwards_unshared: The same without sharing prefixes.
         deployment: Backend and options, where they are not those that the losses were measured with.
         saved_loss: Loss of the model as saved, for backends whose mixed weights are not the bank's (gptq).
+        runner_up: Bits of each player in the best other assignment that the method measured; None if it measured none.
+        evidence: How sure the choice is; None until it is measured.
+        fidelity: How far the method's surrogate is to be trusted; None for methods without one.
     """
 
     method: str
@@ -86,6 +126,9 @@ class Plan:
     layer_forwards_unshared: int
     deployment: Mapping[str, Any] | None = None
     saved_loss: float | None = None
+    runner_up: tuple[int, ...] | None = None
+    evidence: Evidence | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def quantizer(self) -> dict[str, Any]:
@@ -112,6 +155,12 @@ class Plan:
         """Bits of each linear module by its name in the model."""
         return {name: player.bits for player in self.players for name in player.modules}
 
+    def is_of_other_walks(self, config: RunConfig) -> bool:
+        """Whether it was read off other walks than those of `config`."""
+        ours = RunConfig.from_json(self.config)
+        walks = (ours.permutations, ours.seed) != (config.permutations, config.seed)
+        return self.method in WALK_METHODS and walks
+
     def save(self, path: Path) -> None:
         """Write the plan, atomically."""
         write_json(path, {"format_version": _FORMAT_VERSION, **asdict(self)})
@@ -134,7 +183,18 @@ class Plan:
             raise PlanError(f"{path} has plan format {version}; this version of coopq reads {_FORMAT_VERSION}")
         try:
             players = tuple(PlayerPlan(**{**p, "modules": tuple(p["modules"])}) for p in data.pop("players"))
-            plan = cls(players=players, solver=Solver(**data.pop("solver")), **data)
+            solver, runner_up = Solver(**data.pop("solver")), data.pop("runner_up", None)
+            evidence, fidelity = data.pop("evidence", None), data.pop("fidelity", None)
+            if evidence is not None and evidence["interval"] is not None:
+                evidence["interval"] = tuple(evidence["interval"])
+            plan = cls(
+                players=players,
+                solver=solver,
+                runner_up=None if runner_up is None else tuple(runner_up),
+                evidence=None if evidence is None else Evidence(**evidence),
+                fidelity=None if fidelity is None else Fidelity(**fidelity),
+                **data,
+            )
             RunConfig.from_json(plan.config)
             if not all(isinstance(p.bits, int) and isinstance(p.score, float | int) for p in players):
                 raise TypeError("bits and scores of players must be numbers")
@@ -143,12 +203,20 @@ class Plan:
             raise PlanError(f"{path} is not a complete plan ({error}); allocate it again") from error
 
 
-def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, time_limit: float | None = None) -> Plan:
+def plan_budget(
+    estimation: Estimation,
+    budget: Budget,
+    *,
+    method: str = "coopq",
+    alpha: float = 0.5,
+    time_limit: float | None = None,
+) -> Plan:
     """Allocate one budget by the paper's program.
 
     Args:
         estimation: A finished estimation.
         budget: The limit on bytes.
+        method: "coopq"; "pruning" where the walks removed players instead of lowering them, and predict nothing.
         alpha: Shrinkage of the covariance towards its diagonal, 0 to 1.
         time_limit: Seconds for the solver; None waits for the proof.
     Raises:
@@ -156,24 +224,25 @@ def plan_budget(estimation: Estimation, budget: Budget, *, alpha: float = 0.5, t
         PlanError: If alpha is out of range.
     """
     check_solver(alpha, time_limit)
-    config, storage, estimate = estimation.config, estimation.storage, estimation.estimate
+    estimate = estimation.estimate
     program = paper_program(
         estimate.shapley,
         estimate.covariance,
         alpha,
-        costs=storage.raise_costs(config.low, config.high),
-        capacity=_capacity(estimation, budget),
+        costs=estimation.storage.raise_costs(estimation.config.low, estimation.config.high),
+        capacity=capacity_of(estimation, budget),
     )
     allocation = allocate(program, time_limit)
     return _plan(
         estimation,
         budget,
+        np.where(allocation.q, estimation.config.low, estimation.config.high).tolist(),
         allocation,
         estimate.shapley.tolist(),
         estimate.stderr.tolist(),
-        method="coopq",
+        method=method,
         alpha=alpha,
-        predicted_loss=estimate.loss_high + allocation.objective,
+        predicted_loss=estimate.loss_high + allocation.objective if method == "coopq" else None,
         layer_forwards=estimation.layer_forwards,
         layer_forwards_unshared=estimation.layer_forwards_unshared,
     )
@@ -186,6 +255,7 @@ def plan_gains(
     budget: Budget,
     *,
     layer_forwards: int,
+    layer_forwards_unshared: int | None = None,
     time_limit: float | None = None,
 ) -> Plan:
     """Allocate one budget by a one-layer score: the exact knapsack over what raising each player is worth.
@@ -196,21 +266,23 @@ def plan_gains(
         gains: What raising each player is worth, shape (n_players,).
         budget: The limit on bytes.
         layer_forwards: What the score took.
+        layer_forwards_unshared: What it would have taken without sharing prefixes, if that is more.
         time_limit: Seconds for the solver; None waits for the proof.
     Raises:
         InfeasibleBudget: With the smallest and largest feasible budget.
     """
-    config, storage = subject.config, subject.storage
+    config = subject.config
     program = QuadraticProgram(
         linear=gains,
         quadratic=np.zeros((len(gains), len(gains))),
-        costs=storage.raise_costs(config.low, config.high),
-        capacity=_capacity(subject, budget),
+        costs=subject.storage.raise_costs(config.low, config.high),
+        capacity=capacity_of(subject, budget),
     )
     allocation = allocate(program, time_limit)
     return _plan(
         subject,
         budget,
+        np.where(allocation.q, config.low, config.high).tolist(),
         allocation,
         gains.tolist(),
         [None] * len(gains),
@@ -218,7 +290,54 @@ def plan_gains(
         alpha=None,
         predicted_loss=None,
         layer_forwards=layer_forwards,
-        layer_forwards_unshared=layer_forwards,
+        layer_forwards_unshared=layer_forwards_unshared or layer_forwards,
+    )
+
+
+def plan_search(
+    subject: Subject,
+    method: str,
+    chosen: Assignment,
+    budget: Budget,
+    *,
+    surrogates: Sequence[Surrogate],
+    runner_up: Assignment | None,
+    layer_forwards: int,
+    layer_forwards_unshared: int,
+    time_limit: float | None = None,
+) -> Plan:
+    """The plan of an assignment that a search chose, with what its surrogate says of it.
+
+    The solver's part of the plan is about the surrogate: how much better than anything else could be, if it were true.
+
+    Args:
+        subject: What the plan is for.
+        method: Name of the search.
+        chosen: The assignment, shape (n_players,).
+        budget: The limit on bytes.
+        surrogates: Fitted to what the search measured, the untransformed one first.
+        runner_up: The best other assignment measured.
+        layer_forwards: What the search took.
+        layer_forwards_unshared: What it would have taken without sharing prefixes.
+        time_limit: Seconds for the solver; None takes a minute.
+    """
+    config, surrogate = subject.config, best_surrogate(surrogates)
+    costs = subject.storage.raise_costs(config.low, config.high)
+    allocation = allocate(surrogate.program(costs, capacity_of(subject, budget)), time_limit or _SEARCH_TIME_LIMIT)
+    return _plan(
+        subject,
+        budget,
+        chosen.tolist(),
+        allocation,
+        surrogates[0].shapley().tolist(),
+        [None] * len(chosen),
+        method=method,
+        alpha=None,
+        predicted_loss=float(surrogate.predict(chosen[None] == config.low)[0]),
+        layer_forwards=layer_forwards,
+        layer_forwards_unshared=layer_forwards_unshared,
+        runner_up=None if runner_up is None else tuple(runner_up.tolist()),
+        fidelity=surrogate.fidelity,
     )
 
 
@@ -234,7 +353,7 @@ def check_solver(alpha: float, time_limit: float | None) -> None:
         raise PlanError(f"time limit {time_limit} is not a positive number of seconds; leave it out for none")
 
 
-def _capacity(subject: Subject, budget: Budget) -> int:
+def capacity_of(subject: Subject, budget: Budget) -> int:
     """Bytes that the budget leaves above all players at the low width."""
     config, storage = subject.config, subject.storage
     return storage.limit(budget, config.low, config.high) - sum(storage.n_bytes[config.low])
@@ -243,14 +362,14 @@ def _capacity(subject: Subject, budget: Budget) -> int:
 def _plan(
     subject: Subject,
     budget: Budget,
+    assignment: list[int],
     allocation: Allocation,
     scores: Sequence[float],
     stderr: Sequence[float | None],
     **fields: Any,
 ) -> Plan:
-    """The plan of an allocation, with its sizes."""
+    """A plan with its sizes."""
     config, storage = subject.config, subject.storage
-    assignment = np.where(allocation.q, config.low, config.high).tolist()
     return Plan(
         budget=budget.text,
         budget_bytes=storage.limit(budget, config.low, config.high),

@@ -4,14 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coopq.plan import Plan
+from coopq.estimators import Known, Measured, Setting
+from coopq.plan import WALK_METHODS, Plan
 from coopq.run import Estimation, RunConfig
 from coopq.scores import Comparison, Evaluation
 
+_MOST_COLUMNS = 8
 _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
 
 
@@ -37,24 +40,55 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "predicted_loss": plan.predicted_loss,
         "measured_loss": plan.measured_loss,
         "saved_loss": plan.saved_loss,
+        "runner_up": None if plan.runner_up is None else dict(zip(scores, plan.runner_up, strict=True)),
+        "evidence": None if plan.evidence is None else asdict(plan.evidence),
+        "fidelity": None if plan.fidelity is None else asdict(plan.fidelity),
         "deployment": plan.deployment,
     }
 
 
-def run_data(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int) -> dict[str, Any]:
-    """A run for machines; `bits`, `status` and `gap` by budget, `layer_forwards` as truly spent."""
-    names = [player.name for player in estimation.players]
-    return {
+def run_data(
+    estimation: Estimation | None, plans: Sequence[Plan], layer_forwards: int, measured: Known
+) -> dict[str, Any]:
+    """A run for machines; `bits`, `status`, `gap` and `evidence` by plan, `layer_forwards` as truly spent."""
+    data: dict[str, Any] = {
         "bits": {plan.label: {player.name: player.bits for player in plan.players} for plan in plans},
-        "shapley": dict(zip(names, estimation.estimate.shapley.tolist(), strict=True)),
-        "stderr": dict(zip(names, estimation.estimate.stderr.tolist(), strict=True)),
         "status": {plan.label: plan.solver.status for plan in plans},
         "gap": {plan.label: plan.solver.gap for plan in plans},
+        "measured_loss": {plan.label: plan.measured_loss for plan in plans},
+        "evidence": {plan.label: None if plan.evidence is None else asdict(plan.evidence) for plan in plans},
         "layer_forwards": layer_forwards,
+    }
+    if estimation is None:
+        return data
+    names = [player.name for player in estimation.players]
+    return data | {
+        "shapley": dict(zip(names, estimation.estimate.shapley.tolist(), strict=True)),
+        "stderr": dict(zip(names, estimation.estimate.stderr.tolist(), strict=True)),
         "layer_forwards_walks": estimation.layer_forwards,
         "layer_forwards_unshared": estimation.layer_forwards_unshared,
         "permutations": estimation.estimate.permutations,
+        "covariance_correlation": covariance_correlation(estimation, measured),
     }
+
+
+def covariance_correlation(estimation: Estimation, measured: Known) -> float | None:
+    """Correlation of the covariance of the walks with pair terms fitted to everything measured; None if undefined.
+
+    The paper's program takes that covariance for interactions.
+    """
+    config = estimation.config
+    costs = estimation.storage.raise_costs(config.low, config.high)
+    points = Measured(Setting(config.low, config.high, costs, (), config.seed))
+    points.add(*measured)
+    if len(points) < 2 or len(costs) < 3:
+        return None
+    fitted = points.surrogates(int(costs.sum()) // 2)[0].quadratic
+    above = np.triu_indices(len(costs), 1)
+    ours, theirs = fitted[above], estimation.estimate.covariance[above]
+    if np.ptp(ours) == 0 or np.ptp(theirs) == 0:
+        return None
+    return float(np.corrcoef(np.array([ours, theirs]))[0, 1])
 
 
 def evaluation_data(evaluation: Evaluation, rows: Sequence[Comparison] = ()) -> dict[str, Any]:
@@ -64,7 +98,7 @@ def evaluation_data(evaluation: Evaluation, rows: Sequence[Comparison] = ()) -> 
 
 
 def plan_summary(plan: Plan) -> str:
-    """Sizes, losses and proof of a plan in two lines."""
+    """Sizes, losses and proof of a plan, and how sure the choice is, in two to four lines."""
     deployed = f"; deployed by {plan.deployment['name']}, not by what was measured" if plan.deployment else ""
     measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
     if plan.saved_loss is not None:
@@ -74,13 +108,38 @@ def plan_summary(plan: Plan) -> str:
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
         f"calibration loss {predicted}, {measured} (nats per token); "
-        f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
+        f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}{_evidence(plan)}{_fidelity(plan)}"
+    )
+
+
+def _evidence(plan: Plan) -> str:
+    """How sure the choice is, in a line of its own."""
+    evidence = plan.evidence
+    if evidence is None or evidence.difference is None or evidence.interval is None or evidence.probability is None:
+        return ""
+    low, high = evidence.interval
+    return (
+        f"\nthe runner-up measured is worse by {evidence.difference:.4f} (95 % {low:.4f} to {high:.4f}, paired "
+        f"bootstrap over sequences); probability of the choice being better {evidence.probability:.0%}"
+    )
+
+
+def _fidelity(plan: Plan) -> str:
+    """How far the surrogate is to be trusted, in a line of its own."""
+    fidelity = plan.fidelity
+    if fidelity is None:
+        return ""
+    rank = "unknown" if fidelity.rank_correlation is None else f"{fidelity.rank_correlation:.2f}"
+    warning = "" if fidelity.is_trusted else "; trust what was measured, not what it predicts"
+    return (
+        f"\nsurrogate of {fidelity.n_points} points: left-out error {fidelity.error:.4f}, "
+        f"rank correlation within equal sizes {rank}{warning}"
     )
 
 
 def provenance(config: RunConfig, fingerprint: Mapping[str, Any], method: str = "coopq") -> str:
     """Model, backend, walks and calibration set in one line."""
-    walks = f"{config.permutations} walks (seed {config.seed})" if method == "coopq" else method
+    walks = f"{config.permutations} walks (seed {config.seed})" if method in WALK_METHODS else method
     text = config.calibration
     opening = ", each after a BOS token" if fingerprint["bos"] else ", no special tokens"
     return (
@@ -116,22 +175,29 @@ def show_plan(plan: Plan) -> RenderableType:
     return Group(Text(head), Text(plan_summary(plan)), table, Text(cost))
 
 
-def show_run(estimation: Estimation, plans: Sequence[Plan], layer_forwards: int) -> RenderableType:
+def show_run(
+    estimation: Estimation | None, plans: Sequence[Plan], layer_forwards: int, measured: Known
+) -> RenderableType:
     """A run for people."""
-    table = players_table(
-        _SHAPLEY,
-        [player.name for player in estimation.players],
-        {plan.label: plan.assignment for plan in plans},
-        {"Shapley value": estimation.estimate.shapley.tolist(), "±": estimation.estimate.stderr.tolist()},
-    )
-    summaries = [Text(plan_summary(plan)) for plan in plans]
-    return Group(
-        Text(provenance(estimation.config, estimation.fingerprint)),
-        *summaries,
-        table,
-        Text(_cost(estimation.layer_forwards, estimation.layer_forwards_unshared)),
-        Text(f"{layer_forwards} layer forwards spent on the calibration set so far, comparisons included"),
-    )
+    parts: list[RenderableType] = []
+    scores: dict[str, Sequence[float]] = {}
+    if estimation is not None:
+        parts.append(Text(provenance(estimation.config, estimation.fingerprint)))
+        estimate = estimation.estimate
+        scores = {"Shapley value": estimate.shapley.tolist(), "±": estimate.stderr.tolist()}
+    parts += [Text(plan_summary(plan)) for plan in plans]
+    players = plans[0].players if estimation is None else estimation.players
+    bits = {plan.label: plan.assignment for plan in plans} if len(plans) <= _MOST_COLUMNS else {}
+    parts.append(players_table(_SHAPLEY if scores else "", [player.name for player in players], bits, scores))
+    if len(plans) > _MOST_COLUMNS:
+        parts.append(Text(f"{len(plans)} plans are too many to show side by side; show one of them for its bits"))
+    if estimation is not None:
+        parts.append(Text(_cost(estimation.layer_forwards, estimation.layer_forwards_unshared)))
+        correlation = covariance_correlation(estimation, measured)
+        if correlation is not None:
+            parts.append(Text(f"correlation of the walks' covariance with fitted interactions: {correlation:.2f}"))
+    spent = f"{layer_forwards} layer forwards spent on the calibration set so far, comparisons included"
+    return Group(*parts, Text(spent))
 
 
 def comparison_table(rows: Sequence[Comparison], text: str) -> Table:

@@ -60,6 +60,7 @@ class RunConfig:
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., or "auto".
         granularity: What is a player: a "block", or each "linear" layer.
+        screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
     """
 
     model: str
@@ -75,6 +76,7 @@ class RunConfig:
     act_order: bool | None = None
     symmetric: bool | None = None
     granularity: str = "block"
+    screening: int | None = None
 
     @property
     def quantizer(self) -> dict[str, Any]:
@@ -154,7 +156,7 @@ class RunFolder:
         """
         if (self.path / "run.json").exists():
             ours, theirs = config.to_json(), self.config().to_json()
-            for free in ("permutations", "seed", "model", "device", "dtype"):
+            for free in ("permutations", "seed", "model", "device", "dtype", "screening"):
                 theirs[free] = ours[free]
             if ours != theirs:
                 raise Mismatch(

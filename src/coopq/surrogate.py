@@ -36,6 +36,31 @@ _REACH = 0.15
 """Share of the size at which a point counts half as much as one of the size asked for."""
 _MOST_POINTS = 1000
 """Fits are cubic in the points; of more, those nearest in size are taken."""
+_TRUSTED = 0.5
+"""Rank correlation from which a surrogate is trusted."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a surrogate is to be trusted near the size it is for, by points left out of its fit.
+
+    Attributes:
+        transform: Which function of the loss was fitted.
+        error: Root mean square error of left-out points, nats per token.
+        rank_correlation: Spearman correlation of left-out predictions with the losses among points of equal size,
+            averaged over sizes; None where there are too few.
+        n_points: Points that it was fitted to.
+    """
+
+    transform: Transform
+    error: float
+    rank_correlation: float | None
+    n_points: int
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it ranks left-out points of equal size clearly better than chance."""
+        return self.rank_correlation is not None and self.rank_correlation >= _TRUSTED
 
 
 @dataclass(frozen=True)
@@ -49,10 +74,7 @@ class Surrogate:
         transform: Which function of the loss y is.
         origin: The loss from which it starts, nats per token.
         offset: What the logarithm adds, nats per token.
-        error: Leave-one-out error near the size asked for, root mean square, in units of y.
-        rank_correlation: Spearman correlation of left-out predictions with the losses among points of equal size
-            near the size asked for, averaged over sizes; NaN where there are too few.
-        n_points: Points that it was fitted to.
+        fidelity: How far it is to be trusted.
     """
 
     constant: float
@@ -61,9 +83,7 @@ class Surrogate:
     transform: Transform
     origin: float
     offset: float
-    error: float
-    rank_correlation: float
-    n_points: int
+    fidelity: Fidelity
 
     def value(self, lowered: Lowered) -> npt.NDArray[np.float64]:
         """y of coalitions, shape (n,)."""
@@ -72,11 +92,11 @@ class Surrogate:
 
     def predict(self, lowered: Lowered) -> Losses:
         """Losses of coalitions, nats per token, shape (n,)."""
-        y = self.value(lowered)
-        if self.transform == "raw":
-            return y
-        above = np.maximum(y, 0) ** 2 if self.transform == "sqrt" else np.exp(y) - self.offset
-        return self.origin + above
+        return _losses(self.value(lowered), self.transform, self.origin, self.offset)
+
+    def shapley(self) -> npt.NDArray[np.float64]:
+        """Shapley values of y as a game, shape (n_players,)."""
+        return self.linear + self.quadratic.sum(axis=1)
 
     def program(self, costs: npt.NDArray[np.int64], capacity: int) -> QuadraticProgram:
         """The program that minimises the surrogate under a byte budget."""
@@ -127,6 +147,8 @@ def fit_surrogates(
         single = z.T @ fit.weights / n_players
         pair = ratio * (z.T * fit.weights) @ z / n_players / max(1, n_players - 1)
         np.fill_diagonal(pair, 0.0)
+        left_out = y - fit.left_out
+        wrong = _losses(left_out, transform, origin, offset) - losses
         surrogates.append(
             Surrogate(
                 constant=float(fit.mean - single.sum() + pair.sum() / 2),
@@ -135,9 +157,12 @@ def fit_surrogates(
                 transform=transform,
                 origin=origin,
                 offset=offset,
-                error=float(np.sqrt((weight * fit.left_out**2).sum() / weight.sum())),
-                rank_correlation=_rank_correlation(y - fit.left_out, losses, sizes, size),
-                n_points=len(losses),
+                fidelity=Fidelity(
+                    transform,
+                    float(np.sqrt((weight * wrong**2).sum() / weight.sum())),
+                    _rank_correlation(left_out, losses, sizes, size),
+                    len(losses),
+                ),
             )
         )
     return surrogates
@@ -145,7 +170,8 @@ def fit_surrogates(
 
 def best_surrogate(surrogates: Sequence[Surrogate]) -> Surrogate:
     """The one that ranks left-out points of equal size best; the first where that is not known."""
-    return max(surrogates, key=lambda s: -1.0 if np.isnan(s.rank_correlation) else s.rank_correlation)
+    ranks = [surrogate.fidelity.rank_correlation for surrogate in surrogates]
+    return surrogates[int(np.argmax([-1.0 if rank is None else rank for rank in ranks]))]
 
 
 @dataclass(frozen=True)
@@ -194,10 +220,17 @@ def _transformed(losses: Losses, transform: Transform) -> tuple[npt.NDArray[np.f
     return np.log(losses - origin + offset), origin, offset
 
 
+def _losses(y: npt.NDArray[np.float64], transform: Transform, origin: float, offset: float) -> Losses:
+    """Losses from what `_transformed` made of them."""
+    if transform == "raw":
+        return y
+    return origin + (np.maximum(y, 0) ** 2 if transform == "sqrt" else np.exp(y) - offset)
+
+
 def _rank_correlation(
     predicted: npt.NDArray[np.float64], losses: Losses, sizes: npt.NDArray[np.float64], size: float
-) -> float:
-    """Mean Spearman correlation within groups of equal size, weighted by their points; NaN without a group of 4."""
+) -> float | None:
+    """Mean Spearman correlation within groups of equal size, weighted by their points; None without a group of 4."""
     total, n_points = 0.0, 0
     rounded = np.round(sizes, 2)
     for of_group in np.unique(rounded[np.abs(sizes - size) <= _REACH]):
@@ -206,4 +239,4 @@ def _rank_correlation(
         if n >= 4 and np.ptp(losses[group]) > 0 and np.ptp(predicted[group]) > 0:
             ranks = np.array([np.argsort(np.argsort(x[group])) for x in (predicted, losses)])
             total, n_points = total + n * float(np.corrcoef(ranks)[0, 1]), n_points + n
-    return total / n_points if n_points else float("nan")
+    return total / n_points if n_points else None

@@ -1,7 +1,7 @@
 """Estimators: which points of the game to measure, and what they say."""
 
 from coopq.estimators.active import ActiveSearch
-from coopq.estimators.base import Estimator, Measured, Search, Setting, ShapleyEstimate, run_estimator
+from coopq.estimators.base import Estimator, Known, Measured, Search, Setting, ShapleyEstimate, run_estimator
 from coopq.estimators.cross_layer import CrossLayer
 from coopq.estimators.exact import Enumeration
 from coopq.estimators.greedy import Greedy
@@ -15,6 +15,7 @@ __all__ = [
     "Enumeration",
     "Estimator",
     "Greedy",
+    "Known",
     "Measured",
     "Regression",
     "Search",

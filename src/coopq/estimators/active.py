@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from coopq.estimators.base import Measured, Setting
+from coopq.estimators.base import Known, Measured, Setting
 from coopq.program import local_optima, neighbours
-from coopq.surrogate import Lowered, Surrogate, fit_surrogates
+from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Losses
 
 _PER_SURROGATE = 2
@@ -32,7 +32,7 @@ class ActiveSearch:
     bonus for uncertainty, which measured worse (docs/results/search.md).
     """
 
-    def __init__(self, setting: Setting, known: tuple[Assignments, Losses] | None = None) -> None:
+    def __init__(self, setting: Setting, known: Known | None = None) -> None:
         self._setting = setting
         self.measured = Measured(setting)
         if known is not None:
@@ -69,15 +69,6 @@ class ActiveSearch:
         """The assignment of lowest true loss."""
         return self._setting.assignments(self.measured.best(capacity)[0])
 
-    def surrogates(self, capacity: int) -> list[Surrogate]:
-        """Surrogates for a budget, one for each transform, fitted to everything measured."""
-        return fit_surrogates(
-            self.measured.lowered,
-            self.measured.losses,
-            sizes=self.measured.sizes(),
-            size=min(1.0, capacity / self._setting.costs.sum()),
-        )
-
     def _candidates(self, budget: int, capacity: int, taken: list[Lowered]) -> list[Lowered]:
         """What the surrogates of a budget propose, without what is measured or taken."""
         rng = np.random.default_rng([self._setting.seed, self._round, budget])
@@ -85,7 +76,7 @@ class ActiveSearch:
         near = [neighbours(self._setting.program(capacity), q) for q in incumbents[:2]]
         seen = {q.tobytes() for q in taken}
         proposed: list[Lowered] = []
-        for surrogate in self.surrogates(capacity):
+        for surrogate in self.measured.surrogates(capacity):
             program = surrogate.program(self._setting.costs, capacity)
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
             pool = np.unique(np.concatenate([optima, neighbours(program, optima[0]), *near]), axis=0)

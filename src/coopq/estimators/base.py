@@ -1,12 +1,13 @@
 """What an estimator is, the one loop that runs all of them, and what they share."""
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.program import QuadraticProgram
+from coopq.surrogate import Surrogate, fit_surrogates
 from coopq.types import Assignment, Assignments, Game, Losses
 
 
@@ -29,6 +30,10 @@ class ShapleyEstimate:
     loss_high: float
     loss_low: float
     permutations: int
+
+
+Known: TypeAlias = tuple[Assignments, Losses]
+"""Points measured before a search began, and their losses."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ class Measured:
 
     def add(self, assignments: Assignments, losses: Losses) -> None:
         """Take points; those of other widths and those known are left out."""
+        if len(assignments) == 0:
+            return
         setting = self._setting
         of_game = np.isin(assignments, (setting.low, setting.high)).all(axis=1)
         new = []
@@ -113,6 +120,11 @@ class Measured:
         """The points of lowest loss that keep a budget, best first, shape (up to n, n_players)."""
         fitting = np.flatnonzero(self.raised_bytes <= capacity)
         return self.lowered[fitting[np.argsort(self.losses[fitting], kind="stable")[:n]]]
+
+    def surrogates(self, capacity: int, *, pairs: bool = True) -> list[Surrogate]:
+        """Surrogates for a budget, one for each transform of the loss, fitted to everything measured."""
+        size = min(1.0, capacity / self._setting.costs.sum())
+        return fit_surrogates(self.lowered, self.losses, sizes=self.sizes(), size=size, pairs=pairs)
 
     def lowest(self, capacity: int) -> float:
         """The lowest loss that keeps a budget; infinity where none is known."""
@@ -136,7 +148,13 @@ class Estimator(Protocol):
 
 
 class Search(Estimator, Protocol):
-    """An estimator that answers with an assignment for each budget of its setting."""
+    """An estimator that answers with an assignment for each budget of its setting.
+
+    Attributes:
+        measured: What it has learnt.
+    """
+
+    measured: Measured
 
     def choose(self, capacity: int) -> Assignment:
         """The assignment of a budget, shape (n_players,)."""

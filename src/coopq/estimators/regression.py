@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from coopq.estimators.base import Measured, Setting
+from coopq.estimators.base import Known, Measured, Setting
 from coopq.program import local_optima, random_fill
-from coopq.surrogate import Surrogate, best_surrogate, fit_surrogates
+from coopq.surrogate import best_surrogate
 from coopq.types import Assignment, Assignments, Losses
 
 _STARTS = 100
@@ -15,17 +15,15 @@ class Regression:
 
     Args:
         setting: Widths, sizes, budgets, seed.
+        known: Points measured before, with their losses; they are fitted too.
         n_points: Random coalitions, shared evenly by the budgets.
         order: 1 for single terms, 2 for pairs too.
-        known: Points measured before, with their losses; they are fitted too.
 
     Source: least squares over coalition values; for its relation to Shapley values see Charnes et al., Extremal
     Principle Solutions of Games in Characteristic Function Form, 1988.
     """
 
-    def __init__(
-        self, setting: Setting, *, n_points: int, order: int = 2, known: tuple[Assignments, Losses] | None = None
-    ) -> None:
+    def __init__(self, setting: Setting, known: Known | None = None, *, n_points: int, order: int = 2) -> None:
         self._setting = setting
         self._order = order
         self._points = np.array(
@@ -52,18 +50,7 @@ class Regression:
     def choose(self, capacity: int) -> Assignment:
         """The best local optimum of the surrogate."""
         rng = np.random.default_rng([self._setting.seed, 0])
-        program = self.surrogate(capacity).program(self._setting.costs, capacity)
+        surrogate = best_surrogate(self.measured.surrogates(capacity, pairs=self._order == 2))
+        program = surrogate.program(self._setting.costs, capacity)
         starts = self.measured.best(capacity, 3)
         return self._setting.assignments(local_optima(program, starts, _STARTS, rng)[0])
-
-    def surrogate(self, capacity: int) -> Surrogate:
-        """The surrogate that ranks left-out points near a budget best."""
-        return best_surrogate(
-            fit_surrogates(
-                self.measured.lowered,
-                self.measured.losses,
-                sizes=self.measured.sizes(),
-                size=min(1.0, capacity / self._setting.costs.sum()),
-                pairs=self._order == 2,
-            )
-        )

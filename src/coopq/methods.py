@@ -1,0 +1,269 @@
+"""Every way from a budget to a plan, by name, on an open workbench."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from coopq.baselines import BASELINES, Gains, get_baseline
+from coopq.engine import PrefixEngine, prefix_tree_size
+from coopq.errors import EstimationError, hint
+from coopq.estimators import (
+    SPQE,
+    ActiveSearch,
+    CrossLayer,
+    Enumeration,
+    Greedy,
+    Known,
+    Measured,
+    Regression,
+    Search,
+    Setting,
+    run_estimator,
+)
+from coopq.files import read_json, write_json
+from coopq.game import Meter
+from coopq.journal import Journal
+from coopq.plan import WALK_METHODS, Evidence, Plan, capacity_of, plan_budget, plan_gains, plan_search
+from coopq.probe import Probe
+from coopq.program import local_optima
+from coopq.run import Estimation
+from coopq.storage import Budget
+from coopq.surrogate import best_surrogate
+from coopq.types import REMOVED, UNTOUCHED, Assignments
+from coopq.workbench import Workbench
+
+_POINTS_PER_PLAYER = 8
+"""Coalitions that the regression measures for each player."""
+_FINALISTS = 8
+"""Assignments of each budget that a search with screening measures on the whole calibration set."""
+
+SEARCHES: dict[str, Callable[[Setting, Known], Search]] = {
+    "active": ActiveSearch,
+    "greedy-down": lambda setting, _: Greedy(setting),
+    "greedy-up": lambda setting, _: Greedy(setting, direction="up"),
+    "regression": lambda setting, known: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
+    "cross-layer": lambda setting, _: CrossLayer(setting),
+    "exact": lambda setting, _: Enumeration(setting),
+}
+SHRUNK = ("coopq", "pruning")
+"""Methods that solve the paper's program, with its alpha."""
+METHODS = (*SEARCHES, *WALK_METHODS, *BASELINES)
+
+
+def check_method(method: str) -> None:
+    """Check a method's name before anything expensive.
+
+    Raises:
+        EstimationError: If it is unknown.
+    """
+    if method not in METHODS:
+        raise EstimationError(f"method {method!r} is unknown; {hint(method, METHODS)}")
+
+
+def estimate_on(bench: Workbench) -> Estimation:
+    """`coopq.estimate` on an open workbench."""
+    estimation = _estimation(bench, _spqe(bench))
+    bench.folder.save(estimation)
+    return estimation
+
+
+def _pruning_on(bench: Workbench) -> Estimation:
+    """The same from walks that remove players instead of lowering them: the paper's ablation."""
+    return _estimation(bench, _spqe(bench, low=REMOVED, high=UNTOUCHED))
+
+
+def _spqe(bench: Workbench, low: int | None = None, high: int | None = None) -> SPQE:
+    config = bench.config
+    return SPQE(
+        len(bench.players),
+        low=config.low if low is None else low,
+        high=config.high if high is None else high,
+        permutations=config.permutations,
+        seed=config.seed,
+    )
+
+
+def _estimation(bench: Workbench, estimator: SPQE) -> Estimation:
+    config, n_players, blocks = bench.config, len(bench.players), [player.block for player in bench.players]
+    with bench.calibration_game("measuring the walks") as game:
+        result = run_estimator(estimator, game).estimate()
+    return Estimation(
+        config=config,
+        players=bench.players,
+        storage=bench.storage,
+        estimate=result,
+        fingerprint=bench.fingerprint,
+        layer_forwards=prefix_tree_size(estimator.points, blocks),
+        layer_forwards_unshared=config.permutations * n_players * len(set(blocks)),
+    )
+
+
+def gains_on(bench: Workbench, method: str) -> tuple[Gains, int]:
+    """A baseline's gains, and the layer forwards that they take; kept in the run folder."""
+    path = bench.folder.path / "scores" / f"{method}.json"
+    fingerprint = {**bench.fingerprint, "low": bench.config.low, "high": bench.config.high}
+    if path.is_file():
+        record = read_json(path)
+        if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
+            return np.array(record["gains"]), record["layer_forwards"]
+    engine = PrefixEngine(bench.loaded.model, bench.bank, bench.calibration.tokens)
+    probe = Probe(engine, bench.bank, bench.config.low, bench.config.high)
+    bench.progress(f"scoring by {method}", 0, 1)
+    gains = get_baseline(method)(probe)
+    bench.progress(f"scoring by {method}", 1, 1)
+    if not np.isfinite(gains).all():
+        raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
+    path.parent.mkdir(exist_ok=True)
+    record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
+    write_json(path, record)
+    return gains, probe.layer_forwards
+
+
+def plans_on(
+    bench: Workbench,
+    method: str,
+    budgets: Sequence[Budget],
+    *,
+    alpha: float = 0.5,
+    time_limit: float | None = None,
+) -> list[Plan]:
+    """The plans of budgets by a method; a search takes all budgets at once and shares what it measures."""
+    check_method(method)
+    if method in SEARCHES:
+        return _search_on(bench, method, budgets, time_limit)
+    if method in BASELINES:
+        return _scored_on(bench, method, budgets, time_limit)
+    return _walked_on(bench, method, budgets, alpha, time_limit)
+
+
+def measure(bench: Workbench, plan: Plan) -> Plan:
+    """The plan with its loss on the calibration set truly measured, and the evidence for it; kept in the run folder."""
+    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.int8)
+    with bench.calibration_game("measuring the plan") as game:
+        chosen, runner_up = game.per_sequence(points)
+    evidence = Evidence.of(chosen, None if plan.runner_up is None else runner_up)
+    plan = dataclasses.replace(plan, measured_loss=float(chosen.mean()), evidence=evidence)
+    bench.folder.plans.mkdir(exist_ok=True)
+    plan.save(bench.folder.plans / plan.file_name)
+    return plan
+
+
+def _scored_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
+    """Plans by a one-layer score."""
+    gains, layer_forwards = gains_on(bench, method)
+    return [
+        plan_gains(bench, method, gains, budget, layer_forwards=layer_forwards, time_limit=time_limit)
+        for budget in _solving(bench, method, budgets)
+    ]
+
+
+def _walked_on(
+    bench: Workbench, method: str, budgets: Sequence[Budget], alpha: float, time_limit: float | None
+) -> list[Plan]:
+    """Plans by permutation walks: the paper's way, and other readings of the same walks."""
+    estimation = _pruning_on(bench) if method == "pruning" else estimate_on(bench)
+    setting, walked = _setting(bench, budgets), Measured(_setting(bench, budgets))
+    if method != "pruning":
+        points = _spqe(bench).points
+        with bench.calibration_game("measuring the walks") as game:
+            walked.add(points, game(points))
+    spent: dict[str, Any] = {
+        "layer_forwards": estimation.layer_forwards,
+        "layer_forwards_unshared": estimation.layer_forwards_unshared,
+        "time_limit": time_limit,
+    }
+    plans = []
+    for budget, capacity in zip(_solving(bench, method, budgets), setting.capacities, strict=True):
+        best = [tuple(row.tolist()) for row in setting.assignments(walked.best(capacity, 2))]
+        if method == "shapley":
+            plan = plan_gains(bench, method, estimation.estimate.shapley, budget, **spent)
+        elif method == "interactions":
+            surrogates = walked.surrogates(capacity)
+            program = best_surrogate(surrogates).program(setting.costs, capacity)
+            optima = local_optima(program, walked.best(capacity, 3), 100, np.random.default_rng([setting.seed, 0]))
+            chosen = setting.assignments(optima[0])
+            plan = plan_search(bench, method, chosen, budget, surrogates=surrogates, runner_up=None, **spent)
+        else:
+            plan = plan_budget(estimation, budget, method=method, alpha=alpha, time_limit=time_limit)
+        others = [row for row in best if row != tuple(plan.assignment)]
+        plans.append(dataclasses.replace(plan, runner_up=others[0] if others else None))
+    return plans
+
+
+def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
+    """Plans by a search on the true loss: on the screening sequences, and decided on all of them."""
+    setting, blocks = _setting(bench, budgets), [player.block for player in bench.players]
+    with bench.screening_game(f"searching, {method}") as game:
+        known = game.journal.first(_known_at_start(bench, game.journal, method, setting))
+        screening = Meter(game, blocks, known[0])
+        search = run_estimator(SEARCHES[method](setting, known), screening)
+    measured, plans = search.measured, []
+    layer_forwards, evaluations = round(screening.layer_forwards * bench.screening_share), screening.evaluations
+    ranked = {c: _ranked(setting, search, c) for c in setting.capacities}
+    if bench.screening_share < 1:
+        finalists = np.unique(np.concatenate([of[:_FINALISTS] for of in ranked.values()]), axis=0)
+        with bench.calibration_game("deciding") as game:
+            deciding = Measured(setting)
+            deciding.add(finalists, game(finalists))
+        ranked = {c: setting.assignments(deciding.best(c, 2)) for c in setting.capacities}
+        layer_forwards += prefix_tree_size(finalists, blocks)
+        evaluations += len(finalists)
+    for budget, capacity in zip(_solving(bench, method, budgets), setting.capacities, strict=True):
+        chosen, *others = ranked[capacity]
+        plan = plan_search(
+            bench,
+            method,
+            chosen,
+            budget,
+            surrogates=measured.surrogates(capacity),
+            runner_up=others[0] if others else None,
+            layer_forwards=layer_forwards,
+            layer_forwards_unshared=evaluations * len(set(blocks)),
+            time_limit=time_limit,
+        )
+        # What was fitted to the screening sequences predicts no loss of all of them.
+        plans.append(plan if bench.screening_share == 1 else dataclasses.replace(plan, predicted_loss=None))
+    return plans
+
+
+def _ranked(setting: Setting, search: Search, capacity: int) -> Assignments:
+    """What a search chooses for a budget, then the best of what else it measured, shape (n, n_players)."""
+    chosen = search.choose(capacity)
+    best = setting.assignments(search.measured.best(capacity, _FINALISTS))
+    return np.concatenate([chosen[None], best[(best != chosen).any(axis=1)]])
+
+
+def _setting(bench: Workbench, budgets: Sequence[Budget]) -> Setting:
+    config, storage = bench.config, bench.storage
+    return Setting(
+        config.low,
+        config.high,
+        storage.raise_costs(config.low, config.high),
+        tuple(capacity_of(bench, budget) for budget in budgets),
+        config.seed,
+    )
+
+
+def _solving(bench: Workbench, method: str, budgets: Sequence[Budget]) -> Iterator[Budget]:
+    """The budgets, with progress."""
+    for done, budget in enumerate(budgets):
+        bench.progress(f"solving the program, {method}", done, len(budgets))
+        yield budget
+    bench.progress(f"solving the program, {method}", len(budgets), len(budgets))
+
+
+def _known_at_start(bench: Workbench, journal: Journal, method: str, setting: Setting) -> int:
+    """Number of losses in the journal when this very search began; a search that goes on must not learn its own first.
+
+    It is written down at the first start: what was measured since is replayed, not known.
+    """
+    path = bench.folder.path / "searches.json"
+    begun: dict[str, int] = read_json(path) if path.is_file() else {}
+    name = f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.path.name}"
+    if name not in begun:
+        begun[name] = len(journal)
+        write_json(path, begun)
+    return begun[name]

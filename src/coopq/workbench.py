@@ -1,0 +1,129 @@
+"""A loaded model with everything that measures it, held open over a locked run folder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from coopq.backends import Backend, get_backend
+from coopq.bank import WeightBank, measure_storage
+from coopq.calibration import TokenSet, calibration_set, check_calibration
+from coopq.engine import PrefixEngine
+from coopq.errors import CalibrationError, EstimationError
+from coopq.files import locked, require_writable
+from coopq.game import QuantizationGame
+from coopq.journal import Journal
+from coopq.models import LoadedModel, fingerprint_weights, load_model
+from coopq.players import check_granularity, find_players
+from coopq.run import RunConfig, RunFolder, Subject
+from coopq.storage import Budget
+from coopq.types import ProgressCallback, silent
+
+
+@dataclass(frozen=True)
+class Workbench(Subject):
+    """A loaded model with everything that measures it, held open over a locked run folder."""
+
+    folder: RunFolder
+    loaded: LoadedModel
+    backend: Backend
+    bank: WeightBank
+    calibration: TokenSet
+    progress: ProgressCallback
+
+    @contextmanager
+    def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
+        """The game on `tokens`, with its values in `journal`."""
+        with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos}) as values:
+            engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+            yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
+
+    @contextmanager
+    def calibration_game(self, stage: str) -> Iterator[QuantizationGame]:
+        """The game that searches play."""
+        with self.game(self.calibration, self.folder.journal, stage) as game:
+            yield game
+
+    @property
+    def screening_share(self) -> float:
+        """Share of the calibration sequences that searches screen on."""
+        return (self.config.screening or self.config.calibration.sequences) / self.config.calibration.sequences
+
+    @contextmanager
+    def screening_game(self, stage: str) -> Iterator[QuantizationGame]:
+        """The game on the screening sequences, which are the first ones; all of them where there is no screening."""
+        if self.screening_share == 1:
+            with self.calibration_game(stage) as game:
+                yield game
+            return
+        tokens = replace(self.calibration, tokens=self.calibration.tokens[: self.config.screening])
+        journal = self.folder.path / f"screening-{self.config.screening}.jsonl"
+        with self.game(tokens, journal, stage) as game:
+            yield game
+
+
+@contextmanager
+def open_workbench(
+    config: RunConfig, run: Path, progress: ProgressCallback = silent, *budgets: Budget
+) -> Iterator[Workbench]:
+    """Check the request, load the model and lock the run folder; cheap checks come first.
+
+    Args:
+        config: What to measure.
+        run: The run folder; it is made when missing.
+        progress: Told of every step.
+        budgets: Checked for feasibility before anything expensive.
+    """
+    check_config(config)
+    backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+    require_writable(run)
+    folder = RunFolder(run)
+    with locked(run):
+        folder.check(config)
+        progress("loading the model", 0, 1)
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        progress("loading the model", 1, 1)
+        players = find_players(loaded.model, config.granularity)
+        storage = measure_storage(players, backend, (config.low, config.high))
+        for budget in budgets:
+            storage.limit(budget, config.low, config.high)
+        max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
+        weights = {
+            "weights": fingerprint_weights(loaded.model),
+            "players": config.granularity,
+            "backend": backend.fingerprint(),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": loaded.model.device.type,
+        }
+        if backend.whole_model:
+            weights["hessians"] = calibration.fingerprint
+        fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
+        # What belongs to another model refuses before anything is written over.
+        with Journal(folder.journal, fingerprint):
+            pass
+        bank = WeightBank(folder.bank, loaded, players, backend, weights)
+        folder.start(config)
+        bank.build((config.low, config.high), calibration.tokens, progress)
+        yield Workbench(config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress)
+
+
+def check_config(config: RunConfig) -> None:
+    """Check everything that needs no model.
+
+    Raises:
+        CoopQError: Naming what is wrong.
+    """
+    if not config.low < config.high:
+        raise EstimationError(f"bits {config.low},{config.high} must be two different widths, the lower one first")
+    if config.permutations < 2:
+        raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
+    if config.seed < 0 or config.calibration.seed < 0:
+        raise EstimationError(f"seeds {config.seed} and {config.calibration.seed} must not be negative")
+    sequences = config.calibration.sequences
+    if config.screening is not None and not 1 <= config.screening <= sequences:
+        raise CalibrationError(
+            f"{config.screening} screening sequences are not 1 to {sequences}, the number of calibration sequences"
+        )
+    check_granularity(config.granularity)
+    check_calibration(config.calibration)
