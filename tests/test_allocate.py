@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 from itertools import product
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.allocate import allocate
+from coopq.allocate import allocate, best_allocations, near_optimum
 from coopq.program import QuadraticProgram, paper_program
+from coopq.relaxation import lower_bound
+from coopq.testing import SyntheticGame
 
 
 def random_program(seed: int, n: int, magnitude: float) -> QuadraticProgram:
@@ -39,6 +42,44 @@ def test_the_solver_finds_the_optimum_of_any_sign_and_size(seed: int, n: int, ma
     assert allocation.gap == 0
     assert allocation.objective == program.objective(allocation.q)
     assert allocation.objective == pytest.approx(best_by_enumeration(program), abs=1e-7 * magnitude)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 7), k=st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_the_k_best_in_order(seed: int, n: int, k: int) -> None:
+    program = random_program(seed, n, 1.0)
+    points = (np.array(q) for q in product([False, True], repeat=n))
+    expected = sorted(program.objective(q) for q in points if program.feasible(q))[:k]
+    found = best_allocations(program, k)
+    assert [allocation.objective for allocation in found] == pytest.approx(expected, abs=1e-6)
+    assert len({allocation.q.tobytes() for allocation in found}) == len(expected)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 16), definite=st.booleans(), equal=st.booleans())
+@settings(max_examples=10, deadline=None)
+def test_allocations_and_bounds_against_brute_force(seed: int, n: int, definite: bool, equal: bool) -> None:
+    program = random_program(seed, n, 1.0)
+    if definite:
+        program = dataclasses.replace(program, quadratic=program.quadratic @ program.quadratic.T)
+    if equal:
+        program = dataclasses.replace(program, costs=np.full(n, 7), capacity=7 * (n // 2) + 3)
+    q = (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(float)
+    values = q @ program.linear + ((q @ program.quadratic) * q).sum(axis=1)
+    best = values[(1 - q) @ program.costs <= program.capacity].min()
+    assert allocate(program).objective == pytest.approx(best, abs=1e-6)
+    near = near_optimum(program)
+    assert program.feasible(near.q)
+    assert near.bound <= best + 1e-9
+    assert near.objective >= best - 1e-9
+    assert lower_bound(program) <= best + 1e-9
+
+
+def test_hundreds_of_players_with_any_interactions_take_seconds() -> None:
+    game = SyntheticGame(300, "quadratic", 0)
+    program = QuadraticProgram(game.linear, game.pairs, np.ones(300, dtype=np.int64), 150)
+    near = near_optimum(program)
+    assert near.gap < 0.15
+    assert near.status == "local optimum"
 
 
 def test_a_budget_is_kept_to_the_byte() -> None:

@@ -1,8 +1,9 @@
-"""The CoopQ program: the assignment that minimises the surrogate under a byte budget, solved exactly."""
+"""Solving the program of a budget: exactly, by branch and bound, or near and with a bound where it is too large."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import numpy.typing as npt
 from pyscipopt import Model, quicksum
 
 from coopq.errors import EstimationError
-from coopq.program import QuadraticProgram
+from coopq.program import QuadraticProgram, local_optima
+from coopq.relaxation import lower_bound
 
+_STARTS = 30
+"""Descents from random assignments, whose best the solver starts from."""
 _STATUS = {"optimal": "optimal", "timelimit": "time limit"}
 
 
@@ -24,7 +28,7 @@ class Allocation:
         objective: Value of the program at q, nats per token.
         bound: No assignment has a lower value than this.
         gap: (objective - bound) / |objective|; 0 when proven optimal.
-        status: "optimal" or "time limit".
+        status: "optimal", "time limit", or "local optimum" where only descents and a relaxation were tried.
     """
 
     q: npt.NDArray[np.bool_]
@@ -35,64 +39,126 @@ class Allocation:
 
 
 def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allocation:
-    """Solve the program with SCIP, its products linearised.
+    """Solve the program with SCIP, its products linearised; any K, definite or not.
 
     Args:
         program: What to minimise.
         time_limit: Seconds after which the best solution found so far is taken; None waits for the proof.
-    Raises:
-        EstimationError: If the time limit leaves no solution at all.
     """
-    n = len(program.linear)
-    # Solver tolerances are absolute and marginals can be 1e-3 nats: solve in units of the largest coefficient.
-    scale = max(float(np.abs(program.linear).max()), float(np.abs(program.quadratic).max())) or 1.0
-    a, K = program.linear / scale, program.quadratic / scale
+    return next(_allocations(program, time_limit))
 
-    model = Model("coopq")
-    model.hideOutput()
-    if time_limit is not None:
-        model.setParam("limits/time", time_limit)
-    q = [model.addVar(vtype="B", name=f"q{i}") for i in range(n)]
-    terms = [(a[i] + K[i, i]) * q[i] for i in range(n)]
-    for i, j in combinations(range(n), 2):
-        weight = K[i, j] + K[j, i]
-        if weight == 0:
-            continue
-        product = model.addVar(lb=0, ub=1, name=f"y{i}_{j}")
-        if weight > 0:  # minimisation presses the product down: only its lower side can bind
-            model.addCons(product >= q[i] + q[j] - 1)
-        else:
-            model.addCons(product <= q[i])
-            model.addCons(product <= q[j])
-        terms.append(weight * product)
-    unit = math.gcd(*program.costs.tolist()) or 1
-    model.addCons(
-        quicksum(int(c) // unit * (1 - x) for c, x in zip(program.costs, q, strict=True)) <= program.capacity // unit
-    )
-    model.setObjective(quicksum(terms), "minimize")
-    model.optimize()
-    solution, status = _solution(model, q)
-    while not program.feasible(solution):
-        # Bytes over the budget, but within the solver's relative tolerance. The raised players do not fit together,
-        # which is a valid inequality that excludes this solution and nothing feasible.
-        model.freeTransform()
-        raised = np.flatnonzero(~solution)
-        model.addCons(quicksum(1 - q[i] for i in raised) <= len(raised) - 1)
-        model.optimize()
-        solution, status = _solution(model, q)
-    objective = program.objective(solution)
-    bound = min(model.getDualbound() * scale, objective)
-    if status == "optimal":
-        bound = objective
+
+def best_allocations(program: QuadraticProgram, k: int, time_limit: float | None = None) -> list[Allocation]:
+    """The k best assignments, best first; fewer where there are no more.
+
+    Args:
+        program: What to minimise.
+        k: How many.
+        time_limit: Seconds for each; None waits for the proof.
+    """
+    return list(islice(_allocations(program, time_limit), k))
+
+
+def near_optimum(program: QuadraticProgram) -> Allocation:
+    """The best of many descents, with the bound of a relaxation: seconds for hundreds of players, whatever K is."""
+    q = _descended(program)
+    return _allocation(program, q, -math.inf, "local optimum")
+
+
+def _allocations(program: QuadraticProgram, time_limit: float | None) -> Iterator[Allocation]:
+    """Solutions in order, each excluded from the next search."""
+    solver = _Solver(program, time_limit)
+    start: npt.NDArray[np.bool_] | None = _descended(program)
+    while (found := solver.solve(start)) is not None:
+        q, bound, status = found
+        yield _allocation(program, q, bound, status)
+        solver.exclude(q)
+        start = None
+
+
+def _allocation(program: QuadraticProgram, q: npt.NDArray[np.bool_], bound: float, status: str) -> Allocation:
+    """A solution with the best bound there is."""
+    objective = program.objective(q)
+    bound = objective if status == "optimal" else min(objective, max(bound, lower_bound(program)))
     gap = 0.0 if bound == objective else (objective - bound) / max(abs(objective), 1e-12)
-    return Allocation(q=solution, objective=objective, bound=bound, gap=gap, status=status)
+    return Allocation(q=q, objective=objective, bound=bound, gap=gap, status=status)
 
 
-def _solution(model: Model, q: list[Any]) -> tuple[npt.NDArray[np.bool_], str]:
-    """The solver's best assignment and its status in our words."""
-    status = model.getStatus()
-    if status == "userinterrupt":  # SCIP answers an interrupt by stopping
-        raise KeyboardInterrupt
-    if status not in _STATUS or model.getNSols() == 0:
-        raise EstimationError(f"the solver stopped ({status}) before it found any assignment; raise the time limit")
-    return np.array([model.getVal(x) > 0.5 for x in q]), _STATUS[status]
+def _descended(program: QuadraticProgram) -> npt.NDArray[np.bool_]:
+    nowhere = np.zeros((0, len(program.linear)), dtype=bool)
+    return local_optima(program, nowhere, _STARTS, np.random.default_rng(0))[0]
+
+
+class _Solver:
+    """The program as SCIP has it."""
+
+    def __init__(self, program: QuadraticProgram, time_limit: float | None) -> None:
+        self._program = program
+        n = len(program.linear)
+        # Solver tolerances are absolute and marginals can be 1e-3 nats: solve in units of the largest coefficient.
+        self._scale = max(float(np.abs(program.linear).max()), float(np.abs(program.quadratic).max())) or 1.0
+        a, K = program.linear / self._scale, program.quadratic / self._scale
+        self._model = model = Model("coopq")
+        model.hideOutput()
+        if time_limit is not None:
+            model.setParam("limits/time", time_limit)
+        self._q = q = [model.addVar(vtype="B", name=f"q{i}") for i in range(n)]
+        self._products: dict[tuple[int, int], Any] = {}
+        terms = [(a[i] + K[i, i]) * q[i] for i in range(n)]
+        for i, j in combinations(range(n), 2):
+            weight = K[i, j] + K[j, i]
+            if weight == 0:
+                continue
+            self._products[i, j] = product = model.addVar(lb=0, ub=1, name=f"y{i}_{j}")
+            if weight > 0:  # minimisation presses the product down: only its lower side can bind
+                model.addCons(product >= q[i] + q[j] - 1)
+            else:
+                model.addCons(product <= q[i])
+                model.addCons(product <= q[j])
+            terms.append(weight * product)
+        unit = math.gcd(*program.costs.tolist()) or 1
+        raised = quicksum(int(c) // unit * (1 - x) for c, x in zip(program.costs, q, strict=True))
+        model.addCons(raised <= program.capacity // unit)
+        model.setObjective(quicksum(terms), "minimize")
+
+    def solve(self, start: npt.NDArray[np.bool_] | None) -> tuple[npt.NDArray[np.bool_], float, str] | None:
+        """The best assignment not excluded, a bound and the status in our words; None when there is no other.
+
+        Raises:
+            EstimationError: If the time limit leaves no solution at all.
+        """
+        if start is not None:
+            self._suggest(start)
+        while True:
+            self._model.optimize()
+            status = self._model.getStatus()
+            if status == "userinterrupt":  # SCIP answers an interrupt by stopping
+                raise KeyboardInterrupt
+            if status == "infeasible":
+                return None
+            if status not in _STATUS or self._model.getNSols() == 0:
+                raise EstimationError(
+                    f"the solver stopped ({status}) before it found any assignment; raise the time limit"
+                )
+            solution = np.array([self._model.getVal(x) > 0.5 for x in self._q])
+            if self._program.feasible(solution):
+                return solution, self._model.getDualbound() * self._scale, _STATUS[status]
+            # Bytes over the budget, but within the solver's relative tolerance. The raised players do not fit together,
+            # which is a valid inequality that excludes this solution and nothing feasible.
+            self._model.freeTransform()
+            raised = np.flatnonzero(~solution)
+            self._model.addCons(quicksum(1 - self._q[i] for i in raised) <= len(raised) - 1)
+
+    def exclude(self, q: npt.NDArray[np.bool_]) -> None:
+        """Forbid one assignment."""
+        self._model.freeTransform()
+        self._model.addCons(quicksum((1 - x) if low else x for x, low in zip(self._q, q, strict=True)) >= 1)
+
+    def _suggest(self, start: npt.NDArray[np.bool_]) -> None:
+        """Let the search begin with a known solution."""
+        solution = self._model.createSol()
+        for i, x in enumerate(self._q):
+            self._model.setSolVal(solution, x, float(start[i]))
+        for (i, j), product in self._products.items():
+            self._model.setSolVal(solution, product, float(start[i] and start[j]))
+        self._model.addSol(solution)

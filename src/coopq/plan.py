@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.allocate import Allocation, allocate
+from coopq.allocate import Allocation, allocate, near_optimum
 from coopq.errors import PlanError
 from coopq.files import write_json
 from coopq.program import QuadraticProgram, paper_program
@@ -25,6 +25,8 @@ _FORMAT_VERSION = 1
 _BOOTSTRAPS = 10_000
 _SEARCH_TIME_LIMIT = 60.0
 """Seconds for the program of a search: it only says how far the surrogate could be from its optimum."""
+_MOST_EXACT = 64
+"""Players up to which that program is solved by branch and bound; its K is indefinite, and hard beyond."""
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,9 @@ def plan_search(
     """
     config, surrogate = subject.config, best_surrogate(surrogates)
     costs = subject.storage.raise_costs(config.low, config.high)
-    allocation = allocate(surrogate.program(costs, capacity_of(subject, budget)), time_limit or _SEARCH_TIME_LIMIT)
+    program = surrogate.program(costs, capacity_of(subject, budget))
+    few = len(costs) <= _MOST_EXACT
+    allocation = allocate(program, time_limit or _SEARCH_TIME_LIMIT) if few else near_optimum(program)
     return _plan(
         subject,
         budget,
