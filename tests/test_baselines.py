@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import coopq
 from coopq.backends import get_backend
 from coopq.bank import WeightBank, measure_storage
-from coopq.baselines import BASELINES, activation, gains_of_ranking, get_baseline, lim, llm_mq, zd
+from coopq.baselines import BASELINES, activation, fisher, gains_of_ranking, get_baseline, lim, llm_mq, zd
 from coopq.engine import PrefixEngine
 from coopq.errors import EstimationError
 from coopq.models import LoadedModel
@@ -93,6 +93,35 @@ def test_llm_mq_by_whole_model_autograd(granularity: str, tmp_path: Path) -> Non
     np.testing.assert_allclose(llm_mq.gains_by_layer(probe), by_layer[0] - by_layer[1], rtol=1e-3)
     np.testing.assert_allclose(llm_mq.gains_by_block(probe), by_block[0] - by_block[1], rtol=1e-3)
     assert np.allclose(by_layer, by_block) == (granularity == "linear")
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_fisher_by_whole_model_autograd(name: str, granularity: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    probe = probe_of(model, tmp_path, granularity)
+    backend = get_backend("rtn", group_size=16)
+    expected = np.zeros((2, len(probe.players), len(TOKENS)))
+    for s, sequence in enumerate(torch.from_numpy(TOKENS)):
+        model.zero_grad()
+        model(input_ids=sequence[None], labels=sequence[None]).loss.backward()
+        for row, bits in enumerate((2, 4)):
+            for index, player in enumerate(probe.players):
+                for linear in player.linears:
+                    weight = model.get_submodule(linear.name).weight
+                    packed = backend.quantize(weight.detach(), bits)
+                    moved = backend.dequantize(packed, linear.shape, bits, weight.dtype) - weight.detach()
+                    expected[row, index, s] += float((weight.grad * moved).sum())
+    model.zero_grad()
+    np.testing.assert_allclose(probe.sequence_changes(), expected, rtol=1e-3, atol=1e-6)
+    linear_terms, pairs = fisher.terms(probe)
+    # by the definition, for one coalition
+    lowered = np.arange(len(probe.players)) % 2 == 0
+    changes = np.where(lowered[:, None], expected[0], expected[1]).sum(axis=0)
+    before = expected[1].sum(axis=0)
+    n_scored = TOKENS.shape[1] - 1
+    exact = (changes - before).mean() + n_scored / 2 * (changes**2 - before**2).mean()
+    assert linear_terms @ lowered + lowered @ pairs @ lowered == pytest.approx(exact, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

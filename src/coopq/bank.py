@@ -1,7 +1,8 @@
 """Dequantised weights of every player at every bit-width: made once, kept on disk, mapped into memory."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,6 +138,22 @@ class WeightBank:
             linear.name: cast(nn.Parameter, self._linears[linear.name].weight)
             for linear in self.players[player].linears
         }
+
+    @contextmanager
+    def watching(self, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """A dictionary that gets the input and the output of each linear layer of players, by name, when called."""
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
+            return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
+
+        names = [linear.name for player in players for linear in self.players[player].linears]
+        handles = [self._linears[name].register_forward_hook(keep(name)) for name in names]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def restore(self) -> None:
         """Give the model its own weights back."""

@@ -42,7 +42,7 @@ Granularity = Annotated[str, typer.Option(help="What gets a width of its own: bl
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
-    "greedy-down, greedy-up, regression, cross-layer, exact; or a one-layer score: llm-mq, llm-mq-block, lim, zd, "
+    "greedy-down, greedy-up, regression, cross-layer, exact; or a score: fisher, llm-mq, llm-mq-block, lim, zd, "
     "zd-two-sided, activation."
 )
 Method = Annotated[str, typer.Option(help=METHOD_HELP)]

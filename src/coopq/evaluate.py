@@ -27,7 +27,7 @@ _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
 _N_RANDOM = 5
 _RANDOM_SEED = 0
-COMPARED = ("active", "coopq", "shapley", "interactions", *BASELINES)
+COMPARED = ("active", "coopq", "shapley", "interactions", "fisher", *BASELINES)
 """Methods that are compared unless others are named. `shapley` and `interactions` are other readings of the walks of
 `coopq`, and show what its covariance adds."""
 

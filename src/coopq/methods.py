@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from coopq.baselines import BASELINES, Gains, get_baseline
+from coopq.baselines import BASELINES, Gains, fisher, get_baseline
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, hint
 from coopq.estimators import (
@@ -50,7 +50,7 @@ SEARCHES: dict[str, Callable[[Setting, Known], Search]] = {
 }
 SHRUNK = ("coopq", "pruning")
 """Methods that solve the paper's program, with its alpha."""
-METHODS = (*SEARCHES, *WALK_METHODS, *BASELINES)
+METHODS = (*SEARCHES, *WALK_METHODS, "fisher", *BASELINES)
 
 
 def check_method(method: str) -> None:
@@ -101,25 +101,28 @@ def _estimation(bench: Workbench, estimator: SPQE) -> Estimation:
     )
 
 
-def gains_on(bench: Workbench, method: str) -> tuple[Gains, int]:
-    """A baseline's gains, and the layer forwards that they take; kept in the run folder."""
+def terms_on(bench: Workbench, method: str) -> tuple[Gains, Gains | None, int]:
+    """Linear and, for "fisher", pair terms of a score, and the layer forwards that it takes; kept in the run folder."""
     path = bench.folder.path / "scores" / f"{method}.json"
     fingerprint = {**bench.fingerprint, "low": bench.config.low, "high": bench.config.high}
     if path.is_file():
         record = read_json(path)
         if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
-            return np.array(record["gains"]), record["layer_forwards"]
+            pairs = record.get("pairs")
+            return np.array(record["gains"]), None if pairs is None else np.array(pairs), record["layer_forwards"]
     engine = PrefixEngine(bench.loaded.model, bench.bank, bench.calibration.tokens)
     probe = Probe(engine, bench.bank, bench.config.low, bench.config.high)
     bench.progress(f"scoring by {method}", 0, 1)
-    gains = get_baseline(method)(probe)
+    gains, pairs = fisher.terms(probe) if method == "fisher" else (get_baseline(method)(probe), None)
     bench.progress(f"scoring by {method}", 1, 1)
     if not np.isfinite(gains).all():
         raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
     path.parent.mkdir(exist_ok=True)
     record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
+    if pairs is not None:
+        record["pairs"] = pairs.tolist()
     write_json(path, record)
-    return gains, probe.layer_forwards
+    return gains, pairs, probe.layer_forwards
 
 
 def plans_on(
@@ -134,7 +137,7 @@ def plans_on(
     check_method(method)
     if method in SEARCHES:
         return _search_on(bench, method, budgets, time_limit)
-    if method in BASELINES:
+    if method in (*BASELINES, "fisher"):
         return _scored_on(bench, method, budgets, time_limit)
     return _walked_on(bench, method, budgets, alpha, time_limit)
 
@@ -152,10 +155,10 @@ def measure(bench: Workbench, plan: Plan) -> Plan:
 
 
 def _scored_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
-    """Plans by a one-layer score."""
-    gains, layer_forwards = gains_on(bench, method)
+    """Plans by what gradients, activations or weights say, without a loss of any assignment."""
+    gains, pairs, spent = terms_on(bench, method)
     return [
-        plan_gains(bench, method, gains, budget, layer_forwards=layer_forwards, time_limit=time_limit)
+        plan_gains(bench, method, gains, budget, pairs=pairs, layer_forwards=spent, time_limit=time_limit)
         for budget in _solving(bench, method, budgets)
     ]
 

@@ -256,17 +256,19 @@ def plan_gains(
     gains: npt.NDArray[np.float64],
     budget: Budget,
     *,
+    pairs: npt.NDArray[np.float64] | None = None,
     layer_forwards: int,
     layer_forwards_unshared: int | None = None,
     time_limit: float | None = None,
 ) -> Plan:
-    """Allocate one budget by a one-layer score: the exact knapsack over what raising each player is worth.
+    """Allocate one budget by a score: the exact knapsack over what raising each player is worth.
 
     Args:
         subject: What the plan is for.
         method: Name of the score.
         gains: What raising each player is worth, shape (n_players,).
         budget: The limit on bytes.
+        pairs: What pairs of lowered players cost beyond that, symmetric, shape (n_players, n_players), if anything.
         layer_forwards: What the score took.
         layer_forwards_unshared: What it would have taken without sharing prefixes, if that is more.
         time_limit: Seconds for the solver; None waits for the proof.
@@ -276,7 +278,7 @@ def plan_gains(
     config = subject.config
     program = QuadraticProgram(
         linear=gains,
-        quadratic=np.zeros((len(gains), len(gains))),
+        quadratic=np.zeros((len(gains), len(gains))) if pairs is None else pairs,
         costs=subject.storage.raise_costs(config.low, config.high),
         capacity=capacity_of(subject, budget),
     )

@@ -1,6 +1,7 @@
 """Activations and gradients of the full-precision model, streamed block by block: no second copy of the model."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +50,11 @@ class Probe:
         n_weights = np.array([player.n_weights for player in self.players], dtype=np.float64)
         return n_weights / np.bincount(self.blocks, n_weights)[self.blocks]
 
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of a sequence that are predicted: all but the first."""
+        return int(self._engine.batches[0].shape[1]) - 1
+
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self._bank.originals(player)
@@ -95,6 +101,42 @@ class Probe:
                     total += gradient
             for player in reversed(members):
                 yield player, {linear.name: totals[linear.name] for linear in self.players[player].linears}
+
+    def sequence_changes(self) -> npt.NDArray[np.float64]:
+        """What quantizing each player does to the loss of each sequence, to first order.
+
+        <g_s, Q_b(W) - W>, where g_s is the gradient of the mean loss of sequence s. No gradient by a weight is formed:
+        with the inputs x and the gradients y of a layer's outputs it is the sum over tokens of y (Q_b(W) - W) x.
+
+        Returns:
+            Shape (2, n_players, n_sequences), nats per token; at the low width, then at the high one.
+        """
+        engine = self._engine
+        engine.record()
+        states = [engine.embedded]
+        for block in range(len(engine.members)):
+            states.append(engine.forward_block(block, states[-1]))
+        # The mean over all sequences, times their number, is the sum of their means.
+        n_sequences = sum(len(batch) for batch in engine.batches)
+        upstream = [self._head_gradient(j, final) * n_sequences for j, final in enumerate(states.pop())]
+        self.layer_forwards += len(engine.members)
+        changes = np.zeros((2, len(self.players), n_sequences))
+        starts = np.cumsum([0, *(len(batch) for batch in engine.batches)])
+        for block, members in reversed(list(enumerate(engine.members))):
+            self.layer_forwards += 5  # forward, gradient of the states, and two products for each weight
+            for j, leaf in enumerate(states.pop()):
+                leaf = leaf.detach().requires_grad_()
+                with torch.enable_grad(), self._bank.watching(members) as seen:
+                    output = engine.call_block(block, j, leaf)
+                names = list(seen)
+                upstream[j], *gradients = torch.autograd.grad(output, [leaf, *(seen[n][1] for n in names)], upstream[j])
+                of_output = dict(zip(names, gradients, strict=True))
+                for player, (row, bits) in product(members, enumerate((self.low, self.high))):
+                    for name, weight in self.weights(player).items():
+                        moved = functional.linear(seen[name][0], self.quantized(player, bits)[name] - weight)
+                        change = (moved * of_output[name]).flatten(1).double().sum(dim=1)
+                        changes[row, player, starts[j] : starts[j + 1]] += change.cpu().numpy()
+        return changes
 
     def _head_gradient(self, j: int, final: Tensor) -> Tensor:
         """Gradient of the mean loss by the states after the last block, for one batch of tokens."""
