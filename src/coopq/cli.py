@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from coopq.errors import CalibrationError, CoopQError, EstimationError
+from coopq.errors import BudgetError, CalibrationError, CoopQError, EstimationError
 from coopq.files import write_json
 from coopq.journal import Journal
 from coopq.plan import Plan, plan_budget
@@ -36,7 +36,7 @@ app = typer.Typer(
 )
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
 Budget_ = Annotated[
-    str, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
+    str | None, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
 Granularity = Annotated[str, typer.Option(help="What gets a width of its own: block, or linear (layer).")]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
@@ -81,8 +81,12 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 @app.command()
 def quantize(
     model: Model,
-    budget: Budget_,
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
+    budget: Budget_ = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Instead of a budget: the smallest size whose calibration loss stays under this, in nats."),
+    ] = None,
     run: Run = None,
     method: Method = "active",
     granularity: Granularity = "block",
@@ -116,7 +120,15 @@ def quantize(
     quiet_libraries()
     with progress_bars() as progress:
         plan = pipeline.quantize(
-            config, budget, out, run=run, method=method, alpha=alpha, time_limit=time_limit, progress=progress
+            config,
+            budget,
+            out,
+            max_loss=max_loss,
+            run=run,
+            method=method,
+            alpha=alpha,
+            time_limit=time_limit,
+            progress=progress,
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     print_result(plan_data(plan) | {"out": str(out)}, text, as_json)
@@ -160,17 +172,22 @@ def estimate(
 @app.command()
 def allocate(
     run: Annotated[Path, typer.Argument(help="Run folder of a finished estimation.")],
-    budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
+    budget: Annotated[list[str] | None, typer.Option(help="As for quantize; may be given several times.")] = None,
+    front: Annotated[int, typer.Option(help="As many budgets, evenly between the two widths, beside those named.")] = 0,
     alpha: Alpha = 0.5,
     time_limit: TimeLimit = None,
     as_json: Json = False,
 ) -> None:
     """Solve the CoopQ program for one or several budgets; a plan each, in RUN/plans."""
-    budgets = [Budget.parse(text) for text in budget]
+    budgets = [Budget.parse(text) for text in budget or []]
     folder = RunFolder(run)
     estimation = folder.load()
+    low, high = estimation.config.low, estimation.config.high
+    budgets += [Budget.parse(f"{low + (high - low) * k / (front + 1):.4g}avg") for k in range(1, front + 1)]
+    if not budgets:
+        raise BudgetError("no budget is given; name some with --budget, or take a whole front with --front 9")
     for parsed in budgets:  # all are checked before any is solved
-        estimation.storage.limit(parsed, estimation.config.low, estimation.config.high)
+        estimation.storage.limit(parsed, low, high)
     plans: list[Plan] = []
     with progress_bars() as progress:
         for parsed in budgets:

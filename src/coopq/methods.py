@@ -9,7 +9,7 @@ import numpy as np
 
 from coopq.baselines import BASELINES, Gains, fisher, get_baseline
 from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.errors import EstimationError, hint
+from coopq.errors import EstimationError, InfeasibleBudget, hint
 from coopq.estimators import (
     SPQE,
     ActiveSearch,
@@ -48,6 +48,8 @@ SEARCHES: dict[str, Callable[[Setting, Known], Search]] = {
     "cross-layer": lambda setting, _: CrossLayer(setting),
     "exact": lambda setting, _: Enumeration(setting),
 }
+_LEARNERS = ("active", "regression")
+"""Searches that learn from what was measured before them; the others only find it measured."""
 SHRUNK = ("coopq", "pruning")
 """Methods that solve the paper's program, with its alpha."""
 METHODS = (*SEARCHES, *WALK_METHODS, "fisher", *BASELINES)
@@ -200,7 +202,8 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
     """Plans by a search on the true loss: on the screening sequences, and decided on all of them."""
     setting, blocks = _setting(bench, budgets), [player.block for player in bench.players]
     with bench.screening_game(f"searching, {method}") as game:
-        known = game.journal.first(_known_at_start(bench, game.journal, method, setting))
+        knows = _known_at_start(bench, game.journal, method, setting) if method in _LEARNERS else 0
+        known = game.journal.first(knows)
         screening = Meter(game, blocks, known[0])
         search = run_estimator(SEARCHES[method](setting, known), screening)
     measured, plans = search.measured, []
@@ -230,6 +233,56 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
         # What was fitted to the screening sequences predicts no loss of all of them.
         plans.append(plan if bench.screening_share == 1 else dataclasses.replace(plan, predicted_loss=None))
     return plans
+
+
+def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None = None) -> Plan:
+    """The plan of the smallest size whose loss, truly measured on the calibration set, stays under a limit.
+
+    Sizes are bisected, to a hundredth of what lies between the widths; at each an active search goes on from all that
+    is measured.
+
+    Raises:
+        InfeasibleBudget: If every player at the high width loses more.
+    """
+    whole, blocks = _setting(bench, []), [player.block for player in bench.players]
+    low, high = 0, int(whole.costs.sum())
+    with bench.calibration_game("searching the smallest size") as game:
+        known = game.journal.first(_known_at_start(bench, game.journal, f"at most {max_loss}", whole))
+        meter, measured = Meter(game, blocks, known[0]), Measured(whole)
+        measured.add(*known)
+        ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_players, axis=1))
+        losses = meter(ends)
+        measured.add(ends, losses)
+        if losses[0] > max_loss:
+            raise InfeasibleBudget(
+                f"a loss of {max_loss} cannot be kept: with every player at {whole.high} bits it is {losses[0]:.4f}; "
+                "allow more, or take wider widths"
+            )
+        if losses[1] <= max_loss:
+            high = 0
+        while high - low > max(int(whole.costs.min()), int(whole.costs.sum()) // 100):
+            middle = (low + high) // 2
+            setting = dataclasses.replace(whole, capacities=(middle,))
+            search = run_estimator(ActiveSearch(setting, measured.known()), meter)
+            measured = search.measured
+            if measured.lowest(middle) <= max_loss:
+                high = int(measured.raised_bytes[measured.losses <= max_loss].min())
+            else:
+                low = middle
+    chosen, *others = whole.assignments(measured.best(high, 2))
+    n_bytes = bench.storage.bytes_of(chosen)
+    plan = plan_search(
+        bench,
+        "active",
+        chosen,
+        Budget.parse(f"{n_bytes}B"),
+        surrogates=measured.surrogates(high),
+        runner_up=others[0] if others else None,
+        layer_forwards=meter.layer_forwards,
+        layer_forwards_unshared=meter.evaluations * len(set(blocks)),
+        time_limit=time_limit,
+    )
+    return dataclasses.replace(plan, max_loss=max_loss)
 
 
 def _ranked(setting: Setting, search: Search, capacity: int) -> Assignments:

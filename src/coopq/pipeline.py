@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from coopq.backends import get_backend
 from coopq.bank import measure_storage
 from coopq.calibration import calibration_set
 from coopq.checkpoint import is_saved_model, save_model
-from coopq.errors import BackendError, InfeasibleBudget, Mismatch, OutputError
+from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
 from coopq.files import require_new_folder
-from coopq.methods import SHRUNK, check_method, estimate_on, measure, plans_on
+from coopq.methods import SEARCHES, SHRUNK, check_method, estimate_on, measure, plans_on, smallest_on
 from coopq.models import fingerprint_weights, load_model
 from coopq.plan import Plan, check_solver
 from coopq.players import find_players
@@ -35,9 +36,10 @@ def estimate(config: RunConfig, run: Path, progress: ProgressCallback = silent) 
 
 def quantize(
     config: RunConfig,
-    budget: str,
+    budget: str | None,
     out: Path,
     *,
+    max_loss: float | None = None,
     run: Path | None = None,
     method: str = "active",
     alpha: float = 0.5,
@@ -48,7 +50,8 @@ def quantize(
 
     Args:
         config: The model and how to measure it.
-        budget: "2.5avg", "2.8bpw" or "40MiB".
+        budget: "2.5avg", "2.8bpw" or "40MiB"; None with a limit on the loss instead.
+        max_loss: Find the smallest size whose loss on the calibration set stays under this, nats per token.
         out: Folder of the quantized model; it appears whole, at the end.
         run: Folder of the work, "<out>-run" by default; an interrupted job goes on from it.
         method: One of `coopq.methods.METHODS`: "active", "coopq" as in the paper, another search, or a baseline.
@@ -58,15 +61,23 @@ def quantize(
     Returns:
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
-    parsed = Budget.parse(budget)
+    budgets = [] if budget is None else [Budget.parse(budget)]
     check_solver(alpha, time_limit)
     check_method(method)
+    if (budget is None) == (max_loss is None):
+        raise BudgetError("give a budget, or a limit on the loss, and not both")
+    if max_loss is not None and method != "active":
+        raise EstimationError(f"method {method!r} cannot search for a loss; leave it out, the active search can")
     out = out.resolve()
     if is_saved_model(out):
-        return _finished(config, method, parsed, alpha if method in SHRUNK else None, time_limit, out)
+        asked = {"method": method, "alpha": alpha if method in SHRUNK else None, "max_loss": max_loss}
+        return _finished(config, asked | ({"budget": budgets[0].text} if budgets else {}), time_limit, out)
     require_new_folder(out)
-    with open_workbench(config, run or default_run(out), progress, parsed) as bench:
-        (plan,) = plans_on(bench, method, [parsed], alpha=alpha, time_limit=time_limit)
+    with open_workbench(config, run or default_run(out), progress, *budgets) as bench:
+        if max_loss is None:
+            (plan,) = plans_on(bench, method, budgets, alpha=alpha, time_limit=time_limit)
+        else:
+            plan = smallest_on(bench, max_loss, time_limit=time_limit)
         plan = measure(bench, plan)
         return save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out, progress)
 
@@ -146,20 +157,16 @@ def default_run(out: Path) -> Path:
     return out.with_name(f"{out.name}-run")
 
 
-def _finished(
-    config: RunConfig, method: str, budget: Budget, alpha: float | None, time_limit: float | None, out: Path
-) -> Plan:
+def _finished(config: RunConfig, asked: Mapping[str, Any], time_limit: float | None, out: Path) -> Plan:
     """The plan of an output that is complete, if it answers this very request."""
     plan = Plan.load(out / "plan.json")
-    ours = {**config.to_json(), "method": method, "budget": budget.text, "alpha": alpha, "deployment": None}
+    ours = {**config.to_json(), **asked, "deployment": None}
     theirs = {
         **RunConfig.from_json(plan.config).to_json(),
-        "method": plan.method,
-        "budget": plan.budget,
-        "alpha": plan.alpha,
+        **{name: getattr(plan, name) for name in asked},
         "deployment": plan.deployment,
     }
-    if time_limit is None:  # a proof is asked for
+    if time_limit is None and plan.method not in SEARCHES:  # a proof is asked for
         ours["solver"], theirs["solver"] = "optimal", plan.solver.status
     if ours != theirs:
         differing = Mismatch("", ours, theirs, "").fields

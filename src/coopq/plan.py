@@ -108,6 +108,7 @@ class Plan:
         saved_loss: Loss of the model as saved, for backends whose mixed weights are not the bank's (gptq).
         runner_up: Bits of each player in the best other assignment that the method measured; None if it measured none.
         evidence: How sure the choice is; None until it is measured.
+        max_loss: The limit on the loss that was asked for instead of a budget, nats per token.
         fidelity: How far the method's surrogate is to be trusted; None for methods without one.
     """
 
@@ -128,6 +129,7 @@ class Plan:
     layer_forwards_unshared: int
     deployment: Mapping[str, Any] | None = None
     saved_loss: float | None = None
+    max_loss: float | None = None
     runner_up: tuple[int, ...] | None = None
     evidence: Evidence | None = None
     fidelity: Fidelity | None = None

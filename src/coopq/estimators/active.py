@@ -10,7 +10,7 @@ from coopq.types import Assignment, Assignments, Losses
 _PER_SURROGATE = 2
 """Points that each surrogate proposes for each budget in a round. Few, so that it soon learns from them; several,
 so that the prefix tree has something to share."""
-_PATIENCE = 3
+_PATIENCE = 5
 """Rounds without a better assignment after which a budget is settled."""
 _INCUMBENTS = 3
 _RANDOM_STARTS = 20

@@ -112,6 +112,10 @@ class Measured:
         self.losses = np.concatenate([self.losses, losses[new]])
         self.raised_bytes = np.concatenate([self.raised_bytes, ~lowered @ setting.costs])
 
+    def known(self) -> Known:
+        """Everything, for another search to start from."""
+        return self._setting.assignments(self.lowered), self.losses
+
     def sizes(self) -> npt.NDArray[np.float64]:
         """Size of each point: 0 with all players lowered, 1 with none, shape (n_points,)."""
         return self.raised_bytes / self._setting.costs.sum()

@@ -1,0 +1,128 @@
+"""Every method on a real model, small enough for its optimum to be enumerated."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coopq.checkpoint import saved_bytes
+from coopq.methods import METHODS, SEARCHES, measure, plans_on
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
+from coopq.workbench import open_workbench
+from tests.command_line import in_process, refused
+from tests.conftest import STORIES
+
+CALIBRATION = CalibrationConfig(sequences=4, length=64)
+TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("methods") / "run"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path) -> None:
+    config = RunConfig(str(STORIES), low=2, high=4, permutations=4, calibration=CALIBRATION)
+    with open_workbench(config, run) as bench:
+        budgets = [Budget.parse("2.5avg"), Budget.parse("3.3avg")]
+        plans = [measure(bench, plan) for plan in plans_on(bench, method, budgets)]
+        best = [measure(bench, plan).measured_loss for plan in plans_on(bench, "exact", budgets)]
+    for plan, optimum in zip(plans, best, strict=True):
+        assert plan.method == method
+        assert plan.bytes <= plan.budget_bytes
+        assert plan.measured_loss is not None
+        assert optimum is not None
+        assert plan.measured_loss >= optimum - 1e-12
+        assert plan.evidence is not None
+        assert plan.evidence.stderr is not None
+        assert 0 <= plan.layer_forwards <= plan.layer_forwards_unshared
+        assert plan.layer_forwards > 0 or method in ("regression", "zd", "zd-two-sided"), "these measure nothing new"
+        if method in ("active", "exact"):
+            assert plan.measured_loss == optimum, "32 assignments are searched wholly"
+            assert plan.evidence.probability is not None
+            assert plan.evidence.interval is not None
+            assert plan.evidence.interval[0] <= (plan.evidence.difference or 0) <= plan.evidence.interval[1]
+        if method in SEARCHES:
+            assert plan.fidelity is not None
+            assert plan.predicted_loss is not None
+
+
+def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:
+    arguments: list[str | Path] = ["quantize", STORIES, "--budget", "3avg", "--granularity", "linear", *TEXT, "--json"]
+    whole, screened = tmp_path / "whole", tmp_path / "screened"
+    code, out, err = in_process(*arguments, "--out", whole)
+    assert code == 0, err
+    thorough = json.loads(out)
+    code, out, err = in_process(*arguments, "--out", screened, "--screen-tokens", "64")
+    assert code == 0, err
+    quick = json.loads(out)
+    assert quick["layer_forwards"] < thorough["layer_forwards"] / 2
+    assert quick["measured_loss"] >= thorough["measured_loss"] - 0.02
+    assert quick["predicted_loss"] is None, "what few sequences predict is no loss of all of them"
+    assert (tmp_path / "screened-run" / "screening-1.jsonl").is_file()
+    code, text, _ = in_process("show", tmp_path / "whole-run")
+    assert code == 0
+    assert "probability of the choice being better" in text
+    assert "left-out error" in text
+
+
+def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
+    config = RunConfig(str(STORIES), low=2, high=4, calibration=CALIBRATION)
+    with open_workbench(config, tmp_path / "run") as bench:
+        budgets = [Budget.parse(f"{average}avg") for average in (2, 2.4, 2.8, 3.2, 3.6, 4)]
+        front = [measure(bench, plan) for plan in plans_on(bench, "exact", budgets)]
+    losses = [plan.measured_loss or 0.0 for plan in front]
+    assert losses == sorted(losses, reverse=True)
+    limit = (losses[2] + losses[3]) / 2
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", STORIES, "--max-loss", f"{limit:.6f}", *TEXT, "--json"]
+    code, text, err = in_process(*arguments, "--out", out)
+    assert code == 0, err
+    plan = json.loads(text)
+    assert plan["measured_loss"] <= limit
+    assert plan["bytes"] == saved_bytes(out) == front[3].bytes, "the next smaller size is over the limit"
+    assert in_process(*arguments, "--out", out)[1] == text, "finished, and known to be"
+
+
+def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Path) -> None:
+    out: list[str | Path] = ["--out", tmp_path / "out", *TEXT]
+    assert "with every player at 4 bits it is" in refused("quantize", STORIES, "--max-loss", "0.5", *out)
+    assert "and not both" in refused("quantize", STORIES, "--max-loss", "9", "--budget", "3avg", *out)
+    assert "and not both" in refused("quantize", STORIES, *out)
+    assert "cannot search for a loss" in refused("quantize", STORIES, "--max-loss", "9", "--method", "lim", *out)
+    assert "did you mean 'active'" in refused("quantize", STORIES, "--budget", "3avg", "--method", "activ", *out)
+    line = refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "512", *out)
+    assert "8 screening sequences are not 1 to 4" in line
+    assert "not a multiple" in refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "65", *out)
+
+
+def test_a_front_from_one_estimation(job: Path) -> None:
+    run = job.with_name("out-run")
+    code, out, err = in_process("allocate", run, "--front", "3", "--json")
+    assert code == 0, err
+    plans = json.loads(out)["plans"]
+    assert [plan["budget"] for plan in plans] == ["2.5avg", "3avg", "3.5avg"]
+    sizes = [plan["bytes"] for plan in plans]
+    assert sizes == sorted(sizes)
+    assert "no budget is given" in refused("allocate", run)
+    code, out, _ = in_process("show", run, "--json")
+    assert -1 <= json.loads(out)["covariance_correlation"] <= 1
+
+
+def test_evidence_by_hand() -> None:
+    from coopq.plan import Evidence
+
+    chosen, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.5, 2.5, 3.5, 4.5])
+    sure = Evidence.of(chosen, other)
+    assert sure.stderr == pytest.approx(np.sqrt(5 / 3) / 2)
+    assert sure.difference == 0.5
+    assert sure.interval == (0.5, 0.5)
+    assert sure.probability == 1
+    assert Evidence.of(chosen, chosen).probability == 0.5
+    split = Evidence.of(chosen, chosen + np.array([1.0, -1.0, 1.0, -1.0]))
+    assert split.interval == (-1.0, 1.0)
+    assert split.probability == pytest.approx(0.5, abs=0.02)
+    assert Evidence.of(chosen[:1], None) == Evidence(None, None, None, None)
