@@ -134,6 +134,8 @@ METHODS: dict[str, Callable[..., float]] = {
     "greedy down, 4 a step": partial(by_search, make=partial(Greedy, per_step=4)),
     "greedy up, 4 a step": partial(by_search, make=partial(Greedy, direction="up", per_step=4)),
     "greedy down, 12 candidates": partial(by_search, make=partial(Greedy, candidates=12)),
+    "greedy up, 4 a step, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_step=4, swaps=10)),
+    "greedy down, 12 candidates, 10 swaps": partial(by_search, make=partial(Greedy, candidates=12, swaps=10)),
     "active": partial(by_search, make=ActiveSearch),
 }
 

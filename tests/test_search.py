@@ -18,6 +18,7 @@ SEARCHES: dict[str, Callable[[Setting], Search]] = {
     "up": lambda setting: Greedy(setting, direction="up"),
     "batched": lambda setting: Greedy(setting, per_step=3, candidates=5),
     "batched up": lambda setting: Greedy(setting, direction="up", per_step=3, candidates=5),
+    "swaps": lambda setting: Greedy(setting, per_step=2, swaps=4),
     "regression": lambda setting: Regression(setting, n_points=30),
 }
 

@@ -84,13 +84,13 @@ class Measured:
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
-        self._keys: set[bytes] = set()
+        self._rows: dict[bytes, int] = {}
         self.lowered = np.zeros((0, setting.n_players), dtype=bool)
         self.losses: Losses = np.zeros(0)
         self.raised_bytes: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def __contains__(self, lowered: npt.NDArray[np.bool_]) -> bool:
-        return lowered.tobytes() in self._keys
+        return lowered.tobytes() in self._rows
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -104,13 +104,17 @@ class Measured:
         new = []
         for row in np.flatnonzero(of_game):
             key = setting.lowered(assignments[row]).tobytes()
-            if key not in self._keys:
-                self._keys.add(key)
+            if key not in self._rows:
+                self._rows[key] = len(self._rows)
                 new.append(row)
         lowered = setting.lowered(assignments[new])
         self.lowered = np.concatenate([self.lowered, lowered])
         self.losses = np.concatenate([self.losses, losses[new]])
         self.raised_bytes = np.concatenate([self.raised_bytes, ~lowered @ setting.costs])
+
+    def loss(self, lowered: npt.NDArray[np.bool_]) -> float:
+        """Loss of a coalition that was measured."""
+        return float(self.losses[self._rows[lowered.tobytes()]])
 
     def known(self) -> Known:
         """Everything, for another search to start from."""
