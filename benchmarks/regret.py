@@ -31,6 +31,10 @@ CHECKPOINTS = (60, 100, 150, 200, 250)
 """Costs at which the active search is looked at, in forwards of the whole model."""
 
 
+Choose = Callable[[int], Assignment]
+"""The assignment of a capacity."""
+
+
 class Counted:
     """A game that remembers, and counts what a prefix tree would cost."""
 
@@ -66,7 +70,7 @@ class Judge:
             for c in setting.capacities
         ]
 
-    def __call__(self, choose: Callable[[int], Assignment]) -> float:
+    def __call__(self, choose: Choose) -> float:
         """Mean regret over the budgets of what `choose` says for each capacity."""
         chosen = [choose(capacity) for capacity in self._setting.capacities]
         for q, capacity in zip(chosen, self._setting.capacities, strict=True):
@@ -88,7 +92,7 @@ def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, Setting, list
     return game, setting, optima
 
 
-def by_paper(setting: Setting, game: Game, judge: Judge, *, walks: int, **options: Any) -> float:
+def by_paper(setting: Setting, game: Game, *, walks: int, **options: Any) -> Choose:
     """The paper's method, and its variants."""
     spqe = SPQE(setting.n_players, low=LOW, high=HIGH, permutations=walks, seed=setting.seed, **options)
     estimate = run_estimator(spqe, game).estimate()
@@ -97,10 +101,10 @@ def by_paper(setting: Setting, game: Game, judge: Judge, *, walks: int, **option
         program = paper_program(estimate.shapley, estimate.covariance, 0.5, setting.costs, capacity)
         return setting.assignments(allocate(program).q)
 
-    return judge(choose)
+    return choose
 
 
-def alone(setting: Setting, game: Game, judge: Judge, *, at_high: bool) -> float:
+def alone(setting: Setting, game: Game, *, at_high: bool) -> Choose:
     """What each player does alone, at one end of the game: the one-shot score."""
     flips = np.eye(setting.n_players, dtype=bool) == at_high
     losses = game(setting.assignments(flips))
@@ -110,15 +114,15 @@ def alone(setting: Setting, game: Game, judge: Judge, *, at_high: bool) -> float
         raised = np.argsort(-gains, kind="stable")[:capacity]  # players are of equal size
         return setting.assignments(~np.isin(np.arange(setting.n_players), raised))
 
-    return judge(choose)
+    return choose
 
 
-def by_search(setting: Setting, game: Game, judge: Judge, *, make: Callable[[Setting], Search]) -> float:
+def by_search(setting: Setting, game: Game, *, make: Callable[[Setting], Search]) -> Choose:
     """A search estimator."""
-    return judge(run_estimator(make(setting), game).choose)
+    return run_estimator(make(setting), game).choose
 
 
-METHODS: dict[str, Callable[..., float]] = {
+METHODS: dict[str, Callable[[Setting, Game], Choose]] = {
     "coopq, M = 10": partial(by_paper, walks=10),
     "coopq, M = 50": partial(by_paper, walks=50),
     "coopq, M = 100": partial(by_paper, walks=100),
@@ -147,8 +151,8 @@ def measure(make_game: Callable[[], tuple[Game, Setting, list[Assignment]]]) -> 
     rows: dict[str, list[float]] = {}
     for name, method in METHODS.items():
         counted = Counted(game)
-        rows[name] = [0.0, method(setting, counted, judge)]
-        rows[name][0] = counted.forwards
+        regret = judge(method(setting, counted))
+        rows[name] = [counted.forwards, regret]
     counted, search = Counted(game), ActiveSearch(setting)
     trace: list[tuple[float, float]] = []
     counted.watch = lambda forwards: trace.append((forwards, judge(search.choose))) if len(search.measured) else None

@@ -127,13 +127,19 @@ def read_text(work: Path) -> Text:
     return Text(np.load(work / "train.npy"), windows, n_bytes / len(held_out), tokenizer)
 
 
-def tokenise(work: Path) -> None:
-    """Train the tokenizer and write the tokens of both parts of the text."""
-    articles = lzma.decompress(TEXT.read_bytes()).decode().split("\n\n\n")
-    first_held_out, held_out = len(articles), 0
+def articles() -> tuple[list[str], list[str]]:
+    """The articles that are trained on, and the last ones, which are held out."""
+    texts = lzma.decompress(TEXT.read_bytes()).decode().split("\n\n\n")
+    first_held_out, held_out = len(texts), 0
     while held_out < VALIDATION_BYTES:
         first_held_out -= 1
-        held_out += len(articles[first_held_out].encode())
+        held_out += len(texts[first_held_out].encode())
+    return texts[:first_held_out], texts[first_held_out:]
+
+
+def tokenise(work: Path) -> None:
+    """Train the tokenizer and write the tokens of both parts of the text."""
+    training, validation = articles()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -143,10 +149,10 @@ def tokenise(work: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(articles[:first_held_out], trainer)
+    tokenizer.train_from_iterator(training, trainer)
     with atomic_file(work / "tokenizer.json") as path:
         tokenizer.save(str(path))
-    for name, part in ("train", articles[:first_held_out]), ("validation", articles[first_held_out:]):
+    for name, part in ("train", training), ("validation", validation):
         ids = [token for encoding in tokenizer.encode_batch_fast(part) for token in (*encoding.ids, 0)]
         print(f"{name}: {len(part)} articles, {len(ids):,} tokens", flush=True)
         with atomic_file(work / f"{name}.npy") as path, path.open("wb") as handle:
