@@ -153,9 +153,29 @@ def markdown(parts: dict[str, Any]) -> str:
         "assignments that fill the same budget. NLL in nats per token. Lowest WikiText-2 NLL of each budget in bold.",
         "Versions: " + ", ".join(f"{package} {version(package)}" for package in packages) + ".",
     ]
+    lines += ["", *summary(parts)]
     for name, part in parts.items():
         lines += ["", *part_markdown(name, part, [Comparison(**row) for row in part["rows"]])]
     return "\n".join(lines) + "\n"
+
+
+def summary(parts: dict[str, Any]) -> list[str]:
+    """In how many cases the paper's method is best, and where it is not."""
+    lost: dict[str, list[str]] = {}
+    cases = 0
+    for name, part in parts.items():
+        for budget in BUDGETS[PARTS[name][1:]]:
+            cases += 1
+            of = {row["method"]: row["nll"] for row in part["rows"] if row["budget"] == budget}
+            best = min(of, key=lambda method: of[method])
+            if best != "coopq":
+                lost.setdefault(name, []).append(f"{budget} to {best} by {of['coopq'] - of[best]:.3f}")
+    losses = "; ".join(f"{name}: {', '.join(of)}" for name, of in lost.items())
+    won = cases - sum(map(len, lost.values()))
+    return [
+        f"coopq has the lowest WikiText-2 loss, on the bank's weights, in {won} of {cases} cases of backend, widths and",
+        f"budget. It loses (nats per token) {losses}.",
+    ]
 
 
 def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> list[str]:

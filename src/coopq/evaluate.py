@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from coopq.baselines import BASELINES, random_assignments, uniform_assignment
 from coopq.calibration import TokenSet, wikitext2
@@ -204,12 +205,19 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
 
 def judge_on(bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None) -> Losses:
     """WikiText-2 loss of each assignment, shape (n,), nats per token; kept apart from what searches see."""
+    return judge_windows(bench, points, length=length, max_tokens=max_tokens).mean(axis=1)
+
+
+def judge_windows(
+    bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None
+) -> npt.NDArray[np.float64]:
+    """The same for each window of the text, shape (n, n_windows)."""
     text = _judging_text(bench, length, max_tokens)
-    total = np.zeros(len(points))
+    parts = []
     for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
         with bench.game(portion, journal, "judging on WikiText-2") as game:
-            total += game.per_sequence(points).sum(axis=1)
-    return total / len(text.tokens)
+            parts.append(game.per_sequence(points))
+    return np.concatenate(parts, axis=1)
 
 
 def _judging_text(bench: Workbench, length: int, max_tokens: int | None) -> TokenSet:

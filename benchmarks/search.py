@@ -1,0 +1,128 @@
+"""Searches on the demo model: loss reached, what it cost, and perplexity with intervals.
+
+    python benchmarks/search.py hqq-3-4                     # one part; hours for all of them, resumes
+    python benchmarks/search.py hqq-3-4 --tokens 8192       # searched on more calibration tokens
+
+Cost is set against the paper's protocol, M = 100 walks without shared prefixes. Intervals are 95 %, by a bootstrap over
+windows of WikiText-2; differences to the active search are paired. Writes docs/results/search.json and search.md.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import Progress
+
+from coopq.baselines import BASELINES
+from coopq.evaluate import judge_windows
+from coopq.methods import measure, plans_on
+from coopq.plan import Evidence, Plan
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
+from coopq.workbench import open_workbench
+from main_job import bars_for
+
+ROOT = Path(__file__).parents[1]
+WORK, RESULTS = ROOT / "build" / "search", ROOT / "docs" / "results" / "search.json"
+LENGTH, WINDOW, JUDGE_TOKENS = 256, 512, 16384
+PAPER_WALKS = 100
+WIDE, NARROW = ("2.25avg", "2.5avg", "3.0avg", "3.5avg"), ("3.25avg", "3.5avg", "3.75avg")
+PARTS: dict[str, tuple[RunConfig, tuple[str, ...]]] = {
+    "hqq-2-4": (RunConfig("demo", "hqq", low=2, high=4), WIDE),
+    "quanto-2-4": (RunConfig("demo", "quanto", low=2, high=4), WIDE),
+    "hqq-3-4": (RunConfig("demo", "hqq", low=3, high=4), NARROW),
+    "hqq-3-4-linear": (RunConfig("demo", "hqq", low=3, high=4, granularity="linear"), NARROW),
+    "quanto-4-8-linear": (
+        RunConfig("demo", "quanto", low=4, high=8, granularity="linear"),
+        ("4.5avg", "5.0avg", "6.0avg"),
+    ),
+}
+METHODS = ("active", "fisher", *BASELINES, "greedy-up", "greedy-down", "coopq", "shapley", "interactions")
+"""In this order: what a search knows at its start is what was measured before it, and `active` is to know nothing."""
+
+
+def run_part(name: str, tokens: int, walks: int, methods: list[str]) -> dict[str, Any]:
+    """All methods on one part."""
+    config, budgets = PARTS[name]
+    calibration = CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH)
+    config = replace(config, calibration=calibration, permutations=walks)
+    parsed = [Budget.parse(budget) for budget in budgets]
+    with Progress() as bars, open_workbench(config, WORK / f"{name}-{tokens}", bars_for(bars, name)) as bench:
+        plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
+        points = np.array([plan.assignment for plan in plans], dtype=np.int8)
+        windows = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        paper = PAPER_WALKS * len(bench.players) * len({player.block for player in bench.players})
+        rows = [row(plan, of, windows[of_active(plan, plans)]) for plan, of in zip(plans, windows, strict=True)]
+    return {"tokens": tokens, "walks": walks, "paper": paper, "rows": rows}
+
+
+def of_active(plan: Plan, plans: list[Plan]) -> int:
+    """Position of the active search's plan of the same budget."""
+    return next(i for i, other in enumerate(plans) if (other.method, other.budget) == ("active", plan.budget))
+
+
+def row(plan: Plan, windows: Any, active: Any) -> dict[str, Any]:
+    """One line of the table."""
+    means = windows[np.random.default_rng(0).integers(0, len(windows), size=(10_000, len(windows)))].mean(axis=1)
+    against = Evidence.of(active, windows)
+    return {
+        "method": plan.method,
+        "budget": plan.budget,
+        "layer_forwards": plan.layer_forwards,
+        "calibration": plan.measured_loss,
+        "perplexity": float(np.exp(windows.mean())),
+        "interval": np.exp(np.quantile(means, [0.025, 0.975])).tolist(),
+        "over active": against.difference,
+        "over active interval": against.interval,
+    }
+
+
+def markdown(parts: dict[str, Any]) -> str:
+    """The report."""
+    lines = [
+        "# Searches on SmolLM2-135M-Instruct",
+        "",
+        "Written by `python benchmarks/search.py PART --tokens T --permutations M`; model and texts as in",
+        f"[main_job.md](main_job.md), calibration sequences of {LENGTH} tokens, judged on the first {JUDGE_TOKENS}",
+        f"tokens of WikiText-2 in windows of {WINDOW}. Cost: layer forwards with shared prefixes for all budgets",
+        f"together, as a share of the paper's protocol (M = {PAPER_WALKS}, without sharing). Intervals: 95 %, bootstrap",
+        "over windows; the last column is the WikiText-2 loss above that of the active search, paired, in nats per token.",
+    ]
+    for name, part in parts.items():
+        lines += ["", f"## {name}", "", f"M = {part['walks']} for the methods that walk.", ""]
+        lines += [
+            "| budget | method | cost | calibration NLL | WikiText-2 perplexity | NLL over active |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
+        for of in sorted(part["rows"], key=lambda of: (of["budget"], of["calibration"])):
+            low, high = of["interval"]
+            least, most = of["over active interval"]
+            cost = of["layer_forwards"] / part["paper"]
+            lines.append(
+                f"| {of['budget']} | {of['method']} | {cost:.2%} | {of['calibration']:.4f} "
+                f"| {of['perplexity']:,.1f} ({low:,.1f} to {high:,.1f}) "
+                f"| {of['over active']:+.4f} ({least:+.4f} to {most:+.4f}) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run one part and rewrite the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens")
+    parser.add_argument("--permutations", type=int, default=PAPER_WALKS, help="walks")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="active must be among them")
+    arguments = parser.parse_args()
+    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    result = run_part(arguments.part, arguments.tokens, arguments.permutations, arguments.methods)
+    parts[f"{arguments.part}, {arguments.tokens} tokens"] = result
+    RESULTS.write_text(json.dumps(dict(sorted(parts.items())), indent=1) + "\n")
+    RESULTS.with_suffix(".md").write_text(markdown(dict(sorted(parts.items()))))
+
+
+if __name__ == "__main__":
+    main()
