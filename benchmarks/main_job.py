@@ -173,8 +173,8 @@ def summary(parts: dict[str, Any]) -> list[str]:
     losses = "; ".join(f"{name}: {', '.join(of)}" for name, of in lost.items())
     won = cases - sum(map(len, lost.values()))
     return [
-        f"coopq has the lowest WikiText-2 loss, on the bank's weights, in {won} of {cases} cases of backend, widths and",
-        f"budget. It loses (nats per token) {losses}.",
+        f"coopq has the lowest WikiText-2 loss, on the bank's weights, in {won} of {cases} cases of backend, widths",
+        f"and budget. It loses (nats per token) {losses}.",
     ]
 
 

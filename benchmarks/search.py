@@ -88,8 +88,9 @@ def markdown(parts: dict[str, Any]) -> str:
         "Written by `python benchmarks/search.py PART --tokens T --permutations M`; model and texts as in",
         f"[main_job.md](main_job.md), calibration sequences of {LENGTH} tokens, judged on the first {JUDGE_TOKENS}",
         f"tokens of WikiText-2 in windows of {WINDOW}. Cost: layer forwards with shared prefixes for all budgets",
-        f"together, as a share of the paper's protocol (M = {PAPER_WALKS}, without sharing). Intervals: 95 %, bootstrap",
-        "over windows; the last column is the WikiText-2 loss above that of the active search, paired, in nats per token.",
+        f"together, as a share of the paper's protocol (M = {PAPER_WALKS}, without sharing). Intervals: 95 %,",
+        "bootstrap over windows; the last column is the WikiText-2 loss above that of the active search, paired, in",
+        "nats per token.",
     ]
     for name, part in parts.items():
         lines += ["", f"## {name}", "", f"M = {part['walks']} for the methods that walk.", ""]

@@ -74,6 +74,29 @@ def test_allocations_and_bounds_against_brute_force(seed: int, n: int, definite:
     assert lower_bound(program) <= best + 1e-9
 
 
+def test_players_of_equal_worth_by_the_byte_are_no_problem() -> None:
+    costs = np.tile([576, 192, 192, 576, 1536, 1536, 1536], 30) * 64
+    worth = costs * np.repeat(np.linspace(1, 2, 30), 7)  # a ranking of blocks, inherited by their layers
+    program = QuadraticProgram(worth, np.zeros((210, 210)), costs, int(costs.sum() * 0.37))
+    allocation = allocate(program)
+    assert allocation.status == "optimal"
+    assert program.feasible(allocation.q)
+    assert allocation.objective <= program.objective(near_optimum(program).q) + 1e-6
+    assert allocation.objective == pytest.approx(lower_bound(program), rel=1e-3)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 10))
+@settings(max_examples=50, deadline=None)
+def test_knapsacks_are_exact(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 50, size=n) * 12
+    quadratic = np.diag(rng.normal(size=n))
+    program = QuadraticProgram(rng.normal(size=n), quadratic, costs, int(rng.integers(0, costs.sum() + 1)))
+    found = allocate(program)
+    assert program.feasible(found.q)
+    assert found.objective == pytest.approx(best_by_enumeration(program), abs=1e-9)
+
+
 def test_hundreds_of_players_with_any_interactions_take_seconds() -> None:
     game = SyntheticGame(300, "quadratic", 0)
     program = QuadraticProgram(game.linear, game.pairs, np.ones(300, dtype=np.int64), 150)

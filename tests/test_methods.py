@@ -59,7 +59,7 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     code, out, err = in_process(*arguments, "--out", screened, "--screen-tokens", "64")
     assert code == 0, err
     quick = json.loads(out)
-    assert quick["layer_forwards"] < thorough["layer_forwards"] / 2
+    assert quick["layer_forwards"] < 0.7 * thorough["layer_forwards"]
     assert quick["measured_loss"] >= thorough["measured_loss"] - 0.02
     assert quick["predicted_loss"] is None, "what few sequences predict is no loss of all of them"
     assert (tmp_path / "screened-run" / "screening-1.jsonl").is_file()

@@ -16,6 +16,8 @@ from coopq.relaxation import lower_bound
 
 _STARTS = 30
 """Descents from random assignments, whose best the solver starts from."""
+_MOST_CELLS = 200_000_000
+"""Players times units of bytes that the dynamic program may take; a cell is one byte."""
 _STATUS = {"optimal": "optimal", "timelimit": "time limit"}
 
 
@@ -39,12 +41,18 @@ class Allocation:
 
 
 def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allocation:
-    """Solve the program with SCIP, its products linearised; any K, definite or not.
+    """Solve the program exactly, for any K, definite or not: by SCIP, its products linearised.
+
+    Without interactions the program is a knapsack, and is solved by dynamic programming over bytes: players of equal
+    worth by the byte, which rankings make, are what branch and bound takes longest for.
 
     Args:
         program: What to minimise.
         time_limit: Seconds after which the best solution found so far is taken; None waits for the proof.
     """
+    knapsack = _knapsack(program)
+    if knapsack is not None:
+        return _allocation(program, knapsack, -math.inf, "optimal")
     return next(_allocations(program, time_limit))
 
 
@@ -87,6 +95,30 @@ def _allocation(program: QuadraticProgram, q: npt.NDArray[np.bool_], bound: floa
 def _descended(program: QuadraticProgram) -> npt.NDArray[np.bool_]:
     nowhere = np.zeros((0, len(program.linear)), dtype=bool)
     return local_optima(program, nowhere, _STARTS, np.random.default_rng(0))[0]
+
+
+def _knapsack(program: QuadraticProgram) -> npt.NDArray[np.bool_] | None:
+    """The optimum without interactions; None if there are some, or bytes have no common unit to count in.
+
+    Source: Bellman, Dynamic Programming, 1957.
+    """
+    unit = math.gcd(*program.costs.tolist()) or 1
+    weights, capacity, n = program.costs // unit, program.capacity // unit, len(program.linear)
+    pairs = program.quadratic - np.diag(np.diag(program.quadratic))
+    if pairs.any() or n * (capacity + 1) > _MOST_CELLS:
+        return None
+    values = program.linear + np.diag(program.quadratic)
+    best, raises = np.zeros(capacity + 1), np.zeros((n, capacity + 1), dtype=bool)
+    for player in np.flatnonzero((values > 0) & (weights <= capacity)):
+        with_it = best[: capacity + 1 - weights[player]] + values[player]
+        raises[player, weights[player] :] = with_it > best[weights[player] :]
+        best[weights[player] :] = np.maximum(with_it, best[weights[player] :])
+    q, left = np.ones(n, dtype=bool), capacity
+    for player in reversed(range(n)):
+        if raises[player, left]:
+            q[player] = False
+            left -= int(weights[player])
+    return q
 
 
 class _Solver:

@@ -28,7 +28,7 @@ from coopq.game import Meter
 from coopq.journal import Journal
 from coopq.plan import WALK_METHODS, Evidence, Plan, capacity_of, plan_budget, plan_gains, plan_search
 from coopq.probe import Probe
-from coopq.program import local_optima
+from coopq.program import QuadraticProgram, local_optima
 from coopq.run import Estimation
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
@@ -37,22 +37,25 @@ from coopq.workbench import Workbench
 
 _POINTS_PER_PLAYER = 8
 """Coalitions that the regression measures for each player."""
+_STARTS = 30
+"""Random assignments that descents on a score start from."""
 _FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set."""
 
-SEARCHES: dict[str, Callable[[Setting, Known], Search]] = {
+SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
     "active": ActiveSearch,
-    "greedy-down": lambda setting, _: Greedy(setting),
-    "greedy-up": lambda setting, _: Greedy(setting, direction="up"),
-    "regression": lambda setting, known: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
-    "cross-layer": lambda setting, _: CrossLayer(setting),
-    "exact": lambda setting, _: Enumeration(setting),
+    "greedy-down": lambda setting, *_: Greedy(setting),
+    "greedy-up": lambda setting, *_: Greedy(setting, direction="up"),
+    "regression": lambda setting, known, _: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
+    "cross-layer": lambda setting, *_: CrossLayer(setting),
+    "exact": lambda setting, *_: Enumeration(setting),
 }
 _LEARNERS = ("active", "regression")
 """Searches that learn from what was measured before them; the others only find it measured."""
 SHRUNK = ("coopq", "pruning")
 """Methods that solve the paper's program, with its alpha."""
-METHODS = (*SEARCHES, *WALK_METHODS, "fisher", *BASELINES)
+_SCORES = ("fisher", *BASELINES)
+METHODS = (*SEARCHES, *WALK_METHODS, *_SCORES)
 
 
 def check_method(method: str) -> None:
@@ -139,7 +142,7 @@ def plans_on(
     check_method(method)
     if method in SEARCHES:
         return _search_on(bench, method, budgets, time_limit)
-    if method in (*BASELINES, "fisher"):
+    if method in _SCORES:
         return _scored_on(bench, method, budgets, time_limit)
     return _walked_on(bench, method, budgets, alpha, time_limit)
 
@@ -201,13 +204,17 @@ def _walked_on(
 def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
     """Plans by a search on the true loss: on the screening sequences, and decided on all of them."""
     setting, blocks = _setting(bench, budgets), [player.block for player in bench.players]
+    starts, scoring = (
+        _starts(bench, budgets) if method == "active" else (setting.assignments(np.zeros((0, 0), bool)), 0)
+    )
     with bench.screening_game(f"searching, {method}") as game:
         knows = _known_at_start(bench, game.journal, method, setting) if method in _LEARNERS else 0
         known = game.journal.first(knows)
         screening = Meter(game, blocks, known[0])
-        search = run_estimator(SEARCHES[method](setting, known), screening)
+        search = run_estimator(SEARCHES[method](setting, known, starts), screening)
     measured, plans = search.measured, []
-    layer_forwards, evaluations = round(screening.layer_forwards * bench.screening_share), screening.evaluations
+    layer_forwards = scoring + round(screening.layer_forwards * bench.screening_share)
+    evaluations = screening.evaluations
     ranked = {c: _ranked(setting, search, c) for c in setting.capacities}
     if bench.screening_share < 1:
         finalists = np.unique(np.concatenate([of[:_FINALISTS] for of in ranked.values()]), axis=0)
@@ -227,7 +234,7 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
             surrogates=measured.surrogates(capacity),
             runner_up=others[0] if others else None,
             layer_forwards=layer_forwards,
-            layer_forwards_unshared=evaluations * len(set(blocks)),
+            layer_forwards_unshared=scoring + evaluations * len(set(blocks)),
             time_limit=time_limit,
         )
         # What was fitted to the screening sequences predicts no loss of all of them.
@@ -283,6 +290,19 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
         time_limit=time_limit,
     )
     return dataclasses.replace(plan, max_loss=max_loss)
+
+
+def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
+    """What the scores choose for the budgets, and the layer forwards that they take."""
+    setting, chosen, layer_forwards = _setting(bench, budgets), [], 0
+    for method in _SCORES:
+        gains, pairs, spent = terms_on(bench, method)
+        layer_forwards += spent
+        for capacity in setting.capacities:
+            program = QuadraticProgram(gains, np.diag(0 * gains) if pairs is None else pairs, setting.costs, capacity)
+            nowhere = np.zeros((0, setting.n_players), dtype=bool)
+            chosen.append(local_optima(program, nowhere, _STARTS, np.random.default_rng(setting.seed))[0])
+    return setting.assignments(np.array(chosen)), layer_forwards
 
 
 def _ranked(setting: Setting, search: Search, capacity: int) -> Assignments:

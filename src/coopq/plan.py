@@ -23,10 +23,10 @@ WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
 """Methods that read permutation walks; their plans are of one number and seed of walks."""
 _FORMAT_VERSION = 1
 _BOOTSTRAPS = 10_000
-_SEARCH_TIME_LIMIT = 60.0
-"""Seconds for the program of a search: it only says how far the surrogate could be from its optimum."""
-_MOST_EXACT = 64
-"""Players up to which that program is solved by branch and bound; its K is indefinite, and hard beyond."""
+_SETTLE_SECONDS = 60.0
+"""For programs of fitted or estimated interactions, whose proof nobody waits for."""
+_MOST_EXACT = 32
+"""Players up to which those are solved by branch and bound; their K is indefinite, and hard beyond."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def plan_gains(
         costs=subject.storage.raise_costs(config.low, config.high),
         capacity=capacity_of(subject, budget),
     )
-    allocation = allocate(program, time_limit)
+    allocation = allocate(program, time_limit) if pairs is None else _settle(program, time_limit)
     return _plan(
         subject,
         budget,
@@ -329,9 +329,7 @@ def plan_search(
     """
     config, surrogate = subject.config, best_surrogate(surrogates)
     costs = subject.storage.raise_costs(config.low, config.high)
-    program = surrogate.program(costs, capacity_of(subject, budget))
-    few = len(costs) <= _MOST_EXACT
-    allocation = allocate(program, time_limit or _SEARCH_TIME_LIMIT) if few else near_optimum(program)
+    allocation = _settle(surrogate.program(costs, capacity_of(subject, budget)), time_limit)
     return _plan(
         subject,
         budget,
@@ -365,6 +363,13 @@ def capacity_of(subject: Subject, budget: Budget) -> int:
     """Bytes that the budget leaves above all players at the low width."""
     config, storage = subject.config, subject.storage
     return storage.limit(budget, config.low, config.high) - sum(storage.n_bytes[config.low])
+
+
+def _settle(program: QuadraticProgram, time_limit: float | None) -> Allocation:
+    """A solution with a bound, in bounded time: these programs can be hard, and their proof is worth no hours."""
+    if len(program.costs) > _MOST_EXACT:
+        return near_optimum(program)
+    return allocate(program, time_limit or _SETTLE_SECONDS)
 
 
 def _plan(

@@ -19,7 +19,8 @@ _RANDOM_STARTS = 20
 class ActiveSearch:
     """Searches all budgets of a setting at once on the true loss.
 
-    It starts from what is known and from what each player does alone, at either end of the game. In a round, for each
+    It starts from what is known, from what cheap scores choose, and from what each player does alone, at either end of
+    the game. In a round, for each
     budget, a surrogate of each transform of the loss is fitted to everything measured so far and proposes the best of
     its own optima and of the neighbours of the best assignments measured. A budget is settled when several rounds found
     nothing better for it.
@@ -27,13 +28,15 @@ class ActiveSearch:
     Args:
         setting: Widths, sizes, budgets, seed.
         known: Points measured before the search began, with their losses.
+        starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
 
     Source: sequential design on a surrogate as in Jones et al., Efficient Global Optimization, 1998, without its
     bonus for uncertainty, which measured worse (docs/results/search.md).
     """
 
-    def __init__(self, setting: Setting, known: Known | None = None) -> None:
+    def __init__(self, setting: Setting, known: Known | None = None, starts: Assignments | None = None) -> None:
         self._setting = setting
+        self._starts = np.zeros((0, setting.n_players), dtype=np.int8) if starts is None else starts
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)
@@ -41,12 +44,13 @@ class ActiveSearch:
         self._stale = [0 for _ in setting.capacities]
 
     def propose(self) -> Assignments:
-        """First what each player does alone, then the surrogates' proposals for the budgets that are not settled."""
+        """First the starts and what each player does alone, then what surrogates propose for budgets not settled."""
         setting, self._round = self._setting, self._round + 1
         if self._round == 1:
             alone = np.eye(setting.n_players, dtype=bool)
             nobody = np.zeros((1, setting.n_players), dtype=bool)
-            return setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
+            ends = setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
+            return np.concatenate([ends, self._starts])
         chosen: list[Lowered] = []
         for budget, capacity in enumerate(setting.capacities):
             if self._stale[budget] < _PATIENCE:
