@@ -141,7 +141,7 @@ def saved_losses(bench: Workbench, plans: list[Plan]) -> dict[str, list[float]]:
 
 def markdown(parts: dict[str, Any]) -> str:
     """The report."""
-    packages = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "pyscipopt")
+    packages = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "pyscipopt")
     lines = [
         "# The main job on SmolLM2-135M-Instruct",
         "",
@@ -161,21 +161,25 @@ def markdown(parts: dict[str, Any]) -> str:
 
 def summary(parts: dict[str, Any]) -> list[str]:
     """In how many cases the paper's method is best, and where it is not."""
-    lost: dict[str, list[str]] = {}
-    cases = 0
-    for name, part in parts.items():
-        for budget in BUDGETS[PARTS[name][1:]]:
-            cases += 1
-            of = {row["method"]: row["nll"] for row in part["rows"] if row["budget"] == budget}
-            best = min(of, key=lambda method: of[method])
-            if best != "coopq":
-                lost.setdefault(name, []).append(f"{budget} to {best} by {of['coopq'] - of[best]:.3f}")
-    losses = "; ".join(f"{name}: {', '.join(of)}" for name, of in lost.items())
-    won = cases - sum(map(len, lost.values()))
-    return [
-        f"coopq has the lowest WikiText-2 loss, on the bank's weights, in {won} of {cases} cases of backend, widths",
-        f"and budget. It loses (nats per token) {losses}.",
-    ]
+    lines = []
+    for where in ("on the bank's weights", "of models as saved"):
+        lost, cases = [], 0
+        for name, part in parts.items():
+            for budget in BUDGETS[PARTS[name][1:]]:
+                of = {row["method"]: row["nll"] for row in part["rows"] if row["budget"] == budget}
+                if where == "of models as saved":
+                    of = {
+                        key.split()[0]: losses[1] for key, losses in part["saved"].items() if key.split()[1] == budget
+                    }
+                if of:
+                    cases += 1
+                    best = min(of, key=lambda method: of[method])
+                    if best != "coopq":
+                        lost.append(f"{name} {budget} to {best} by {of['coopq'] - of[best]:.3f}")
+        if cases:
+            won = cases - len(lost)
+            lines += [f"* Lowest WikiText-2 loss {where}: coopq in {won} of {cases} cases. It loses {', '.join(lost)}."]
+    return lines
 
 
 def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> list[str]:
