@@ -146,7 +146,7 @@ def markdown(results: dict[str, Any]) -> str:
         "Written by `python benchmarks/enumerated.py`. The model of `benchmarks/train_twelve.py` (twelve blocks,",
         f"Llama, {training}), backend rtn; all 4096 assignments measured. Regret is",
         "0 at the optimum and 1 at the mean of random assignments, averaged over budgets that raise",
-        f"{', '.join(f'{share:.1%}' for share in AVERAGES)} of the blocks; on the text searched, and on the other.",
+        f"{', '.join(str(int(12 * share)) for share in AVERAGES)} of 12 blocks, on the text searched and another.",
         "Cost in forwards of the whole model on those tokens. Mean ± standard error over seeds.",
         "",
     ]

@@ -18,8 +18,9 @@ from rich.progress import Progress
 
 from coopq.baselines import BASELINES
 from coopq.evaluate import judge_windows
+from coopq.evidence import Evidence
 from coopq.methods import measure, plans_on
-from coopq.plan import Evidence, Plan
+from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.workbench import open_workbench

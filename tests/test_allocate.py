@@ -69,6 +69,9 @@ def test_allocations_and_bounds_against_brute_force(seed: int, n: int, definite:
     assert allocate(program).objective == pytest.approx(best, abs=1e-6)
     near = near_optimum(program)
     assert program.feasible(near.q)
+    tight = dataclasses.replace(program, capacity=int(program.costs.min()) * (seed % 2))
+    fits = values[(1 - q) @ tight.costs <= tight.capacity].min()
+    assert lower_bound(tight) <= fits + 1e-9
     assert near.bound <= best + 1e-9
     assert near.objective >= best - 1e-9
     assert lower_bound(program) <= best + 1e-9

@@ -47,7 +47,7 @@ def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path)
             assert plan.evidence.interval[0] <= (plan.evidence.difference or 0) <= plan.evidence.interval[1]
         if method in SEARCHES:
             assert plan.fidelity is not None
-            assert plan.predicted_loss is not None
+            assert (plan.predicted_loss is None) or method in ("regression", "cross-layer"), "of what was not measured"
 
 
 def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     quick = json.loads(out)
     assert quick["layer_forwards"] < 0.7 * thorough["layer_forwards"]
     assert quick["measured_loss"] >= thorough["measured_loss"] - 0.02
-    assert quick["predicted_loss"] is None, "what few sequences predict is no loss of all of them"
     assert (tmp_path / "screened-run" / "screening-1.jsonl").is_file()
+    assert in_process(*arguments, "--out", whole, "--permutations", "7")[0] == 0, "finished, and known to be"
     code, text, _ = in_process("show", tmp_path / "whole-run")
     assert code == 0
     assert "probability of the choice being better" in text
@@ -93,6 +93,12 @@ def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Pa
     assert "and not both" in refused("quantize", STORIES, "--max-loss", "9", "--budget", "3avg", *out)
     assert "and not both" in refused("quantize", STORIES, *out)
     assert "cannot search for a loss" in refused("quantize", STORIES, "--max-loss", "9", "--method", "lim", *out)
+    assert "is no limit" in refused("quantize", STORIES, "--max-loss", "nan", *out)
+    assert "leave --screen-tokens out" in refused("quantize", STORIES, "--max-loss", "9", "--screen-tokens", "64", *out)
+    linear: list[str | Path] = ["--budget", "3avg", "--granularity", "linear", "--run", tmp_path / "run"]
+    assert "at most 14 players" in refused("quantize", STORIES, *linear, "--method", "exact", *out)
+    assert "removes whole blocks" in refused("quantize", STORIES, *linear, "--method", "pruning", *out)
+    assert not (tmp_path / "run" / "bank").exists(), "refused before weights are quantized"
     assert "did you mean 'active'" in refused("quantize", STORIES, "--budget", "3avg", "--method", "activ", *out)
     line = refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "512", *out)
     assert "8 screening sequences are not 1 to 4" in line
@@ -113,7 +119,7 @@ def test_a_front_from_one_estimation(job: Path) -> None:
 
 
 def test_evidence_by_hand() -> None:
-    from coopq.plan import Evidence
+    from coopq.evidence import Evidence
 
     chosen, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.5, 2.5, 3.5, 4.5])
     sure = Evidence.of(chosen, other)

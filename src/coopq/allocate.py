@@ -17,7 +17,7 @@ from coopq.relaxation import lower_bound
 _STARTS = 30
 """Descents from random assignments, whose best the solver starts from."""
 _MOST_CELLS = 200_000_000
-"""Players times units of bytes that the dynamic program may take; a cell is one byte."""
+"""Bytes that the dynamic program may take: for each unit of the budget one a player, and some floats."""
 _STATUS = {"optimal": "optimal", "timelimit": "time limit"}
 
 
@@ -103,9 +103,10 @@ def _knapsack(program: QuadraticProgram) -> npt.NDArray[np.bool_] | None:
     Source: Bellman, Dynamic Programming, 1957.
     """
     unit = math.gcd(*program.costs.tolist()) or 1
-    weights, capacity, n = program.costs // unit, program.capacity // unit, len(program.linear)
+    weights, n = program.costs // unit, len(program.linear)
+    capacity = min(program.capacity // unit, int(weights.sum()))
     pairs = program.quadratic - np.diag(np.diag(program.quadratic))
-    if pairs.any() or n * (capacity + 1) > _MOST_CELLS:
+    if pairs.any() or (n + 24) * (capacity + 1) > _MOST_CELLS:
         return None
     values = program.linear + np.diag(program.quadratic)
     best, raises = np.zeros(capacity + 1), np.zeros((n, capacity + 1), dtype=bool)

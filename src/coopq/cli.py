@@ -66,7 +66,12 @@ ScreenTokens = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
-TimeLimit = Annotated[float | None, typer.Option(help="Seconds for the solver. (default: until proven optimal)")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for the solver. (default: until proven; a minute at most where only surrogates are solved)"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
 
@@ -336,8 +341,9 @@ def show(
         plans = [plan for plan in saved if not plan.is_of_other_walks(config)]
         if len(plans) < len(saved):
             STDERR.print(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
-        if len(measured[1]) and not plans and not folder.is_estimated:
-            STDERR.print(f"{path}: {len(measured[1])} losses measured so far, {spent} layer forwards", markup=False)
+        if not plans and not folder.is_estimated:
+            n = len(measured[1]) + sum(len(Journal.peek(file)[0][1]) for file in path.glob("screening-*.jsonl"))
+            STDERR.print(f"{path}: {n} losses measured so far; repeat the command to go on", markup=False)
         estimation = folder.load() if folder.is_estimated or not plans else None
         what = (estimation, plans, spent, measured)
         print_result(run_data(*what), show_run(*what), as_json)

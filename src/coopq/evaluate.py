@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
 from coopq.files import locked, require_writable
 from coopq.journal import Journal
-from coopq.methods import check_method, measure, plans_on
+from coopq.methods import check_method, check_players, measure, plans_on
 from coopq.models import load_model
 from coopq.plan import Plan
 from coopq.players import find_players
@@ -162,7 +163,7 @@ def compare(
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
         check_method(method)
-    with open_workbench(config, run, progress, *parsed) as bench:
+    with open_workbench(config, run, progress, *parsed, check=partial(check_players, methods)) as bench:
         _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
         return compare_on(bench, plans, length=length, max_tokens=max_tokens)

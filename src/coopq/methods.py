@@ -1,12 +1,15 @@
 """Every way from a budget to a plan, by name, on an open workbench."""
 
 import dataclasses
+import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from coopq.allocate import allocate, near_optimum
 from coopq.baselines import BASELINES, Gains, fisher, get_baseline
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, InfeasibleBudget, hint
@@ -23,22 +26,23 @@ from coopq.estimators import (
     Setting,
     run_estimator,
 )
+from coopq.estimators.exact import check_enumerable
+from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
 from coopq.game import Meter
 from coopq.journal import Journal
-from coopq.plan import WALK_METHODS, Evidence, Plan, capacity_of, plan_budget, plan_gains, plan_search
+from coopq.plan import WALK_METHODS, Plan, capacity_of, plan_budget, plan_gains, plan_search
 from coopq.probe import Probe
 from coopq.program import QuadraticProgram, local_optima
 from coopq.run import Estimation
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
-from coopq.types import REMOVED, UNTOUCHED, Assignments
+from coopq.types import REMOVED, UNTOUCHED, Assignments, Player
 from coopq.workbench import Workbench
 
+_log = logging.getLogger(__name__)
 _POINTS_PER_PLAYER = 8
 """Coalitions that the regression measures for each player."""
-_STARTS = 30
-"""Random assignments that descents on a score start from."""
 _FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set."""
 
@@ -52,9 +56,13 @@ SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
 }
 _LEARNERS = ("active", "regression")
 """Searches that learn from what was measured before them; the others only find it measured."""
+_BELIEVERS = ("regression", "cross-layer")
+"""Searches that choose what their surrogate thinks best, measured or not."""
 SHRUNK = ("coopq", "pruning")
 """Methods that solve the paper's program, with its alpha."""
 _SCORES = ("fisher", *BASELINES)
+UNPROVEN = (*SEARCHES, "interactions", "fisher")
+"""Methods whose programs are not solved to proof: their optimum is not the point, or nobody would wait for it."""
 METHODS = (*SEARCHES, *WALK_METHODS, *_SCORES)
 
 
@@ -66,6 +74,18 @@ def check_method(method: str) -> None:
     """
     if method not in METHODS:
         raise EstimationError(f"method {method!r} is unknown; {hint(method, METHODS)}")
+
+
+def check_players(methods: Sequence[str], players: Sequence[Player]) -> None:
+    """Check that methods can do with players, before their weights are quantized.
+
+    Raises:
+        EstimationError: If there are too many to enumerate, or blocks cannot be removed whole.
+    """
+    if "exact" in methods:
+        check_enumerable(len(players))
+    if "pruning" in methods and len({player.block for player in players}) < len(players):
+        raise EstimationError("pruning removes whole blocks; leave out --granularity linear, or take another method")
 
 
 def estimate_on(bench: Workbench) -> Estimation:
@@ -120,7 +140,7 @@ def terms_on(bench: Workbench, method: str) -> tuple[Gains, Gains | None, int]:
     bench.progress(f"scoring by {method}", 0, 1)
     gains, pairs = fisher.terms(probe) if method == "fisher" else (get_baseline(method)(probe), None)
     bench.progress(f"scoring by {method}", 1, 1)
-    if not np.isfinite(gains).all():
+    if not (np.isfinite(gains).all() and np.isfinite(0.0 if pairs is None else pairs).all()):
         raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
     path.parent.mkdir(exist_ok=True)
     record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
@@ -189,11 +209,10 @@ def _walked_on(
         if method == "shapley":
             plan = plan_gains(bench, method, estimation.estimate.shapley, budget, **spent)
         elif method == "interactions":
-            surrogates = walked.surrogates(capacity)
-            program = best_surrogate(surrogates).program(setting.costs, capacity)
+            program = best_surrogate(walked.surrogates(capacity)).program(setting.costs, capacity)
             optima = local_optima(program, walked.best(capacity, 3), 100, np.random.default_rng([setting.seed, 0]))
             chosen = setting.assignments(optima[0])
-            plan = plan_search(bench, method, chosen, budget, surrogates=surrogates, runner_up=None, **spent)
+            plan = plan_search(bench, method, chosen, budget, measured=walked, runner_up=None, **spent)
         else:
             plan = plan_budget(estimation, budget, method=method, alpha=alpha, time_limit=time_limit)
         others = [row for row in best if row != tuple(plan.assignment)]
@@ -212,18 +231,19 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
         known = game.journal.first(knows)
         screening = Meter(game, blocks, known[0])
         search = run_estimator(SEARCHES[method](setting, known, starts), screening)
-    measured, plans = search.measured, []
     layer_forwards = scoring + round(screening.layer_forwards * bench.screening_share)
-    evaluations = screening.evaluations
+    unshared = scoring + round(screening.evaluations * bench.screening_share) * len(set(blocks))
     ranked = {c: _ranked(setting, search, c) for c in setting.capacities}
     if bench.screening_share < 1:
-        finalists = np.unique(np.concatenate([of[:_FINALISTS] for of in ranked.values()]), axis=0)
+        n_finalists = 1 if method in _BELIEVERS else _FINALISTS
+        finalists = np.unique(np.concatenate([of[:n_finalists] for of in ranked.values()]), axis=0)
         with bench.calibration_game("deciding") as game:
             deciding = Measured(setting)
             deciding.add(finalists, game(finalists))
         ranked = {c: setting.assignments(deciding.best(c, 2)) for c in setting.capacities}
         layer_forwards += prefix_tree_size(finalists, blocks)
-        evaluations += len(finalists)
+        unshared += len(finalists) * len(set(blocks))
+    plans = []
     for budget, capacity in zip(_solving(bench, method, budgets), setting.capacities, strict=True):
         chosen, *others = ranked[capacity]
         plan = plan_search(
@@ -231,10 +251,10 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
             method,
             chosen,
             budget,
-            surrogates=measured.surrogates(capacity),
+            measured=search.measured,
             runner_up=others[0] if others else None,
             layer_forwards=layer_forwards,
-            layer_forwards_unshared=scoring + evaluations * len(set(blocks)),
+            layer_forwards_unshared=unshared,
             time_limit=time_limit,
         )
         # What was fitted to the screening sequences predicts no loss of all of them.
@@ -283,7 +303,7 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
         "active",
         chosen,
         Budget.parse(f"{n_bytes}B"),
-        surrogates=measured.surrogates(high),
+        measured=measured,
         runner_up=others[0] if others else None,
         layer_forwards=meter.layer_forwards,
         layer_forwards_unshared=meter.evaluations * len(set(blocks)),
@@ -293,16 +313,21 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
 
 
 def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
-    """What the scores choose for the budgets, and the layer forwards that they take."""
-    setting, chosen, layer_forwards = _setting(bench, budgets), [], 0
+    """What the scores choose for the budgets (fisher's by descents), and the layer forwards that they take."""
+    setting, layer_forwards = _setting(bench, budgets), 0
+    chosen = np.zeros((0, setting.n_players), dtype=bool)
     for method in _SCORES:
-        gains, pairs, spent = terms_on(bench, method)
+        try:
+            gains, pairs, spent = terms_on(bench, method)
+        except EstimationError as error:  # only a hint: the search does without
+            _log.warning("%s; the search starts without it", error)
+            continue
         layer_forwards += spent
         for capacity in setting.capacities:
             program = QuadraticProgram(gains, np.diag(0 * gains) if pairs is None else pairs, setting.costs, capacity)
-            nowhere = np.zeros((0, setting.n_players), dtype=bool)
-            chosen.append(local_optima(program, nowhere, _STARTS, np.random.default_rng(setting.seed))[0])
-    return setting.assignments(np.array(chosen)), layer_forwards
+            solved = allocate(program) if pairs is None else near_optimum(program)
+            chosen = np.concatenate([chosen, solved.q[None]])
+    return setting.assignments(chosen), layer_forwards
 
 
 def _ranked(setting: Setting, search: Search, capacity: int) -> Assignments:
@@ -337,9 +362,16 @@ def _known_at_start(bench: Workbench, journal: Journal, method: str, setting: Se
     It is written down at the first start: what was measured since is replayed, not known.
     """
     path = bench.folder.path / "searches.json"
-    begun: dict[str, int] = read_json(path) if path.is_file() else {}
+    begun: dict[str, tuple[int, str]] = read_json(path) if path.is_file() else {}
     name = f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.path.name}"
-    if name not in begun:
-        begun[name] = len(journal)
+    known, digest = begun.get(name, (0, ""))
+    if digest != _digest(journal, known):  # never begun, or the journal is another one by now
+        known = len(journal)
+        begun[name] = known, _digest(journal, known)
         write_json(path, begun)
-    return begun[name]
+    return known
+
+
+def _digest(journal: Journal, n: int) -> str:
+    """A hash of the first n assignments of a journal."""
+    return hashlib.blake2b(np.ascontiguousarray(journal.first(n)[0]).tobytes(), digest_size=16).hexdigest()

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,19 @@ from coopq.calibration import calibration_set
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
 from coopq.files import require_new_folder
-from coopq.methods import SEARCHES, SHRUNK, check_method, estimate_on, measure, plans_on, smallest_on
+from coopq.methods import (
+    SEARCHES,
+    SHRUNK,
+    UNPROVEN,
+    check_method,
+    check_players,
+    estimate_on,
+    measure,
+    plans_on,
+    smallest_on,
+)
 from coopq.models import fingerprint_weights, load_model
-from coopq.plan import Plan, check_solver
+from coopq.plan import WALK_METHODS, Plan, check_solver
 from coopq.players import find_players
 from coopq.run import Estimation, RunConfig
 from coopq.storage import Budget, Storage
@@ -66,6 +78,11 @@ def quantize(
     check_method(method)
     if (budget is None) == (max_loss is None):
         raise BudgetError("give a budget, or a limit on the loss, and not both")
+    if max_loss is not None and not math.isfinite(max_loss):
+        raise BudgetError(f"a loss of {max_loss} is no limit; give nats per token, 3.8 for example")
+    if config.screening is not None and (max_loss is not None or method not in SEARCHES):
+        goal = f"method {method!r}" if max_loss is None else "a limit on the loss"
+        raise EstimationError(f"screening is for searches of a budget, not for {goal}; leave --screen-tokens out")
     if max_loss is not None and method != "active":
         raise EstimationError(f"method {method!r} cannot search for a loss; leave it out, the active search can")
     out = out.resolve()
@@ -73,7 +90,8 @@ def quantize(
         asked = {"method": method, "alpha": alpha if method in SHRUNK else None, "max_loss": max_loss}
         return _finished(config, asked | ({"budget": budgets[0].text} if budgets else {}), time_limit, out)
     require_new_folder(out)
-    with open_workbench(config, run or default_run(out), progress, *budgets) as bench:
+    check = partial(check_players, [method])
+    with open_workbench(config, run or default_run(out), progress, *budgets, check=check) as bench:
         if max_loss is None:
             (plan,) = plans_on(bench, method, budgets, alpha=alpha, time_limit=time_limit)
         else:
@@ -112,7 +130,7 @@ def apply(
         raise BackendError(f"group size {group_size} goes with a backend to deploy by; name one, or leave it out")
     deployed = RunConfig(config.model, backend or "", group_size).quantizer
     if backend is not None and deployed != plan.quantizer:
-        plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None)
+        plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None, evidence=None, predicted_loss=None)
     quantizer = get_backend(**plan.quantizer, bits=tuple(sorted(set(plan.assignment))))
     progress("loading the model", 0, 1)
     loaded = load_model(model or config.model, dtype=plan.fingerprint["dtype"], device=config.device)
@@ -166,7 +184,9 @@ def _finished(config: RunConfig, asked: Mapping[str, Any], time_limit: float | N
         **{name: getattr(plan, name) for name in asked},
         "deployment": plan.deployment,
     }
-    if time_limit is None and plan.method not in SEARCHES:  # a proof is asked for
+    if plan.method not in WALK_METHODS:
+        ours["permutations"] = theirs["permutations"]
+    if time_limit is None and plan.method not in UNPROVEN:  # a proof is asked for
         ours["solver"], theirs["solver"] = "optimal", plan.solver.status
     if ours != theirs:
         differing = Mismatch("", ours, theirs, "").fields

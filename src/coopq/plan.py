@@ -12,17 +12,18 @@ import numpy.typing as npt
 
 from coopq.allocate import Allocation, allocate, near_optimum
 from coopq.errors import PlanError
+from coopq.estimators import Measured
+from coopq.evidence import Evidence
 from coopq.files import write_json
 from coopq.program import QuadraticProgram, paper_program
 from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
-from coopq.surrogate import Fidelity, Surrogate, best_surrogate
-from coopq.types import Assignment, Losses
+from coopq.surrogate import Fidelity, best_surrogate
+from coopq.types import Assignment
 
 WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
 """Methods that read permutation walks; their plans are of one number and seed of walks."""
 _FORMAT_VERSION = 1
-_BOOTSTRAPS = 10_000
 _SETTLE_SECONDS = 60.0
 """For programs of fitted or estimated interactions, whose proof nobody waits for."""
 _MOST_EXACT = 32
@@ -55,41 +56,11 @@ class Solver:
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """How sure the choice is, as far as the calibration set can say; by its sequences.
-
-    Attributes:
-        stderr: Standard error of the measured loss; None for a single sequence.
-        difference: Loss of the runner-up minus that of the chosen, nats per token; None without a runner-up.
-        interval: Its 95 % interval by a paired bootstrap over sequences.
-        probability: Share of the bootstrap's samples in which the chosen one is better.
-    """
-
-    stderr: float | None
-    difference: float | None
-    interval: tuple[float, float] | None
-    probability: float | None
-
-    @classmethod
-    def of(cls, losses: Losses, runner_up: Losses | None) -> "Evidence":
-        """From the losses of both on each sequence, shape (n_sequences,)."""
-        n = len(losses)
-        stderr = float(losses.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-        if runner_up is None or n == 1:
-            return cls(stderr, None if runner_up is None else float((runner_up - losses).mean()), None, None)
-        differences = runner_up - losses
-        means = differences[np.random.default_rng(0).integers(0, n, size=(_BOOTSTRAPS, n))].mean(axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        ties = float((means == 0).mean())
-        return cls(stderr, float(differences.mean()), (float(low), float(high)), float((means > 0).mean()) + ties / 2)
-
-
-@dataclass(frozen=True)
 class Plan:
     """A plan as it is saved in plan.json.
 
     Attributes:
-        method: "coopq", or a baseline.
+        method: One of `coopq.methods.METHODS`.
         alpha: Shrinkage of the covariance; None for methods without one.
         budget: As the user wrote it.
         budget_bytes: The same in bytes.
@@ -102,7 +73,8 @@ class Plan:
         measured_loss: The same truly measured; None until it is.
         config: The run's configuration.
         fingerprint: What the losses depend on.
-        layer_forwards: Forwards of one block over all calibration tokens that the method takes, uninterrupted.
+        layer_forwards: Forwards of one block over all calibration tokens that the method takes, uninterrupted, beyond
+            what it knew from before.
         layer_forwards_unshared: The same without sharing prefixes.
         deployment: Backend and options, where they are not those that the losses were measured with.
         saved_loss: Loss of the model as saved, for backends whose mixed weights are not the bank's (gptq).
@@ -306,7 +278,7 @@ def plan_search(
     chosen: Assignment,
     budget: Budget,
     *,
-    surrogates: Sequence[Surrogate],
+    measured: Measured,
     runner_up: Assignment | None,
     layer_forwards: int,
     layer_forwards_unshared: int,
@@ -314,22 +286,26 @@ def plan_search(
 ) -> Plan:
     """The plan of an assignment that a search chose, with what its surrogate says of it.
 
-    The solver's part of the plan is about the surrogate: how much better than anything else could be, if it were true.
+    The solver's part of the plan is about the surrogate's optimum, in the units of its transform: how far below it any
+    assignment could be, if the surrogate were true.
 
     Args:
         subject: What the plan is for.
         method: Name of the search.
         chosen: The assignment, shape (n_players,).
         budget: The limit on bytes.
-        surrogates: Fitted to what the search measured, the untransformed one first.
+        measured: What the search measured.
         runner_up: The best other assignment measured.
         layer_forwards: What the search took.
         layer_forwards_unshared: What it would have taken without sharing prefixes.
-        time_limit: Seconds for the solver; None takes a minute.
+        time_limit: Seconds for the solver, with few players; None takes a minute.
     """
-    config, surrogate = subject.config, best_surrogate(surrogates)
+    config, capacity = subject.config, capacity_of(subject, budget)
+    surrogates = measured.surrogates(capacity)
+    surrogate = best_surrogate(surrogates)
     costs = subject.storage.raise_costs(config.low, config.high)
-    allocation = _settle(surrogate.program(costs, capacity_of(subject, budget)), time_limit)
+    allocation = _settle(surrogate.program(costs, capacity), time_limit)
+    lowered = chosen == config.low
     return _plan(
         subject,
         budget,
@@ -339,7 +315,8 @@ def plan_search(
         [None] * len(chosen),
         method=method,
         alpha=None,
-        predicted_loss=float(surrogate.predict(chosen[None] == config.low)[0]),
+        # What the surrogate was fitted to it does not predict.
+        predicted_loss=None if lowered in measured else float(surrogate.predict(lowered[None])[0]),
         layer_forwards=layer_forwards,
         layer_forwards_unshared=layer_forwards_unshared,
         runner_up=None if runner_up is None else tuple(runner_up.tolist()),

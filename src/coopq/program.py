@@ -72,7 +72,7 @@ def descend(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[
     while True:
         raised, lowered, change = _moves(program, q, slope, pairs)
         best = np.unravel_index(int(change.argmin()), change.shape)
-        if change[best] >= -tolerance:
+        if not change[best] < -tolerance:
             return q
         for player in (raised[best[0]], lowered[best[1]]):
             if player >= 0:

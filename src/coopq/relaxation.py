@@ -74,8 +74,8 @@ def _cheapest(gradient: Floats, costs: Floats, kept: float) -> Floats:
     """Where gradient'q is lowest over the box with costs'q >= kept: a fractional knapsack."""
     q = (gradient < 0).astype(np.float64)
     missing = kept - float(costs @ q)
-    rates = np.where(gradient < 0, np.inf, gradient / costs)
-    for player in np.argsort(rates, kind="stable"):
+    free = np.flatnonzero(gradient >= 0)
+    for player in free[np.argsort(gradient[free] / costs[free], kind="stable")]:
         if missing <= 0:
             break
         q[player] = min(1.0, missing / costs[player])

@@ -40,6 +40,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "predicted_loss": plan.predicted_loss,
         "measured_loss": plan.measured_loss,
         "saved_loss": plan.saved_loss,
+        "max_loss": plan.max_loss,
         "runner_up": None if plan.runner_up is None else dict(zip(scores, plan.runner_up, strict=True)),
         "evidence": None if plan.evidence is None else asdict(plan.evidence),
         "fidelity": None if plan.fidelity is None else asdict(plan.fidelity),
@@ -108,7 +109,8 @@ def plan_summary(plan: Plan) -> str:
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
         f"calibration loss {predicted}, {measured} (nats per token); "
-        f"solver: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}{_evidence(plan)}{_fidelity(plan)}"
+        f"{'surrogate' if plan.fidelity else 'solver'}: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
+        f"{_evidence(plan)}{_fidelity(plan)}"
     )
 
 
@@ -118,6 +120,11 @@ def _evidence(plan: Plan) -> str:
     if evidence is None or evidence.difference is None or evidence.interval is None or evidence.probability is None:
         return ""
     low, high = evidence.interval
+    if evidence.difference < 0:
+        return (
+            f"\nan assignment measured on the way is BETTER by {-evidence.difference:.4f} "
+            f"(95 % {-high:.4f} to {-low:.4f}, paired bootstrap over sequences); the method chooses without looking"
+        )
     return (
         f"\nthe runner-up measured is worse by {evidence.difference:.4f} (95 % {low:.4f} to {high:.4f}, paired "
         f"bootstrap over sequences); probability of the choice being better {evidence.probability:.0%}"
@@ -218,7 +225,7 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
 
 
 def _cost(layer_forwards: int, unshared: int) -> str:
-    if layer_forwards == unshared:
+    if layer_forwards in (0, unshared):
         return f"{layer_forwards} layer forwards"
     ratio = unshared / layer_forwards
-    return f"the walks take {layer_forwards} layer forwards; {unshared} without sharing prefixes ({ratio:.2f}x)"
+    return f"it takes {layer_forwards} layer forwards; {unshared} without sharing prefixes ({ratio:.2f}x)"

@@ -4,6 +4,9 @@ run.json       the configuration
 journal.jsonl  every loss measured on the calibration set
 estimate.json  Shapley values, covariance, sizes: all that an allocation needs
 bank/          dequantised weights
+scores/        what one-layer scores say
+searches.json  what searches knew when they began
+screening-*    losses on the screening sequences
 plans/         one plan for each budget allocated from this run
 """
 
@@ -210,8 +213,8 @@ class RunFolder:
         """
         config, path = self.config(), self.path / "estimate.json"
         unfinished = (
-            f"the estimation in {self.path} is not finished; go on with: coopq estimate {config.model} "
-            f"--run {self.path} and the options it was started with"
+            f"the work in {self.path} is not finished; repeat the command it was started with, or estimate with: "
+            f"coopq estimate {config.model} --run {self.path}"
         )
         data = _read(path, unfinished)
         with _complete(path):

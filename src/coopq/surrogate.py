@@ -6,8 +6,7 @@ problem. Single terms and pairs have penalties of their own. Everything is chose
 dual form gives without fitting again. Points far in size from what is asked for count less: no one quadratic fits the
 whole game.
 
-Source: least squares over coalition values estimate interactions, where the covariance of marginals does not
-(docs/results/search.md); leave-one-out of ridge and of kriging: Dubrule, Cross validation of kriging, 1983.
+Source: leave-one-out of ridge and of kriging, Dubrule, Cross validation of kriging, 1983.
 """
 
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ TRANSFORMS: tuple[Transform, ...] = ("raw", "sqrt", "log")
 those that saturate want the loss as it is, those that explode its root or its logarithm."""
 
 _PAIR_RATIOS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Prior variance of all pair terms together, in units of that of all single terms."""
+"""Prior variance of all pair terms together, in units of half that of all single terms."""
 _NOISES = 10.0 ** np.arange(-7, 1)
 """Variance of what the model cannot say, in the same unit."""
 _REACH = 0.15

@@ -1,6 +1,6 @@
 """A loaded model with everything that measures it, held open over a locked run folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from coopq.models import LoadedModel, fingerprint_weights, load_model
 from coopq.players import check_granularity, find_players
 from coopq.run import RunConfig, RunFolder, Subject
 from coopq.storage import Budget
-from coopq.types import ProgressCallback, silent
+from coopq.types import Player, ProgressCallback, silent
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class Workbench(Subject):
 
 @contextmanager
 def open_workbench(
-    config: RunConfig, run: Path, progress: ProgressCallback = silent, *budgets: Budget
+    config: RunConfig,
+    run: Path,
+    progress: ProgressCallback = silent,
+    *budgets: Budget,
+    check: Callable[[Sequence[Player]], None] = lambda _: None,
 ) -> Iterator[Workbench]:
     """Check the request, load the model and lock the run folder; cheap checks come first.
 
@@ -73,6 +77,7 @@ def open_workbench(
         run: The run folder; it is made when missing.
         progress: Told of every step.
         budgets: Checked for feasibility before anything expensive.
+        check: Raises if the players are not what the caller can do with.
     """
     check_config(config)
     backend = get_backend(**config.quantizer, bits=(config.low, config.high))
@@ -84,6 +89,7 @@ def open_workbench(
         loaded = load_model(config.model, dtype=config.dtype, device=config.device)
         progress("loading the model", 1, 1)
         players = find_players(loaded.model, config.granularity)
+        check(players)
         storage = measure_storage(players, backend, (config.low, config.high))
         for budget in budgets:
             storage.limit(budget, config.low, config.high)

@@ -31,7 +31,7 @@ class ActiveSearch:
         starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
 
     Source: sequential design on a surrogate as in Jones et al., Efficient Global Optimization, 1998, without its
-    bonus for uncertainty, which measured worse (docs/results/search.md).
+    bonus for uncertainty.
     """
 
     def __init__(self, setting: Setting, known: Known | None = None, starts: Assignments | None = None) -> None:

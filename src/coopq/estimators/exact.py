@@ -26,11 +26,7 @@ class Enumeration:
     """
 
     def __init__(self, setting: Setting) -> None:
-        if setting.n_players > MOST_PLAYERS:
-            raise EstimationError(
-                f"{setting.n_players} players have 2^{setting.n_players} assignments; at most {MOST_PLAYERS} players "
-                "are enumerated, take another method"
-            )
+        check_enumerable(setting.n_players)
         self._setting = setting
         self.measured = Measured(setting)
 
@@ -52,6 +48,19 @@ class Enumeration:
         """What was measured."""
         index = self.measured.lowered @ (1 << np.arange(self._setting.n_players))
         return self.measured.losses[np.argsort(index)]
+
+
+def check_enumerable(n_players: int) -> None:
+    """Check that so many players can be enumerated.
+
+    Raises:
+        EstimationError: If there are more than `MOST_PLAYERS`.
+    """
+    if n_players > MOST_PLAYERS:
+        raise EstimationError(
+            f"{n_players} players have 2^{n_players} assignments; at most {MOST_PLAYERS} players are enumerated, "
+            "take another method"
+        )
 
 
 def shapley_values(table: Table) -> npt.NDArray[np.float64]:

@@ -11,15 +11,15 @@ from coopq.types import Assignment, Assignments, Losses
 class Greedy:
     """Lowers, or raises, a few players a step, those that cost least, or gain most, by the byte.
 
-    One path serves all budgets, and steps stop at each. With `swaps`, the best assignment of each budget is then
-    improved: every player is flipped alone there, and the exchanges that those flips promise most of are measured, as
-    long as one of them helps.
+    One path serves all budgets, and steps stop at each: with players of unequal size, what it finds for a budget
+    depends on the larger ones. With `swaps`, the best assignment of each budget is then improved: every player is
+    flipped alone there, and the exchanges that those flips promise most of are measured, as long as one of them helps.
 
     Args:
         setting: Widths, sizes, budgets.
         direction: "down" from the high width, or "up" from the low one.
         per_step: Players that change in a step.
-        candidates: Players measured in a step, those that were best in the step before; None measures all.
+        candidates: Players measured in a step after the first, those that were best when last measured; None takes all.
         swaps: Exchanges measured at a time at each budget, after the path.
     """
 
@@ -88,7 +88,8 @@ class Greedy:
     def _next(self) -> list[int]:
         """Players that may change next: the best of the last step, if not all."""
         free = np.array([p for p in np.flatnonzero(self._at != self._down) if self._down or self._fits(p)], dtype=int)
-        best = free[np.argsort(self._rate[free], kind="stable")][: max(self._n_candidates, self._per_step)]
+        most = max(self._n_candidates, self._per_step) if len(self.measured) else len(free)
+        best = free[np.argsort(self._rate[free], kind="stable")][:most]
         return [int(player) for player in np.sort(best)]
 
     def _exchanges(self, capacity: int) -> list[Lowered]:

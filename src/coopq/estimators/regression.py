@@ -30,7 +30,7 @@ class Regression:
             [
                 random_fill(setting.program(capacity), np.random.default_rng([setting.seed, budget, row]))
                 for budget, capacity in enumerate(setting.capacities)
-                for row in range(n_points // len(setting.capacities))
+                for row in range(max(1, n_points // len(setting.capacities)))
             ]
         )
         self._learnt = False
