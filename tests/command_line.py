@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,11 @@ from coopq.cli import main
 
 FAST = ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
 PAPER = ["--method", "coopq", *FAST]
+
+
+def interruptible() -> None:
+    """For a new process: heed SIGINT, which shells let their background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def coopq(

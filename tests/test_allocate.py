@@ -13,6 +13,7 @@ from coopq.allocate import allocate, best_allocations, near_optimum
 from coopq.program import QuadraticProgram, paper_program
 from coopq.relaxation import lower_bound
 from coopq.testing import SyntheticGame
+from tests.command_line import interruptible
 
 
 def random_program(seed: int, n: int, magnitude: float) -> QuadraticProgram:
@@ -167,7 +168,9 @@ except KeyboardInterrupt:
     sys.exit(42)
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60, check=False, preexec_fn=interruptible
+    )
     assert done.returncode == 42, done.stderr
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coopq.plan import Plan
+from tests.command_line import interruptible
 
 METHODS = {
     "coopq": ["--method", "coopq", "--permutations", "40", "--tokens", "1024"],
@@ -23,7 +24,9 @@ SETTINGS = ["--sequence-length", "256", "--budget", "3avg", "--json"]
 def start(stories: str, out: Path, method: str = "coopq") -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "coopq.cli", "quantize", stories, "--out", str(out), *SETTINGS, *METHODS[method]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible
+    )
 
 
 def n_lines(journal: Path) -> int:
