@@ -98,18 +98,18 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
             "alphas": alphas,
             "games": games,
             "chance": math.log(vocabulary),
-            "deployed": deployed(bench, name),
+            "deployed": deployed(bench, name, full),
         }
 
 
-def deployed(bench: Workbench, name: str) -> list[dict[str, Any]]:
+def deployed(bench: Workbench, name: str, own: ShapleyEstimate) -> list[dict[str, Any]]:
     """Assignments estimated with other backends, their losses with this one."""
     _, low, high = PARTS[name]
     rows = []
     for other, (backend, *widths) in PARTS.items():
         folder = RunFolder(WORK / other)
-        if widths == [low, high] and folder.is_estimated:
-            of = folder.load().estimate
+        if widths == [low, high] and (other == name or folder.is_estimated):
+            of = own if other == name else folder.load().estimate
             points = np.stack([assign(bench, of, budget) for budget in BUDGETS[low, high]])
             rows.append({"estimated": backend, "walks": of.permutations, "losses": losses(bench, points)})
     return rows
