@@ -151,6 +151,7 @@ def markdown(parts: dict[str, Any]) -> str:
         f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test",
         f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), on which nothing was searched. Random: mean of 5",
         "assignments that fill the same budget. NLL in nats per token. Lowest WikiText-2 NLL of each budget in bold.",
+        "Not here: 3 and 4 bits with quanto, which has no 3 bits, and with gptq, whose 3-bit form is not supported.",
         "Versions: " + ", ".join(f"{package} {version(package)}" for package in packages) + ".",
     ]
     lines += ["", *summary(parts)]
