@@ -119,8 +119,8 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=PAPER_WALKS, help="walks")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="active must be among them")
     arguments = parser.parse_args()
-    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     result = run_part(arguments.part, arguments.tokens, arguments.permutations, arguments.methods)
+    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: another part may have ended meanwhile
     parts[f"{arguments.part}, {arguments.tokens} tokens"] = result
     RESULTS.write_text(json.dumps(dict(sorted(parts.items())), indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(dict(sorted(parts.items()))))

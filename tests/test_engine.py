@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from coopq import engine as engine_module
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
 from coopq.models import LoadedModel
+from coopq.onednn import linears_by_onednn
 from coopq.players import GRANULARITIES, find_blocks, find_players
 from coopq.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from tests.architectures import CONFIGS, tiny_model
@@ -89,7 +91,7 @@ def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
         states = engine.forward_block(depth, states)
     (batch,) = engine.batches
     with torch.no_grad():
-        torch.testing.assert_close(engine.head(0, states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(engine.head(states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -236,3 +238,27 @@ def test_a_model_without_blocks_gets_an_error_that_says_what_was_looked_for() ->
         ModelError, match=r"looked for one nn.ModuleList of num_hidden_layers = 2 blocks .*transformer\.h \(2\)"
     ):
         find_players(model)
+
+
+def test_linear_layers_by_onednn_are_those_of_torch() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 7, bias=False))
+    inputs = torch.randn(3, 5, 48)
+    expected = layers(inputs)
+    with torch.no_grad(), linears_by_onednn(layers):
+        replaced = "forward" in vars(layers[0])
+        torch.testing.assert_close(layers(inputs), expected, rtol=1e-5, atol=1e-5)
+    assert replaced == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+    assert "forward" not in vars(layers[0])
+    layers(inputs).sum().backward()  # gradients flow again
+    with torch.no_grad(), linears_by_onednn(layers.bfloat16()):
+        assert "forward" not in vars(layers[0]), "torch itself takes oneDNN for bfloat16"
+
+
+def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gemma2")
+    bank = build(model, tmp_path)
+    point = np.array([[2, 4, 2]], dtype=np.int8)
+    ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    monkeypatch.setitem(engine_module._LOGIT_BYTES, "cpu", 4 * 97 * 7)  # 7 positions at a time
+    ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)

@@ -17,11 +17,14 @@ from torch.nn import functional
 
 from coopq.bank import WeightBank
 from coopq.errors import EstimationError, ModelError
+from coopq.onednn import linears_by_onednn
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
 _BATCH_TOKENS = 512
-"""Tokens that go through a block together. On CPUs, larger batches are no faster and their logits cost memory."""
+"""Tokens that go through a block together. On CPUs, larger batches are no faster."""
+_LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""Logits that are held at once, by device: on CPUs what the cache holds, and no new pages for each."""
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
 
@@ -107,10 +110,11 @@ class PrefixEngine:
                         continue
                     for player in self.members[d]:
                         self._bank.set_player(player, int(assignment[player]))
-                    hidden[d + 1] = self.forward_block(d, hidden[d])
+                    with linears_by_onednn(self._blocks[d]):
+                        hidden[d + 1] = self.forward_block(d, hidden[d])
                     spent += 1
                 self.layer_forwards += spent
-                losses = self._losses(hidden[depth])
+                losses = self.losses(hidden[depth])
                 if not np.isfinite(losses).all():
                     raise EstimationError(
                         f"the loss of assignment {assignment.tolist()} is not a number; "
@@ -163,14 +167,19 @@ class PrefixEngine:
         output = self._blocks[d](states, *call.args, **call.kwargs)
         return output[0] if call.returns_tuple else output
 
-    def head(self, j: int, states: Tensor) -> Tensor:
-        """Logits of batch j: the model's own forward with every block replaced by one that answers `states`."""
+    def head(self, states: Tensor) -> Tensor:
+        """Logits from states after the last block, shape (n, length, width), each by itself.
+
+        It is the model's own forward with every block replaced by one that answers `states`; which tokens it gets does
+        not matter then.
+        """
 
         def answer(*_: Any, **__: Any) -> Any:
-            return (states,) if self._calls[-1][j].returns_tuple else states
+            return (states,) if self._calls[-1][0].returns_tuple else states
 
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         with self._answering(dict.fromkeys(range(len(self._blocks)), answer)):
-            return self._model(input_ids=self.batches[j], use_cache=False).logits
+            return self._model(input_ids=ids, use_cache=False).logits
 
     @contextmanager
     def _answering(self, answers: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
@@ -184,9 +193,23 @@ class PrefixEngine:
                 del self._blocks[d].forward
 
     @torch.no_grad()
-    def _losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
-        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
-        return np.concatenate([sequence_nll(self.head(j, s), self.batches[j]) for j, s in enumerate(hidden)])
+    def losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
+        """Loss of each sequence from the states after the last block, by the model's own norm and head.
+
+        Positions that count go through the head a portion at a time, as sequences of one token.
+        """
+        by_sequence = []
+        vocabulary = self._model.config.get_text_config().vocab_size
+        portion = max(1, _LOGIT_BYTES.get(self._model.device.type, 2**28) // (4 * vocabulary))
+        with linears_by_onednn(self._model):
+            for states, tokens in zip(hidden, self.batches, strict=True):
+                scored, targets = states[:, :-1].flatten(0, 1).unsqueeze(1), tokens[:, 1:].flatten()
+                nll = [
+                    functional.cross_entropy(self.head(some).float()[:, 0], target, reduction="none")
+                    for some, target in zip(scored.split(portion), targets.split(portion), strict=True)
+                ]
+                by_sequence.append(_means(torch.cat(nll), tokens))
+        return np.concatenate(by_sequence)
 
     def record(self) -> bool:
         """Watch the model call its blocks, once; whether it was done just now."""
@@ -239,9 +262,13 @@ def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
     Returns:
         Shape (n_sequences,), nats per token, summed in float64.
     """
-    n_sequences, length = tokens.shape
     nll = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return nll.cpu().double().reshape(n_sequences, length - 1).mean(dim=1).numpy()
+    return _means(nll, tokens)
+
+
+def _means(nll: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
+    """Mean of the scored tokens of each sequence, summed in float64, shape (n_sequences,)."""
+    return nll.cpu().double().reshape(len(tokens), -1).mean(dim=1).numpy()
 
 
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:

@@ -144,7 +144,7 @@ class Probe:
         n_scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self._engine.batches)
         with torch.enable_grad():
             leaf = final.detach().requires_grad_()
-            logits = self._engine.head(j, leaf)
+            logits = self._engine.head(leaf)
             loss = functional.cross_entropy(
                 logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
             )
