@@ -3,8 +3,10 @@
     python benchmarks/search.py hqq-3-4                     # one part; hours for all of them, resumes
     python benchmarks/search.py hqq-3-4 --tokens 8192       # searched on more calibration tokens
 
-Cost is set against the paper's protocol, M = 100 walks without shared prefixes. Intervals are 95 %, by a bootstrap over
-windows of WikiText-2; differences to the active search are paired. Writes docs/results/search.json and search.md.
+What was chosen is measured again on more of the calibration text (the searched sequences among it), which says what the
+ranking was worth. Cost is set against the paper's protocol, M = 100 walks without shared prefixes. Intervals are 95 %,
+by a bootstrap over windows of WikiText-2; differences to the active search are paired. Writes docs/results/search.json
+and search.md.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import numpy as np
 from rich.progress import Progress
 
 from coopq.baselines import BASELINES
+from coopq.calibration import calibration_set
 from coopq.evaluate import judge_windows
 from coopq.evidence import Evidence
 from coopq.methods import measure, plans_on
@@ -45,11 +48,10 @@ METHODS = ("active", "fisher", *BASELINES, "greedy-up", "greedy-down", "coopq", 
 """In this order: what a search knows at its start is what was measured before it, and `active` is to know nothing."""
 
 
-def run_part(name: str, tokens: int, walks: int, methods: list[str]) -> dict[str, Any]:
+def run_part(name: str, tokens: int, walks: int, methods: list[str], more: list[int]) -> dict[str, Any]:
     """All methods on one part."""
     config, budgets = PARTS[name]
-    calibration = CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH)
-    config = replace(config, calibration=calibration, permutations=walks)
+    config = replace(config, calibration=calibration(tokens), permutations=walks)
     parsed = [Budget.parse(budget) for budget in budgets]
     with Progress() as bars, open_workbench(config, WORK / f"{name}-{tokens}", bars_for(bars, name)) as bench:
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
@@ -57,7 +59,17 @@ def run_part(name: str, tokens: int, walks: int, methods: list[str]) -> dict[str
         windows = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
         paper = PAPER_WALKS * len(bench.players) * len({player.block for player in bench.players})
         rows = [row(plan, of, windows[of_active(plan, plans)]) for plan, of in zip(plans, windows, strict=True)]
+        for n in more:
+            larger = calibration_set(calibration(n), bench.loaded.tokenizer)
+            with bench.game(larger, bench.folder.path / f"more-{n}.jsonl", f"measuring on {n} tokens") as game:
+                for of, loss in zip(rows, game(points).tolist(), strict=True):
+                    of["more"][str(n)] = loss
     return {"tokens": tokens, "walks": walks, "paper": paper, "rows": rows}
+
+
+def calibration(tokens: int) -> CalibrationConfig:
+    """The packaged sample of C4."""
+    return CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH)
 
 
 def of_active(plan: Plan, plans: list[Plan]) -> int:
@@ -74,6 +86,7 @@ def row(plan: Plan, windows: Any, active: Any) -> dict[str, Any]:
         "budget": plan.budget,
         "layer_forwards": plan.layer_forwards,
         "calibration": plan.measured_loss,
+        "more": {},
         "perplexity": float(np.exp(windows.mean())),
         "interval": np.exp(np.quantile(means, [0.025, 0.975])).tolist(),
         "over active": against.difference,
@@ -91,24 +104,55 @@ def markdown(parts: dict[str, Any]) -> str:
         f"tokens of WikiText-2 in windows of {WINDOW}. Cost: layer forwards with shared prefixes for all budgets",
         f"together, as a share of the paper's protocol (M = {PAPER_WALKS}, without sharing). Intervals: 95 %,",
         "bootstrap over windows; the last column is the WikiText-2 loss above that of the active search, paired, in",
-        "nats per token.",
+        "nats per token. Columns of more tokens: the loss of the same assignments on more of the calibration text, and",
+        "above each table the rank correlation of both, over methods, by budget.",
     ]
     for name, part in parts.items():
-        lines += ["", f"## {name}", "", f"M = {part['walks']} for the methods that walk.", ""]
+        more = list(part["rows"][0]["more"])
+        lines += ["", f"## {name}", "", *summary(part), ""]
         lines += [
-            "| budget | method | cost | calibration NLL | WikiText-2 perplexity | NLL over active |",
-            "| --- | --- | --- | --- | --- | --- |",
+            "| budget | method | cost | calibration NLL |"
+            + "".join(f" {n} tokens |" for n in more)
+            + " WikiText-2 perplexity | NLL over active |",
+            "| --- | --- | --- | --- |" + " --- |" * len(more) + " --- | --- |",
         ]
         for of in sorted(part["rows"], key=lambda of: (of["budget"], of["calibration"])):
             low, high = of["interval"]
             least, most = of["over active interval"]
             cost = of["layer_forwards"] / part["paper"]
             lines.append(
-                f"| {of['budget']} | {of['method']} | {cost:.2%} | {of['calibration']:.4f} "
-                f"| {of['perplexity']:,.1f} ({low:,.1f} to {high:,.1f}) "
+                f"| {of['budget']} | {of['method']} | {cost:.2%} | {of['calibration']:.4f} |"
+                + "".join(f" {of['more'][n]:.4f} |" for n in more)
+                + f" {of['perplexity']:,.1f} ({low:,.1f} to {high:,.1f}) "
                 f"| {of['over active']:+.4f} ({least:+.4f} to {most:+.4f}) |"
             )
     return "\n".join(lines) + "\n"
+
+
+def summary(part: dict[str, Any]) -> list[str]:
+    """Who wins, by calibration loss and by perplexity, and what more tokens make of the ranking."""
+    budgets = dict.fromkeys(of["budget"] for of in part["rows"])
+    tables = [[of for of in part["rows"] if of["budget"] == budget] for budget in budgets]
+    active = [next(of for of in table if of["method"] == "active") for table in tables]
+    lowest, best = (
+        sum(ours[key] <= min(of[key] for of in table) for ours, table in zip(active, tables, strict=True))
+        for key in ("calibration", "perplexity")
+    )
+    cost = active[0]["layer_forwards"] / part["paper"]
+    lines = [
+        f"M = {part['walks']} for the methods that walk. The active search took {cost:.2%} of the paper's layer",
+        f"forwards; its calibration loss is the lowest at {lowest} of {len(tables)} budgets, its perplexity at {best}.",
+    ]
+    for n in part["rows"][0]["more"]:
+        ranks = [
+            np.argsort(
+                np.argsort([[of["calibration"] for of in table], [of["more"][n] for of in table]], axis=1), axis=1
+            )
+            for table in tables
+        ]
+        correlations = ", ".join(f"{np.corrcoef(of)[0, 1]:.2f}" for of in ranks)
+        lines.append(f"Rank correlation of the calibration loss with that on {n} tokens: {correlations}.")
+    return lines
 
 
 def main() -> None:
@@ -118,10 +162,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens")
     parser.add_argument("--permutations", type=int, default=PAPER_WALKS, help="walks")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), help="active must be among them")
+    parser.add_argument("--more", type=int, nargs="*", default=[8192], help="tokens to measure the choices on again")
     arguments = parser.parse_args()
-    result = run_part(arguments.part, arguments.tokens, arguments.permutations, arguments.methods)
+    part, tokens = arguments.part, arguments.tokens
+    result = run_part(part, tokens, arguments.permutations, arguments.methods, arguments.more)
     parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # now: another part may have ended meanwhile
-    parts[f"{arguments.part}, {arguments.tokens} tokens"] = result
+    parts[f"{part}, {tokens} tokens"] = result
     RESULTS.write_text(json.dumps(dict(sorted(parts.items())), indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(dict(sorted(parts.items()))))
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from coopq.checkpoint import saved_bytes
+from coopq.estimators import Setting, run_estimator
 from coopq.methods import METHODS, SEARCHES, measure, plans_on
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
+from coopq.testing import HIGH, LOW, SyntheticGame
 from coopq.workbench import open_workbench
 from tests.command_line import in_process, refused
 from tests.conftest import STORIES
@@ -67,6 +69,20 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     assert code == 0
     assert "probability of the choice being better" in text
     assert "left-out error" in text
+
+
+@pytest.mark.parametrize("method", ["greedy-down", "greedy-up"])
+def test_greedy_moves_many_players_several_a_step(method: str) -> None:
+    setting = Setting(LOW, HIGH, np.ones(96, dtype=np.int64), (48,))
+    game = SyntheticGame(96, "quadratic", 0)
+    nothing = setting.assignments(np.zeros((0, 96), dtype=bool))
+    search = run_estimator(SEARCHES[method](setting, (nothing, np.zeros(0)), nothing), game)
+    assert len(search.measured) < 96 + 18 * 33, "a third of the players in each of 16 steps of 3"
+    chosen = search.choose(48)
+    assert (chosen == HIGH).sum() == 48
+    alone = np.argsort(game.linear)[:48]  # what costs least alone is lowered
+    simple = setting.assignments(np.isin(np.arange(96), alone))
+    assert game(chosen[None])[0] < game(simple[None])[0]
 
 
 def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
