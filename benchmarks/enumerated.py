@@ -1,10 +1,10 @@
 """Every assignment of a real model of twelve blocks, and how far from its true optimum every estimator ends.
 
-    python benchmarks/train_twelve.py      # once: hours; its result lies in benchmarks/data/twelve
-    python benchmarks/enumerated.py        # all 4096 assignments, twice; minutes, resumes
+    python benchmarks/train_twelve.py      # once: an hour; its result lies in benchmarks/data/twelve
+    python benchmarks/enumerated.py        # all 4096 assignments, twice; half an hour, resumes
 
-The games are the model's mean loss on 64 x 256 tokens of Wikipedia that it was not trained on; its first 8 and 16
-sequences are games of fewer tokens. What estimators choose on those is judged there, and on 64 x 256 tokens of other
+The games are the model's mean loss on 32 x 256 tokens of Wikipedia that it was not trained on; its first 8 and 16
+sequences are games of fewer tokens. What estimators choose on those is judged there, and on 32 x 256 tokens of other
 articles. Writes docs/results/enumerated.json and enumerated.md; work is kept in build/enumerated.
 """
 
@@ -29,8 +29,8 @@ from train_twelve import OUT, articles
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "enumerated", ROOT / "docs" / "results" / "enumerated.json"
 WIDTHS = ((2, 4), (3, 4))
-SEQUENCES, LENGTH = 64, 256
-FEWER = (8, 16, 64)
+SEQUENCES, LENGTH = 32, 256
+FEWER = (8, 16, 32)
 AVERAGES = (0.125, 0.25, 0.5, 0.75)
 """Budgets, as shares of the players that may be raised: 2.25avg to 3.5avg of the paper's widths."""
 SEEDS = range(3)
