@@ -10,17 +10,22 @@ articles. Writes docs/results/enumerated.json and enumerated.md; work is kept in
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
+from coopq.baselines import BASELINES
 from coopq.calibration import calibration_set
-from coopq.estimators import Enumeration, Setting
+from coopq.estimators import SPQE, Enumeration, Setting, run_estimator
 from coopq.estimators.exact import best_quadratic, shapley_interactions, shapley_values
+from coopq.methods import plans_on
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
 from coopq.testing import HIGH, LOW, TableGame
+from coopq.types import Assignment
 from coopq.workbench import open_workbench
 from main_job import bars_for
 from regret import METHODS, Counted, Judge, cell
@@ -34,6 +39,7 @@ FEWER = (8, 16, 32)
 AVERAGES = (0.125, 0.25, 0.5, 0.75)
 """Budgets, as shares of the players that may be raised: 2.25avg to 3.5avg of the paper's widths."""
 SEEDS = range(3)
+PRUNING_WALKS = 25
 
 
 def texts() -> tuple[Path, Path]:
@@ -66,6 +72,24 @@ def tables(low: int, high: int) -> dict[str, Any]:
     return found
 
 
+def by_model(low: int, high: int, n_sequences: int, seed: int) -> Iterator[tuple[str, float, list[Assignment]]]:
+    """What methods that look at more than losses between the widths choose: name, cost, an assignment for each budget.
+
+    One-layer scores do not depend on the seed.
+    """
+    calibration = CalibrationConfig(str(texts()[0]), sequences=n_sequences, length=LENGTH)
+    config = RunConfig(str(OUT), low=low, high=high, permutations=PRUNING_WALKS, seed=seed, calibration=calibration)
+    budgets = [Budget.parse(f"{low + share * (high - low)}avg") for share in AVERAGES]
+    folder = WORK / f"rtn-{low}-{high}-{n_sequences}"
+    with Progress() as bars, open_workbench(config, folder, bars_for(bars, f"{low},{high}")) as bench:
+        for method in ("pruning", *(("fisher", *BASELINES) if seed == 0 else ())):
+            plans = plans_on(bench, method, budgets)
+            rows = np.array([plan.assignment for plan in plans])
+            chosen = np.where(rows == low, LOW, HIGH).astype(np.int8)
+            name = f"pruning, M = {PRUNING_WALKS}" if method == "pruning" else method
+            yield name, plans[0].layer_forwards / rows.shape[1], list(chosen)
+
+
 def run(low: int, high: int) -> dict[str, Any]:
     """Exact values of the game, and cost and regret of every method on it, by number of sequences."""
     table = tables(low, high)
@@ -85,9 +109,12 @@ def run(low: int, high: int) -> dict[str, Any]:
                 cost = counted.forwards
                 of_method = rows.setdefault(name, {}).setdefault(str(n_sequences * LENGTH), [])
                 of_method.append([cost, *(judge(choose) for judge in judges)])
-            best = {c: optima(game, setting)[i] for i, c in enumerate(capacities)}
-            of_optimum = rows.setdefault("optimum", {}).setdefault(str(n_sequences * LENGTH), [])
-            of_optimum.append([2 ** (n + 1) / n, *(judge(best.__getitem__) for judge in judges)])
+            answers = [*by_model(low, high, n_sequences, seed), ("optimum", 2 ** (n + 1) / n, optima(game, setting))]
+            for name, cost, chosen in answers:
+                of_method = rows.setdefault(name, {}).setdefault(str(n_sequences * LENGTH), [])
+                of_method.append(
+                    [cost, *(judge(dict(zip(capacities, chosen, strict=True)).__getitem__) for judge in judges)]
+                )
     exact = shapley_interactions(whole)
     above = np.triu_indices(n, 1)
     walks = covariance_of_walks(whole)
@@ -118,8 +145,6 @@ def optima(game: TableGame, setting: Setting) -> list[Any]:
 
 def covariance_of_walks(table: Any, walks: int = 2000) -> Any:
     """The covariance of marginals that SPQE converges to."""
-    from coopq.estimators import SPQE, run_estimator
-
     n = len(table).bit_length() - 1
     spqe = SPQE(n, low=LOW, high=HIGH, permutations=walks, seed=0)
     return run_estimator(spqe, TableGame(table)).estimate().covariance
