@@ -6,11 +6,14 @@
 What was chosen is measured again on more of the calibration text (the searched sequences among it), which says what the
 ranking was worth. Cost is set against the paper's protocol, M = 100 walks without shared prefixes. Intervals are 95 %,
 by a bootstrap over windows of WikiText-2; differences to the active search are paired. Writes docs/results/search.json
-and search.md.
+and search.md, and keeps every loss measured in benchmarks/data/journals: a part goes on from there, with more walks, say.
+To measure everything again, delete its folder there and in build/search.
 """
 
 import argparse
 import json
+import lzma
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from coopq.baselines import BASELINES
 from coopq.calibration import calibration_set
 from coopq.evaluate import judge_windows
 from coopq.evidence import Evidence
+from coopq.files import atomic_file
 from coopq.methods import measure, plans_on
 from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
@@ -31,6 +35,7 @@ from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "search", ROOT / "docs" / "results" / "search.json"
+JOURNALS = ROOT / "benchmarks" / "data" / "journals"
 LENGTH, WINDOW, JUDGE_TOKENS = 256, 512, 16384
 PAPER_WALKS = 100
 WIDE, NARROW = ("2.25avg", "2.5avg", "3.0avg", "3.5avg"), ("3.25avg", "3.5avg", "3.75avg")
@@ -53,7 +58,9 @@ def run_part(name: str, tokens: int, walks: int, methods: list[str], more: list[
     config, budgets = PARTS[name]
     config = replace(config, calibration=calibration(tokens), permutations=walks)
     parsed = [Budget.parse(budget) for budget in budgets]
-    with Progress() as bars, open_workbench(config, WORK / f"{name}-{tokens}", bars_for(bars, name)) as bench:
+    folder, kept = WORK / f"{name}-{tokens}", JOURNALS / f"{name}-{tokens}"
+    restore(kept, folder)
+    with Progress() as bars, open_workbench(config, folder, bars_for(bars, name)) as bench:
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
         points = np.array([plan.assignment for plan in plans], dtype=np.int8)
         windows = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
@@ -64,7 +71,25 @@ def run_part(name: str, tokens: int, walks: int, methods: list[str], more: list[
             with bench.game(larger, bench.folder.path / f"more-{n}.jsonl", f"measuring on {n} tokens") as game:
                 for of, loss in zip(rows, game(points).tolist(), strict=True):
                     of["more"][str(n)] = loss
+    keep(folder, kept)
     return {"tokens": tokens, "walks": walks, "paper": paper, "rows": rows}
+
+
+def restore(kept: Path, folder: Path) -> None:
+    """Put a kept journal into a new run folder, with the record of what the searches knew when they began."""
+    if kept.is_dir() and not (folder / "journal.jsonl").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(kept / "searches.json", folder)
+        with atomic_file(folder / "journal.jsonl") as path:
+            path.write_bytes(lzma.decompress((kept / "journal.jsonl.xz").read_bytes()))
+
+
+def keep(folder: Path, kept: Path) -> None:
+    """Keep the journal of a finished part, compressed."""
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "searches.json", kept)
+    with atomic_file(kept / "journal.jsonl.xz") as path:
+        path.write_bytes(lzma.compress((folder / "journal.jsonl").read_bytes()))
 
 
 def calibration(tokens: int) -> CalibrationConfig:
