@@ -6,7 +6,7 @@
 What was chosen is measured again on more of the calibration text (the searched sequences among it), which says what the
 ranking was worth. Cost is set against the paper's protocol, M = 100 walks without shared prefixes. Intervals are 95 %,
 by a bootstrap over windows of WikiText-2; differences to the active search are paired. Writes docs/results/search.json
-and search.md, and keeps every loss measured in benchmarks/data/journals: a part goes on from there, with more walks, say.
+and search.md, and keeps every loss measured in benchmarks/data/journals: a part goes on from there, to more walks, say.
 To measure everything again, delete its folder there and in build/search.
 """
 
