@@ -150,6 +150,8 @@ def measure(make_game: Callable[[], tuple[Game, Setting, list[Assignment]]]) -> 
     judge = Judge(game, setting, optima)
     rows: dict[str, list[float]] = {}
     for name, method in METHODS.items():
+        if name == "active":
+            continue
         counted = Counted(game)
         regret = judge(method(setting, counted))
         rows[name] = [counted.forwards, regret]
@@ -158,6 +160,7 @@ def measure(make_game: Callable[[], tuple[Game, Setting, list[Assignment]]]) -> 
     counted.watch = lambda forwards: trace.append((forwards, judge(search.choose))) if len(search.measured) else None
     run_estimator(search, counted)
     trace.append((counted.forwards, judge(search.choose)))
+    rows["active"] = list(trace[-1])
     for limit in CHECKPOINTS:
         within = [point for point in trace if point[0] <= limit]
         if within:

@@ -9,8 +9,9 @@ whole game.
 Source: leave-one-out of ridge and of kriging, Dubrule, Cross validation of kriging, 1983.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -74,6 +75,7 @@ class Surrogate:
         origin: The loss from which it starts, nats per token.
         offset: What the logarithm adds, nats per token.
         fidelity: How far it is to be trusted.
+        posterior: What its predictions may be wrong by.
     """
 
     constant: float
@@ -83,6 +85,7 @@ class Surrogate:
     origin: float
     offset: float
     fidelity: Fidelity
+    posterior: "_Posterior" = field(repr=False, compare=False)
 
     def value(self, lowered: Lowered) -> npt.NDArray[np.float64]:
         """y of coalitions, shape (n,)."""
@@ -92,6 +95,20 @@ class Surrogate:
     def predict(self, lowered: Lowered) -> Losses:
         """Losses of coalitions, nats per token, shape (n,)."""
         return _losses(self.value(lowered), self.transform, self.origin, self.offset)
+
+    def improvement(self, lowered: Lowered, loss: float) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """By how much y of coalitions is expected to fall below that of a loss, and with what probability it does.
+
+        Both of shape (n,), by the normal distribution that ridge regression stands for; the first counts a rise as 0.
+
+        Source: Jones et al., Efficient Global Optimization, 1998.
+        """
+        deviation = self.posterior.deviation(lowered)
+        fall = float(_transform(np.array([loss]), self.transform, self.origin, self.offset)[0]) - self.value(lowered)
+        steps = fall / deviation
+        probability = 0.5 * (1 + _erf(steps / math.sqrt(2)))
+        density = np.exp(-(steps**2) / 2) / math.sqrt(2 * math.pi)
+        return np.maximum(fall * probability + deviation * density, 0.0), probability
 
     def shapley(self) -> npt.NDArray[np.float64]:
         """Shapley values of y as a game, shape (n_players,)."""
@@ -124,25 +141,22 @@ def fit_surrogates(
     nearest = np.argsort(np.abs(sizes - size), kind="stable")[:_MOST_POINTS]
     lowered, losses, sizes = lowered[nearest], losses[nearest], sizes[nearest]
     n_players = lowered.shape[1]
-    z = 2.0 * lowered - 1
+    z = _signs(lowered)
     gram = z @ z.T / n_players
-    pair_gram = (gram**2 * n_players - 1) / (2 * max(1, n_players - 1))
     weight = 1 / (1 + ((sizes - size) / _REACH) ** 2)
     root = np.sqrt(weight)
     targets = [_transformed(losses, transform) for transform in transforms]
-    best: list[tuple[float, float, _Fit] | None] = [None] * len(transforms)
+    best: list[tuple[float, _Fit] | None] = [None] * len(transforms)
     for ratio in _PAIR_RATIOS if pairs else (0.0,):
-        spectrum = _Spectrum(gram + ratio * pair_gram, root)
+        spectrum = _Spectrum(_kernel(gram, ratio, n_players), root)
         for k, (y, _, _) in enumerate(targets):
-            for noise in _NOISES:
-                fit = spectrum.fit(y, noise)
-                found = best[k]
-                if found is None or fit.surprise < found[0]:
-                    best[k] = (fit.surprise, ratio, fit)
+            fit, found = spectrum.fit(y), best[k]
+            if found is None or fit.surprise < found[1].surprise:
+                best[k] = ratio, fit
     surrogates = []
     for transform, (y, origin, offset), found in zip(transforms, targets, best, strict=True):
         assert found is not None
-        _, ratio, fit = found
+        ratio, fit = found
         single = z.T @ fit.weights / n_players
         pair = ratio * (z.T * fit.weights) @ z / n_players / max(1, n_players - 1)
         np.fill_diagonal(pair, 0.0)
@@ -162,6 +176,7 @@ def fit_surrogates(
                     _rank_correlation(left_out, losses, sizes, size),
                     len(losses),
                 ),
+                posterior=_Posterior(z, ratio, fit),
             )
         )
     return surrogates
@@ -181,42 +196,100 @@ class _Fit:
     weights: npt.NDArray[np.float64]
     left_out: npt.NDArray[np.float64]
     surprise: float
+    scale: float
+    noise: int
+    spectrum: "_Spectrum"
 
 
 class _Spectrum:
-    """Eigenvectors of a kernel between weighted points, from which every noise and target is fitted at once."""
+    """Eigenvectors of a kernel between weighted points, from which every noise and target is fitted at once.
+
+    Arrays with a last axis are for each of `_NOISES`.
+    """
 
     def __init__(self, kernel: npt.NDArray[np.float64], root: npt.NDArray[np.float64]) -> None:
         self._root = root
         values, self._vectors = np.linalg.eigh(kernel * np.outer(root, root))
-        self._values = np.maximum(values, 0)
-        self._ones = self._vectors.T @ root
+        self._inverse = 1 / (np.maximum(values, 0)[:, None] + _NOISES)
+        self._ones = (self._vectors.T @ root)[:, None]
+        self._precision = (self._ones**2 * self._inverse).sum(axis=0)
+        of_ones = self._vectors @ (self._inverse * self._ones)
+        leverage = self._vectors**2 @ self._inverse - of_ones**2 / self._precision
+        self._leverage = np.maximum(leverage, 1e-12 * self._inverse.max(axis=0))
 
-    def fit(self, y: npt.NDArray[np.float64], noise: float) -> _Fit:
-        """Ridge with a free mean, and what it says of each point when that is left out."""
-        inverse = 1 / (self._values + noise)
-        target = self._vectors.T @ (y * self._root)
-        precision = (self._ones * inverse) @ self._ones
-        mean = float((self._ones * inverse) @ target / precision)
-        dual = self._vectors @ (inverse * (target - mean * self._ones))
-        of_ones = self._vectors @ (inverse * self._ones)
-        leverage = np.maximum((self._vectors**2) @ inverse - of_ones**2 / precision, 1e-12 * inverse.max())
-        left_out = dual / leverage
-        scale = max(float(np.mean(left_out**2 * leverage)), 1e-300)
-        # Minus the log density of the left-out points, up to a constant.
-        surprise = float(np.mean(np.log(scale / leverage)))
-        return _Fit(mean, dual * self._root, left_out / self._root, surprise)
+    def fit(self, y: npt.NDArray[np.float64]) -> _Fit:
+        """Ridge with a free mean, and what it says of each point when that is left out; of the least surprising noise.
+
+        Surprise is minus the log density of the left-out points, up to a constant.
+        """
+        target = (self._vectors.T @ (y * self._root))[:, None]
+        means = (self._ones * self._inverse * target).sum(axis=0) / self._precision
+        dual = self._vectors @ (self._inverse * (target - means * self._ones))
+        scales = np.maximum((dual**2 / self._leverage).mean(axis=0), 1e-300)
+        surprises = np.log(scales / self._leverage).mean(axis=0)
+        k = int(surprises.argmin())
+        return _Fit(
+            mean=float(means[k]),
+            weights=dual[:, k] * self._root,
+            left_out=dual[:, k] / self._leverage[:, k] / self._root,
+            surprise=float(surprises[k]),
+            scale=float(scales[k]),
+            noise=k,
+            spectrum=self,
+        )
+
+    def unexplained(self, kernel: npt.NDArray[np.float64], own: float, noise: int) -> npt.NDArray[np.float64]:
+        """Variance that the points leave of what is measured elsewhere, in units of the fit's scale, shape (n,).
+
+        Args:
+            kernel: Between elsewhere and the points, shape (n, n_points).
+            own: Of each with itself.
+            noise: Index of the noise.
+        """
+        inverse, seen = self._inverse[:, noise], (kernel * self._root) @ self._vectors
+        of_mean = (1 - seen @ (inverse * self._ones[:, 0])) ** 2 / self._precision[noise]
+        return _NOISES[noise] + np.maximum(own - seen**2 @ inverse + of_mean, 0)
+
+
+class _Posterior:
+    """How wrong a fit may be."""
+
+    def __init__(self, z: npt.NDArray[np.float64], ratio: float, fit: _Fit) -> None:
+        self._z, self._ratio, self._fit = z, ratio, fit
+
+    def deviation(self, lowered: Lowered) -> npt.NDArray[np.float64]:
+        """Standard deviation of what is measured about what is predicted, in y, shape (n,)."""
+        n_players, fit = self._z.shape[1], self._fit
+        kernel = _kernel(_signs(lowered) @ self._z.T / n_players, self._ratio, n_players)
+        own = float(_kernel(np.ones(()), self._ratio, n_players))
+        return np.sqrt(fit.scale * fit.spectrum.unexplained(kernel, own, fit.noise))
+
+
+def _signs(lowered: Lowered) -> npt.NDArray[np.float64]:
+    """+1 for a lowered player, -1 for another."""
+    return np.where(lowered, 1.0, -1.0)
+
+
+def _kernel(gram: npt.NDArray[np.float64], ratio: float, n_players: int) -> npt.NDArray[np.float64]:
+    """Prior covariance of y, from the mean product of the players' signs."""
+    return gram + ratio * (gram**2 * n_players - 1) / (2 * max(1, n_players - 1))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
 
 
 def _transformed(losses: Losses, transform: Transform) -> tuple[npt.NDArray[np.float64], float, float]:
     """The target of a fit, with the origin and the offset that undo it."""
     origin = float(losses.min())
-    if transform == "raw":
-        return losses, 0.0, 0.0
-    if transform == "sqrt":
-        return np.sqrt(losses - origin), origin, 0.0
     offset = 0.05 * float(np.median(losses) - origin) or 1.0
-    return np.log(losses - origin + offset), origin, offset
+    return _transform(losses, transform, origin, offset), origin, offset
+
+
+def _transform(losses: Losses, transform: Transform, origin: float, offset: float) -> npt.NDArray[np.float64]:
+    """A function of the loss."""
+    if transform == "raw":
+        return losses
+    return np.sqrt(losses - origin) if transform == "sqrt" else np.log(losses - origin + offset)
 
 
 def _losses(y: npt.NDArray[np.float64], transform: Transform, origin: float, offset: float) -> Losses:

@@ -10,8 +10,12 @@ from coopq.types import Assignment, Assignments, Losses
 _PER_SURROGATE = 2
 """Points that each surrogate proposes for each budget in a round. Few, so that it soon learns from them; several,
 so that the prefix tree has something to share."""
-_PATIENCE = 5
-"""Rounds without a better assignment after which a budget is settled."""
+_PLAYERS_A_POINT = 32
+"""Above twice this many players, a round has a point more for every so many: fits take longer, and more are needed."""
+_LIKELY = 0.05
+"""A budget is settled when nothing proposed is better than its best with more than this probability."""
+_MOST_PER_PLAYER = 15
+"""Points measured for each player at most. For blocks, that is about a tenth of the paper's hundred walks."""
 _INCUMBENTS = 3
 _RANDOM_STARTS = 20
 
@@ -20,18 +24,17 @@ class ActiveSearch:
     """Searches all budgets of a setting at once on the true loss.
 
     It starts from what is known, from what cheap scores choose, and from what each player does alone, at either end of
-    the game. In a round, for each
-    budget, a surrogate of each transform of the loss is fitted to everything measured so far and proposes the best of
-    its own optima and of the neighbours of the best assignments measured. A budget is settled when several rounds found
-    nothing better for it.
+    the game. In a round, for each budget, a surrogate of each transform of the loss is fitted to everything measured so
+    far. Of its own optima, and of all exchanges of two players at those and at the best assignments measured, those are
+    measured next that are expected to improve most on the best. A budget is settled when the surrogates, by how wrong
+    they have been, find for none of these a probability to be better that is worth the try.
 
     Args:
         setting: Widths, sizes, budgets, seed.
         known: Points measured before the search began, with their losses.
         starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
 
-    Source: sequential design on a surrogate as in Jones et al., Efficient Global Optimization, 1998, without its
-    bonus for uncertainty.
+    Source: expected improvement, Jones et al., Efficient Global Optimization, 1998.
     """
 
     def __init__(self, setting: Setting, known: Known | None = None, starts: Assignments | None = None) -> None:
@@ -40,11 +43,11 @@ class ActiveSearch:
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)
+        self._most = len(self.measured) + _MOST_PER_PLAYER * setting.n_players
         self._round = 0
-        self._stale = [0 for _ in setting.capacities]
 
     def propose(self) -> Assignments:
-        """First the starts and what each player does alone, then what surrogates propose for budgets not settled."""
+        """First the starts and what each player does alone, then what may improve on the best of the budgets."""
         setting, self._round = self._setting, self._round + 1
         if self._round == 1:
             alone = np.eye(setting.n_players, dtype=bool)
@@ -52,22 +55,14 @@ class ActiveSearch:
             ends = setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
             return np.concatenate([ends, self._starts])
         chosen: list[Lowered] = []
-        for budget, capacity in enumerate(setting.capacities):
-            if self._stale[budget] < _PATIENCE:
-                new = self._candidates(budget, capacity, chosen)
-                chosen += new
-                if not new:  # every candidate is measured
-                    self._stale[budget] = _PATIENCE
+        if len(self.measured) < self._most:
+            for budget, capacity in enumerate(setting.capacities):
+                chosen += self._candidates(budget, capacity, chosen)
         return setting.assignments(np.array(chosen, dtype=bool).reshape(-1, setting.n_players))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
-        """Take losses, and count the rounds that brought nothing better."""
-        before = [self.measured.lowest(capacity) for capacity in self._setting.capacities]
+        """Take losses."""
         self.measured.add(assignments, losses)
-        if self._round > 1:
-            for budget, capacity in enumerate(self._setting.capacities):
-                better = self.measured.lowest(capacity) < before[budget]
-                self._stale[budget] = 0 if better else self._stale[budget] + 1
 
     def choose(self, capacity: int) -> Assignment:
         """The assignment of lowest true loss."""
@@ -76,17 +71,21 @@ class ActiveSearch:
     def _candidates(self, budget: int, capacity: int, taken: list[Lowered]) -> list[Lowered]:
         """What the surrogates of a budget propose, without what is measured or taken."""
         rng = np.random.default_rng([self._setting.seed, self._round, budget])
-        incumbents = self.measured.best(capacity, _INCUMBENTS)
-        near = [neighbours(self._setting.program(capacity), q) for q in incumbents[:2]]
+        incumbents, lowest = self.measured.best(capacity, _INCUMBENTS), self.measured.lowest(capacity)
+        near = [neighbours(self._setting.program(capacity), q) for q in incumbents]
         seen = {q.tobytes() for q in taken}
+        most = max(_PER_SURROGATE, self._setting.n_players // _PLAYERS_A_POINT)
         proposed: list[Lowered] = []
         for surrogate in self.measured.surrogates(capacity):
             program = surrogate.program(self._setting.costs, capacity)
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
-            pool = np.unique(np.concatenate([optima, neighbours(program, optima[0]), *near]), axis=0)
-            order = np.argsort(surrogate.value(pool), kind="stable")
-            fresh = (q for q in pool[order] if q not in self.measured and q.tobytes() not in seen)
-            for q, _ in zip(fresh, range(_PER_SURROGATE), strict=False):
-                seen.add(q.tobytes())
-                proposed.append(q)
+            exchanged = [neighbours(program, q) for q in optima[:2]]
+            pool = np.unique(np.concatenate([optima, *exchanged, *near]), axis=0)
+            pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
+            if len(pool):
+                improvement, probability = surrogate.improvement(pool, lowest)
+                best = np.argsort(-improvement, kind="stable")[:most]
+                fresh = pool[best[probability[best] >= _LIKELY]]
+                seen.update(q.tobytes() for q in fresh)
+                proposed += list(fresh)
         return proposed
