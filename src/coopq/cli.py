@@ -69,7 +69,7 @@ Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards 
 TimeLimit = Annotated[
     float | None,
     typer.Option(
-        help="Seconds for the solver. (default: until proven; a minute at most where only surrogates are solved)"
+        help="Seconds for the solver. (default: until proven; a quarter of a minute where only surrogates are solved)"
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

@@ -24,7 +24,7 @@ from coopq.types import Assignment
 WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
 """Methods that read permutation walks; their plans are of one number and seed of walks."""
 _FORMAT_VERSION = 1
-_SETTLE_SECONDS = 60.0
+_SETTLE_SECONDS = 15.0
 """For programs of fitted or estimated interactions, whose proof nobody waits for."""
 _MOST_EXACT = 32
 """Players up to which those are solved by branch and bound; their K is indefinite, and hard beyond."""
@@ -298,7 +298,7 @@ def plan_search(
         runner_up: The best other assignment measured.
         layer_forwards: What the search took.
         layer_forwards_unshared: What it would have taken without sharing prefixes.
-        time_limit: Seconds for the solver, with few players; None takes a minute.
+        time_limit: Seconds for the solver, with few players; None takes a quarter of a minute.
     """
     config, capacity = subject.config, capacity_of(subject, budget)
     surrogates = measured.surrogates(capacity)
