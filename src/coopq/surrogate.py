@@ -289,7 +289,8 @@ def _transform(losses: Losses, transform: Transform, origin: float, offset: floa
     """A function of the loss."""
     if transform == "raw":
         return losses
-    return np.sqrt(losses - origin) if transform == "sqrt" else np.log(losses - origin + offset)
+    above = np.maximum(losses - origin, 0)  # the best loss of all may be none of those fitted
+    return np.sqrt(above) if transform == "sqrt" else np.log(above + offset)
 
 
 def _losses(y: npt.NDArray[np.float64], transform: Transform, origin: float, offset: float) -> Losses:

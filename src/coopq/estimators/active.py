@@ -14,8 +14,8 @@ _PLAYERS_A_POINT = 32
 """Above twice this many players, a round has a point more for every so many: fits take longer, and more are needed."""
 _LIKELY = 0.05
 """A budget is settled when nothing proposed is better than its best with more than this probability."""
-_MOST_PER_PLAYER = 15
-"""Points measured for each player at most. For blocks, that is about a tenth of the paper's hundred walks."""
+_MOST_PER_PLAYER = 13
+"""Points measured for each player at most: for blocks, they cost less than a tenth of the paper's hundred walks."""
 _INCUMBENTS = 3
 _RANDOM_STARTS = 20
 
