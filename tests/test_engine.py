@@ -259,6 +259,6 @@ def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkey
     bank = build(model, tmp_path)
     point = np.array([[2, 4, 2]], dtype=np.int8)
     ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
-    monkeypatch.setitem(engine_module._LOGIT_BYTES, "cpu", 4 * 97 * 7)  # 7 positions at a time
+    monkeypatch.setitem(engine_module.LOGIT_BYTES, "cpu", 4 * 97 * 7)  # 7 positions at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)

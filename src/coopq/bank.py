@@ -48,6 +48,8 @@ class WeightBank:
         players: Its players.
         backend: What quantizes.
         fingerprint: What the weights depend on; a folder with another one is refused.
+        resident: Keep weights where the model computes, once read. Otherwise they are read whenever they are set: from
+            the disk, or from what the system holds of it in memory.
 
     Raises:
         Mismatch: If the folder belongs to something else.
@@ -60,8 +62,11 @@ class WeightBank:
         players: Sequence[Player],
         backend: Backend,
         fingerprint: Mapping[str, Any],
+        *,
+        resident: bool = True,
     ) -> None:
         self.players = players
+        self._resident = resident
         self._folder = folder
         self._backend = backend
         self._loaded = loaded
@@ -125,12 +130,14 @@ class WeightBank:
 
     def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
         """Dequantised weights of a player, by name; they must have been built."""
-        if (player, bits) not in self._weights:
-            device = str(next(iter(self._originals.values())).device)
-            self._weights[player, bits] = load_tensors(
-                self._path(player, bits), device, way_out="delete it and run the same command again"
-            )
-        return self._weights[player, bits]
+        if (player, bits) in self._weights:
+            return self._weights[player, bits]
+        device = str(next(iter(self._originals.values())).device)
+        way_out = "delete it and run the same command again"
+        weights = load_tensors(self._path(player, bits), device, way_out=way_out)
+        if self._resident:
+            self._weights[player, bits] = weights
+        return weights
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The parameters that hold a player's weights at the moment, by name."""

@@ -10,17 +10,19 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from coopq.errors import BudgetError, CalibrationError, CoopQError, EstimationError
+from coopq.errors import BudgetError, CalibrationError, CoopQError, EstimationError, RunError
 from coopq.files import write_json
 from coopq.journal import Journal
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
     comparison_table,
     evaluation_data,
+    forecast_data,
     plan_data,
     plan_summary,
     provenance,
     run_data,
+    show_forecast,
     show_plan,
     show_run,
 )
@@ -142,7 +144,10 @@ def quantize(
 @app.command()
 def estimate(
     model: Model,
-    run: Annotated[Path, typer.Option(help="Folder of the work.")],
+    run: Annotated[Path | None, typer.Option(help="Folder of the work; not with --dry-run.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what this and other methods would take, after two seconds.")
+    ] = False,
     granularity: Granularity = "block",
     backend: Backend = "rtn",
     group_size: GroupSize = None,
@@ -165,6 +170,15 @@ def estimate(
     config = RunConfig(
         model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
+    if dry_run:
+        from coopq.forecast import forecast
+
+        quiet_libraries()
+        expected = forecast(config)
+        print_result(forecast_data(expected), show_forecast(expected), as_json)
+        return
+    if run is None:
+        raise RunError("estimate keeps its work in a folder: name one with --run, or ask with --dry-run what it takes")
     from coopq import pipeline
 
     quiet_libraries()

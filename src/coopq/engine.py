@@ -21,9 +21,9 @@ from coopq.onednn import linears_by_onednn
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
-_BATCH_TOKENS = 512
+BATCH_TOKENS = 512
 """Tokens that go through a block together. On CPUs, larger batches are no faster."""
-_LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**28}
+LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Logits that are held at once, by device: on CPUs what the cache holds, and no new pages for each."""
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
@@ -76,7 +76,7 @@ class PrefixEngine:
         for index, player in enumerate(bank.players):
             self.members[player.block].append(index)
         ids = torch.from_numpy(tokens).to(model.device)
-        self.batches = ids.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+        self.batches = ids.split(max(1, BATCH_TOKENS // tokens.shape[1]))
         self.embedded: list[Tensor] = []
         self._calls: list[list[_Call]] = []
 
@@ -200,7 +200,7 @@ class PrefixEngine:
         """
         by_sequence = []
         vocabulary = self._model.config.get_text_config().vocab_size
-        portion = max(1, _LOGIT_BYTES.get(self._model.device.type, 2**28) // (4 * vocabulary))
+        portion = max(1, LOGIT_BYTES.get(self._model.device.type, 2**28) // (4 * vocabulary))
         with linears_by_onednn(self._model):
             for states, tokens in zip(hidden, self.batches, strict=True):
                 scored, targets = states[:, :-1].flatten(0, 1).unsqueeze(1), tokens[:, 1:].flatten()
@@ -210,6 +210,13 @@ class PrefixEngine:
                 ]
                 by_sequence.append(_means(torch.cat(nll), tokens))
         return np.concatenate(by_sequence)
+
+    def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
+        """What `clock` says of one block and of the head with the loss, over all tokens."""
+        self.record()
+        with linears_by_onednn(self._blocks[0]):
+            block = clock(lambda: self.forward_block(0, self.embedded))
+        return block, clock(lambda: self.losses(self.embedded))
 
     def record(self) -> bool:
         """Watch the model call its blocks, once; whether it was done just now."""
@@ -274,7 +281,7 @@ def _means(nll: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
     """Loss of each sequence by the model's plain forward, a batch at a time; see `sequence_nll`."""
     ids = torch.from_numpy(tokens).to(model.device)
-    for batch in ids.split(max(1, _BATCH_TOKENS // tokens.shape[1])):
+    for batch in ids.split(max(1, BATCH_TOKENS // tokens.shape[1])):
         with torch.no_grad():
             logits = model(input_ids=batch, use_cache=False).logits
         losses = sequence_nll(logits, batch)

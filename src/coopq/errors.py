@@ -56,6 +56,10 @@ class OutputError(CoopQError):
     """An output folder that cannot be written."""
 
 
+class OutOfMemory(CoopQError):
+    """A run that does not fit into memory."""
+
+
 class PlanError(CoopQError):
     """A plan file that cannot be read."""
 

@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,18 @@ def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torc
     return _DTYPES[name]
 
 
+def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> Any:
+    """The modules of a model without storage, in the dtype that it would be loaded in: for checks and forecasts.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    target = pick_device(device)
+    with _naming(source), torch.device("meta"):
+        _, config, compute = _describe(source, dtype, target)
+        return AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False)
+
+
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
     """Load a causal language model.
 
@@ -71,25 +85,45 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
         ModelError: If there is no such model, or it cannot be read.
     """
     target = pick_device(device)
-    pick_dtype(dtype, target, torch.float32)  # a wrong name fails before the model is read
-    folder = _local_folder(source)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        checkpoint = config.get_text_config().dtype or config.dtype or torch.float32
-        compute = pick_dtype(dtype, target, checkpoint)
+    with _naming(source):
+        folder, config, compute = _describe(source, dtype, target)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=compute, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return LoadedModel(model.to(target).eval(), tokenizer, _checkpoint_dtype(config))
+
+
+def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, torch.dtype]:
+    """The folder of a model, its configuration, and the dtype to compute in.
+
+    Raises:
+        ModelError: If the model is quantized, or the dtype is unknown.
+    """
+    pick_dtype(dtype, device, torch.float32)  # a wrong name fails before a file is converted
+    folder = _local_folder(source)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"model {source!r} is quantized already; start from its full-precision checkpoint")
+    return folder, config, pick_dtype(dtype, device, _checkpoint_dtype(config))
+
+
+def _checkpoint_dtype(config: Any) -> torch.dtype:
+    dtype: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
+    return dtype
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Turn what libraries raise into an error that names the model."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load model {source!r} ({reason}); give a hub id that can be reached, a local folder with "
             "config.json, safetensors and tokenizer, a .gguf file, or 'demo'"
         ) from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError(f"model {source!r} is quantized already; start from its full-precision checkpoint")
-    return LoadedModel(model.to(target).eval(), tokenizer, checkpoint)
 
 
 def fingerprint_weights(model: Any) -> str:

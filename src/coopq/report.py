@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -13,6 +14,9 @@ from coopq.estimators import Known, Measured, Setting
 from coopq.plan import WALK_METHODS, Plan
 from coopq.run import Estimation, RunConfig
 from coopq.scores import Comparison, Evaluation
+
+if TYPE_CHECKING:  # it imports torch
+    from coopq.forecast import Forecast
 
 _MOST_COLUMNS = 8
 _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
@@ -71,6 +75,35 @@ def run_data(
         "permutations": estimation.estimate.permutations,
         "covariance_correlation": covariance_correlation(estimation, measured),
     }
+
+
+def forecast_data(expected: "Forecast") -> dict[str, Any]:
+    """A forecast for machines; seconds and bytes."""
+    data = asdict(expected)
+    for name, work in expected.methods.items():
+        data["methods"][name] |= {"seconds": expected.seconds(work), "flops": expected.flops(work)}
+    return data
+
+
+def show_forecast(expected: "Forecast") -> RenderableType:
+    """A forecast for people."""
+    table = Table("method, one budget", "layer forwards", "losses", "TFLOP", "time")
+    for name, work in expected.methods.items():
+        most = "at most " if work.is_bound else ""
+        table.add_row(
+            name,
+            f"{most}{work.layer_forwards:,}",
+            f"{most}{work.evaluations:,}",
+            f"{expected.flops(work) / 1e12:,.1f}",
+            f"{most}{timedelta(seconds=round(expected.seconds(work)))}",
+        )
+    rate = expected.layer_flops / expected.layer_forward / 1e9
+    text = (
+        f"{expected.n_players} players in {expected.n_blocks} blocks, {expected.tokens} calibration tokens\n"
+        f"a layer forward takes {expected.layer_forward * 1e3:.1f} ms ({rate:,.0f} GFLOP/s), a head "
+        f"{expected.head * 1e3:.1f} ms: measured here, now\n{expected.footprint}"
+    )
+    return Group(text, table)
 
 
 def covariance_correlation(estimation: Estimation, measured: Known) -> float | None:

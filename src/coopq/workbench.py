@@ -1,5 +1,6 @@
 """A loaded model with everything that measures it, held open over a locked run folder."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +14,14 @@ from coopq.errors import CalibrationError, EstimationError
 from coopq.files import locked, require_writable
 from coopq.game import QuantizationGame
 from coopq.journal import Journal
-from coopq.models import LoadedModel, fingerprint_weights, load_model
+from coopq.memory import Footprint, free_memory, gib
+from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, pick_device
 from coopq.players import check_granularity, find_players
 from coopq.run import RunConfig, RunFolder, Subject
 from coopq.storage import Budget
 from coopq.types import Player, ProgressCallback, silent
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,18 @@ def open_workbench(
     with locked(run):
         folder.check(config)
         progress("loading the model", 0, 1)
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
-        progress("loading the model", 1, 1)
-        players = find_players(loaded.model, config.granularity)
+        skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
+        players = find_players(skeleton, config.granularity)
         check(players)
         storage = measure_storage(players, backend, (config.low, config.high))
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
+        device = pick_device(config.device)
+        footprint, free = Footprint.of(skeleton, players, config.calibration, device.type), free_memory(device)
+        footprint.check(free)
+        _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        progress("loading the model", 1, 1)
         max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
         weights = {
@@ -108,7 +117,9 @@ def open_workbench(
         # What belongs to another model refuses before anything is written over.
         with Journal(folder.journal, fingerprint):
             pass
-        bank = WeightBank(folder.bank, loaded, players, backend, weights)
+        # On a CPU what is kept is mapped: the system drops what it has no room for.
+        resident = device.type == "cpu" or footprint.holds_bank(free)
+        bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
         bank.build((config.low, config.high), calibration.tokens, progress)
         yield Workbench(config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress)

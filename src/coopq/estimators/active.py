@@ -14,7 +14,7 @@ _PLAYERS_A_POINT = 32
 """Above twice this many players, a round has a point more for every so many: fits take longer, and more are needed."""
 _LIKELY = 0.05
 """A budget is settled when nothing proposed is better than its best with more than this probability."""
-_MOST_PER_PLAYER = 13
+MOST_PER_PLAYER = 13
 """Points measured for each player at most: for blocks, they cost less than a tenth of the paper's hundred walks."""
 _INCUMBENTS = 3
 _RANDOM_STARTS = 20
@@ -43,7 +43,7 @@ class ActiveSearch:
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)
-        self._most = len(self.measured) + _MOST_PER_PLAYER * setting.n_players
+        self._most = len(self.measured) + MOST_PER_PLAYER * setting.n_players
         self._round = 0
 
     def propose(self) -> Assignments:

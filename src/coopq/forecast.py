@@ -1,0 +1,164 @@
+"""What a run will take, from a look at the model and two seconds of measurement."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from coopq.backends import get_backend
+from coopq.bank import WeightBank
+from coopq.engine import BATCH_TOKENS, PrefixEngine, prefix_tree_size
+from coopq.estimators import SPQE, Setting, run_estimator
+from coopq.estimators.active import MOST_PER_PLAYER
+from coopq.game import Meter
+from coopq.memory import Footprint, free_memory
+from coopq.methods import SEARCHES
+from coopq.models import load_model, pick_device
+from coopq.players import find_players
+from coopq.program import random_fill
+from coopq.run import RunConfig
+from coopq.testing import SyntheticGame
+from coopq.types import Player
+from coopq.workbench import check_config
+
+_SECONDS = 1.0
+"""How long the block is timed, and the head."""
+_MOST_ENUMERATED = 14
+_A_ROUND = 6
+"""Points of the active search that share prefixes with each other."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method measures.
+
+    Attributes:
+        layer_forwards: Forwards of one block over all calibration tokens.
+        evaluations: Assignments, each with a forward of the head.
+        is_bound: Whether this is the most that it may take, rather than what it will.
+    """
+
+    layer_forwards: int
+    evaluations: int
+    is_bound: bool = False
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        n_players: Number of players.
+        n_blocks: Number of blocks.
+        tokens: Calibration tokens.
+        footprint: Memory.
+        free: Bytes of memory that are there; None if the system does not say.
+        layer_forward: Seconds of one block over all calibration tokens, measured.
+        head: Seconds of the head over them, measured.
+        layer_flops: Floating point operations of the linear layers of a block, over all tokens.
+        head_flops: The same of the head.
+        methods: What methods take for one budget halfway between the widths.
+    """
+
+    n_players: int
+    n_blocks: int
+    tokens: int
+    footprint: Footprint
+    free: int | None
+    layer_forward: float
+    head: float
+    layer_flops: int
+    head_flops: int
+    methods: dict[str, Work]
+
+    def seconds(self, work: Work) -> float:
+        """How long the losses of a method take to measure."""
+        return work.layer_forwards * self.layer_forward + work.evaluations * self.head
+
+    def flops(self, work: Work) -> float:
+        """Floating point operations of the linear layers."""
+        return float(work.layer_forwards) * self.layer_flops + float(work.evaluations) * self.head_flops
+
+
+def forecast(config: RunConfig) -> Forecast:
+    """Load the model, time one of its blocks and its head, and count what methods will ask for.
+
+    Nothing is quantized or written. The time to quantize and to solve programs is not in it.
+
+    Raises:
+        OutOfMemory: If the run does not fit.
+    """
+    check_config(config)
+    backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+    device, text = pick_device(config.device), config.calibration
+    free = free_memory(device)
+    loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+    players = find_players(loaded.model, config.granularity)
+    footprint = Footprint.of(loaded.model, players, text, device.type)
+    footprint.check(free)
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    batch = min(max(1, BATCH_TOKENS // text.length), text.sequences)
+    ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.length))
+    with TemporaryDirectory() as folder:
+        engine = PrefixEngine(loaded.model, WeightBank(Path(folder), loaded, players, backend, {}), ids)
+        layer, head = engine.timed(lambda work: _median_seconds(work, device))
+    tokens, n_blocks = text.sequences * text.length, players[-1].block + 1
+    width = loaded.model.config.get_text_config().hidden_size
+    return Forecast(
+        n_players=len(players),
+        n_blocks=n_blocks,
+        tokens=tokens,
+        footprint=footprint,
+        free=free,
+        layer_forward=layer * text.sequences / batch,
+        head=head * text.sequences / batch,
+        layer_flops=2 * tokens * sum(player.n_weights for player in players) // n_blocks,
+        head_flops=2 * tokens * width * vocabulary,
+        methods=works(players, config),
+    )
+
+
+def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
+    """What methods measure for one budget halfway between the widths, without measuring any of it.
+
+    Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
+    what they take depends little on the losses.
+    """
+    n, blocks = len(players), [player.block for player in players]
+    walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
+    found = {f"coopq, M = {config.permutations}": Work(prefix_tree_size(walks, blocks), len(walks))}
+    setting = Setting(2, 4, np.array([player.n_weights for player in players]), (), config.seed)
+    setting = Setting(2, 4, setting.costs, (int(setting.costs.sum()) // 2,), config.seed)
+    nothing = setting.assignments(np.zeros((0, n), dtype=bool))
+    for name, make in SEARCHES.items():
+        if name == "active":
+            rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
+            a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))
+            points = MOST_PER_PLAYER * n
+            found[name] = Work(prefix_tree_size(a_round, blocks) * points // len(a_round), points, is_bound=True)
+        elif name != "exact" or n <= _MOST_ENUMERATED:
+            meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, nothing)
+            run_estimator(make(setting, (nothing, np.zeros(0)), nothing), meter)
+            found[name] = Work(meter.layer_forwards, meter.evaluations)
+    return found
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of repeats within about a second, after a warm-up."""
+
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    times: list[float] = []
+    while sum(times) < _SECONDS or len(times) < 3:
+        times.append(once())
+    return float(np.median(times))

@@ -1,0 +1,141 @@
+"""What a run holds in memory, known before its model is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coopq.engine import BATCH_TOKENS, LOGIT_BYTES
+from coopq.errors import OutOfMemory
+from coopq.run import CalibrationConfig
+from coopq.types import Player
+
+_LOGIT_COPIES = 4
+"""Logits, their float32 form, their log-softmax, and a gradient or a temporary of the loss."""
+_STATE_COPIES = 12
+"""Arrays of the width of the states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
+_INNER_COPIES = 3
+"""Arrays of the width of its widest linear layer."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a run holds at its peak, beside the interpreter and the libraries.
+
+    Attributes:
+        weights: The full-precision model.
+        bank: Dequantised weights of every player at both widths.
+        states: Hidden states after each block, over all calibration tokens.
+        working: What one batch takes in a block and in the head; of scores, with gradients.
+        device: Type of the device that computes.
+        per_token: Bytes of the states of one token.
+    """
+
+    weights: int
+    bank: int
+    states: int
+    working: int
+    device: str
+    per_token: int
+
+    @classmethod
+    def of(cls, model: Any, players: Sequence[Player], calibration: CalibrationConfig, device: str) -> "Footprint":
+        """Of a model, or of its skeleton without storage, that computes in its dtype.
+
+        Args:
+            model: The model.
+            players: Its players.
+            calibration: The calibration text.
+            device: Type of the device.
+        """
+        text, itemsize = model.config.get_text_config(), model.dtype.itemsize
+        n_blocks = players[-1].block + 1
+        per_token = (n_blocks + 1) * text.hidden_size * itemsize
+        batch = min(max(calibration.length, BATCH_TOKENS), calibration.sequences * calibration.length)
+        widest = max(max(linear.shape) for player in players for linear in player.linears)
+        inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
+        logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]))
+        return cls(
+            weights=sum(tensor.nbytes for tensor in model.parameters()),
+            bank=2 * sum(player.n_weights for player in players) * itemsize,
+            states=per_token * calibration.sequences * calibration.length,
+            working=inside + logits,
+            device=device,
+            per_token=per_token,
+        )
+
+    @property
+    def total(self) -> int:
+        """With all of the bank."""
+        return self.weights + self.bank + self.states + self.working
+
+    @property
+    def needed(self) -> int:
+        """Without the bank: on a CPU it is mapped from disk, and on a GPU it can stay on the host."""
+        return self.total - self.bank
+
+    def holds_bank(self, free: int | None) -> bool:
+        """Whether the bank has room where the model computes."""
+        return free is None or self.total <= free
+
+    def check(self, free: int | None) -> None:
+        """Refuse what cannot fit.
+
+        Args:
+            free: Bytes that are there; None if that is not known.
+        Raises:
+            OutOfMemory: With the setting that would fit.
+        """
+        if free is None or self.needed <= free:
+            return
+        fitting = max(0, free - self.weights - self.working) // self.per_token
+        way_out = (
+            f"take --tokens {fitting} at most"
+            if fitting
+            else "compute in --dtype bfloat16 if that is not the dtype already, or take a device with more memory"
+        )
+        raise OutOfMemory(f"{self}, and {gib(free)} are free on the {self.device}; {way_out}")
+
+    def __str__(self) -> str:
+        bank = f" (and {gib(self.bank)} of bank)"
+        return (
+            f"the run needs {gib(self.needed)} of memory: weights {gib(self.weights)}, hidden states "
+            f"{gib(self.states)}, one batch {gib(self.working)}{bank}"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None if the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return min([available, *_left_to_group()])
+
+
+def _left_to_group() -> list[int]:
+    """Bytes that the control group of a container leaves, if it has a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        cached = next(
+            int(line.split()[1])
+            for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
+            if line.startswith("file ")
+        )
+    except (OSError, StopIteration, ValueError):
+        return []
+    return [most - used + cached]
+
+
+def gib(n_bytes: int | None) -> str:
+    """Bytes for people."""
+    return "an unknown amount" if n_bytes is None else f"{n_bytes / 2**30:.2f} GiB"
