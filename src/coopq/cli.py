@@ -4,7 +4,7 @@ import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -29,6 +29,9 @@ from coopq.report import (
 from coopq.run import CalibrationConfig, RunConfig, RunFolder
 from coopq.storage import Budget
 from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries
+
+if TYPE_CHECKING:  # it imports torch
+    from coopq.distributed import RayConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,6 +77,13 @@ TimeLimit = Annotated[
         help="Seconds for the solver. (default: until proven; a quarter of a minute where only surrogates are solved)"
     ),
 ]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Measure on a Ray cluster: its address, 'auto' for this machine's, 'local' to start one here."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers on the cluster. (default: one a GPU, or one a CPU core)")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
 
@@ -113,6 +123,8 @@ def quantize(
     time_limit: TimeLimit = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
@@ -136,6 +148,7 @@ def quantize(
             alpha=alpha,
             time_limit=time_limit,
             progress=progress,
+            ray=_ray(ray_address, workers),
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     print_result(plan_data(plan) | {"out": str(out)}, text, as_json)
@@ -162,6 +175,8 @@ def estimate(
     sequence_length: Length = 512,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    ray_address: RayAddress = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
@@ -183,7 +198,7 @@ def estimate(
 
     quiet_libraries()
     with progress_bars() as progress:
-        estimation = pipeline.estimate(config, run, progress)
+        estimation = pipeline.estimate(config, run, progress, ray=_ray(ray_address, workers))
     measured, spent = Journal.peek(RunFolder(run).journal)
     print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
 
@@ -379,6 +394,16 @@ def _screened(config: RunConfig, tokens: int | None) -> RunConfig:
     if tokens is not None and tokens % length:
         raise CalibrationError(f"--screen-tokens {tokens} is not a multiple of --sequence-length {length}")
     return replace(config, screening=None if tokens is None else tokens // length)
+
+
+def _ray(address: str | None, workers: int | None) -> "RayConfig | None":
+    if address is None:
+        if workers is not None:
+            raise EstimationError(f"--workers {workers} goes with a cluster; name one with --ray-address")
+        return None
+    from coopq.distributed import RayConfig
+
+    return RayConfig(address, workers)
 
 
 def _bits(text: str) -> tuple[int, int]:

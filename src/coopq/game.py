@@ -1,13 +1,22 @@
 """The quantization game: losses by assignment, measured once and journalled."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from coopq.engine import PrefixEngine, prefix_tree_size
+from coopq.engine import prefix_tree_size
 from coopq.journal import Journal
-from coopq.types import Assignments, Game, Losses, ProgressCallback, silent
+from coopq.types import Assignment, Assignments, Game, Losses, ProgressCallback, silent
+
+
+class Engine(Protocol):
+    """What measures assignments: `coopq.engine.PrefixEngine`, or a cluster of them."""
+
+    def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
+        """Each distinct assignment in any order, its loss on each sequence, and the layer forwards that it took."""
+        ...
 
 
 class QuantizationGame:
@@ -26,7 +35,7 @@ class QuantizationGame:
 
     def __init__(
         self,
-        engine: PrefixEngine,
+        engine: Engine,
         journal: Journal,
         n_players: int,
         progress: ProgressCallback = silent,

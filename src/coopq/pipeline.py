@@ -12,6 +12,7 @@ from coopq.backends import get_backend
 from coopq.bank import measure_storage
 from coopq.calibration import calibration_set
 from coopq.checkpoint import is_saved_model, save_model
+from coopq.distributed import RayConfig
 from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
 from coopq.files import require_new_folder
 from coopq.methods import (
@@ -34,15 +35,18 @@ from coopq.types import ProgressCallback, silent
 from coopq.workbench import open_workbench
 
 
-def estimate(config: RunConfig, run: Path, progress: ProgressCallback = silent) -> Estimation:
+def estimate(
+    config: RunConfig, run: Path, progress: ProgressCallback = silent, *, ray: RayConfig | None = None
+) -> Estimation:
     """Play the game on the permutation walks of SPQE; an interrupted run goes on where it was.
 
     Args:
         config: What to measure.
         run: The run folder.
         progress: Told of every loss.
+        ray: Where workers are that measure; None measures here.
     """
-    with open_workbench(config, run, progress) as bench:
+    with open_workbench(config, run, progress, ray=ray) as bench:
         return estimate_on(bench)
 
 
@@ -57,6 +61,7 @@ def quantize(
     alpha: float = 0.5,
     time_limit: float | None = None,
     progress: ProgressCallback = silent,
+    ray: RayConfig | None = None,
 ) -> Plan:
     """The main job: search the assignment of a budget, measure it, save the quantized model.
 
@@ -70,6 +75,7 @@ def quantize(
         alpha: Shrinkage of the covariance.
         time_limit: Seconds for the solver.
         progress: Told of every step.
+        ray: Where workers are that measure; None measures here.
     Returns:
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
@@ -91,7 +97,7 @@ def quantize(
         return _finished(config, asked | ({"budget": budgets[0].text} if budgets else {}), time_limit, out)
     require_new_folder(out)
     check = partial(check_players, [method])
-    with open_workbench(config, run or default_run(out), progress, *budgets, check=check) as bench:
+    with open_workbench(config, run or default_run(out), progress, *budgets, check=check, ray=ray) as bench:
         if max_loss is None:
             (plan,) = plans_on(bench, method, budgets, alpha=alpha, time_limit=time_limit)
         else:

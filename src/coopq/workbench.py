@@ -2,17 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coopq.backends import Backend, get_backend
 from coopq.bank import WeightBank, measure_storage
 from coopq.calibration import TokenSet, calibration_set, check_calibration
+from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
 from coopq.errors import CalibrationError, EstimationError
 from coopq.files import locked, require_writable
-from coopq.game import QuantizationGame
+from coopq.game import Engine, QuantizationGame
 from coopq.journal import Journal
 from coopq.memory import Footprint, free_memory, gib
 from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, pick_device
@@ -34,12 +35,17 @@ class Workbench(Subject):
     bank: WeightBank
     calibration: TokenSet
     progress: ProgressCallback
+    cluster: Cluster | None = None
 
     @contextmanager
     def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
         """The game on `tokens`, with its values in `journal`."""
         with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos}) as values:
-            engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+            if self.cluster is None:
+                engine: Engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+            else:
+                engine = ClusterEngine(self.cluster, tokens.fingerprint, tokens.tokens)
+                stage = f"{stage}, {self.cluster.n_workers} workers"
             yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
 
     @contextmanager
@@ -73,6 +79,7 @@ def open_workbench(
     progress: ProgressCallback = silent,
     *budgets: Budget,
     check: Callable[[Sequence[Player]], None] = lambda _: None,
+    ray: RayConfig | None = None,
 ) -> Iterator[Workbench]:
     """Check the request, load the model and lock the run folder; cheap checks come first.
 
@@ -82,6 +89,7 @@ def open_workbench(
         progress: Told of every step.
         budgets: Checked for feasibility before anything expensive.
         check: Raises if the players are not what the caller can do with.
+        ray: Where workers are that measure; None measures here.
     """
     check_config(config)
     backend = get_backend(**config.quantizer, bits=(config.low, config.high))
@@ -122,7 +130,14 @@ def open_workbench(
         bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
         bank.build((config.low, config.high), calibration.tokens, progress)
-        yield Workbench(config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress)
+        with ExitStack() as stack:
+            cluster = None
+            if ray is not None:
+                cluster = Cluster(ray, config, weights, folder.bank, calibration.tokens)
+                stack.callback(cluster.close)
+            yield Workbench(
+                config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress, cluster
+            )
 
 
 def check_config(config: RunConfig) -> None:
