@@ -1,0 +1,135 @@
+"""SPQE as CoopQ runs it against the paper's protocol written plainly: wall-clock, and where the difference comes from.
+
+    python benchmarks/protocol.py                      # ten walks on 1,024 tokens; half an hour on two cores
+    python benchmarks/protocol.py --permutations 3     # less to share, and less to wait for
+
+Plainly: for every step of every walk the block is quantized anew by Quanto, in place, and the whole model computes the
+loss of all tokens. Both take the same walks, tokens, threads and dtype, one after the other in one process, and must
+agree on every loss. Writes docs/results/protocol.md.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from coopq.backends import get_backend
+from coopq.calibration import calibration_set
+from coopq.engine import BATCH_TOKENS, model_nll
+from coopq.estimators import SPQE
+from coopq.models import load_model
+from coopq.players import find_players
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.workbench import open_workbench
+from main_job import bars_for
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "protocol.md"
+LENGTH, LOW, HIGH = 256, 2, 4
+
+
+class Clock(Counter[str]):
+    """Seconds by what they went into."""
+
+    @contextmanager
+    def running(self, what: str) -> Iterator[None]:
+        """Count what passes inside."""
+        start = time.perf_counter()
+        yield
+        self[what] += time.perf_counter() - start  # type: ignore[assignment]
+
+
+def plainly(config: RunConfig, spqe: SPQE, clock: Clock) -> list[float]:
+    """The losses of all walks, step by step."""
+    loaded = load_model(config.model)
+    backend, players = get_backend("quanto", bits=(LOW, HIGH)), find_players(loaded.model)
+    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens
+    originals = {
+        linear.name: loaded.model.get_submodule(linear.name).weight.data.clone()
+        for p in players
+        for linear in p.linears
+    }
+
+    def requantize(player: int, bits: int) -> None:
+        for linear in players[player].linears:
+            packed = backend.quantize(originals[linear.name], bits)
+            weight = backend.dequantize(packed, linear.shape, bits, torch.float32)
+            loaded.model.get_submodule(linear.name).weight.data.copy_(weight)
+
+    losses: list[float] = []
+    with Progress() as bars:
+        for order in bars.track(spqe.orders, description="plainly"):
+            with clock.running("quantizing"):
+                for player in range(len(players)):
+                    requantize(player, HIGH)
+            for player in (None, *order):
+                with clock.running("quantizing"):
+                    if player is not None:
+                        requantize(int(player), LOW)
+                with clock.running("forwards"):
+                    losses.append(float(np.concatenate(list(model_nll(loaded.model, tokens))).mean()))
+    return losses
+
+
+def by_coopq(config: RunConfig, spqe: SPQE, clock: Clock) -> tuple[list[float], int]:
+    """The same losses by the prefix tree, and its layer forwards."""
+    with TemporaryDirectory() as folder, Progress() as bars:
+        with clock.running("quantizing"):
+            opened = open_workbench(config, Path(folder), bars_for(bars, "coopq"))
+            bench = opened.__enter__()
+        with clock.running("forwards"), bench.calibration_game("walks") as game:
+            losses = game(spqe.points).tolist()
+            spent = game.journal.layer_forwards
+        opened.__exit__(None, None, None)
+    return losses, spent
+
+
+def main() -> None:
+    """Run both and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--permutations", type=int, default=10, help="walks")
+    parser.add_argument("--tokens", type=int, default=1024)
+    arguments = parser.parse_args()
+    calibration = CalibrationConfig(sequences=arguments.tokens // LENGTH, length=LENGTH)
+    config = RunConfig("demo", "quanto", low=LOW, high=HIGH, calibration=calibration)
+    spqe = SPQE(30, low=LOW, high=HIGH, permutations=arguments.permutations, seed=0)
+    plain, ours = Clock(), Clock()
+    expected = plainly(config, spqe, plain)
+    found, spent = by_coopq(config, spqe, ours)
+    worst = float(np.abs(np.array(found) - expected).max())
+    assert worst < 1e-3, worst
+    unshared = len(expected) * 30
+    distinct = len(np.unique(spqe.points, axis=0))
+    lines = [
+        "# SPQE against the paper's protocol written plainly",
+        "",
+        f"Written by `python benchmarks/protocol.py --permutations {arguments.permutations} "
+        f"--tokens {arguments.tokens}`:",
+        f"SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits, sequences of {LENGTH} tokens, float32,",
+        f"{torch.get_num_threads()} threads, batches of {BATCH_TOKENS} tokens in both, torch {torch.__version__}. The",
+        f"losses agree to {worst:.0e} nats.",
+        "",
+        "| | plainly | CoopQ | ratio |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| seconds, {what} | {plain[what]:.0f} | {ours[what]:.0f} | {plain[what] / ours[what]:.2f} |"
+            for what in ("quantizing", "forwards")
+        ),
+        f"| seconds, all | {plain.total():.0f} | {ours.total():.0f} | **{plain.total() / ours.total():.2f}** |",
+        f"| layer forwards | {unshared} | {spent} | {unshared / spent:.2f} |",
+        f"| heads | {len(expected)} | {distinct} | {len(expected) / distinct:.2f} |",
+        "",
+        "Loading the model counts as quantizing, for CoopQ alone.",
+    ]
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
