@@ -15,8 +15,8 @@ import torch
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine
-from coopq.errors import EstimationError
-from coopq.models import load_model
+from coopq.errors import EstimationError, Mismatch
+from coopq.models import fingerprint_weights, load_model
 from coopq.players import find_players
 from coopq.run import RunConfig
 from coopq.types import Assignment, Assignments
@@ -58,6 +58,10 @@ class Worker:
     ) -> None:
         torch.set_num_threads(n_threads)
         loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        if (found := fingerprint_weights(loaded.model)) != weights["weights"]:
+            ours, theirs = {"weights": weights["weights"]}, {"weights": found}
+            way_out = "give workers the driver's files and versions"
+            raise Mismatch(f"a worker found another model under {config.model!r}", ours, theirs, way_out)
         players = find_players(loaded.model, config.granularity)
         backend = get_backend(**config.quantizer, bits=(config.low, config.high))
         shared = Path(bank)
