@@ -30,7 +30,7 @@ def test_a_skeleton_has_the_footprint_of_the_model() -> None:
     of_model, of_skeleton = (Footprint.of(m, find_players(m), CONFIG.calibration, "cpu") for m in (model, skeleton))
     assert of_model == of_skeleton
     assert of_model.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert of_model.states == (5 + 1) * 64 * 4 * 256  # blocks and the embedding, width, bytes, tokens
+    assert of_model.states == (5 + 3) * 64 * 4 * 256  # blocks, the embedding and two in flight; width, bytes, tokens
 
 
 def test_the_bank_is_as_large_as_foreseen(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Footprint:
     Attributes:
         weights: The full-precision model.
         bank: Dequantised weights of every player at both widths.
-        states: Hidden states after each block, over all calibration tokens.
+        states: Hidden states over all calibration tokens: of the embedding, after each block, and two that come and go.
         working: What one batch takes in a block and in the head; of scores, with gradients.
         device: Type of the device that computes.
         per_token: Bytes of the states of one token.
@@ -52,7 +52,7 @@ class Footprint:
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
-        per_token = (n_blocks + 1) * text.hidden_size * itemsize
+        per_token = (n_blocks + 3) * text.hidden_size * itemsize
         batch = min(max(calibration.length, BATCH_TOKENS), calibration.sequences * calibration.length)
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
