@@ -15,7 +15,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.types import Assignments
 from coopq.workbench import Workbench, open_workbench
-from tests.command_line import coopq, refused
+from tests.command_line import FAST, coopq, refused
 from tests.conftest import STORIES
 
 CONFIG = RunConfig(str(STORIES), permutations=6, calibration=CalibrationConfig(sequences=4, length=64))
@@ -86,6 +86,7 @@ def test_the_main_job_on_a_cluster_started_here(tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
-    line = refused("estimate", STORIES, "--run", tmp_path / "run", "--ray-address", "127.0.0.1:1", "--tokens", "512")
-    assert "127.0.0.1:1" in line
+    code, _, err = coopq("estimate", STORIES, "--run", tmp_path / "run", "--ray-address", "127.0.0.1:1", *FAST)
+    assert code == 2
+    assert "error: no Ray cluster at '127.0.0.1:1'" in err.splitlines()[-1]
     assert "--ray-address" in refused("estimate", STORIES, "--run", tmp_path / "run", "--workers", "2")
