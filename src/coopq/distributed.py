@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,13 +111,14 @@ class Cluster:
 
         self._ray = ray
         try:
+            _knock(where.address)
             ray.init(
                 address=where.address,
                 namespace="coopq",
                 log_to_driver=False,
                 include_dashboard=False if where.address == "local" else None,
             )
-        except ConnectionError as error:
+        except OSError as error:
             raise EstimationError(
                 f"no Ray cluster at {where.address!r} ({error}); start one with `ray start --head`, "
                 "or take --ray-address local"
@@ -176,6 +178,17 @@ class Cluster:
             if chunk.tobytes() not in done and keys.count(chunk.tobytes()) == 1:
                 return chunk
         return None
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where nobody answers; Ray would try for minutes.
+
+    Raises:
+        OSError: If nobody answers at HOST:PORT.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 class ClusterEngine:
