@@ -39,7 +39,7 @@ class Work:
     Attributes:
         layer_forwards: Forwards of one block over all calibration tokens.
         evaluations: Assignments, each with a forward of the head.
-        is_bound: Whether this is the most that it may take, rather than what it will.
+        is_bound: Whether this is about the most that it may take, rather than what it will.
     """
 
     layer_forwards: int
@@ -131,8 +131,8 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     n, blocks = len(players), [player.block for player in players]
     walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
     found = {f"coopq, M = {config.permutations}": Work(prefix_tree_size(walks, blocks), len(walks))}
-    setting = Setting(2, 4, np.array([player.n_weights for player in players]), (), config.seed)
-    setting = Setting(2, 4, setting.costs, (int(setting.costs.sum()) // 2,), config.seed)
+    costs = np.array([player.n_weights for player in players])
+    setting = Setting(2, 4, costs, (int(costs.sum()) // 2,), config.seed)
     nothing = setting.assignments(np.zeros((0, n), dtype=bool))
     for name, make in SEARCHES.items():
         if name == "active":

@@ -30,7 +30,8 @@ class Footprint:
         states: Hidden states over all calibration tokens: of the embedding, after each block, and two that come and go.
         working: What one batch takes in a block and in the head; of scores, with gradients.
         device: Type of the device that computes.
-        per_token: Bytes of the states of one token.
+        per_sequence: Bytes of the states of one sequence.
+        length: Tokens of a sequence.
     """
 
     weights: int
@@ -38,7 +39,8 @@ class Footprint:
     states: int
     working: int
     device: str
-    per_token: int
+    per_sequence: int
+    length: int
 
     @classmethod
     def of(cls, model: Any, players: Sequence[Player], calibration: CalibrationConfig, device: str) -> "Footprint":
@@ -52,7 +54,7 @@ class Footprint:
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
-        per_token = (n_blocks + 3) * text.hidden_size * itemsize
+        per_sequence = (n_blocks + 3) * text.hidden_size * itemsize * calibration.length
         batch = min(max(calibration.length, BATCH_TOKENS), calibration.sequences * calibration.length)
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
@@ -60,10 +62,11 @@ class Footprint:
         return cls(
             weights=sum(tensor.nbytes for tensor in model.parameters()),
             bank=2 * sum(player.n_weights for player in players) * itemsize,
-            states=per_token * calibration.sequences * calibration.length,
+            states=per_sequence * calibration.sequences,
             working=inside + logits,
             device=device,
-            per_token=per_token,
+            per_sequence=per_sequence,
+            length=calibration.length,
         )
 
     @property
@@ -90,7 +93,7 @@ class Footprint:
         """
         if free is None or self.needed <= free:
             return
-        fitting = max(0, free - self.weights - self.working) // self.per_token
+        fitting = max(0, free - self.weights - self.working) // self.per_sequence * self.length
         way_out = (
             f"take --tokens {fitting} at most"
             if fitting

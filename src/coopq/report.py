@@ -89,7 +89,7 @@ def show_forecast(expected: "Forecast") -> RenderableType:
     """A forecast for people."""
     table = Table("method, one budget", "layer forwards", "losses", "TFLOP", "time")
     for name, work in expected.methods.items():
-        most = "at most " if work.is_bound else ""
+        most = "up to " if work.is_bound else ""
         table.add_row(
             name,
             f"{most}{work.layer_forwards:,}",
