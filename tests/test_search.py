@@ -72,6 +72,18 @@ def test_active_is_better_than_greedy() -> None:
     assert np.mean(losses["active"]) < min(np.mean(losses["down"]), np.mean(losses["up"]))
 
 
+def test_many_players_begin_with_a_descent_and_soon_go_below_it() -> None:
+    setting = Setting(LOW, HIGH, np.random.default_rng(0).choice([1, 3, 8], size=66), (100,), seed=0)
+    game = SyntheticGame(66, "saturating", 0)
+    down, active = run_estimator(Greedy.paced(setting), game), ActiveSearch(setting)
+    while len(active.measured) < len(down.measured) + 60:
+        points = active.propose()
+        active.learn(points, game(points))
+    assert set(map(bytes, down.measured.lowered)) <= set(map(bytes, active.measured.lowered))
+    ours, theirs = (search.measured.lowest(100) for search in (active, down))
+    assert ours < theirs
+
+
 def test_active_is_soon_sure_of_a_quadratic_game() -> None:
     game = SyntheticGame(12, "quadratic", 0)
     setting = Setting(LOW, HIGH, np.ones(12, dtype=np.int64), (6,))

@@ -12,8 +12,8 @@ import torch
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import BATCH_TOKENS, PrefixEngine, prefix_tree_size
-from coopq.estimators import SPQE, Setting, run_estimator
-from coopq.estimators.active import MOST_PER_PLAYER
+from coopq.estimators import SPQE, Search, Setting, run_estimator
+from coopq.estimators.active import descent, most_points
 from coopq.game import Meter
 from coopq.memory import Footprint, free_memory
 from coopq.methods import SEARCHES
@@ -136,15 +136,23 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     nothing = setting.assignments(np.zeros((0, n), dtype=bool))
     for name, make in SEARCHES.items():
         if name == "active":
+            opening, points = descent(setting), most_points(n)
+            opened = Work(0, 0) if opening is None else _played(opening, blocks)
             rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
             a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))
-            points = MOST_PER_PLAYER * n
-            found[name] = Work(prefix_tree_size(a_round, blocks) * points // len(a_round), points, is_bound=True)
+            searched = prefix_tree_size(a_round, blocks) * points // len(a_round)
+            found[name] = Work(opened.layer_forwards + searched, opened.evaluations + points, is_bound=True)
         elif name != "exact" or n <= _MOST_ENUMERATED:
-            meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, nothing)
-            run_estimator(make(setting, (nothing, np.zeros(0)), nothing), meter)
-            found[name] = Work(meter.layer_forwards, meter.evaluations)
+            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), blocks)
     return found
+
+
+def _played(search: Search, blocks: list[int]) -> Work:
+    """What a search takes on a synthetic game."""
+    n = len(blocks)
+    meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, np.zeros((0, n), dtype=np.int8))
+    run_estimator(search, meter)
+    return Work(meter.layer_forwards, meter.evaluations)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -46,21 +46,10 @@ _POINTS_PER_PLAYER = 8
 _FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set."""
 
-_GREEDY_STEPS = 32
-"""Greedy steps, about; a model's blocks go one a step, and its linear layers several."""
-
-
-def _greedy(setting: Setting, direction: str) -> Greedy:
-    """Greedy search whose cost grows little faster than the players: of many, the best third is measured in a step."""
-    per_step = max(1, setting.n_players // _GREEDY_STEPS)
-    candidates = None if per_step == 1 else setting.n_players // 3
-    return Greedy(setting, direction=direction, per_step=per_step, candidates=candidates)
-
-
 SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
     "active": ActiveSearch,
-    "greedy-down": lambda setting, *_: _greedy(setting, "down"),
-    "greedy-up": lambda setting, *_: _greedy(setting, "up"),
+    "greedy-down": lambda setting, *_: Greedy.paced(setting, "down"),
+    "greedy-up": lambda setting, *_: Greedy.paced(setting, "up"),
     "regression": lambda setting, known, _: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
     "cross-layer": lambda setting, *_: CrossLayer(setting),
     "exact": lambda setting, *_: Enumeration(setting),

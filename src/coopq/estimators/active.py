@@ -3,6 +3,7 @@
 import numpy as np
 
 from coopq.estimators.base import Known, Measured, Setting
+from coopq.estimators.greedy import Greedy
 from coopq.program import local_optima, neighbours
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Losses
@@ -14,20 +15,37 @@ _PLAYERS_A_POINT = 32
 """Above twice this many players, a round has a point more for every so many: fits take longer, and more are needed."""
 _LIKELY = 0.05
 """A budget is settled when nothing proposed is better than its best with more than this probability."""
-MOST_PER_PLAYER = 13
+_MOST_PER_PLAYER = 13
 """Points measured for each player at most: for blocks, they cost less than a tenth of the paper's hundred walks."""
+_MANY_PLAYERS = 64
+"""Of more players than this, what each does alone says too little of the rest: the search descends to the budgets."""
+_MOST_AFTER_DESCENT = 6
+"""Points measured for each player at most after a descent: both together stay below the same tenth."""
+_POOL = 2000
+"""Of more assignments that a surrogate knows to be near, it looks closer at those which it says are best."""
 _INCUMBENTS = 3
 _RANDOM_STARTS = 20
+
+
+def descent(setting: Setting) -> Greedy | None:
+    """How the search of many players begins; None for few."""
+    return Greedy.paced(setting) if setting.n_players > _MANY_PLAYERS else None
+
+
+def most_points(n_players: int) -> int:
+    """Points that a search measures at most, beside its starts and its descent."""
+    return n_players * (_MOST_PER_PLAYER if n_players <= _MANY_PLAYERS else _MOST_AFTER_DESCENT)
 
 
 class ActiveSearch:
     """Searches all budgets of a setting at once on the true loss.
 
     It starts from what is known, from what cheap scores choose, and from what each player does alone, at either end of
-    the game. In a round, for each budget, a surrogate of each transform of the loss is fitted to everything measured so
-    far. Of its own optima, and of all exchanges of two players at those and at the best assignments measured, those are
-    measured next that are expected to improve most on the best. A budget is settled when the surrogates, by how wrong
-    they have been, find for none of these a probability to be better that is worth the try.
+    the game; where there are many players, from a greedy descent instead of the latter, and ends with nothing worse. In
+    a round, for each budget, a surrogate of each transform of the loss is fitted to everything measured so far. Of its
+    own optima, and of all exchanges of two players at those and at the best assignments measured, those are measured
+    next that are expected to improve most on the best. A budget is settled when the surrogates, by how wrong they have
+    been, find for none of these a probability to be better that is worth the try.
 
     Args:
         setting: Widths, sizes, budgets, seed.
@@ -43,30 +61,43 @@ class ActiveSearch:
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)
-        self._most = len(self.measured) + MOST_PER_PLAYER * setting.n_players
+        self._descent = descent(setting)
+        self._most = 0
         self._round = 0
 
     def propose(self) -> Assignments:
-        """First the starts and what each player does alone, then what may improve on the best of the budgets."""
-        setting, self._round = self._setting, self._round + 1
+        """First how the search opens, then what may improve on the best of the budgets."""
+        if self._descent is not None and len(step := self._descent.propose()):
+            return step
+        self._round += 1
         if self._round == 1:
-            alone = np.eye(setting.n_players, dtype=bool)
-            nobody = np.zeros((1, setting.n_players), dtype=bool)
-            ends = setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
-            return np.concatenate([ends, self._starts])
+            self._most = len(self.measured) + most_points(self._setting.n_players)
+            if len(opening := self._opening()):
+                return opening
         chosen: list[Lowered] = []
         if len(self.measured) < self._most:
-            for budget, capacity in enumerate(setting.capacities):
+            for budget, capacity in enumerate(self._setting.capacities):
                 chosen += self._candidates(budget, capacity, chosen)
-        return setting.assignments(np.array(chosen, dtype=bool).reshape(-1, setting.n_players))
+        return self._setting.assignments(np.array(chosen, dtype=bool).reshape(-1, self._setting.n_players))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take losses."""
         self.measured.add(assignments, losses)
+        if self._descent is not None:
+            self._descent.learn(assignments, losses)
 
     def choose(self, capacity: int) -> Assignment:
         """The assignment of lowest true loss."""
         return self._setting.assignments(self.measured.best(capacity)[0])
+
+    def _opening(self) -> Assignments:
+        """The starts and, without a descent, what each player does alone."""
+        if self._descent is not None:
+            return self._starts
+        alone = np.eye(self._setting.n_players, dtype=bool)
+        nobody = np.zeros((1, self._setting.n_players), dtype=bool)
+        ends = self._setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
+        return np.concatenate([ends, self._starts])
 
     def _candidates(self, budget: int, capacity: int, taken: list[Lowered]) -> list[Lowered]:
         """What the surrogates of a budget propose, without what is measured or taken."""
@@ -80,9 +111,11 @@ class ActiveSearch:
             program = surrogate.program(self._setting.costs, capacity)
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
             exchanged = [neighbours(program, q) for q in optima[:2]]
-            pool = np.unique(np.concatenate([optima, *exchanged, *near]), axis=0)
+            pool = np.concatenate([optima, *exchanged, *near])
+            pool = pool[np.unique(np.packbits(pool, axis=1), axis=0, return_index=True)[1]]
             pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
             if len(pool):
+                pool = pool[np.argsort(surrogate.value(pool), kind="stable")[:_POOL]]
                 improvement, probability = surrogate.improvement(pool, lowest)
                 best = np.argsort(-improvement, kind="stable")[:most]
                 fresh = pool[best[probability[best] >= _LIKELY]]

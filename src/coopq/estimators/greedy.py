@@ -7,6 +7,9 @@ from coopq.program import neighbours
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Losses
 
+_STEPS = 32
+"""Steps of a paced search, about; a model's blocks go one a step, and its linear layers several."""
+
 
 class Greedy:
     """Lowers, or raises, a few players a step, those that cost least, or gain most, by the byte.
@@ -43,6 +46,13 @@ class Greedy:
         self._arrived = False
         self._centres: dict[int, bytes] = {}
         self.measured = Measured(setting)
+
+    @classmethod
+    def paced(cls, setting: Setting, direction: str = "down") -> "Greedy":
+        """One whose cost grows little faster than the players: of many, the best third is measured in a step."""
+        per_step = max(1, setting.n_players // _STEPS)
+        candidates = None if per_step == 1 else setting.n_players // 3
+        return cls(setting, direction=direction, per_step=per_step, candidates=candidates)
 
     def propose(self) -> Assignments:
         """Where the path stands, and each of its next steps by one player; then flips and exchanges at the budgets."""
