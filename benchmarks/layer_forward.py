@@ -22,7 +22,7 @@ from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine
 from coopq.models import load_model
-from coopq.onednn import linears_by_onednn
+from coopq.onednn import ByOneDNN
 from coopq.players import find_players
 
 
@@ -62,7 +62,7 @@ def main() -> None:
             for out, into in shapes:
                 x, w = torch.randn(512, into), torch.randn(out, into)
                 taken += seconds(partial(product, x, w), 50) * ids.size / 512
-            with linears_by_onednn(loaded.model) if name == "oneDNN" else nullcontext():
+            with ByOneDNN(loaded.model) if name == "oneDNN" else nullcontext():
                 layer = seconds(lambda: engine.forward_block(0, engine.embedded), 20)
             print(
                 f"{name}: products of a block {flops / taken / 1e9:.0f} GFLOP/s; layer forward {layer * 1e3:.1f} ms, "

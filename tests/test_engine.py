@@ -16,7 +16,7 @@ from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
 from coopq.models import LoadedModel
-from coopq.onednn import linears_by_onednn
+from coopq.onednn import ByOneDNN
 from coopq.players import GRANULARITIES, find_blocks, find_players
 from coopq.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from tests.architectures import CONFIGS, tiny_model
@@ -244,13 +244,13 @@ def test_linear_layers_by_onednn_are_those_of_torch() -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 7, bias=False))
     inputs = torch.randn(3, 5, 48)
     expected = layers(inputs)
-    with torch.no_grad(), linears_by_onednn(layers):
+    with torch.no_grad(), ByOneDNN(layers):
         replaced = "forward" in vars(layers[0])
         torch.testing.assert_close(layers(inputs), expected, rtol=1e-5, atol=1e-5)
     assert replaced == (torch.backends.cpu.get_cpu_capability() == "AVX512")
     assert "forward" not in vars(layers[0])
     layers(inputs).sum().backward()  # gradients flow again
-    with torch.no_grad(), linears_by_onednn(layers.bfloat16()):
+    with torch.no_grad(), ByOneDNN(layers.bfloat16()):
         assert "forward" not in vars(layers[0]), "torch itself takes oneDNN for bfloat16"
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from coopq.bank import WeightBank
 from coopq.errors import EstimationError, ModelError
-from coopq.onednn import linears_by_onednn
+from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
@@ -71,6 +71,8 @@ class PrefixEngine:
         self._bank = bank
         self._prefix, blocks = find_blocks(model)
         self._blocks = list(blocks)
+        self._fast_model = ByOneDNN(model)
+        self._fast_blocks = [ByOneDNN(block) for block in self._blocks]
         self.layer_forwards = 0
         self.members: list[list[int]] = [[] for _ in self._blocks]
         for index, player in enumerate(bank.players):
@@ -110,7 +112,7 @@ class PrefixEngine:
                         continue
                     for player in self.members[d]:
                         self._bank.set_player(player, int(assignment[player]))
-                    with linears_by_onednn(self._blocks[d]):
+                    with self._fast_blocks[d]:
                         hidden[d + 1] = self.forward_block(d, hidden[d])
                     spent += 1
                 self.layer_forwards += spent
@@ -201,7 +203,7 @@ class PrefixEngine:
         by_sequence = []
         vocabulary = self._model.config.get_text_config().vocab_size
         portion = max(1, LOGIT_BYTES.get(self._model.device.type, 2**28) // (4 * vocabulary))
-        with linears_by_onednn(self._model):
+        with self._fast_model:
             for states, tokens in zip(hidden, self.batches, strict=True):
                 scored, targets = states[:, :-1].flatten(0, 1).unsqueeze(1), tokens[:, 1:].flatten()
                 nll = [
@@ -214,7 +216,7 @@ class PrefixEngine:
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` says of one block and of the head with the loss, over all tokens."""
         self.record()
-        with linears_by_onednn(self._blocks[0]):
+        with self._fast_blocks[0]:
             block = clock(lambda: self.forward_block(0, self.embedded))
         return block, clock(lambda: self.losses(self.embedded))
 

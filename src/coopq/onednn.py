@@ -4,28 +4,33 @@ On x86 torch multiplies float32 matrices by MKL, whose AVX-512 kernels are for I
 AVX-512 it runs AVX2. oneDNN goes by what a processor can do (benchmarks/layer_forward.py measures both).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 
-@contextmanager
-def linears_by_onednn(model: nn.Module) -> Iterator[None]:
-    """Let the float32 linear layers of a model on the CPU compute by oneDNN; no gradients flow through them then.
+class ByOneDNN:
+    """While it is entered, the float32 linear layers of a model on the CPU compute by oneDNN, without gradients.
 
-    Whether it does depends on the processor alone, so that losses are the same in every run on one machine.
+    Whether they do depends on the processor alone, so that losses are the same in every run on one machine.
+
+    Args:
+        model: A model, or a part of one, that keeps its dtype and its device.
     """
-    linears = [m for m in model.modules() if type(m) is nn.Linear and _is_better_at(m)]
-    try:
-        for linear in linears:
-            linear.forward = partial(_forward, linear)  # type: ignore[method-assign]
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
+
+    def __init__(self, model: nn.Module) -> None:
+        linears = [m for m in model.modules() if type(m) is nn.Linear and _is_better_at(m)]
+        # Into the modules' dictionaries, past torch's own bookkeeping: a block is entered for every layer forward.
+        self._forwards = [(vars(linear), partial(_forward, linear)) for linear in linears]
+
+    def __enter__(self) -> None:
+        for attributes, forward in self._forwards:
+            attributes["forward"] = forward
+
+    def __exit__(self, *_: object) -> None:
+        for attributes, _forward in self._forwards:
+            del attributes["forward"]
 
 
 def _is_better_at(linear: nn.Linear) -> bool:
