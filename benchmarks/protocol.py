@@ -112,8 +112,8 @@ def main() -> None:
         f"Written by `python benchmarks/protocol.py --permutations {arguments.permutations} "
         f"--tokens {arguments.tokens}`:",
         f"SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits, sequences of {LENGTH} tokens, float32,",
-        f"{torch.get_num_threads()} threads, batches of {BATCH_TOKENS} tokens in both, torch {torch.__version__}. The",
-        f"losses agree to {worst:.0e} nats.",
+        f"{torch.get_num_threads()} threads, batches of {BATCH_TOKENS['cpu']} tokens in both,",
+        f"torch {torch.__version__}. The losses agree to {worst:.0e} nats.",
         "",
         "| | plainly | CoopQ | ratio |",
         "| --- | --- | --- | --- |",

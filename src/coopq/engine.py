@@ -21,12 +21,17 @@ from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
-BATCH_TOKENS = 512
-"""Tokens that go through a block together. On CPUs, larger batches are no faster."""
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens that go through a block together, by device. On CPUs, larger batches are no faster."""
 LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Logits that are held at once, by device: on CPUs what the cache holds, and no new pages for each."""
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
+
+
+def batch_size(device: str, length: int) -> int:
+    """Sequences of a length that go through a block together, on a type of device."""
+    return max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"]) // length)
 
 
 def prefix_tree_size(assignments: Assignments, blocks: Sequence[int] | None = None) -> int:
@@ -78,7 +83,7 @@ class PrefixEngine:
         for index, player in enumerate(bank.players):
             self.members[player.block].append(index)
         ids = torch.from_numpy(tokens).to(model.device)
-        self.batches = ids.split(max(1, BATCH_TOKENS // tokens.shape[1]))
+        self.batches = ids.split(batch_size(model.device.type, tokens.shape[1]))
         self.embedded: list[Tensor] = []
         self._calls: list[list[_Call]] = []
 
@@ -283,7 +288,7 @@ def _means(nll: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
     """Loss of each sequence by the model's plain forward, a batch at a time; see `sequence_nll`."""
     ids = torch.from_numpy(tokens).to(model.device)
-    for batch in ids.split(max(1, BATCH_TOKENS // tokens.shape[1])):
+    for batch in ids.split(batch_size(model.device.type, tokens.shape[1])):
         with torch.no_grad():
             logits = model(input_ids=batch, use_cache=False).logits
         losses = sequence_nll(logits, batch)

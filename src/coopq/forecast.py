@@ -11,7 +11,7 @@ import torch
 
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
-from coopq.engine import BATCH_TOKENS, PrefixEngine, prefix_tree_size
+from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
 from coopq.estimators import SPQE, Search, Setting, run_estimator
 from coopq.estimators.active import descent, most_points
 from coopq.game import Meter
@@ -101,7 +101,7 @@ def forecast(config: RunConfig) -> Forecast:
     footprint = Footprint.of(loaded.model, players, text, device.type)
     footprint.check(free)
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    batch = min(max(1, BATCH_TOKENS // text.length), text.sequences)
+    batch = min(batch_size(device.type, text.length), text.sequences)
     ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.length))
     with TemporaryDirectory() as folder:
         engine = PrefixEngine(loaded.model, WeightBank(Path(folder), loaded, players, backend, {}), ids)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from coopq.engine import BATCH_TOKENS, LOGIT_BYTES
+from coopq.engine import LOGIT_BYTES, batch_size
 from coopq.errors import OutOfMemory
 from coopq.run import CalibrationConfig
 from coopq.types import Player
@@ -55,7 +55,7 @@ class Footprint:
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
         per_sequence = (n_blocks + 3) * text.hidden_size * itemsize * calibration.length
-        batch = min(max(calibration.length, BATCH_TOKENS), calibration.sequences * calibration.length)
+        batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
         logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]))

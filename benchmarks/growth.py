@@ -1,0 +1,130 @@
+"""How time and memory grow with layers, walks, tokens and players, on models of the demo's width.
+
+    python benchmarks/growth.py                # a quarter of an hour on two cores; writes docs/results/growth.md
+
+Random weights: only shapes matter here. Each row is a process of its own, which measures the walks of SPQE at 2 and 4
+bits; one thing changes from row to row. What is foreseen is layer forwards times the time of one plus heads times the
+time of one, both measured in the same process after the walks.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from coopq.backends import get_backend
+from coopq.bank import WeightBank
+from coopq.engine import PrefixEngine
+from coopq.estimators import SPQE
+from coopq.memory import Footprint
+from coopq.models import LoadedModel
+from coopq.players import find_players
+from coopq.run import CalibrationConfig
+from layer_forward import seconds
+from memory import resident
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "growth.md"
+LENGTH = 256
+SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+VOCABULARY = 8192
+BASE = {"layers": 12, "walks": 4, "tokens": 1024, "granularity": "block"}
+SWEEPS: dict[str, tuple[int | str, ...]] = {
+    "layers": (12, 30, 60),
+    "walks": (4, 8, 16),
+    "tokens": (512, 1024, 2048, 4096),
+    "granularity": ("block", "linear"),
+}
+
+
+def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, float]:
+    """Measure one row in this process."""
+    calibration = CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH)
+    shape = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, **SHAPE)
+    before = resident("VmRSS")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    players = find_players(model, granularity)
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(calibration.sequences, LENGTH))
+    with TemporaryDirectory() as folder:
+        loaded = LoadedModel(model, None, torch.float32)
+        bank = WeightBank(Path(folder), loaded, players, get_backend("rtn"), {})
+        bank.build((2, 4))
+        engine = PrefixEngine(model, bank, ids)
+        points = SPQE(len(players), low=2, high=4, permutations=walks, seed=0).points
+        start = time.perf_counter()
+        evaluations = sum(1 for _ in engine.evaluate(points))
+        spent, layer_forwards = time.perf_counter() - start, engine.layer_forwards
+        block, head = engine.timed(lambda work: seconds(work, 9))
+    return {
+        "players": len(players),
+        "evaluations": evaluations,
+        "layer_forwards": layer_forwards,
+        "unshared": walks * len(players) * layers,
+        "seconds": spent,
+        "foreseen": layer_forwards * block + evaluations * head,
+        "block": block,
+        "peak": resident("VmHWM") - before,
+        "footprint": Footprint.of(model, players, calibration, "cpu").total,
+    }
+
+
+def main() -> None:
+    """A process for each row, and the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="one row as JSON, in this process")
+    only = parser.parse_args().only
+    if only is not None:
+        print(json.dumps(run(**json.loads(only))))
+        return
+    lines = [
+        "# Growth",
+        "",
+        "Written by `python benchmarks/growth.py`: Llama blocks of the demo model's width (576, inner 1,536), random",
+        f"weights, {VOCABULARY:,} words, backend rtn at 2 and 4 bits, float32, {torch.get_num_threads()} threads,",
+        f"torch {torch.__version__}, transformers {transformers.__version__}. Every sweep changes one thing of:",
+        f"{BASE['layers']} layers, {BASE['walks']} walks,",
+        f"{BASE['tokens']} tokens in sequences of {LENGTH}, blocks as players.",
+        "",
+    ]
+    for name, values in SWEEPS.items():
+        lines += [
+            f"## By {name}",
+            "",
+            f"| {name} | players | losses | layer forwards | of unshared | seconds | foreseen | ms a layer forward "
+            "| peak MiB | of forecast |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for value in values:
+            command = [sys.executable, __file__, "--only", json.dumps({**BASE, name: value})]
+            row = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+            )
+            lines.append(
+                f"| {value} | {row['players']} | {row['evaluations']} | {row['layer_forwards']} "
+                f"| {row['layer_forwards'] / row['unshared']:.2f} | {row['seconds']:.1f} "
+                f"| {row['foreseen'] / row['seconds']:.2f} | {row['block'] * 1e3:.1f} "
+                f"| {row['peak'] / 2**20:,.0f} | {row['peak'] / row['footprint']:.2f} |"
+            )
+            print(lines[-1], flush=True)
+        lines.append("")
+    lines += [
+        "Time is layer forwards times the time of one, which grows with tokens alone, and heads. Layer forwards grow",
+        "with walks and with players in a straight line, and with the square of the layers where blocks are the",
+        "players: every layer adds a loss to each walk, and the blocks after the one that changes, half of them on",
+        "average, to each loss. Shared prefixes save more where there are more walks to share them. Memory grows",
+        "with layers (weights, their forms at two widths, a hidden state for each) and with tokens (hidden states),",
+        "not with walks; linear layers as players change nothing in it.",
+    ]
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
