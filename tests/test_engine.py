@@ -255,10 +255,10 @@ def test_linear_layers_by_onednn_are_those_of_torch() -> None:
 
 
 def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("gemma2")
+    model = tiny_model("gemma2")  # whose head caps its logits, and whose embedding is its head
     bank = build(model, tmp_path)
     point = np.array([[2, 4, 2]], dtype=np.int8)
     ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
-    monkeypatch.setitem(engine_module.LOGIT_BYTES, "cpu", 4 * 97 * 7)  # 7 positions at a time
+    monkeypatch.setitem(engine_module.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)

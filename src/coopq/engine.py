@@ -23,8 +23,8 @@ from coopq.types import REMOVED, Assignment, Assignments
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that go through a block together, by device. On CPUs, larger batches are no faster."""
-LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""Logits that are held at once, by device: on CPUs what the cache holds, and no new pages for each."""
+LOGIT_BYTES = {"cpu": 2**23, "cuda": 2**28}
+"""Logits that are held at once, by device: on CPUs what the cache holds."""
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
 
@@ -201,22 +201,45 @@ class PrefixEngine:
 
     @torch.no_grad()
     def losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
-        """Loss of each sequence from the states after the last block, by the model's own norm and head.
-
-        Positions that count go through the head a portion at a time, as sequences of one token.
-        """
-        by_sequence = []
-        vocabulary = self._model.config.get_text_config().vocab_size
-        portion = max(1, LOGIT_BYTES.get(self._model.device.type, 2**28) // (4 * vocabulary))
+        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
         with self._fast_model:
-            for states, tokens in zip(hidden, self.batches, strict=True):
-                scored, targets = states[:, :-1].flatten(0, 1).unsqueeze(1), tokens[:, 1:].flatten()
-                nll = [
-                    functional.cross_entropy(self.head(some).float()[:, 0], target, reduction="none")
-                    for some, target in zip(scored.split(portion), targets.split(portion), strict=True)
+            return np.concatenate(
+                [
+                    _means(self._nll(states[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()), tokens)
+                    for states, tokens in zip(hidden, self.batches, strict=True)
                 ]
-                by_sequence.append(_means(torch.cat(nll), tokens))
-        return np.concatenate(by_sequence)
+            )
+
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of the next token at each position, in nats, shape (n,).
+
+        The head gets a portion of the vocabulary at a time, so that logits stay in the cache; positions are sequences
+        of one token.
+
+        Args:
+            states: After the last block, shape (n, width).
+            targets: The next tokens, shape (n,).
+        """
+        head = self._model.get_output_embeddings()
+        weight, bias = head.weight.data, None if head.bias is None else head.bias.data
+        held = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES["cuda"])
+        portion = max(1, held // (4 * len(states)))
+        totals, of_target = [], torch.empty(len(states), device=states.device)
+        try:
+            for first in range(0, len(weight), portion):
+                head.weight.data = weight[first : first + portion]
+                if bias is not None:
+                    head.bias.data = bias[first : first + portion]
+                logits = self.head(states.unsqueeze(1)).float()[:, 0]
+                # One pass of a softmax costs less than a sum of exponentials that torch composes.
+                totals.append(logits[:, 0] - functional.log_softmax(logits, dim=1)[:, 0])
+                inside = ((targets >= first) & (targets < first + portion)).nonzero()[:, 0]
+                of_target[inside] = logits[inside, targets[inside] - first]
+        finally:
+            head.weight.data = weight
+            if bias is not None:
+                head.bias.data = bias
+        return torch.logsumexp(torch.stack(totals), dim=0) - of_target
 
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` says of one block and of the head with the loss, over all tokens."""
