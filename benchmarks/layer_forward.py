@@ -1,29 +1,35 @@
-"""What a layer forward and a head of the demo model cost, against the products of matrices in them.
+"""What layer forwards and heads of the demo model cost, against the products of matrices in them.
 
-    python benchmarks/layer_forward.py         # half a minute
+    python benchmarks/layer_forward.py         # some minutes; writes docs/results/layer_forward.md
 
-Products of the block's shapes are timed by torch's own linear layer and by oneDNN; then the engine's forward of one
-block, and its loss from the last states, with either. Prints a table; ratios mean more than times.
+The floor of a layer forward is the time of its products alone, each of its own shape: those of the linear layers by
+torch's own operation and by oneDNN, whichever is faster in sum, and the two of attention, all positions against all.
+Beside it: transformers' block as it is, the engine's, and whole evaluations against layer forwards and heads.
 """
 
 import argparse
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
+import transformers
+from torch import Tensor
+from torch.nn import functional
 
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine
+from coopq.engine import PrefixEngine, batch_size
+from coopq.estimators import SPQE
 from coopq.models import load_model
-from coopq.onednn import ByOneDNN
 from coopq.players import find_players
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results" / "layer_forward.md"
+LENGTH = 256
+TOKENS = (512, 1024, 2048)
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -37,39 +43,80 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
     return float(np.median(times))
 
 
+def by_torch(x: Tensor, w: Tensor) -> Tensor:
+    """A linear layer as torch computes it."""
+    return functional.linear(x, w)
+
+
+def by_onednn(x: Tensor, w: Tensor) -> Tensor:
+    """A linear layer as the engine computes it on processors with AVX-512."""
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return output
+
+
+def products(engine: PrefixEngine, shapes: list[tuple[int, int]], repeats: int) -> dict[str, float]:
+    """Seconds that the products of a block take over all tokens, by kind."""
+    config = engine._model.config
+    found = {}
+    for name, product in {"torch": by_torch, "oneDNN": by_onednn}.items():
+        found[name] = 0.0
+        for out, into in shapes:
+            x, w = torch.randn(engine.batches[0].numel(), into), torch.randn(out, into)
+            found[name] += seconds(partial(product, x, w), repeats) * len(engine.batches)
+    of_heads = (*engine.batches[0].shape[:1], config.num_attention_heads)
+    width = config.hidden_size // config.num_attention_heads
+    q, k = torch.randn(*of_heads, LENGTH, width), torch.randn(*of_heads, width, LENGTH)
+    p, v = torch.randn(*of_heads, LENGTH, LENGTH), torch.randn(*of_heads, LENGTH, width)
+    found["attention"] = sum(seconds(partial(torch.matmul, a, b), repeats) for a, b in ((q, k), (p, v)))
+    found["attention"] *= len(engine.batches)
+    return found
+
+
 def main() -> None:
-    """Time and print."""
+    """Time and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024)
-    tokens = parser.parse_args().tokens
+    parser.add_argument("--repeats", type=int, default=40)
+    repeats = parser.parse_args().repeats
     loaded = load_model("demo", device="cpu")
-    players = find_players(loaded.model)
-    with TemporaryDirectory() as folder:
-        bank = WeightBank(Path(folder), loaded, players, get_backend("rtn"), {})
-    ids = np.random.default_rng(0).integers(loaded.model.config.vocab_size, size=(tokens // 256, 256))
-    engine = PrefixEngine(loaded.model, bank, ids)
-    engine.record()
+    model, players = loaded.model, find_players(loaded.model)
     shapes = [layer.shape for layer in players[0].linears]
-    flops = 2 * ids.size * players[0].n_weights
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {ids.size} tokens")
-    with torch.no_grad():
-        products = {
-            "torch": lambda x, w: linear(x, w),
-            "oneDNN": lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
-        }
-        for name, product in products.items():
-            taken = 0.0
-            for out, into in shapes:
-                x, w = torch.randn(512, into), torch.randn(out, into)
-                taken += seconds(partial(product, x, w), 50) * ids.size / 512
-            with ByOneDNN(loaded.model) if name == "oneDNN" else nullcontext():
-                layer = seconds(lambda: engine.forward_block(0, engine.embedded), 20)
-            print(
-                f"{name}: products of a block {flops / taken / 1e9:.0f} GFLOP/s; layer forward {layer * 1e3:.1f} ms, "
-                f"of which products {taken / layer:.0%}"
+    lines = [
+        "# Layer forwards against the products in them",
+        "",
+        f"Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, {torch.get_num_threads()}",
+        f"threads, sequences of {LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}, torch",
+        f"{torch.__version__}, transformers {transformers.__version__}. Medians of {repeats}; floor: products of the",
+        "linear layers by the faster library, and the two products of attention, of the same shapes in the same run.",
+        "",
+        "| tokens | linear layers by torch, GFLOP/s | by oneDNN | floor, ms | transformers' block, ms | of the floor |"
+        " engine's, ms | of the floor | head, ms | whole evaluations / foreseen |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    with TemporaryDirectory() as folder, torch.no_grad():
+        bank = WeightBank(Path(folder), loaded, players, get_backend("rtn"), {})
+        bank.build((2, 4))
+        for tokens in TOKENS:
+            ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(tokens // LENGTH, LENGTH))
+            engine = PrefixEngine(model, bank, ids)
+            points = SPQE(len(players), low=2, high=4, permutations=2, seed=0).points[:30]
+            engine.record()
+            taken = products(engine, shapes, repeats)
+            floor = min(taken["torch"], taken["oneDNN"]) + taken["attention"]
+            plain = seconds(partial(engine.forward_block, 0, engine.embedded), repeats)
+            block, head = engine.timed(lambda work: seconds(work, repeats))
+            list(engine.evaluate(points[:1]))
+            before, start = engine.layer_forwards, time.perf_counter()
+            evaluations = sum(1 for _ in engine.evaluate(points))
+            whole = time.perf_counter() - start
+            foreseen = (engine.layer_forwards - before) * block + evaluations * head
+            flops = 2 * ids.size * players[0].n_weights / 1e9
+            lines.append(
+                f"| {tokens} | {flops / taken['torch']:.0f} | {flops / taken['oneDNN']:.0f} | {floor * 1e3:.1f} "
+                f"| {plain * 1e3:.1f} | {floor / plain:.0%} | {block * 1e3:.1f} | {floor / block:.0%} "
+                f"| {head * 1e3:.0f} | {whole / foreseen:.2f} |"
             )
-        head = seconds(lambda: engine.losses(engine.embedded), 5)
-        print(f"head and loss: {head * 1e3:.0f} ms, as the engine computes them")
+            print(lines[-1], flush=True)
+    RESULTS.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
