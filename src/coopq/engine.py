@@ -5,7 +5,7 @@ order are a depth-first walk of their prefix tree, so one hidden state per depth
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,8 +76,10 @@ class PrefixEngine:
         self._bank = bank
         self._prefix, blocks = find_blocks(model)
         self._blocks = list(blocks)
-        self._fast_model = ByOneDNN(model)
-        self._fast_blocks = [ByOneDNN(block) for block in self._blocks]
+        # Blocks that only visit the device where the model computes are no matter for a CPU.
+        on_cpu = model.device.type == "cpu"
+        self._fast_model: AbstractContextManager[None] = ByOneDNN(model) if on_cpu else nullcontext()
+        self._fast_blocks = [ByOneDNN(block) if on_cpu else nullcontext() for block in self._blocks]
         self.layer_forwards = 0
         self.members: list[list[int]] = [[] for _ in self._blocks]
         for index, player in enumerate(bank.players):
@@ -104,36 +106,57 @@ class PrefixEngine:
         unique = np.unique(assignments, axis=0)
         left_out = self._left_out(unique)
         unchecked = self.record()
-        depth = len(self._blocks)
-        hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
-        previous: Assignment | None = None
         try:
-            for assignment, without in zip(unique, left_out, strict=True):
-                first = 0 if previous is None else int(np.argmax(assignment != previous))
-                spent = 0
-                for d in range(self._bank.players[first].block, depth):
-                    if without[d]:
-                        hidden[d + 1] = hidden[d]
-                        continue
-                    for player in self.members[d]:
-                        self._bank.set_player(player, int(assignment[player]))
-                    with self._fast_blocks[d]:
-                        hidden[d + 1] = self.forward_block(d, hidden[d])
-                    spent += 1
+            for (assignment, hidden, spent), without in zip(self._walk(unique, left_out), left_out, strict=True):
                 self.layer_forwards += spent
-                losses = self.losses(hidden[depth])
+                losses = self.losses(hidden)
                 if not np.isfinite(losses).all():
                     raise EstimationError(
                         f"the loss of assignment {assignment.tolist()} is not a number; "
                         "compute in float32, or use a wider low bit-width"
                     )
                 if unchecked:
-                    self._check(without, losses)
+                    self._check(assignment, without, losses)
                     unchecked = False
                 yield assignment, losses, spent
-                previous = assignment
         finally:
             self._bank.restore()
+
+    def _walk(
+        self, unique: Assignments, left_out: npt.NDArray[np.bool_]
+    ) -> Generator[tuple[Assignment, list[Tensor], int], None, None]:
+        """Each assignment, its states after the last block, and the block forwards spent since the one before."""
+        depth = len(self._blocks)
+        hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
+        previous: Assignment | None = None
+        for assignment, without in zip(unique, left_out, strict=True):
+            first = 0 if previous is None else self._first_block(assignment, previous)
+            for d in range(first, depth):
+                if without[d]:
+                    hidden[d + 1] = hidden[d]
+                    continue
+                self._set(d, assignment[self.members[d]])
+                with self.fast(d):
+                    hidden[d + 1] = self.forward_block(d, hidden[d])
+            yield assignment, hidden[depth], int((~without[first:]).sum())
+            previous = assignment
+
+    def placed(self, d: int) -> AbstractContextManager[None]:
+        """Let block d be where the states are; here it always is."""
+        return nullcontext()
+
+    def fast(self, d: int) -> AbstractContextManager[None]:
+        """Let block d compute as fast as it can, without gradients."""
+        return self._fast_blocks[d]
+
+    def _set(self, d: int, bits: Assignment) -> None:
+        """Let block d have the weights of its players at some widths, shape (n_members,)."""
+        for player, width in zip(self.members[d], bits, strict=True):
+            self._bank.set_player(player, int(width))
+
+    def _first_block(self, assignment: Assignment, previous: Assignment) -> int:
+        """The first block in which two assignments differ."""
+        return self._bank.players[int(np.argmax(assignment != previous))].block
 
     def _left_out(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
         """Which blocks each assignment leaves out, shape (n, n_blocks)."""
@@ -148,11 +171,13 @@ class PrefixEngine:
         return left_out
 
     @torch.no_grad()
-    def _check(self, left_out: npt.NDArray[np.bool_], losses: npt.NDArray[np.float64]) -> None:
-        """Compare with the model's own forward; it has the weights that gave `losses`, and goes without some blocks.
+    def _check(self, assignment: Assignment, left_out: npt.NDArray[np.bool_], losses: npt.NDArray[np.float64]) -> None:
+        """Compare the losses of an assignment with the model's own forward, which goes without some blocks.
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
+        for d in np.flatnonzero(~left_out):
+            self._set(int(d), assignment[self.members[d]])
         batch = self.batches[0]
         removed = {int(d): _pass_on(self._calls[d][0].returns_tuple) for d in np.flatnonzero(left_out)}
         with self._answering(removed):
@@ -166,7 +191,8 @@ class PrefixEngine:
     @torch.no_grad()
     def forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
         """States after block d from those before it, batch by batch."""
-        return [self.call_block(d, j, states) for j, states in enumerate(hidden)]
+        with self.placed(d):
+            return [self.call_block(d, j, states) for j, states in enumerate(hidden)]
 
     def call_block(self, d: int, j: int, states: Tensor) -> Tensor:
         """States of batch j after block d, called as the model itself does."""
@@ -191,13 +217,17 @@ class PrefixEngine:
     @contextmanager
     def _answering(self, answers: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
         """Let other functions stand in for the forwards of some blocks."""
+        attributes = {d: vars(self._blocks[d]) for d in answers}
+        before = {d: of_block["forward"] for d, of_block in attributes.items() if "forward" in of_block}
         try:
             for d, answer in answers.items():
-                self._blocks[d].forward = answer
+                attributes[d]["forward"] = answer
             yield
         finally:
             for d in answers:
-                del self._blocks[d].forward
+                del attributes[d]["forward"]
+                if d in before:
+                    attributes[d]["forward"] = before[d]
 
     @torch.no_grad()
     def losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
@@ -244,7 +274,7 @@ class PrefixEngine:
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` says of one block and of the head with the loss, over all tokens."""
         self.record()
-        with self._fast_blocks[0]:
+        with self.placed(0), self.fast(0):
             block = clock(lambda: self.forward_block(0, self.embedded))
         return block, clock(lambda: self.losses(self.embedded))
 

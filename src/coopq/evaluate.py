@@ -14,9 +14,11 @@ from coopq.calibration import TokenSet, wikitext2
 from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
 from coopq.files import locked, require_writable
+from coopq.hosting import HostedBlocks
 from coopq.journal import Journal
+from coopq.memory import weights_fit
 from coopq.methods import check_method, check_players, measure, plans_on
-from coopq.models import load_model
+from coopq.models import load_model, pick_device
 from coopq.plan import Plan
 from coopq.players import find_players
 from coopq.run import RunConfig
@@ -51,7 +53,10 @@ def evaluate_model(
         device: Where to compute.
         progress: Told of every batch.
     """
-    loaded = load_model(source, device=device)
+    is_hosted = not weights_fit(source, device=device)
+    loaded = load_model(source, device=device, on_host=is_hosted)
+    if is_hosted:
+        HostedBlocks(loaded.model, pick_device(device))
     players = find_players(loaded.model)
     text = wikitext2(loaded.tokenizer, length, max_tokens, _max_length(loaded.model))
     losses: list[float] = []

@@ -9,6 +9,8 @@ import torch
 
 from coopq.engine import LOGIT_BYTES, batch_size
 from coopq.errors import OutOfMemory
+from coopq.models import load_skeleton, pick_device
+from coopq.players import find_blocks
 from coopq.run import CalibrationConfig
 from coopq.types import Player
 
@@ -26,6 +28,8 @@ class Footprint:
 
     Attributes:
         weights: The full-precision model.
+        blocks: Those of its blocks, all of them.
+        largest_block: Those of the largest.
         bank: Dequantised weights of every player at both widths.
         states: Hidden states over all calibration tokens: of the embedding, after each block, and two that come and go.
         working: What one batch takes in a block and in the head; of scores, with gradients.
@@ -35,6 +39,8 @@ class Footprint:
     """
 
     weights: int
+    blocks: int
+    largest_block: int
     bank: int
     states: int
     working: int
@@ -59,7 +65,10 @@ class Footprint:
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
         logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]))
+        of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         return cls(
+            blocks=sum(of_blocks),
+            largest_block=max(of_blocks),
             weights=sum(tensor.nbytes for tensor in model.parameters()),
             bank=2 * sum(player.n_weights for player in players) * itemsize,
             states=per_sequence * calibration.sequences,
@@ -79,6 +88,15 @@ class Footprint:
         """Without the bank: on a CPU it is mapped from disk, and on a GPU it can stay on the host."""
         return self.total - self.bank
 
+    @property
+    def hosted(self) -> int:
+        """What is needed on a GPU whose blocks stay on the host: room for one, and for what gradients or moves take."""
+        return self.needed - self.blocks + 2 * self.largest_block
+
+    def is_hosted(self, free: int | None) -> bool:
+        """Whether the blocks have to stay on the host."""
+        return self.device != "cpu" and free is not None and free < self.needed
+
     def holds_bank(self, free: int | None) -> bool:
         """Whether the bank has room where the model computes."""
         return free is None or self.total <= free
@@ -91,9 +109,10 @@ class Footprint:
         Raises:
             OutOfMemory: With the setting that would fit.
         """
-        if free is None or self.needed <= free:
+        least = self.needed if self.device == "cpu" else min(self.needed, self.hosted)
+        if free is None or least <= free:
             return
-        fitting = max(0, free - self.weights - self.working) // self.per_sequence * self.length
+        fitting = max(0, free - (least - self.states)) // self.per_sequence * self.length
         way_out = (
             f"take --tokens {fitting} at most"
             if fitting
@@ -121,6 +140,14 @@ def free_memory(device: torch.device) -> int | None:
     except (OSError, StopIteration, ValueError):
         return None
     return min([available, *_left_to_group()])
+
+
+def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bool:
+    """Whether the weights of a model have room on a GPU; on a CPU nobody can say how much the system would swap."""
+    free = free_memory(pick_device(device))
+    if pick_device(device).type == "cpu" or free is None:
+        return True
+    return sum(tensor.nbytes for tensor in load_skeleton(source, dtype=dtype, device=device).parameters()) <= free
 
 
 def _left_to_group() -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from coopq.allocate import allocate, near_optimum
 from coopq.baselines import BASELINES, Gains, fisher, get_baseline
-from coopq.engine import PrefixEngine, prefix_tree_size
+from coopq.engine import prefix_tree_size
 from coopq.errors import EstimationError, InfeasibleBudget, hint
 from coopq.estimators import (
     SPQE,
@@ -135,8 +135,7 @@ def terms_on(bench: Workbench, method: str) -> tuple[Gains, Gains | None, int]:
         if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
             pairs = record.get("pairs")
             return np.array(record["gains"]), None if pairs is None else np.array(pairs), record["layer_forwards"]
-    engine = PrefixEngine(bench.loaded.model, bench.bank, bench.calibration.tokens)
-    probe = Probe(engine, bench.bank, bench.config.low, bench.config.high)
+    probe = Probe(bench.engine(bench.calibration), bench.bank, bench.config.low, bench.config.high)
     bench.progress(f"scoring by {method}", 0, 1)
     gains, pairs = fisher.terms(probe) if method == "fisher" else (get_baseline(method)(probe), None)
     bench.progress(f"scoring by {method}", 1, 1)

