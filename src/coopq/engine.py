@@ -21,8 +21,8 @@ from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
-BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens that go through a block together, by device. On CPUs, larger batches are no faster."""
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster."""
 LOGIT_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Logits that are held at once, by device: on CPUs what the cache holds."""
 _TOLERANCE = 1e-3
@@ -32,6 +32,11 @@ _TOLERANCE = 1e-3
 def batch_size(device: str, length: int) -> int:
     """Sequences of a length that go through a block together, on a type of device."""
     return max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"]) // length)
+
+
+def logit_bytes(device: str) -> int:
+    """Bytes of logits that are held at once on a type of device; four times as many where gradients need them."""
+    return LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"])
 
 
 def prefix_tree_size(assignments: Assignments, blocks: Sequence[int] | None = None) -> int:
@@ -252,8 +257,7 @@ class PrefixEngine:
         """
         head = self._model.get_output_embeddings()
         weight, bias = head.weight.data, None if head.bias is None else head.bias.data
-        held = LOGIT_BYTES.get(states.device.type, LOGIT_BYTES["cuda"])
-        portion = max(1, held // (4 * len(states)))
+        portion = max(1, logit_bytes(states.device.type) // (4 * len(states)))
         totals, of_target = [], torch.empty(len(states), device=states.device)
         try:
             for first in range(0, len(weight), portion):
@@ -270,6 +274,11 @@ class PrefixEngine:
             if bias is not None:
                 head.bias.data = bias
         return torch.logsumexp(torch.stack(totals), dim=0) - of_target
+
+    def positions_at_once(self) -> int:
+        """Positions whose logits, of the whole vocabulary, may be held with their gradients."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        return max(1, logit_bytes(self._model.device.type) // vocabulary)
 
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` says of one block and of the head with the loss, over all tokens."""

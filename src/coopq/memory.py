@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from coopq.engine import LOGIT_BYTES, batch_size
+from coopq.engine import batch_size, logit_bytes
 from coopq.errors import OutOfMemory
 from coopq.models import load_skeleton, pick_device
 from coopq.players import find_blocks
@@ -64,7 +64,7 @@ class Footprint:
         batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
-        logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"]))
+        logits = _LOGIT_COPIES * max(4 * logit_bytes(device), 4 * text.vocab_size)
         of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         return cls(
             blocks=sum(of_blocks),

@@ -135,21 +135,28 @@ class Probe:
                     of_output = dict(zip(seen, gradients, strict=True))
                     for player, (row, bits) in product(members, enumerate((self.low, self.high))):
                         for name, weight in self.weights(player).items():
-                            delta = (self.quantized(player, bits)[name] - weight).to(leaf.device)
+                            delta = (self.quantized(player, bits)[name] - weight).to(seen[name][0].device)
                             moved = functional.linear(seen[name][0], delta)
                             change = (moved * of_output[name]).flatten(1).double().sum(dim=1)
                             changes[row, player, starts[j] : starts[j + 1]] += change.cpu().numpy()
         return changes
 
     def _head_gradient(self, j: int, final: Tensor) -> Tensor:
-        """Gradient of the mean loss by the states after the last block, for one batch of tokens."""
+        """Gradient of the mean loss by the states after the last block, for one batch of tokens.
+
+        The head gets a portion of the positions at a time, as sequences of one token.
+        """
         tokens = self._engine.batches[j]
         n_scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self._engine.batches)
-        with torch.enable_grad():
-            leaf = final.detach().requires_grad_()
-            logits = self._engine.head(leaf)
-            loss = functional.cross_entropy(
-                logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-            )
-        (gradient,) = torch.autograd.grad(loss / n_scored, leaf)
+        portion = self._engine.positions_at_once()
+        scored, targets = final[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        parts = []
+        for some, target in zip(scored.split(portion), targets.split(portion), strict=True):
+            with torch.enable_grad():
+                leaf = some.detach().unsqueeze(1).requires_grad_()
+                logits = self._engine.head(leaf).float()[:, 0]
+                loss = functional.cross_entropy(logits, target.to(logits.device), reduction="sum")
+            parts.append(torch.autograd.grad(loss / n_scored, leaf)[0][:, 0])
+        gradient = torch.zeros_like(final)
+        gradient[:, :-1] = torch.cat(parts).unflatten(0, (len(final), -1))
         return gradient
