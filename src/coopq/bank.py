@@ -66,7 +66,7 @@ class WeightBank:
         resident: bool = True,
     ) -> None:
         self.players = players
-        self._resident = resident
+        self.resident = resident
         self._folder = folder
         self._backend = backend
         self._loaded = loaded
@@ -135,7 +135,7 @@ class WeightBank:
         device = str(next(iter(self._originals.values())).device)
         way_out = "delete it and run the same command again"
         weights = load_tensors(self._path(player, bits), device, way_out=way_out)
-        if self._resident:
+        if self.resident:
             self._weights[player, bits] = weights
         return weights
 

@@ -21,8 +21,8 @@ from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
 from coopq.types import REMOVED, Assignment, Assignments
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
-"""Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster."""
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster, and take more."""
 LOGIT_BYTES = {"cpu": 2**23, "cuda": 2**28}
 """Logits that are held at once, by device: on CPUs what the cache holds."""
 _TOLERANCE = 1e-3

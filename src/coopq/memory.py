@@ -85,13 +85,17 @@ class Footprint:
 
     @property
     def needed(self) -> int:
-        """Without the bank: on a CPU it is mapped from disk, and on a GPU it can stay on the host."""
-        return self.total - self.bank
+        """Without the bank, as far as it need not be there.
+
+        On a CPU it is mapped from disk. On a GPU it can stay on the host, but every player has weights of one width
+        beside its own.
+        """
+        return self.total - (self.bank if self.device == "cpu" else self.bank // 2)
 
     @property
     def hosted(self) -> int:
         """What is needed on a GPU whose blocks stay on the host: room for one, and for what gradients or moves take."""
-        return self.needed - self.blocks + 2 * self.largest_block
+        return self.total - self.bank - self.blocks + 2 * self.largest_block
 
     def is_hosted(self, free: int | None) -> bool:
         """Whether the blocks have to stay on the host."""
