@@ -12,7 +12,7 @@ from coopq.errors import OutOfMemory
 from coopq.forecast import forecast, works
 from coopq.memory import Footprint, free_memory
 from coopq.methods import plans_on
-from coopq.models import load_model, load_skeleton, pick_device
+from coopq.models import load_model, load_skeleton
 from coopq.pipeline import estimate
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
@@ -65,12 +65,11 @@ def test_a_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
 
 
 def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = pick_device("cpu")
-    free = free_memory(device)
+    free = free_memory("cpu")
     assert free is None or free > 2**20
     if free is not None:
         monkeypatch.setattr(memory, "_left_to_group", lambda: [12345])
-        assert free_memory(device) == 12345
+        assert free_memory("cpu") == 12345
 
 
 @pytest.mark.parametrize("granularity", ["block", "linear"])

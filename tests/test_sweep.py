@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 
 from coopq import engine as engine_module
 from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.errors import OutOfMemory
+from coopq.errors import ModelError, OutOfMemory
 from coopq.hosting import HostedBlocks
 from coopq.memory import Footprint
 from coopq.methods import plans_on
+from coopq.models import pick_device
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
@@ -113,6 +115,24 @@ def test_a_block_that_visits_computes_there_and_goes_home(tmp_path: Path, monkey
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     assert model.get_output_embeddings().weight.dtype == torch.float64
     assert {name: tensor.data_ptr() for name, tensor in model.model.layers.named_parameters()} == at_home
+
+
+def test_a_model_with_accelerates_hooks_gives_the_same_losses(tmp_path: Path) -> None:
+    """As a model has them that is divided between GPUs: they stand in the place of its modules' forwards."""
+    model = tiny_model("gemma2")
+    bank = build(model, tmp_path)
+    expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(points("block"))]
+    dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    hooked = [vars(block)["forward"] for block in model.model.layers]
+    found = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(points("block"))]
+    np.testing.assert_array_equal(found, expected)
+    assert [vars(block)["forward"] for block in model.model.layers] == hooked
+
+
+def test_several_gpus_are_asked_for_where_there_are_none() -> None:
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(ModelError, match="needs several GPUs"):
+            pick_device("sharded")
 
 
 def test_a_search_with_hosted_blocks_ends_with_the_same_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ class WeightBank:
         """Dequantised weights of a player, by name; they must have been built."""
         if (player, bits) in self._weights:
             return self._weights[player, bits]
-        device = str(next(iter(self._originals.values())).device)
+        device = str(self._originals[self.players[player].linears[0].name].device)
         way_out = "delete it and run the same command again"
         weights = load_tensors(self._path(player, bits), device, way_out=way_out)
         if self.resident:

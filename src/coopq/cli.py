@@ -69,7 +69,7 @@ ScreenTokens = Annotated[
     int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ..., or 'sharded': over all GPUs.")]
 Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
 TimeLimit = Annotated[
     float | None,

@@ -255,6 +255,7 @@ class PrefixEngine:
             states: After the last block, shape (n, width).
             targets: The next tokens, shape (n,).
         """
+        targets = targets.to(states.device)
         head = self._model.get_output_embeddings()
         weight, bias = head.weight.data, None if head.bias is None else head.bias.data
         portion = max(1, logit_bytes(states.device.type) // (4 * len(states)))

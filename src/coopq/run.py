@@ -61,7 +61,7 @@ class RunConfig:
         seed: Seed of the walks.
         calibration: The text.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
-        device: "cpu", "cuda", ..., or "auto".
+        device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
         granularity: What is a player: a "block", or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
     """

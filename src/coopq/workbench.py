@@ -114,7 +114,7 @@ def open_workbench(
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)
-        footprint, free = Footprint.of(skeleton, players, config.calibration, device.type), free_memory(device)
+        footprint, free = Footprint.of(skeleton, players, config.calibration, device.type), free_memory(config.device)
         footprint.check(free)
         _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
         is_hosted = footprint.is_hosted(free)
