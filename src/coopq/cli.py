@@ -1,6 +1,5 @@
 """The command line: one function for each command; the work is done elsewhere."""
 
-import logging
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from coopq.report import (
 )
 from coopq.run import CalibrationConfig, RunConfig, RunFolder
 from coopq.storage import Budget
-from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries
+from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries, show_log
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.distributed import RayConfig
@@ -90,9 +89,7 @@ Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OU
 
 @app.callback()
 def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for library in ("torchao", "torch.utils._pytree"):  # imported by others, and full of warnings nobody here can heed
-        logging.getLogger(library).setLevel(logging.ERROR)
+    show_log()
 
 
 @app.command()

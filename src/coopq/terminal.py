@@ -1,6 +1,7 @@
 """What the command line shows: progress bars, results, errors."""
 
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -62,6 +63,21 @@ class _RateColumn(ProgressColumn):
         if not speed:
             return Text("")
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+class _AboveTheBars(logging.Handler):
+    """Prints a line as it is: bars that are shown stay below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        STDERR.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+
+
+def show_log() -> None:
+    """Show what this package says, memory before work for one, and what others warn of, above the bars."""
+    logging.basicConfig(level=logging.WARNING, handlers=[_AboveTheBars()])
+    logging.getLogger("coopq").setLevel(logging.INFO)
+    for library in ("torchao", "torch.utils._pytree"):  # imported by others, and full of warnings nobody here can heed
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
