@@ -20,7 +20,7 @@ demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo --tokens 4096 --sequence-length 1024
 
 test: lint
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check
