@@ -35,7 +35,7 @@ def batch_size(device: str, length: int) -> int:
 
 
 def logit_bytes(device: str) -> int:
-    """Bytes of logits that are held at once on a type of device; four times as many where gradients need them."""
+    """Bytes of logits that are held at once on a type of device, where not all of a batch are asked for."""
     return LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"])
 
 
@@ -279,7 +279,7 @@ class PrefixEngine:
     def positions_at_once(self) -> int:
         """Positions whose logits, of the whole vocabulary, may be held with their gradients."""
         vocabulary = self._model.config.get_text_config().vocab_size
-        return max(1, logit_bytes(self._model.device.type) // vocabulary)
+        return max(1, logit_bytes(self._model.device.type) // (4 * vocabulary))
 
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` says of one block and of the head with the loss, over all tokens."""

@@ -15,7 +15,7 @@ from coopq.run import CalibrationConfig
 from coopq.types import Player
 
 _LOGIT_COPIES = 4
-"""Logits, their float32 form, their log-softmax, and a gradient or a temporary of the loss."""
+"""Of a batch, where the model is watched and checked: logits, their log-softmax; and as much that allocators keep."""
 _STATE_COPIES = 12
 """Arrays of the width of the states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
 _INNER_COPIES = 3
@@ -64,7 +64,7 @@ class Footprint:
         batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
-        logits = _LOGIT_COPIES * max(4 * logit_bytes(device), 4 * text.vocab_size)
+        logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, logit_bytes(device))
         of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         return cls(
             blocks=sum(of_blocks),
