@@ -2,8 +2,9 @@
 
     python benchmarks/layer_forward.py         # some minutes; writes docs/results/layer_forward.md
 
-The floor of a layer forward is the time of its products alone, each of its own shape: those of the linear layers by
-torch's own operation and by oneDNN, whichever is faster in sum, and the two of attention, all positions against all.
+The floor of a layer forward is the time of its products alone, each of its own shape, one after the other: those of
+the linear layers by torch's own operation or by oneDNN, whichever is faster, and the two of attention, all positions
+against all.
 Beside it: transformers' block as it is, the engine's, and whole evaluations against layer forwards and heads.
 """
 
@@ -54,15 +55,19 @@ def by_onednn(x: Tensor, w: Tensor) -> Tensor:
     return output
 
 
-def products(engine: PrefixEngine, shapes: list[tuple[int, int]], repeats: int) -> dict[str, float]:
-    """Seconds that the products of a block take over all tokens, by kind."""
+def products(engine: PrefixEngine, weights: list[Tensor], repeats: int) -> dict[str, float]:
+    """Seconds that the products of a block take over all tokens, one after the other, by kind."""
     config = engine._model.config
-    found = {}
-    for name, product in {"torch": by_torch, "oneDNN": by_onednn}.items():
-        found[name] = 0.0
-        for out, into in shapes:
-            x, w = torch.randn(engine.batches[0].numel(), into), torch.randn(out, into)
-            found[name] += seconds(partial(product, x, w), repeats) * len(engine.batches)
+    inputs = {into: torch.randn(engine.batches[0].numel(), into) for _, into in (w.shape for w in weights)}
+
+    def all_of(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        for w in weights:
+            product(inputs[w.shape[1]], w)
+
+    found = {
+        name: seconds(partial(all_of, product), repeats) * len(engine.batches)
+        for name, product in {"torch": by_torch, "oneDNN": by_onednn}.items()
+    }
     of_heads = (*engine.batches[0].shape[:1], config.num_attention_heads)
     width = config.hidden_size // config.num_attention_heads
     q, k = torch.randn(*of_heads, LENGTH, width), torch.randn(*of_heads, width, LENGTH)
@@ -79,7 +84,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     loaded = load_model("demo", device="cpu")
     model, players = loaded.model, find_players(loaded.model)
-    shapes = [layer.shape for layer in players[0].linears]
+    weights = [model.get_submodule(layer.name).weight.data for layer in players[0].linears]
     lines = [
         "# Layer forwards against the products in them",
         "",
@@ -100,7 +105,7 @@ def main() -> None:
             engine = PrefixEngine(model, bank, ids)
             points = SPQE(len(players), low=2, high=4, permutations=2, seed=0).points[:30]
             engine.record()
-            taken = products(engine, shapes, repeats)
+            taken = products(engine, weights, repeats)
             floor = min(taken["torch"], taken["oneDNN"]) + taken["attention"]
             plain = seconds(partial(engine.forward_block, 0, engine.embedded), repeats)
             block, head = engine.timed(lambda work: seconds(work, repeats))
