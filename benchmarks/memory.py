@@ -29,7 +29,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.workbench import open_workbench
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "memory.md"
-TOKENS, LENGTH = (1024, 8192, 32768), 512
+TOKENS, LENGTH = (1024, 4096, 16384), 512
 
 
 def resident(field: str) -> int:
