@@ -24,7 +24,7 @@ from coopq.backends import get_backend
 from coopq.calibration import calibration_set
 from coopq.engine import BATCH_TOKENS, model_nll
 from coopq.estimators import SPQE
-from coopq.models import load_model
+from coopq.models import load_model, load_skeleton
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.workbench import open_workbench
@@ -90,6 +90,13 @@ def by_coopq(config: RunConfig, spqe: SPQE, clock: Clock) -> tuple[list[float], 
     return losses, spent
 
 
+def teraflops(layer_forwards: int, heads: int, tokens: int) -> float:
+    """Operations of the linear layers and the head, 10^12."""
+    skeleton = load_skeleton("demo")
+    block = sum(player.n_weights for player in find_players(skeleton) if player.block == 0)
+    return 2e-12 * tokens * (layer_forwards * block + heads * skeleton.get_output_embeddings().weight.numel())
+
+
 def main() -> None:
     """Run both and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,6 +113,8 @@ def main() -> None:
     assert worst < 1e-3, worst
     unshared = len(expected) * 30
     distinct = len(np.unique(spqe.points, axis=0))
+    work = teraflops(unshared, len(expected), arguments.tokens), teraflops(spent, distinct, arguments.tokens)
+    rates = [1000 * done / clock["forwards"] for done, clock in zip(work, (plain, ours), strict=True)]
     lines = [
         "# SPQE against the paper's protocol written plainly",
         "",
@@ -124,6 +133,8 @@ def main() -> None:
         f"| seconds, all | {plain.total():.0f} | {ours.total():.0f} | **{plain.total() / ours.total():.2f}** |",
         f"| layer forwards | {unshared} | {spent} | {unshared / spent:.2f} |",
         f"| heads | {len(expected)} | {distinct} | {len(expected) / distinct:.2f} |",
+        f"| TFLOP in linear layers and heads | {work[0]:.1f} | {work[1]:.1f} | {work[0] / work[1]:.2f} |",
+        f"| GFLOP/s, forwards | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |",
         "",
         "Loading the model counts as quantizing, for CoopQ alone.",
     ]

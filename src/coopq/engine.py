@@ -23,8 +23,9 @@ from coopq.types import REMOVED, Assignment, Assignments
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster, and take more."""
-LOGIT_BYTES = {"cpu": 2**23, "cuda": 2**28}
-"""Logits that are held at once, by device: on CPUs what the cache holds."""
+LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Logits that are held at once, by device: on CPUs about what the cache holds. Half as much is slower (the C library
+then returns the memory of each batch to the system, and every page of the next one is a fault), and so is twice."""
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
 

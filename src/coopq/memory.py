@@ -20,6 +20,8 @@ _STATE_COPIES = 12
 """Arrays of the width of the states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
 _INNER_COPIES = 3
 """Arrays of the width of its widest linear layer."""
+_SCRATCH = 2**25
+"""What the libraries keep whatever the model: compiled kernels, their scratchpads, arenas of their threads."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Footprint:
             weights=sum(tensor.nbytes for tensor in model.parameters()),
             bank=2 * sum(player.n_weights for player in players) * itemsize,
             states=per_sequence * calibration.sequences,
-            working=inside + logits,
+            working=inside + logits + _SCRATCH,
             device=device,
             per_sequence=per_sequence,
             length=calibration.length,
