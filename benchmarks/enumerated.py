@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.baselines import BASELINES
+from coopq.baselines import PAPER_BASELINES
 from coopq.calibration import calibration_set
 from coopq.estimators import SPQE, Enumeration, Setting, run_estimator
 from coopq.estimators.exact import best_quadratic, shapley_interactions, shapley_values
@@ -82,7 +82,7 @@ def by_model(low: int, high: int, n_sequences: int, seed: int) -> Iterator[tuple
     budgets = [Budget.parse(f"{low + share * (high - low)}avg") for share in AVERAGES]
     folder = WORK / f"rtn-{low}-{high}-{n_sequences}"
     with Progress() as bars, open_workbench(config, folder, bars_for(bars, f"{low},{high}")) as bench:
-        for method in ("pruning", *(("fisher", *BASELINES) if seed == 0 else ())):
+        for method in ("pruning", *(("fisher", *PAPER_BASELINES) if seed == 0 else ())):
             plans = plans_on(bench, method, budgets)
             rows = np.array([plan.assignment for plan in plans])
             chosen = np.where(rows == low, LOW, HIGH).astype(np.int8)

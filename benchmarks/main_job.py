@@ -19,7 +19,7 @@ import numpy as np
 from rich.progress import Progress
 
 import coopq
-from coopq.baselines import BASELINES
+from coopq.baselines import PAPER_BASELINES
 from coopq.calibration import calibration_set, wikitext2
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import model_nll
@@ -70,7 +70,7 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
     config = part_config(name, permutations)
     with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
         budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
-        plans = [plan for method in ("coopq", *BASELINES) for plan in plans_on(bench, method, budgets)]
+        plans = [plan for method in ("coopq", *PAPER_BASELINES) for plan in plans_on(bench, method, budgets)]
         rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
         shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
         saved = saved_losses(bench, plans) if bench.backend.whole_model else {}

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.baselines import BASELINES
+from coopq.baselines import PAPER_BASELINES
 from coopq.calibration import calibration_set
 from coopq.evaluate import judge_windows
 from coopq.evidence import Evidence
@@ -49,7 +49,7 @@ PARTS: dict[str, tuple[RunConfig, tuple[str, ...]]] = {
         ("4.5avg", "5.0avg", "6.0avg"),
     ),
 }
-METHODS = ("active", "fisher", *BASELINES, "greedy-up", "greedy-down", "coopq", "shapley", "interactions")
+METHODS = ("active", "fisher", *PAPER_BASELINES, "greedy-up", "greedy-down", "coopq", "shapley", "interactions")
 """In this order: what a search knows at its start is what was measured before it, and `active` is to know nothing."""
 
 

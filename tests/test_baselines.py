@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 import coopq
 from coopq.backends import get_backend
 from coopq.bank import WeightBank, measure_storage
-from coopq.baselines import BASELINES, activation, fisher, gains_of_ranking, get_baseline, lim, llm_mq, zd
+from coopq.baselines import (
+    BASELINES,
+    activation,
+    auto_quantize,
+    first_last,
+    fisher,
+    gains_of_ranking,
+    get_baseline,
+    hawq,
+    lim,
+    llm_mq,
+    zd,
+)
 from coopq.engine import PrefixEngine
 from coopq.errors import EstimationError
 from coopq.models import LoadedModel
@@ -141,6 +153,113 @@ def test_lim_and_activation_by_hand(name: str, granularity: str, tmp_path: Path)
     np.testing.assert_allclose(activation.scores(probe), np.repeat(norm, n), rtol=1e-5)
     assert lim.gains(probe).shape == (3 * n,)
     assert probe.layer_forwards == 9, "three forwards a score"
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_output_errors_by_whole_model_autograd(granularity: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    probe = probe_of(model, tmp_path, granularity)
+    backend = get_backend("rtn", group_size=16)
+    expected = np.zeros((2, len(probe.players)))
+    seen: dict[str, tuple[Any, Any]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: Any, inputs: Any, output: Any) -> None:
+            output.retain_grad()
+            seen[name] = inputs[0].detach(), output
+
+        return hook
+
+    handles = [
+        model.get_submodule(linear.name).register_forward_hook(keep(linear.name))
+        for player in probe.players
+        for linear in player.linears
+    ]
+    for sequence in torch.from_numpy(TOKENS):
+        model(input_ids=sequence[None], labels=sequence[None]).loss.backward()
+        for row, bits in enumerate((2, 4)):
+            for index, player in enumerate(probe.players):
+                for linear in player.linears:
+                    inputs, output = seen[linear.name]
+                    weight = model.get_submodule(linear.name).weight.detach()
+                    rounded = backend.dequantize(backend.quantize(weight, bits), linear.shape, bits, weight.dtype)
+                    error = inputs @ (rounded - weight).T
+                    expected[row, index] += float((output.grad * error).square().sum())
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    gains = auto_quantize.gains_by_gradient(probe)
+    np.testing.assert_allclose(gains, expected[0] - expected[1], rtol=1e-3)
+    assert (gains > 0).all()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_divergences_by_whole_forwards(name: str, granularity: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    probe = probe_of(model, tmp_path, granularity)
+    ids = torch.from_numpy(TOKENS)
+
+    def log_probabilities() -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids).logits[:, :-1].double().log_softmax(dim=-1)
+
+    reference = log_probabilities()
+    expected = np.zeros((2, len(probe.players)))
+    for (row, bits), player in product(enumerate((2, 4)), range(len(probe.players))):
+        originals = probe.weights(player)
+        for linear_name, quantized in probe.quantized(player, bits).items():
+            model.get_submodule(linear_name).weight.data = quantized
+        moved = log_probabilities()
+        expected[row, player] = float((reference.exp() * (reference - moved)).sum(dim=-1).mean())
+        for linear_name, weight in originals.items():
+            model.get_submodule(linear_name).weight.data = weight
+    found = probe.divergences()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(auto_quantize.gains_by_divergence(probe), found[0] - found[1])
+    torch.testing.assert_close(log_probabilities(), reference), "the model has its own weights again"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+def test_hawq_by_exact_hessian_products(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    probe = probe_of(model, tmp_path)
+    names = [linear.name for player in probe.players for linear in player.linears]
+    ids = torch.from_numpy(TOKENS)
+    weights = [model.get_submodule(linear_name).weight for linear_name in names]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # others have no second derivative
+        loss = model(input_ids=ids, labels=ids).loss
+        gradients = torch.autograd.grad(loss, weights, create_graph=True)
+        expected = np.zeros(len(names))
+        for sample in range(3):
+            draws = torch.Generator().manual_seed(3 * 5 + sample)
+            signs = [
+                torch.randint(2, weight.shape, generator=draws, dtype=torch.int8).float() * 2 - 1 for weight in weights
+            ]
+            products = torch.autograd.grad(gradients, weights, signs, retain_graph=True)
+            expected += [float((sign * along).sum()) / 3 for sign, along in zip(signs, products, strict=True)]
+    traces = probe.traces(3, 5)
+    assert list(traces) == names
+    np.testing.assert_allclose(list(traces.values()), expected, rtol=0.02, atol=2e-3 * np.abs(expected).max())
+    for linear_name, weight in zip(names, weights, strict=True):
+        assert torch.equal(weight, model.get_submodule(linear_name).weight), "the model has its own weights again"
+    exact = np.zeros(3)
+    of_eight = probe.traces(8, 0)
+    for index, player in enumerate(probe.players):
+        for linear in player.linears:
+            weight = probe.weights(index)[linear.name]
+            errors = [float((probe.quantized(index, bits)[linear.name] - weight).square().sum()) for bits in (2, 4)]
+            exact[index] += of_eight[linear.name] / weight.numel() * (errors[0] - errors[1])
+    np.testing.assert_allclose(hawq.gains(probe), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_first_and_last_by_hand(granularity: str, tmp_path: Path) -> None:
+    probe = probe_of(tiny_model("llama"), tmp_path, granularity)
+    blocks = np.array(probe.blocks)
+    gains = first_last.gains(probe) / probe.shares
+    of_blocks = [float(gains[blocks == block].mean()) for block in range(3)]
+    assert of_blocks[0] > of_blocks[2] > of_blocks[1] > 0, "the ends, the first one first, and the middle last"
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

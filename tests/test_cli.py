@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from coopq.baselines import BASELINES
+from coopq.baselines import PAPER_BASELINES
 from coopq.checkpoint import saved_bytes
 from coopq.journal import Journal
 from coopq.plan import Plan
@@ -172,7 +172,7 @@ def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories:
     assert code == 0, err
     rows = json.loads(out)["comparison"]
     methods = {row["method"] for row in rows if row["budget"] == "2.5avg"}
-    searches, scores = {"active", "coopq", "shapley", "interactions"}, {"fisher", *BASELINES, "random"}
+    searches, scores = {"active", "coopq", "shapley", "interactions"}, {"fisher", *PAPER_BASELINES, "random"}
     assert methods == searches | scores
     assert all(row["average_bits"] <= 2.5 for row in rows if row["budget"] == "2.5avg")
     assert (tmp_path / "run" / "comparison.png").read_bytes().startswith(b"\x89PNG")

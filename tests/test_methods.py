@@ -8,7 +8,7 @@ import pytest
 
 from coopq.checkpoint import saved_bytes
 from coopq.estimators import Setting, run_estimator
-from coopq.methods import METHODS, SEARCHES, measure, plans_on
+from coopq.methods import BELIEVERS, METHODS, SEARCHES, measure, plans_on
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.testing import HIGH, LOW, SyntheticGame
@@ -49,7 +49,7 @@ def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path)
             assert plan.evidence.interval[0] <= (plan.evidence.difference or 0) <= plan.evidence.interval[1]
         if method in SEARCHES:
             assert plan.fidelity is not None
-            assert (plan.predicted_loss is None) or method in ("regression", "cross-layer"), "of what was not measured"
+            assert (plan.predicted_loss is None) or method in BELIEVERS, "of what was not measured"
 
 
 def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.estimators import ActiveSearch, Enumeration, Greedy, Regression, Search, Setting, run_estimator
+from coopq.estimators import (
+    ActiveSearch,
+    Enumeration,
+    Evolution,
+    Greedy,
+    OneShot,
+    Regression,
+    Search,
+    Setting,
+    run_estimator,
+    run_evolution,
+)
 from coopq.program import random_fill
 from coopq.surrogate import fit_surrogates
 from coopq.testing import HIGH, LOW, SyntheticGame, TableGame
@@ -21,6 +32,9 @@ SEARCHES: dict[str, Callable[[Setting], Search]] = {
     "batched up": lambda setting: Greedy(setting, direction="up", per_step=3, candidates=5),
     "swaps": lambda setting: Greedy(setting, per_step=2, swaps=4),
     "regression": lambda setting: Regression(setting, n_points=30),
+    "one-shot high": lambda setting: OneShot(setting, "high"),
+    "one-shot low": lambda setting: OneShot(setting, "low"),
+    "evolution": Evolution,
 }
 
 
@@ -151,3 +165,43 @@ def test_greedy_by_hand() -> None:
     assert down.choose(1).tolist() == [LOW, HIGH, LOW]  # lowers 0 (1.0), then 2 (5.0) rather than 1 (9.0)
     up = run_estimator(Greedy(setting, direction="up"), game)
     assert up.choose(1).tolist() == [HIGH, LOW, LOW]  # raising 0 gives 4.5, the optimum
+
+
+@pytest.mark.parametrize("end", ["high", "low"])
+def test_one_shot_is_exact_where_losses_add_up(end: str) -> None:
+    game = SyntheticGame(9, "quadratic", 0)
+    game.pairs[:] = 0
+    setting = Setting(LOW, HIGH, np.array([3, 1, 4, 1, 5, 9, 2, 6, 5]), (10, 20), 0)
+    search = run_estimator(OneShot(setting, end), game)
+    assert len(search.measured) == 10
+    for capacity in setting.capacities:
+        assert game(search.choose(capacity)[None])[0] == pytest.approx(optimum(game, setting, capacity), rel=1e-9)
+
+
+def test_one_shot_scores_by_hand() -> None:
+    #         nobody lowered .. everybody: bit i of the index says that player i is lowered
+    table = np.array([0.0, 1.0, 2.0, 9.0, 3.0, 5.0, 5.5, 10.0])
+    setting = Setting(LOW, HIGH, np.ones(3, dtype=np.int64), (1,), 0)
+    high, low = (run_estimator(OneShot(setting, end), TableGame(table)) for end in ("high", "low"))
+    assert high.choose(1).tolist() == [LOW, LOW, HIGH], "alone lowered, the third costs most: 3"
+    assert low.choose(1).tolist() == [LOW, HIGH, LOW], "alone raised, the second gains most: 10 - 5"
+
+
+def test_evolution_selects_on_more_and_more_sequences() -> None:
+    full, rough = SyntheticGame(10, "s-shaped", 0), SyntheticGame(10, "s-shaped", 1)
+    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (3, 6), 0)
+    asked: dict[float, int] = {}
+
+    def game_of(share: float) -> Callable[[Assignments], Losses]:
+        def play(points: Assignments) -> Losses:
+            asked[share] = asked.get(share, 0) + len(points)
+            return (full if share == 1 else rough)(points)
+
+        return play
+
+    search = run_evolution(Evolution(setting), game_of)  # type: ignore[arg-type]
+    assert asked == {1 / 16: 51 * 2 * 32, 1 / 4: 51 * 2 * 8, 1.0: 51 * 2 * 2 + 50 * 2}
+    assert (search.measured.losses == full(search.measured.known()[0])).all(), "none of what was seen in part"
+    exact = run_evolution(Evolution(setting), lambda _: full)
+    for capacity in setting.capacities:
+        assert full(exact.choose(capacity)[None])[0] == pytest.approx(optimum(full, setting, capacity), rel=1e-9)

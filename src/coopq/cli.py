@@ -46,8 +46,9 @@ Granularity = Annotated[str, typer.Option(help="What gets a width of its own: bl
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
-    "greedy-down, greedy-up, regression, cross-layer, exact; or a score: fisher, llm-mq, llm-mq-block, lim, zd, "
-    "zd-two-sided, activation."
+    "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "
+    "fisher, llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation, first-last, hawq, auto-quantize, "
+    "auto-quantize-kl."
 )
 Method = Annotated[str, typer.Option(help=METHOD_HELP)]
 GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.baselines import BASELINES, random_assignments, uniform_assignment
+from coopq.baselines import PAPER_BASELINES, random_assignments, uniform_assignment
 from coopq.calibration import TokenSet, wikitext2
 from coopq.checkpoint import fingerprint_saved, load, saved_bytes
 from coopq.engine import model_nll
@@ -31,9 +31,9 @@ _HIDDEN_BYTES = 2**31
 """Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
 _N_RANDOM = 5
 _RANDOM_SEED = 0
-COMPARED = ("active", "coopq", "shapley", "interactions", "fisher", *BASELINES)
-"""Methods that are compared unless others are named. `shapley` and `interactions` are other readings of the walks of
-`coopq`, and show what its covariance adds."""
+COMPARED = ("active", "coopq", "shapley", "interactions", "fisher", *PAPER_BASELINES)
+"""Methods that are compared unless others are named: those that take little beside the walks. `shapley` and
+`interactions` are other readings of the walks of `coopq`, and show what its covariance adds."""
 
 
 def evaluate_model(

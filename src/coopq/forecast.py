@@ -12,7 +12,7 @@ import torch
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
-from coopq.estimators import SPQE, Search, Setting, run_estimator
+from coopq.estimators import SPQE, Evolution, Search, Setting, run_estimator, run_evolution
 from coopq.estimators.active import descent, most_points
 from coopq.game import Meter
 from coopq.memory import Footprint, free_memory
@@ -129,6 +129,7 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     what they take depends little on the losses.
     """
     n, blocks = len(players), [player.block for player in players]
+    n_sequences = config.screening or config.calibration.sequences
     walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
     found = {f"coopq, M = {config.permutations}": Work(prefix_tree_size(walks, blocks), len(walks))}
     costs = np.array([player.n_weights for player in players])
@@ -137,22 +138,33 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     for name, make in SEARCHES.items():
         if name == "active":
             opening, points = descent(setting), most_points(n)
-            opened = Work(0, 0) if opening is None else _played(opening, blocks)
+            opened = Work(0, 0) if opening is None else _played(opening, blocks, n_sequences)
             rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
             a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))
             searched = prefix_tree_size(a_round, blocks) * points // len(a_round)
             found[name] = Work(opened.layer_forwards + searched, opened.evaluations + points, is_bound=True)
         elif name != "exact" or n <= _MOST_ENUMERATED:
-            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), blocks)
+            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), blocks, n_sequences)
     return found
 
 
-def _played(search: Search, blocks: list[int]) -> Work:
-    """What a search takes on a synthetic game."""
+def _played(search: Search, blocks: list[int], n_sequences: int) -> Work:
+    """What a search takes on a synthetic game, those on some of the sequences by their share."""
     n = len(blocks)
-    meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, np.zeros((0, n), dtype=np.int8))
-    run_estimator(search, meter)
-    return Work(meter.layer_forwards, meter.evaluations)
+    meters: dict[int, Meter] = {}
+
+    def game_of(share: float) -> Meter:
+        meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, np.zeros((0, n), dtype=np.int8))
+        return meters.setdefault(max(1, round(share * n_sequences)), meter)
+
+    if isinstance(search, Evolution):
+        run_evolution(search, game_of)
+    else:
+        run_estimator(search, game_of(1.0))
+    return Work(
+        round(sum(some * meter.layer_forwards for some, meter in meters.items()) / n_sequences),
+        round(sum(some * meter.evaluations for some, meter in meters.items()) / n_sequences),
+    )
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

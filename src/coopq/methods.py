@@ -5,12 +5,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
 from coopq.allocate import allocate, near_optimum
-from coopq.baselines import BASELINES, Gains, fisher, get_baseline
+from coopq.baselines import BASELINES, PAPER_BASELINES, Gains, fisher, get_baseline
 from coopq.engine import prefix_tree_size
 from coopq.errors import EstimationError, InfeasibleBudget, hint
 from coopq.estimators import (
@@ -18,13 +19,16 @@ from coopq.estimators import (
     ActiveSearch,
     CrossLayer,
     Enumeration,
+    Evolution,
     Greedy,
     Known,
     Measured,
+    OneShot,
     Regression,
     Search,
     Setting,
     run_estimator,
+    run_evolution,
 )
 from coopq.estimators.exact import check_enumerable
 from coopq.evidence import Evidence
@@ -37,7 +41,7 @@ from coopq.program import QuadraticProgram, local_optima
 from coopq.run import Estimation
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
-from coopq.types import REMOVED, UNTOUCHED, Assignments, Player
+from coopq.types import REMOVED, UNTOUCHED, Assignments, Game, Player
 from coopq.workbench import Workbench
 
 _log = logging.getLogger(__name__)
@@ -52,15 +56,20 @@ SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
     "greedy-up": lambda setting, *_: Greedy.paced(setting, "up"),
     "regression": lambda setting, known, _: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
     "cross-layer": lambda setting, *_: CrossLayer(setting),
+    "one-shot-high": lambda setting, *_: OneShot(setting, "high"),
+    "one-shot-low": lambda setting, *_: OneShot(setting, "low"),
+    "evopress": lambda setting, *_: Evolution(setting),
     "exact": lambda setting, *_: Enumeration(setting),
 }
 _LEARNERS = ("active", "regression")
 """Searches that learn from what was measured before them; the others only find it measured."""
-_BELIEVERS = ("regression", "cross-layer")
+BELIEVERS = ("regression", "cross-layer", "one-shot-high", "one-shot-low")
 """Searches that choose what their surrogate thinks best, measured or not."""
 SHRUNK = ("coopq", "pruning")
 """Methods that solve the paper's program, with its alpha."""
 _SCORES = ("fisher", *BASELINES)
+_STARTERS = ("fisher", *PAPER_BASELINES)
+"""Scores whose choices the active search measures first: those that take a few forwards of the model."""
 UNPROVEN = (*SEARCHES, "interactions", "fisher")
 """Methods whose programs are not solved to proof: their optimum is not the point, or nobody would wait for it."""
 METHODS = (*SEARCHES, *WALK_METHODS, *_SCORES)
@@ -228,13 +237,12 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
     with bench.screening_game(f"searching, {method}") as game:
         knows = _known_at_start(bench, game.journal, method, setting) if method in _LEARNERS else 0
         known = game.journal.first(knows)
-        screening = Meter(game, blocks, known[0])
-        search = run_estimator(SEARCHES[method](setting, known, starts), screening)
-    layer_forwards = scoring + round(screening.layer_forwards * bench.screening_share)
-    unshared = scoring + round(screening.evaluations * bench.screening_share) * len(set(blocks))
+        search, forwards, evaluations = _run(bench, SEARCHES[method](setting, known, starts), game, known[0])
+    layer_forwards = scoring + round(forwards * bench.screening_share)
+    unshared = scoring + round(evaluations * bench.screening_share) * len(set(blocks))
     ranked = {c: _ranked(setting, search, c) for c in setting.capacities}
     if bench.screening_share < 1:
-        n_finalists = 1 if method in _BELIEVERS else _FINALISTS
+        n_finalists = 1 if method in BELIEVERS else _FINALISTS
         finalists = np.unique(np.concatenate([of[:n_finalists] for of in ranked.values()]), axis=0)
         with bench.calibration_game("deciding") as game:
             deciding = Measured(setting)
@@ -259,6 +267,30 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
         # What was fitted to the screening sequences predicts no loss of all of them.
         plans.append(plan if bench.screening_share == 1 else dataclasses.replace(plan, predicted_loss=None))
     return plans
+
+
+def _run(bench: Workbench, search: Search, game: Game, known: Assignments) -> tuple[Search, float, float]:
+    """Run a search; what it took, layer forwards and losses, those on some of the sequences by their share."""
+    blocks = [player.block for player in bench.players]
+    if not isinstance(search, Evolution):
+        meter = Meter(game, blocks, known)
+        return run_estimator(search, meter), meter.layer_forwards, meter.evaluations
+    with ExitStack() as stack:
+        meters: dict[int, Meter] = {}
+
+        def game_of(share: float) -> Meter:
+            n = max(1, round(share * bench.n_screening))
+            if n not in meters:
+                part = bench.first_sequences(n, "searching, evopress")
+                meters[n] = Meter(game if n == bench.n_screening else stack.enter_context(part), blocks, known)
+            return meters[n]
+
+        run_evolution(search, game_of)
+    forwards, evaluations = (
+        sum(n * getattr(meter, what) for n, meter in meters.items()) / bench.n_screening
+        for what in ("layer_forwards", "evaluations")
+    )
+    return search, forwards, evaluations
 
 
 def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None = None) -> Plan:
@@ -315,7 +347,7 @@ def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, i
     """What the scores choose for the budgets (fisher's by descents), and the layer forwards that they take."""
     setting, layer_forwards = _setting(bench, budgets), 0
     chosen = np.zeros((0, setting.n_players), dtype=bool)
-    for method in _SCORES:
+    for method in _STARTERS:
         try:
             gains, pairs, spent = terms_on(bench, method)
         except EstimationError as error:  # only a hint: the search does without

@@ -1,6 +1,6 @@
 """Activations and gradients of the full-precision model, streamed block by block: no second copy of the model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import numpy as np
@@ -11,7 +11,10 @@ from torch.nn import functional
 
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine
-from coopq.types import Player
+from coopq.types import UNTOUCHED, Player
+
+_STEP = 3e-3
+"""Of central differences, as a share of the root mean square of the weights."""
 
 
 class Probe:
@@ -112,6 +115,26 @@ class Probe:
         Returns:
             Shape (2, n_players, n_sequences), nats per token; at the low width, then at the high one.
         """
+        return self._of_outputs(lambda moved, gradient: moved * gradient)
+
+    def output_errors(self) -> npt.NDArray[np.float64]:
+        """How far quantizing each player moves the outputs of its linear layers, weighted by squared gradients.
+
+        Sum over tokens and outputs of (y (Q_b(W) - W) x)^2, where y is the gradient of the mean loss of the sequence by
+        the output.
+
+        Returns:
+            Shape (2, n_players, n_sequences); at the low width, then at the high one.
+        """
+        return self._of_outputs(lambda moved, gradient: (moved * gradient).square())
+
+    def _of_outputs(self, term: Callable[[Tensor, Tensor], Tensor]) -> npt.NDArray[np.float64]:
+        """Sums over the outputs of linear layers, at both widths, by player and sequence; see `sequence_changes`.
+
+        Args:
+            term: From how an output moves and the gradient of its sequence's mean loss by it, both of shape
+                (n_sequences, length, out), what is summed.
+        """
         engine = self._engine
         engine.record()
         states = [engine.embedded]
@@ -121,7 +144,7 @@ class Probe:
         n_sequences = sum(len(batch) for batch in engine.batches)
         upstream = [self._head_gradient(j, final) * n_sequences for j, final in enumerate(states.pop())]
         self.layer_forwards += len(engine.members)
-        changes = np.zeros((2, len(self.players), n_sequences))
+        sums = np.zeros((2, len(self.players), n_sequences))
         starts = np.cumsum([0, *(len(batch) for batch in engine.batches)])
         for block, members in reversed(list(enumerate(engine.members))):
             self.layer_forwards += 5  # forward, gradient of the states, and two products for each weight
@@ -137,9 +160,82 @@ class Probe:
                         for name, weight in self.weights(player).items():
                             delta = (self.quantized(player, bits)[name] - weight).to(seen[name][0].device)
                             moved = functional.linear(seen[name][0], delta)
-                            change = (moved * of_output[name]).flatten(1).double().sum(dim=1)
-                            changes[row, player, starts[j] : starts[j + 1]] += change.cpu().numpy()
-        return changes
+                            total = term(moved, of_output[name]).flatten(1).double().sum(dim=1)
+                            sums[row, player, starts[j] : starts[j + 1]] += total.cpu().numpy()
+        return sums
+
+    def traces(self, n_samples: int, seed: int) -> dict[str, float]:
+        """Traces of the Hessian of the mean loss by the weights of each linear layer, by name, as Hutchinson estimates.
+
+        E[v'Hv] over random signs v. Hv is a central difference of gradients, of all layers at once: between layers the
+        signs are independent, so that what one layer adds to another's estimate is zero on average.
+
+        Args:
+            n_samples: Draws of the signs.
+            seed: Where they come from.
+        """
+        names = [
+            (player, linear.name) for player in range(len(self.players)) for linear in self.players[player].linears
+        ]
+        originals = {name: self.weights(player)[name] for player, name in names}
+        squares = [weight.float().square().mean().cpu() for weight in originals.values()]
+        step = _STEP * float(torch.stack(squares).mean().sqrt())
+        traces = dict.fromkeys(originals, 0.0)
+        try:
+            for sample, sign in product(range(n_samples), (1, -1)):
+                draws = torch.Generator().manual_seed(seed * n_samples + sample)
+                signs = {
+                    name: (torch.randint(2, weight.shape, generator=draws, dtype=torch.int8) * 2 - 1).to(weight.device)
+                    for name, weight in originals.items()
+                }
+                for player, name in names:
+                    moved = torch.add(originals[name], signs[name], alpha=sign * step)
+                    self._bank.parameters(player)[name].data = moved
+                for _, gradients in self.gradients():
+                    for name, gradient in gradients.items():
+                        along = float((gradient.double() * signs[name].to(gradient.device)).sum())
+                        traces[name] += sign * along / (2 * step * n_samples)
+        finally:
+            self._bank.restore()
+        return traces
+
+    @torch.no_grad()
+    def divergences(self) -> npt.NDArray[np.float64]:
+        """KL divergence of the next token from that of full precision, when one player alone is quantized.
+
+        Returns:
+            Shape (2, n_players), nats per token; at the low width, then at the high one.
+        """
+        engine = self._engine
+        engine.record()
+        states = [engine.embedded]
+        for block in range(len(engine.members)):
+            states.append(engine.forward_block(block, states[-1]))
+        self.layer_forwards += len(engine.members)
+        found = np.zeros((2, len(self.players)))
+        try:
+            for block, members in enumerate(engine.members):
+                for player, (row, bits) in product(members, enumerate((self.low, self.high))):
+                    self._bank.set_player(player, bits)
+                    moved = states[block]
+                    for after in range(block, len(engine.members)):
+                        moved = engine.forward_block(after, moved)
+                        self.layer_forwards += 1
+                    self._bank.set_player(player, UNTOUCHED)
+                    pairs = zip(states[-1], moved, strict=True)
+                    found[row, player] = np.concatenate([self._divergence(of, other) for of, other in pairs]).mean()
+        finally:
+            self._bank.restore()
+        return found
+
+    def _divergence(self, states: Tensor, other: Tensor) -> npt.NDArray[np.float64]:
+        """KL divergence at each scored position of a batch, from two forms of the states after the last block."""
+        portion = self._engine.positions_at_once()
+        found = []
+        for pair in zip(*(of[:, :-1].flatten(0, 1).split(portion) for of in (states, other)), strict=True):
+            logs = [functional.log_softmax(self._engine.head(some.unsqueeze(1)).float()[:, 0], dim=1) for some in pair]
+            found.append(functional.kl_div(logs[1], logs[0], reduction="none", log_target=True).double().sum(dim=1))
+        return torch.cat(found).cpu().numpy()
 
     def _head_gradient(self, j: int, final: Tensor) -> Tensor:
         """Gradient of the mean loss by the states after the last block, for one batch of tokens.

@@ -64,20 +64,30 @@ class Workbench(Subject):
             yield game
 
     @property
+    def n_screening(self) -> int:
+        """Number of sequences that searches look at, the first ones; all where there is no screening."""
+        return self.config.screening or self.config.calibration.sequences
+
+    @property
     def screening_share(self) -> float:
-        """Share of the calibration sequences that searches screen on."""
-        return (self.config.screening or self.config.calibration.sequences) / self.config.calibration.sequences
+        """The same as a share of the calibration sequences."""
+        return self.n_screening / self.config.calibration.sequences
 
     @contextmanager
     def screening_game(self, stage: str) -> Iterator[QuantizationGame]:
-        """The game on the screening sequences, which are the first ones; all of them where there is no screening."""
-        if self.screening_share == 1:
+        """The game on the sequences that searches look at."""
+        with self.first_sequences(self.n_screening, stage) as game:
+            yield game
+
+    @contextmanager
+    def first_sequences(self, n: int, stage: str) -> Iterator[QuantizationGame]:
+        """The game on the first n calibration sequences, with a journal of its own unless these are all."""
+        if n == self.config.calibration.sequences:
             with self.calibration_game(stage) as game:
                 yield game
             return
-        tokens = replace(self.calibration, tokens=self.calibration.tokens[: self.config.screening])
-        journal = self.folder.path / f"screening-{self.config.screening}.jsonl"
-        with self.game(tokens, journal, stage) as game:
+        tokens = replace(self.calibration, tokens=self.calibration.tokens[:n])
+        with self.game(tokens, self.folder.path / f"screening-{n}.jsonl", stage) as game:
             yield game
 
 

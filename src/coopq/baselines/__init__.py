@@ -10,7 +10,15 @@ import numpy.typing as npt
 from coopq.baselines.uninformed import random_assignments, uniform_assignment
 from coopq.errors import EstimationError, hint
 
-__all__ = ["BASELINES", "Gains", "gains_of_ranking", "get_baseline", "random_assignments", "uniform_assignment"]
+__all__ = [
+    "BASELINES",
+    "PAPER_BASELINES",
+    "Gains",
+    "gains_of_ranking",
+    "get_baseline",
+    "random_assignments",
+    "uniform_assignment",
+]
 
 Gains = npt.NDArray[np.float64]
 """What raising each player to the high width is worth by a score, shape (n_players,); a knapsack adds them up."""
@@ -22,7 +30,13 @@ BASELINES = {
     "zd": "coopq.baselines.zd:gains_one_sided",
     "zd-two-sided": "coopq.baselines.zd:gains_two_sided",
     "activation": "coopq.baselines.activation:gains",
+    "first-last": "coopq.baselines.first_last:gains",
+    "hawq": "coopq.baselines.hawq:gains",
+    "auto-quantize": "coopq.baselines.auto_quantize:gains_by_gradient",
+    "auto-quantize-kl": "coopq.baselines.auto_quantize:gains_by_divergence",
 }
+PAPER_BASELINES = ("llm-mq", "llm-mq-block", "lim", "zd", "zd-two-sided", "activation")
+"""Those that the paper compares with, two of them in two readings; each takes a few forwards of the model at most."""
 
 
 def get_baseline(name: str) -> Callable[[Any], Gains]:

@@ -3,8 +3,10 @@
 from coopq.estimators.active import ActiveSearch
 from coopq.estimators.base import Estimator, Known, Measured, Search, Setting, ShapleyEstimate, run_estimator
 from coopq.estimators.cross_layer import CrossLayer
+from coopq.estimators.evolution import Evolution, run_evolution
 from coopq.estimators.exact import Enumeration
 from coopq.estimators.greedy import Greedy
+from coopq.estimators.one_shot import OneShot
 from coopq.estimators.regression import Regression
 from coopq.estimators.spqe import SPQE
 
@@ -14,12 +16,15 @@ __all__ = [
     "CrossLayer",
     "Enumeration",
     "Estimator",
+    "Evolution",
     "Greedy",
     "Known",
     "Measured",
+    "OneShot",
     "Regression",
     "Search",
     "Setting",
     "ShapleyEstimate",
     "run_estimator",
+    "run_evolution",
 ]
