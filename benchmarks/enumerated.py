@@ -1,6 +1,6 @@
 """Every assignment of a real model of twelve blocks, and how far from its true optimum every estimator ends.
 
-    python benchmarks/train_twelve.py      # once: an hour; its result lies in benchmarks/data/twelve
+    python benchmarks/train.py twelve      # once: an hour; its result lies in benchmarks/data/twelve
     python benchmarks/enumerated.py        # all 4096 assignments, twice; half an hour, resumes
 
 The games are the model's mean loss on 32 x 256 tokens of Wikipedia that it was not trained on; its first 8 and 16
@@ -29,7 +29,7 @@ from coopq.types import Assignment
 from coopq.workbench import open_workbench
 from main_job import bars_for
 from regret import METHODS, Counted, Judge, cell
-from train_twelve import OUT, articles
+from train import TWELVE, articles
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "enumerated", ROOT / "docs" / "results" / "enumerated.json"
@@ -56,7 +56,7 @@ def tables(low: int, high: int) -> dict[str, Any]:
     """Losses of all assignments on both texts, shape (n_sequences, 4096) each, in the order of `Table`."""
     search, judge = texts()
     sets = [CalibrationConfig(str(path), sequences=SEQUENCES, length=LENGTH) for path in (search, judge)]
-    config = RunConfig(str(OUT), low=low, high=high, calibration=sets[0])
+    config = RunConfig(str(TWELVE), low=low, high=high, calibration=sets[0])
     found = {}
     with (
         Progress() as bars,
@@ -78,7 +78,7 @@ def by_model(low: int, high: int, n_sequences: int, seed: int) -> Iterator[tuple
     One-layer scores do not depend on the seed.
     """
     calibration = CalibrationConfig(str(texts()[0]), sequences=n_sequences, length=LENGTH)
-    config = RunConfig(str(OUT), low=low, high=high, permutations=PRUNING_WALKS, seed=seed, calibration=calibration)
+    config = RunConfig(str(TWELVE), low=low, high=high, permutations=PRUNING_WALKS, seed=seed, calibration=calibration)
     budgets = [Budget.parse(f"{low + share * (high - low)}avg") for share in AVERAGES]
     folder = WORK / f"rtn-{low}-{high}-{n_sequences}"
     with Progress() as bars, open_workbench(config, folder, bars_for(bars, f"{low},{high}")) as bench:
@@ -164,12 +164,12 @@ def explained(table: Any, *, pairs: bool) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """The report."""
-    training = json.loads((OUT / "training.json").read_text())
+    training = json.loads((TWELVE / "training.json").read_text())
     scores = training["validation"]["float16"]
     lines = [
         "# All assignments of a real model",
         "",
-        "Written by `python benchmarks/enumerated.py`. The model of `benchmarks/train_twelve.py`, a Llama of twelve",
+        "Written by `python benchmarks/enumerated.py`. The model of `benchmarks/train.py`, a Llama of twelve",
         f"blocks trained on {training['tokens']:,} tokens (on held-out articles perplexity {scores['perplexity']:.2f}, "
         f"{scores['bits_per_byte']:.3f} bits a byte),",
         "backend rtn; all 4096 assignments measured. Regret is",

@@ -1,14 +1,19 @@
-"""Trains the model of twelve blocks whose 4096 assignments can all be measured: the ground truth of allocators.
+"""Trains the models that benchmarks measure where none of their kind is small enough.
 
-    nice python benchmarks/train_twelve.py         # 45 minutes on two cores; resumes, also after kill -9
+    nice python benchmarks/train.py twelve      # 45 minutes on two cores; resumes, also after kill -9
+    nice python benchmarks/train.py llama       # hours; so do gemma and qwen
 
-A Llama of 2.5 million parameters, on the English Wikipedia articles in benchmarks/data. The last megabyte of the text,
-in whole articles, is held out for validation: neither the model nor the tokenizer is trained on it.
+`twelve` is a Llama of 2.5 million parameters whose 4096 assignments can all be measured: the ground truth of
+allocators. `llama`, `gemma` and `qwen` are the reference models: twelve blocks in the forms of Llama-3, Gemma-2 and
+Qwen3, ten million parameters, every row of a weight a multiple of 256. All learn from the English Wikipedia articles in
+benchmarks/data. The last megabyte of the text, in whole articles, is held out for validation: neither a model nor a
+tokenizer is trained on it.
 
-Writes benchmarks/data/twelve (float16 weights, tokenizer, training.json with the losses), and works in
-build/train_twelve: tokens, tokenizer, the last checkpoint, and log.jsonl. The batch of a step is a function of the seed
-and the step, its learning rate of the step and --tokens, so that an interrupted run ends with the same weights, bit by
-bit for the same number of threads (OMP_NUM_THREADS); log.jsonl then repeats the steps since the last checkpoint.
+Writes benchmarks/data/NAME (float16 weights, tokenizer, training.json with the losses), and works in build/train:
+tokens and tokenizer by size of the vocabulary, and for each model the last checkpoint and log.jsonl. The batch of a
+step is a function of the seed and the step, its learning rate of the step and --tokens, so that an interrupted run
+ends with the same weights, bit by bit for the same number of threads (OMP_NUM_THREADS); log.jsonl then repeats the
+steps since the last checkpoint.
 
 Linear layers compute in bfloat16 under autocast, which processors without such instructions do slowly; weights,
 optimiser and validation are float32.
@@ -31,7 +36,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
 
 from coopq.engine import model_nll
 from coopq.files import atomic_file, atomic_folder, locked, read_json, require_new_folder, write_json
@@ -39,14 +52,15 @@ from coopq.tensors import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "benchmarks" / "data" / "wikipedia-en-2015.txt.xz"
-OUT, WORK = ROOT / "benchmarks" / "data" / "twelve", ROOT / "build" / "train_twelve"
+DATA, WORK = ROOT / "benchmarks" / "data", ROOT / "build" / "train"
+TWELVE = DATA / "twelve"
 VALIDATION_BYTES = 1_000_000
-VOCABULARY, END = 1024, "<|endoftext|>"
-CONTEXT = 512
-CONFIG: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 384,
+END, CONTEXT = "<|endoftext|>", 512
+BATCH_TOKENS = 8192
+WARMUP_STEPS, WEIGHT_DECAY, CLIP = 300, 0.1, 1.0
+SHORT, SHORT_PART = 128, 0.8
+"""Most of the steps see a quarter of the context, where attention costs little; the last ones teach the rest."""
+COMMON: dict[str, Any] = {
     "num_hidden_layers": 12,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -56,10 +70,37 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": None,
 }
-BATCH_TOKENS = 8192
-PEAK, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 4e-3, 300, 0.1, 1.0
-SHORT, SHORT_PART = 128, 0.8
-"""Most of the steps see a quarter of the context, where attention costs little; the last ones teach the rest."""
+REFERENCE: dict[str, Any] = {
+    **COMMON,
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "head_dim": 64,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is trained.
+
+    Attributes:
+        config: The model's configuration.
+        peak: The highest learning rate.
+    """
+
+    config: PretrainedConfig
+    peak: float
+
+
+ARCHITECTURES = {
+    "twelve": Architecture(
+        LlamaConfig(**COMMON, vocab_size=1024, hidden_size=128, intermediate_size=384),
+        peak=4e-3,
+    ),
+    "llama": Architecture(LlamaConfig(**REFERENCE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), 2e-3),
+    "gemma": Architecture(Gemma2Config(**REFERENCE, query_pre_attn_scalar=64, sliding_window=256), 2e-3),
+    "qwen": Architecture(Qwen3Config(**REFERENCE), 2e-3),
+}
 VALIDATION_STEPS, VALIDATION_WINDOWS = 250, 64
 LINE_SECONDS = 60.0
 
@@ -77,11 +118,11 @@ class Recipe:
         return max(1, self.tokens // BATCH_TOKENS)
 
     def learning_rate(self, step: int) -> float:
-        """A linear warmup, then a cosine to zero."""
+        """As a share of the highest: a linear warmup, then a cosine to zero."""
         warmup = min(WARMUP_STEPS, self.steps // 10 + 1)
         if step < warmup:
-            return PEAK * (step + 1) / warmup
-        return PEAK * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def batch(self, step: int, stream: npt.NDArray[np.uint16]) -> Tensor:
         """Windows of the stream that start anywhere, each with the token after it."""
@@ -113,11 +154,12 @@ class Text:
         return {"nll": nll, "perplexity": math.exp(nll), "bits_per_byte": nll / math.log(2) / self.bytes_per_token}
 
 
-def read_text(work: Path) -> Text:
+def read_text(work: Path, vocabulary: int) -> Text:
     """The text as tokens, tokenised at the first call."""
+    work.mkdir(parents=True, exist_ok=True)
     validation = work / "validation.npy"
     if not validation.exists():  # written last
-        tokenise(work)
+        tokenise(work, vocabulary)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), eos_token=END, model_max_length=CONTEXT
     )
@@ -137,14 +179,14 @@ def articles() -> tuple[list[str], list[str]]:
     return texts[:first_held_out], texts[first_held_out:]
 
 
-def tokenise(work: Path) -> None:
+def tokenise(work: Path, vocabulary: int) -> None:
     """Train the tokenizer and write the tokens of both parts of the text."""
     training, validation = articles()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -162,10 +204,11 @@ def tokenise(work: Path) -> None:
 class Training:
     """The model, its optimiser and the next step, which checkpoints restore."""
 
-    def __init__(self, recipe: Recipe, work: Path) -> None:
+    def __init__(self, architecture: Architecture, recipe: Recipe, work: Path) -> None:
         self.recipe, self.step, self._work = recipe, 0, work
+        self._peak = architecture.peak
         torch.manual_seed(recipe.seed)
-        self.model: Any = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        self.model: Any = AutoModelForCausalLM.from_config(architecture.config)
         self._parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         matrices = [tensor for tensor in self._parameters.values() if tensor.dim() > 1]
         norms = [tensor for tensor in self._parameters.values() if tensor.dim() <= 1]
@@ -187,7 +230,7 @@ class Training:
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.learning_rate(self.step)
+            group["lr"] = self._peak * self.recipe.learning_rate(self.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
@@ -277,24 +320,30 @@ def ship(training: Training, text: Text, out: Path) -> None:
 def main() -> None:
     """Train, or go on training, and write the model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=ARCHITECTURES)
     parser.add_argument("--tokens", type=int, default=24_000_000, help="to train on, repeats counted")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
-    parser.add_argument("--out", type=Path, default=OUT, help="model folder to write, or write over")
-    parser.add_argument("--work", type=Path, default=WORK, help="folder of tokens, checkpoint and log")
+    parser.add_argument(
+        "--out", type=Path, help="model folder to write, or write over; benchmarks/data/NAME unless named"
+    )
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of tokens, checkpoints and logs")
     parser.add_argument("--checkpoint-seconds", type=float, default=120.0, help="between checkpoints")
     arguments = parser.parse_args()
-    if not (arguments.out / "training.json").exists():
-        require_new_folder(arguments.out)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    with locked(arguments.work), (arguments.work / "log.jsonl").open("a") as log:
-        text = read_text(arguments.work)
-        training = Training(Recipe(arguments.tokens, arguments.seed), arguments.work)
+    architecture, out = ARCHITECTURES[arguments.name], arguments.out or DATA / arguments.name
+    if not (out / "training.json").exists():
+        require_new_folder(out)
+    work = arguments.work / arguments.name
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work), (work / "log.jsonl").open("a") as log:
+        vocabulary = architecture.config.vocab_size
+        text = read_text(arguments.work / f"tokens-{vocabulary}", vocabulary)
+        training = Training(architecture, Recipe(arguments.tokens, arguments.seed), work)
         print(f"step {training.step} of {training.recipe.steps}, {torch.get_num_threads()} threads", flush=True)
         for row in train(training, text, arguments.checkpoint_seconds):
             print(", ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
-        ship(training, text, arguments.out)
+        ship(training, text, out)
 
 
 if __name__ == "__main__":
