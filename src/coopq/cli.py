@@ -312,6 +312,26 @@ def compare(
 
 
 @app.command()
+def bench(
+    config: Annotated[Path, typer.Argument(help="A TOML file of models, backends, widths, budgets, methods, seeds.")],
+    out: Annotated[Path, typer.Option(help="Folder of the work and of the report.")],
+    as_json: Json = False,
+) -> None:
+    """Methods side by side over models, backends, budgets and seeds: tables, figures, intervals. Resumes."""
+    from coopq import bench as work
+    from coopq.bench_report import save_report
+    from coopq.figure import check_plotting
+
+    check_plotting()
+    quiet_libraries()
+    asked = work.read_bench(config)
+    with progress_bars() as progress:
+        results = work.run_bench(asked, out, progress)
+    files = [str(path) for path in save_report(asked, results, out)]
+    print_result({"files": files, "results": [asdict(result) for result in results]}, "\n".join(files), as_json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A folder saved by coopq, or any model as for quantize.")],
     tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2. (default: all)")] = None,

@@ -61,7 +61,7 @@ SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
     "evopress": lambda setting, *_: Evolution(setting),
     "exact": lambda setting, *_: Enumeration(setting),
 }
-_LEARNERS = ("active", "regression")
+LEARNERS = ("active", "regression")
 """Searches that learn from what was measured before them; the others only find it measured."""
 BELIEVERS = ("regression", "cross-layer", "one-shot-high", "one-shot-low")
 """Searches that choose what their surrogate thinks best, measured or not."""
@@ -235,7 +235,7 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
         _starts(bench, budgets) if method == "active" else (setting.assignments(np.zeros((0, 0), bool)), 0)
     )
     with bench.screening_game(f"searching, {method}") as game:
-        knows = _known_at_start(bench, game.journal, method, setting) if method in _LEARNERS else 0
+        knows = _known_at_start(bench, game.journal, method, setting) if method in LEARNERS else 0
         known = game.journal.first(knows)
         search, forwards, evaluations = _run(bench, SEARCHES[method](setting, known, starts), game, known[0])
     layer_forwards = scoring + round(forwards * bench.screening_share)

@@ -134,11 +134,16 @@ class Estimation(Subject):
 
 
 class RunFolder:
-    """Reads and writes the files of one run."""
+    """Reads and writes the files of one run.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The folder.
+        bank: Folder of the weight bank, if not in this one.
+    """
+
+    def __init__(self, path: Path, bank: Path | None = None) -> None:
         self.path = path
-        self.bank = path / "bank"
+        self.bank = bank or path / "bank"
         self.journal = path / "journal.jsonl"
         self.evaluation = path / "evaluation"
         self.plans = path / "plans"

@@ -99,6 +99,7 @@ def open_workbench(
     *budgets: Budget,
     check: Callable[[Sequence[Player]], None] = lambda _: None,
     ray: RayConfig | None = None,
+    bank: Path | None = None,
 ) -> Iterator[Workbench]:
     """Check the request, load the model and lock the run folder; cheap checks come first.
 
@@ -109,11 +110,12 @@ def open_workbench(
         budgets: Checked for feasibility before anything expensive.
         check: Raises if the players are not what the caller can do with.
         ray: Where workers are that measure; None measures here.
+        bank: Folder of the weight bank, which several runs may share; None keeps it in the run folder.
     """
     check_config(config)
     backend = get_backend(**config.quantizer, bits=(config.low, config.high))
     require_writable(run)
-    folder = RunFolder(run)
+    folder = RunFolder(run, bank)
     with locked(run):
         folder.check(config)
         progress("loading the model", 0, 1)
@@ -149,9 +151,9 @@ def open_workbench(
             pass
         # In the host's memory what is kept is mapped: the system drops what it has no room for.
         resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
-        bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
+        weight_bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
-        bank.build((config.low, config.high), calibration.tokens, progress)
+        weight_bank.build((config.low, config.high), calibration.tokens, progress)
         hosted = HostedBlocks(loaded.model, device) if is_hosted else None
         with ExitStack() as stack:
             cluster = None
@@ -166,7 +168,7 @@ def open_workbench(
                 folder,
                 loaded,
                 backend,
-                bank,
+                weight_bank,
                 calibration,
                 progress,
                 hosted,

@@ -1,0 +1,363 @@
+"""Methods side by side on models, backends, budgets and seeds, as a configuration file lists them."""
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.backends import get_backend
+from coopq.bank import measure_storage
+from coopq.baselines import random_assignments, uniform_assignment
+from coopq.errors import RunError, hint
+from coopq.estimators import Measured, Setting
+from coopq.evaluate import judge_windows
+from coopq.files import locked, read_json, require_writable, write_json
+from coopq.methods import LEARNERS, check_method, check_players, measure, plans_on
+from coopq.models import load_skeleton
+from coopq.players import find_players
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
+from coopq.surrogate import best_surrogate
+from coopq.types import UNTOUCHED, Assignments, ProgressCallback, silent
+from coopq.workbench import Workbench, check_config, open_workbench
+
+_FORMAT_VERSION = 1
+_N_RANDOM = 5
+_REQUIRED = ("models", "backends", "bits", "budgets", "methods")
+_DEFAULTS: dict[str, Any] = {
+    "seeds": [0],
+    "granularity": "block",
+    "group-size": None,
+    "permutations": 25,
+    "calibration": "c4",
+    "tokens": 8192,
+    "sequence-length": 512,
+    "dtype": "auto",
+    "device": "auto",
+}
+_WHOLE: dict[str, Any] = {"title": "Bench", "judge-tokens": None, "judge-length": 512}
+"""What holds for all cases; the rest can be set for a case too."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table of a bench.
+
+    Attributes:
+        config: Model, backend, widths, text; seeds are set for each run.
+        budgets: The columns.
+        methods: The rows.
+        seeds: Of walks and of the choice of calibration sequences, both; a run each.
+    """
+
+    config: RunConfig
+    budgets: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Model, backend, widths and, unless blocks are the players, granularity."""
+        config = self.config
+        parts = [Path(config.model).stem, config.backend, str(config.low), str(config.high)]
+        return "-".join(parts if config.granularity == "block" else [*parts, config.granularity])
+
+    def seeded(self, seed: int) -> RunConfig:
+        """The configuration of one run."""
+        return replace(self.config, seed=seed, calibration=replace(self.config.calibration, seed=seed))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared, and on what it is judged.
+
+    Attributes:
+        title: For people.
+        cases: The tables.
+        judge_tokens: Only the first tokens of WikiText-2; None takes all.
+        judge_length: Tokens of a window.
+    """
+
+    title: str
+    cases: tuple[Case, ...]
+    judge_tokens: int | None
+    judge_length: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method came to at a budget.
+
+    Attributes:
+        method: Its name, or "full precision", "uniform", "random".
+        budget: As the configuration writes it; None for what has no budget.
+        assignment: Bits by player; None for the mean of several assignments.
+        average_bits: Weight bits alone.
+        bits_per_weight: With scales, zeros and padding.
+        layer_forwards: What the method took for all budgets of the case together, with shared prefixes.
+        calibration_nll: Loss on the calibration set, nats per token.
+        windows: Loss on each window of the judging text.
+    """
+
+    method: str
+    budget: str | None
+    assignment: tuple[int, ...] | None
+    average_bits: float
+    bits_per_weight: float
+    layer_forwards: int
+    calibration_nll: float
+    windows: tuple[float, ...]
+
+    @property
+    def nll(self) -> float:
+        """Loss on the judging text, nats per token."""
+        return float(np.mean(self.windows))
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll)."""
+        return float(np.exp(self.nll))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A case for one seed.
+
+    Attributes:
+        case: Name of the case.
+        seed: The seed.
+        config: The whole configuration.
+        blocks: Number of blocks of the model.
+        players: Names of the players.
+        rows: What was compared.
+        shapley: Shapley values by the walks, and their standard errors; None without a method that walks.
+        covariance: Of the walks' marginals, which the paper takes for interactions; None likewise.
+        interactions: Pair terms of the surrogate fitted to everything measured, at the middle of the sizes.
+    """
+
+    case: str
+    seed: int
+    config: Mapping[str, Any]
+    blocks: int
+    players: tuple[str, ...]
+    rows: tuple[Row, ...]
+    shapley: tuple[Sequence[float], Sequence[float]] | None
+    covariance: Sequence[Sequence[float]] | None
+    interactions: Sequence[Sequence[float]]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Result":
+        """From what `asdict` gave."""
+        fields = {key: value for key, value in data.items() if key not in ("format_version", "asked")}
+        rows = tuple(Row(**{**row, "windows": tuple(row["windows"])}) for row in fields.pop("rows"))
+        return cls(**{**fields, "rows": rows, "players": tuple(fields["players"])})
+
+
+def read_bench(path: Path) -> Bench:
+    """A bench from its TOML file.
+
+    Every key of a `[[case]]` has the value of the same key at the top of the file unless it sets its own. `models`,
+    `backends`, and `bits`, a list of pairs, are lists: a case stands for all combinations. Models that are found beside
+    the file are meant as paths from there.
+
+    Raises:
+        RunError: If the file cannot be read, lacks a key, or has one that means nothing.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as TOML: {error}") from error
+    tables = data.pop("case", [{}])
+    whole = {**_WHOLE, **{key: data.pop(key) for key in _WHOLE if key in data}}
+    known = (*_REQUIRED, *_DEFAULTS)
+    cases: list[Case] = []
+    for table in tables:
+        values = {**_DEFAULTS, **data, **table}
+        for key in values:
+            if key not in known:
+                raise RunError(f"{path}: {key!r} means nothing in a case; {hint(key, known)}")
+        for key in _REQUIRED:
+            if key not in values:
+                raise RunError(f"{path}: a case has no {key!r}, and the top of the file has none for all")
+        for model, backend, bits in product(values["models"], values["backends"], values["bits"]):
+            cases.append(_case(path, values, model, backend, bits))
+    names = [case.name for case in cases]
+    for name in names:
+        if names.count(name) > 1:
+            raise RunError(f"{path}: two cases are {name}; what differs between them must show in their names")
+    return Bench(whole["title"], tuple(cases), whole["judge-tokens"], whole["judge-length"])
+
+
+def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits: Any) -> Case:
+    length, tokens = values["sequence-length"], values["tokens"]
+    if tokens % length:
+        raise RunError(f"{path}: tokens = {tokens} is not a multiple of sequence-length = {length}")
+    if not (isinstance(bits, list) and len(bits) == 2):
+        raise RunError(f"{path}: bits holds {bits!r}; write pairs, [[2, 4], [3, 4]] for example")
+    beside = path.parent / model
+    config = RunConfig(
+        str(beside) if beside.exists() else model,
+        backend,
+        values["group-size"],
+        min(bits),
+        max(bits),
+        values["permutations"],
+        calibration=CalibrationConfig(values["calibration"], tokens // length, length),
+        dtype=values["dtype"],
+        device=values["device"],
+        granularity=values["granularity"],
+    )
+    # Searches that learn from what is measured are to know nothing that other methods found for them.
+    methods = sorted(values["methods"], key=lambda method: method not in LEARNERS)
+    return Case(config, tuple(values["budgets"]), tuple(methods), tuple(values["seeds"]))
+
+
+def check_bench(bench: Bench) -> None:
+    """Check everything that needs no weights, before anything is measured.
+
+    Raises:
+        CoopQError: Naming what is wrong.
+    """
+    for case in bench.cases:
+        config = case.config
+        check_config(config)
+        for method in case.methods:
+            check_method(method)
+        budgets = [Budget.parse(budget) for budget in case.budgets]
+        backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+        players = find_players(
+            load_skeleton(config.model, dtype=config.dtype, device=config.device), config.granularity
+        )
+        check_players(case.methods, players)
+        storage = measure_storage(players, backend, (config.low, config.high))
+        for budget in budgets:
+            storage.limit(budget, config.low, config.high)
+
+
+def run_bench(bench: Bench, out: Path, progress: ProgressCallback = silent) -> list[Result]:
+    """Measure what is not measured yet; an interrupted bench goes on.
+
+    Args:
+        bench: What to compare.
+        out: Folder of the work and the results; it is made when missing.
+        progress: Told of every step.
+    """
+    check_bench(bench)
+    require_writable(out)
+    results = []
+    with locked(out):
+        runs = [(case, seed) for case in bench.cases for seed in case.seeds]
+        for done, (case, seed) in enumerate(runs):
+            progress("bench", done, len(runs))
+            results.append(_result(bench, case, seed, out, progress))
+        progress("bench", len(runs), len(runs))
+    return results
+
+
+def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallback) -> Result:
+    """One run, from its file if it is finished."""
+    config = case.seeded(seed)
+    asked = {
+        "config": config.to_json(),
+        "budgets": list(case.budgets),
+        "methods": list(case.methods),
+        "judge": [bench.judge_tokens, bench.judge_length],
+    }
+    file = out / "results" / f"{case.name}-seed{seed}.json"
+    if file.is_file():
+        data = read_json(file)
+        if (data.get("format_version"), data.get("asked")) == (_FORMAT_VERSION, asked):
+            return Result.from_json(data)
+    folder = out / "runs" / case.name
+    check = partial(check_players, case.methods)
+    # One bank serves all seeds, unless its weights are fitted to the calibration tokens.
+    whole_model = get_backend(**config.quantizer, bits=(config.low, config.high)).whole_model
+    bank = None if whole_model else folder / "bank"
+    stage = f"{case.name}, seed {seed}: "
+    with open_workbench(
+        config, folder / f"seed{seed}", lambda what, *counts: progress(stage + what, *counts), check=check, bank=bank
+    ) as bench_:
+        result = _compare(bench_, bench, case, seed)
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, {"format_version": _FORMAT_VERSION, "asked": asked, **asdict(result)})
+    return result
+
+
+def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
+    """All methods on an open workbench."""
+    config, budgets = bench.config, [Budget.parse(budget) for budget in case.budgets]
+    plans = [measure(bench, plan) for method in case.methods for plan in plans_on(bench, method, budgets)]
+    groups: list[tuple[str, str | None, int, Assignments]] = list(_references(bench, budgets))
+    groups += [
+        (plan.method, plan.budget, plan.layer_forwards, np.array([plan.assignment], dtype=np.int8)) for plan in plans
+    ]
+    points = np.concatenate([assignments for *_, assignments in groups])
+    with bench.calibration_game("comparing on the calibration set") as game:
+        calibration = game(points)
+        known = game.journal.first(len(game.journal))
+    windows = judge_windows(bench, points, length=asked.judge_length, max_tokens=asked.judge_tokens)
+    rows, start = [], 0
+    for method, budget, layer_forwards, assignments in groups:
+        end = start + len(assignments)
+        is_full = method == "full precision"
+        full_bits = 8.0 * bench.loaded.checkpoint_dtype.itemsize
+        sizes = [
+            (bench.storage.average_bits(of), bench.storage.bits_per_weight(of)) for of in assignments if not is_full
+        ]
+        average_bits, bits_per_weight = (full_bits, full_bits) if is_full else np.mean(sizes, axis=0).tolist()
+        rows.append(
+            Row(
+                method,
+                budget,
+                tuple(assignments[0].tolist()) if len(assignments) == 1 else None,
+                average_bits,
+                bits_per_weight,
+                layer_forwards,
+                float(calibration[start:end].mean()),
+                tuple(windows[start:end].mean(axis=0).tolist()),
+            )
+        )
+        start = end
+    costs = bench.storage.raise_costs(config.low, config.high)
+    measured = Measured(Setting(config.low, config.high, costs, (), config.seed))
+    measured.add(*known)
+    estimate = bench.folder.load().estimate if bench.folder.is_estimated else None
+    return Result(
+        case.name,
+        seed,
+        config.to_json(),
+        bench.players[-1].block + 1,
+        tuple(player.name for player in bench.players),
+        tuple(rows),
+        None if estimate is None else (estimate.shapley.tolist(), estimate.stderr.tolist()),
+        None if estimate is None else estimate.covariance.tolist(),
+        best_surrogate(measured.surrogates(int(costs.sum()) // 2)).quadratic.tolist(),
+    )
+
+
+def _references(bench: Workbench, budgets: Sequence[Budget]) -> Iterator[tuple[str, str | None, int, Assignments]]:
+    """What has no method: full precision, uniform widths, and random assignments that use up each budget."""
+    low, high, n = bench.config.low, bench.config.high, len(bench.players)
+    yield "full precision", None, 0, uniform_assignment(n, UNTOUCHED)[None]
+    for bits in (high, low):
+        yield "uniform", None, 0, uniform_assignment(n, bits)[None]
+    for budget in budgets:
+        limit = bench.storage.limit(budget, low, high)
+        yield (
+            "random",
+            budget.text,
+            0,
+            random_assignments(bench.storage, low, high, limit, _N_RANDOM, bench.config.seed),
+        )
+
+
+def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:
+    """Loss on each judging window of a method at a budget, averaged over seeds; None where it was not asked for."""
+    found = [row.windows for result in results for row in result.rows if (row.method, row.budget) == (method, budget)]
+    return np.mean(found, axis=0) if found else None

@@ -1,0 +1,335 @@
+"""The report of a bench: a tidy table, Markdown and figures."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.baselines import PAPER_BASELINES
+from coopq.bench import Bench, Result, mean_windows
+from coopq.evidence import Evidence
+from coopq.figure import save_bars, save_comparison, save_heatmap, save_scatter
+from coopq.files import atomic_file
+from coopq.scores import Comparison
+
+_COLUMNS = (
+    "case",
+    "model",
+    "backend",
+    "low",
+    "high",
+    "granularity",
+    "seed",
+    "method",
+    "budget",
+    "average_bits",
+    "bits_per_weight",
+    "layer_forwards",
+    "calibration_nll",
+    "nll",
+    "perplexity",
+)
+_REFERENCES = ("full precision", "uniform", "random")
+_PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A budget of a case, over its seeds.
+
+    Attributes:
+        case: Name of the case.
+        budget: The budget.
+        windows: Loss of each method on each judging window, averaged over seeds.
+        cost: Layer forwards of each method for all budgets of the case, in forwards of the whole model, likewise.
+    """
+
+    case: str
+    budget: str
+    windows: dict[str, npt.NDArray[np.float64]]
+    cost: dict[str, float]
+
+    def nll(self, method: str) -> float:
+        """Loss on the judging text."""
+        return float(self.windows[method].mean())
+
+    @property
+    def best(self) -> str:
+        """The method of lowest loss."""
+        return min(self.windows, key=self.nll)
+
+
+def save_report(bench: Bench, results: Sequence[Result], out: Path) -> list[Path]:
+    """Write results.csv, report.md and the figures into a folder; the files written."""
+    figures = _figures(bench, results, out)
+    files = [out / "results.csv", out / "report.md"]
+    for path, text in zip(files, (tidy(results), markdown(bench, results, figures)), strict=True):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [*files, *(out / figure for figure in figures)]
+
+
+def tidy(results: Sequence[Result]) -> str:
+    """Every row of every result as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for result in results:
+        config = result.config
+        shared = [
+            result.case,
+            *(config[key] for key in ("model", "backend", "low", "high", "granularity")),
+            result.seed,
+        ]
+        for row in result.rows:
+            measured = [getattr(row, column) for column in _COLUMNS[len(shared) :]]
+            writer.writerow([*shared, *measured])
+    return text.getvalue()
+
+
+def cells(results: Sequence[Result]) -> list[Cell]:
+    """The budgets of every case."""
+    found = []
+    for name in dict.fromkeys(result.case for result in results):
+        of_case = [result for result in results if result.case == name]
+        rows = [(row, result.blocks) for result in of_case for row in result.rows]
+        for budget in dict.fromkeys(row.budget for row, _ in rows if row.budget is not None):
+            methods = dict.fromkeys(row.method for row, _ in rows if row.budget == budget)
+            windows = {method: mean_windows(of_case, method, budget) for method in methods}
+            cost = {
+                method: float(np.mean([row.layer_forwards / blocks for row, blocks in rows if row.method == method]))
+                for method in methods
+            }
+            found.append(Cell(name, budget, {m: of for m, of in windows.items() if of is not None}, cost))
+    return found
+
+
+def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = ()) -> str:
+    """The report.
+
+    Args:
+        bench: What was asked for.
+        results: What came of it.
+        figures: File names of figures to show.
+    """
+    of_all = cells(results)
+    methods = [m for m in dict.fromkeys(m for cell in of_all for m in cell.windows) if m not in _REFERENCES]
+    lines = [f"# {bench.title}", "", *_provenance(bench), "", "## All cases", "", *_summary(of_all, methods)]
+    lines += ["", "## The paper's method against its baselines", "", *_against(of_all, "coopq", PAPER_BASELINES)]
+    others = [method for method in methods if method != "active"]
+    lines += ["", "## The active search against everything else", "", *_against(of_all, "active", others)]
+    lines += ["", "## Who beats whom", "", *_wins(of_all, methods)]
+    for case in bench.cases:
+        of_case = [result for result in results if result.case == case.name]
+        text = case.config.calibration
+        lines += [
+            "",
+            f"## {case.name}",
+            "",
+            f"{text.sequences} x {text.length} tokens of {text.source}, {case.config.permutations} walks, seeds "
+            f"{', '.join(map(str, case.seeds))}; {len(of_case[0].players)} players in {of_case[0].blocks} blocks.",
+            f"Perplexity, {_references(of_case)}.",
+            "",
+            *_table([cell for cell in of_all if cell.case == case.name], of_case),
+        ]
+    lines += [line for figure in figures if figure.endswith(".png") for line in ("", f"![{figure}]({figure})")]
+    return "\n".join(lines) + "\n"
+
+
+def _provenance(bench: Bench) -> list[str]:
+    judged = "all" if bench.judge_tokens is None else f"the first {bench.judge_tokens:,}"
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if _is_installed(name))
+    return [
+        f"Judged on {judged} tokens of the WikiText-2 test split in windows of {bench.judge_length}, which no method",
+        "sees. Intervals: 95 %, paired bootstrap over windows, of the mean over seeds. Cost: layer forwards for all",
+        "budgets of a case together, prefixes shared, in forwards of the whole model over the calibration tokens.",
+        f"{packages}.",
+    ]
+
+
+def _is_installed(name: str) -> bool:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _summary(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:
+    """Each method over all cells: how often it is lowest, how far above the lowest it is, and what it takes."""
+    yield "| method | lowest in | NLL above the lowest, mean ± standard error | worst | cost, median |"
+    yield "| --- | --- | --- | --- | --- |"
+    lowest = {id(cell): min(cell.nll(m) for m in methods if m in cell.windows) for cell in of_all}
+    above = {
+        m: np.array([cell.nll(m) - lowest[id(cell)] for cell in of_all if m in cell.windows])
+        for m in dict.fromkeys(m for cell in of_all for m in cell.windows)
+    }
+    for method in sorted(above, key=lambda m: float(above[m].mean())):
+        excess = above[method]
+        error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else np.nan
+        cost = float(np.median([cell.cost[method] for cell in of_all if method in cell.cost]))
+        yield (
+            f"| {method} | {(excess <= 0).sum()} of {len(excess)} | {excess.mean():.4f} ± {error:.4f} "
+            f"| {excess.max():.4f} | {cost:,.0f} |"
+        )
+
+
+def _against(of_all: Sequence[Cell], ours: str, others: Sequence[str]) -> Iterator[str]:
+    """One method against the best of others, cell by cell."""
+    rows = []
+    for cell in of_all:
+        theirs = [method for method in others if method in cell.windows]
+        if ours not in cell.windows or not theirs:
+            continue
+        best = min(theirs, key=cell.nll)
+        evidence = Evidence.of(cell.windows[ours], cell.windows[best])
+        least, most = (np.expm1(-np.array(evidence.interval or (np.nan, np.nan))) * 100)[::-1]
+        change = float(np.expm1(cell.nll(ours) - cell.nll(best)) * 100)
+        rows.append((change, least, most, cell, best))
+    if not rows:
+        yield f"{ours} or what it is compared with was not asked for."
+        return
+    lower, higher = [row for row in rows if row[0] < 0], [row for row in rows if row[0] > 0]
+    yield (
+        f"Lower in {len(lower)} of {len(rows)} cells ({sum(row[2] < 0 for row in lower)} beyond the interval), "
+        f"higher in {len(higher)} ({sum(row[1] > 0 for row in higher)} beyond)."
+    )
+    yield ""
+    yield f"| case | budget | {ours} | best of the others | its perplexity | change of perplexity |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for change, least, most, cell, best in rows:
+        yield (
+            f"| {cell.case} | {cell.budget} | {np.exp(cell.nll(ours)):,.2f} | {best} | {np.exp(cell.nll(best)):,.2f} "
+            f"| {change:+.1f} % ({least:+.1f} to {most:+.1f}) |"
+        )
+
+
+def wins(of_all: Sequence[Cell], methods: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Share of the cells in which the method of a row is lower than that of a column, half for ties; nan for none."""
+    matrix = np.full((len(methods), len(methods)), np.nan)
+    for i, row in enumerate(methods):
+        for j, column in enumerate(methods):
+            pairs = [(c.nll(row), c.nll(column)) for c in of_all if row in c.windows and column in c.windows]
+            if i != j and pairs:
+                matrix[i, j] = np.mean([0.5 if ours == theirs else float(ours < theirs) for ours, theirs in pairs])
+    return matrix
+
+
+def _wins(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:
+    """Cells in which one method is lower than another, and in how many of them beyond the interval."""
+    yield "Cells in which the method of the row is lower than that of the column, and those beyond the interval."
+    yield ""
+    yield f"| | {' | '.join(methods)} |"
+    yield f"| --- |{' --- |' * len(methods)}"
+    for row in methods:
+        shown = []
+        for column in methods:
+            pairs = [(c.windows[row], c.windows[column]) for c in of_all if row in c.windows and column in c.windows]
+            lower = [(ours, theirs) for ours, theirs in pairs if ours.mean() < theirs.mean()]
+            sure = sum((Evidence.of(ours, theirs).interval or (0.0,))[0] > 0 for ours, theirs in lower)
+            shown.append("" if row == column else f"{len(lower)} ({sure})")
+        yield f"| {row} | {' | '.join(shown)} |"
+
+
+def _references(of_case: Sequence[Result]) -> str:
+    """Perplexity of full precision and of uniform widths."""
+    rows = [row for row in of_case[0].rows if row.method in ("full precision", "uniform")]
+    return ", ".join(
+        f"{row.method}{'' if row.method == 'full precision' else f' {row.average_bits:g} bits'} {row.perplexity:,.2f}"
+        for row in rows
+    )
+
+
+def _table(of_case: Sequence[Cell], results: Sequence[Result]) -> Iterator[str]:
+    """Methods by budgets, with the spread over seeds."""
+    methods = dict.fromkeys(method for cell in of_case for method in cell.windows)
+    yield f"| method | cost | {' | '.join(cell.budget for cell in of_case)} |"
+    yield f"| --- | --- |{' --- |' * len(of_case)}"
+    for method in sorted(methods, key=lambda m: float(np.mean([c.nll(m) for c in of_case if m in c.windows]))):
+        shown = []
+        for cell in of_case:
+            if method not in cell.windows:
+                shown.append("")
+                continue
+            by_seed = [
+                row.nll
+                for result in results
+                for row in result.rows
+                if (row.method, row.budget) == (method, cell.budget)
+            ]
+            value = f"{np.exp(cell.nll(method)):,.2f}"
+            spread = f" ({np.exp(min(by_seed)):,.2f} to {np.exp(max(by_seed)):,.2f})" if len(by_seed) > 1 else ""
+            shown.append(f"**{value}**{spread}" if method == cell.best else value + spread)
+        cost = next(cell.cost[method] for cell in of_case if method in cell.cost)
+        yield f"| {method} | {cost:,.0f} | {' | '.join(shown)} |"
+
+
+def _figures(bench: Bench, results: Sequence[Result], out: Path) -> list[str]:
+    """Draw everything; the file names."""
+    of_all = cells(results)
+    methods = [m for m in dict.fromkeys(m for cell in of_all for m in cell.windows) if m not in _REFERENCES]
+    files = [save_heatmap(wins(of_all, methods), methods, methods, "share of cells won", out / "wins")]
+    lowest = [min(cell.nll(m) for m in methods if m in cell.windows) for cell in of_all]
+    points = {
+        method: (
+            float(np.median([cell.cost[method] for cell in of_all if method in cell.cost])),
+            float(np.mean([c.nll(method) - low for c, low in zip(of_all, lowest, strict=True) if method in c.windows])),
+        )
+        for method in methods
+    }
+    files.append(save_scatter(points, "cost, forwards of the model", "NLL above the lowest", bench.title, out / "cost"))
+    for case in bench.cases:
+        of_case = [result for result in results if result.case == case.name]
+        files.append(save_comparison(_comparison(of_case), case.name, out / f"perplexity-{case.name}"))
+        first = of_case[0]
+        n = len(first.players)
+        rows = [row for row in first.rows if row.budget is not None and row.assignment is not None]
+        for budget in dict.fromkeys(row.budget for row in rows):
+            chosen = [row for row in rows if row.budget == budget]
+            bits = np.array([row.assignment for row in chosen], dtype=np.float64)
+            title = f"{case.name}, {budget}: bits by player"
+            path = out / f"bits-{case.name}-{budget}"
+            files.append(save_heatmap(bits, [row.method for row in chosen], [str(i) for i in range(n)], title, path))
+        above = np.array(first.interactions)
+        numbers = [str(i) for i in range(n)]
+        title = f"{case.name}: fitted interactions, nats"
+        files.append(save_heatmap(above, numbers, numbers, title, out / f"interactions-{case.name}", diverging=True))
+        if first.shapley is not None:
+            values, errors = first.shapley
+            title = f"{case.name}: Shapley values, nats"
+            files.append(save_bars(values, errors, numbers, title, out / f"shapley-{case.name}"))
+    return [path.name for of_figure in files for path in of_figure]
+
+
+def _comparison(of_case: Sequence[Result]) -> list[Comparison]:
+    """What the figure of perplexity against bits takes, averaged over seeds."""
+    rows = of_case[0].rows
+    found = []
+    for row in rows:
+        same = [
+            (of.nll, of.calibration_nll)
+            for result in of_case
+            for of in result.rows
+            if (of.method, of.budget, of.average_bits) == (row.method, row.budget, row.average_bits)
+        ] or [(row.nll, row.calibration_nll)]
+        nll, calibration = np.mean(same, axis=0).tolist()
+        found.append(
+            Comparison(
+                method=row.method,
+                budget=row.budget,
+                n=1 if row.assignment is not None else 5,
+                average_bits=row.average_bits,
+                bits_per_weight=row.bits_per_weight,
+                calibration_nll=calibration,
+                nll=nll,
+                perplexity=float(np.exp(nll)),
+            )
+        )
+    return found
