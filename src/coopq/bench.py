@@ -65,7 +65,7 @@ class Case:
     def name(self) -> str:
         """Model, backend, widths and, unless blocks are the players, granularity."""
         config = self.config
-        parts = [Path(config.model).stem, config.backend, str(config.low), str(config.high)]
+        parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, str(config.low), str(config.high)]
         return "-".join(parts if config.granularity == "block" else [*parts, config.granularity])
 
     def seeded(self, seed: int) -> RunConfig:
