@@ -19,7 +19,20 @@ from rich.progress import track
 
 from coopq.allocate import allocate
 from coopq.engine import prefix_tree_size
-from coopq.estimators import SPQE, ActiveSearch, CrossLayer, Greedy, Regression, Search, Setting, run_estimator
+from coopq.estimators import (
+    SPQE,
+    ActiveSearch,
+    CrossLayer,
+    Evolution,
+    Greedy,
+    OneShot,
+    Regression,
+    Search,
+    Setting,
+    run_estimator,
+    run_evolution,
+)
+from coopq.estimators.evolution import SHARES
 from coopq.program import QuadraticProgram, local_optima, paper_program, random_fill
 from coopq.testing import HIGH, LOW, SyntheticGame
 from coopq.types import Assignment, Assignments, Game, Losses
@@ -38,8 +51,10 @@ Choose = Callable[[int], Assignment]
 class Counted:
     """A game that remembers, and counts what a prefix tree would cost."""
 
-    def __init__(self, game: Game) -> None:
+    def __init__(self, game: Game, share: float = 1.0, whole: "Counted | None" = None) -> None:
         self._game = game
+        self._share = share
+        self._whole = whole or self
         self._known: dict[bytes, float] = {}
         self.n_players = game.n_players
         self.forwards = 0.0
@@ -50,9 +65,13 @@ class Counted:
         new = np.array([x for x in np.unique(assignments, axis=0) if x.tobytes() not in self._known])
         if len(new):
             self.watch(self.forwards)
-            self.forwards += prefix_tree_size(new) / self.n_players
+            self._whole.forwards += self._share * prefix_tree_size(new) / self.n_players
             self._known.update(zip((x.tobytes() for x in new), self._game(new).tolist(), strict=True))
         return np.array([self._known[x.tobytes()] for x in assignments])
+
+    def part(self, share: float) -> "Counted":
+        """The game on a share of the sequences, counted with the whole one."""
+        return self if share == 1.0 else Counted(self._game, share, self)
 
 
 class Judge:
@@ -104,32 +123,25 @@ def by_paper(setting: Setting, game: Game, *, walks: int, **options: Any) -> Cho
     return choose
 
 
-def alone(setting: Setting, game: Game, *, at_high: bool) -> Choose:
-    """What each player does alone, at one end of the game: the one-shot score."""
-    flips = np.eye(setting.n_players, dtype=bool) == at_high
-    losses = game(setting.assignments(flips))
-    gains = losses if at_high else -losses
-
-    def choose(capacity: int) -> Assignment:
-        raised = np.argsort(-gains, kind="stable")[:capacity]  # players are of equal size
-        return setting.assignments(~np.isin(np.arange(setting.n_players), raised))
-
-    return choose
-
-
 def by_search(setting: Setting, game: Game, *, make: Callable[[Setting], Search]) -> Choose:
     """A search estimator."""
     return run_estimator(make(setting), game).choose
 
 
-METHODS: dict[str, Callable[[Setting, Game], Choose]] = {
+def by_evolution(setting: Setting, game: Counted) -> Choose:
+    """EvoPress. These games have no sequences: a loss on some of them is exact, and costs their share."""
+    return run_evolution(Evolution(setting), {share: game.part(share) for share in SHARES}.__getitem__).choose
+
+
+METHODS: dict[str, Callable[[Setting, Counted], Choose]] = {
     "coopq, M = 10": partial(by_paper, walks=10),
     "coopq, M = 50": partial(by_paper, walks=50),
     "coopq, M = 100": partial(by_paper, walks=100),
     "coopq antithetic, M = 10": partial(by_paper, walks=10, antithetic=True),
     "coopq antithetic, M = 50": partial(by_paper, walks=50, antithetic=True),
-    "alone at all high": partial(alone, at_high=True),
-    "alone at all low": partial(alone, at_high=False),
+    "one-shot, at all high": partial(by_search, make=partial(OneShot, end="high")),
+    "one-shot, at all low": partial(by_search, make=partial(OneShot, end="low")),
+    "evopress": by_evolution,
     "cross-layer": partial(by_search, make=CrossLayer),
     "regression, order 1, 250 points": partial(by_search, make=partial(Regression, n_points=250, order=1)),
     "regression, order 2, 250 points": partial(by_search, make=partial(Regression, n_points=250)),

@@ -328,7 +328,12 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=WORK, help="folder of tokens, checkpoints and logs")
     parser.add_argument("--checkpoint-seconds", type=float, default=120.0, help="between checkpoints")
+    parser.add_argument("--held-out", type=Path, help="only write the articles of the validation text, as .jsonl")
     arguments = parser.parse_args()
+    if arguments.held_out:
+        with atomic_file(arguments.held_out) as path:
+            path.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles()[1]))
+        return
     architecture, out = ARCHITECTURES[arguments.name], arguments.out or DATA / arguments.name
     if not (out / "training.json").exists():
         require_new_folder(out)

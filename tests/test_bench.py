@@ -13,6 +13,13 @@ from coopq.errors import BudgetError, EstimationError, RunError
 from tests.command_line import in_process, refused
 from tests.conftest import STORIES
 
+SECOND = """[[case]]
+backends = ["rtn"]
+bits = [[3, 4]]
+budgets = ["3.5avg"]
+methods = ["zd"]
+label = "one-score"
+"""
 TOML = f"""
 title = "Small"
 models = ["{STORIES}"]
@@ -29,12 +36,7 @@ bits = [[2, 4]]
 budgets = ["2.5avg", "3avg"]
 seeds = [0, 1]
 
-[[case]]
-backends = ["rtn"]
-bits = [[3, 4]]
-budgets = ["3.5avg"]
-methods = ["zd"]
-"""
+{SECOND}"""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     assert [(result.case, result.seed) for result in results] == [
         ("stories260k-rtn-2-4", 0),
         ("stories260k-rtn-2-4", 1),
-        ("stories260k-rtn-3-4", 0),
+        ("stories260k-rtn-3-4-one-score", 0),
     ]
     first = results[0]
     by_name = {(row.method, row.budget): row for row in first.rows}
@@ -73,7 +75,7 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     assert len(list((out / "runs" / "stories260k-rtn-2-4" / "bank").glob("*.safetensors"))) == 10, "one for both seeds"
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert len(rows) == sum(len(result.rows) for result in results)
-    assert {row["method"] for row in rows if row["case"] == "stories260k-rtn-3-4"} == {
+    assert {row["method"] for row in rows if row["case"] == "stories260k-rtn-3-4-one-score"} == {
         "full precision",
         "uniform",
         "random",
@@ -125,7 +127,13 @@ def test_who_wins_by_hand() -> None:
         ("[[2, 4]]", "[2, 4]", RunError, "write pairs"),
         ("tokens = 128", "tokens = 100", RunError, "not a multiple"),
         ('"2.5avg", "3avg"', '"2.5avg", "5avg"', BudgetError, "5avg"),
-        ("[[3, 4]]", "[[2, 4]]", RunError, "two cases are stories260k-rtn-2-4"),
+        (
+            SECOND,
+            SECOND.replace("3, 4", "2, 4").replace("one-score", ""),
+            RunError,
+            "two cases are stories260k-rtn-2-4",
+        ),
+        ('"one-score"', '"../one"', RunError, "label = '../one'"),
         ('title = "Small"', "title = Small", RunError, "cannot be read as TOML"),
         ("methods =", "method =", RunError, "'methods'"),
     ],

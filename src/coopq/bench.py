@@ -1,5 +1,6 @@
 """Methods side by side on models, backends, budgets and seeds, as a configuration file lists them."""
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +32,7 @@ _FORMAT_VERSION = 1
 _N_RANDOM = 5
 _REQUIRED = ("models", "backends", "bits", "budgets", "methods")
 _DEFAULTS: dict[str, Any] = {
+    "label": "",
     "seeds": [0],
     "granularity": "block",
     "group-size": None,
@@ -54,19 +56,22 @@ class Case:
         budgets: The columns.
         methods: The rows.
         seeds: Of walks and of the choice of calibration sequences, both; a run each.
+        label: Tells cases apart that differ in nothing else that their names show.
     """
 
     config: RunConfig
     budgets: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """Model, backend, widths and, unless blocks are the players, granularity."""
+        """Model, backend, widths, granularity unless blocks are the players, and label."""
         config = self.config
         parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, str(config.low), str(config.high)]
-        return "-".join(parts if config.granularity == "block" else [*parts, config.granularity])
+        parts += [] if config.granularity == "block" else [config.granularity]
+        return "-".join([*parts, self.label] if self.label else parts)
 
     def seeded(self, seed: int) -> RunConfig:
         """The configuration of one run."""
@@ -163,8 +168,8 @@ def read_bench(path: Path) -> Bench:
     """A bench from its TOML file.
 
     Every key of a `[[case]]` has the value of the same key at the top of the file unless it sets its own. `models`,
-    `backends`, and `bits`, a list of pairs, are lists: a case stands for all combinations. Models that are found beside
-    the file are meant as paths from there.
+    `backends`, and `bits`, a list of pairs, are lists: a case stands for all combinations. Models and calibration texts
+    that are found beside the file are meant as paths from there.
 
     Raises:
         RunError: If the file cannot be read, lacks a key, or has one that means nothing.
@@ -190,7 +195,7 @@ def read_bench(path: Path) -> Bench:
     names = [case.name for case in cases]
     for name in names:
         if names.count(name) > 1:
-            raise RunError(f"{path}: two cases are {name}; what differs between them must show in their names")
+            raise RunError(f'{path}: two cases are {name}; give one a label = "..."')
     return Bench(whole["title"], tuple(cases), whole["judge-tokens"], whole["judge-length"])
 
 
@@ -200,22 +205,29 @@ def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits:
         raise RunError(f"{path}: tokens = {tokens} is not a multiple of sequence-length = {length}")
     if not (isinstance(bits, list) and len(bits) == 2):
         raise RunError(f"{path}: bits holds {bits!r}; write pairs, [[2, 4], [3, 4]] for example")
-    beside = path.parent / model
+    if not (isinstance(values["label"], str) and re.fullmatch(r"[\w.-]*", values["label"])):
+        raise RunError(f"{path}: label = {values['label']!r} is not letters, digits, '.', '_' and '-'")
     config = RunConfig(
-        str(beside) if beside.exists() else model,
+        _beside(path, model),
         backend,
         values["group-size"],
         min(bits),
         max(bits),
         values["permutations"],
-        calibration=CalibrationConfig(values["calibration"], tokens // length, length),
+        calibration=CalibrationConfig(_beside(path, values["calibration"]), tokens // length, length),
         dtype=values["dtype"],
         device=values["device"],
         granularity=values["granularity"],
     )
     # Searches that learn from what is measured are to know nothing that other methods found for them.
     methods = sorted(values["methods"], key=lambda method: method not in LEARNERS)
-    return Case(config, tuple(values["budgets"]), tuple(methods), tuple(values["seeds"]))
+    return Case(config, tuple(values["budgets"]), tuple(methods), tuple(values["seeds"]), values["label"])
+
+
+def _beside(path: Path, name: str) -> str:
+    """The path of what lies beside the configuration file, and other names as they are."""
+    beside = path.parent / name
+    return str(beside) if beside.exists() else name
 
 
 def check_bench(bench: Bench) -> None:

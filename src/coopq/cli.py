@@ -14,6 +14,7 @@ from coopq.files import write_json
 from coopq.journal import Journal
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
+    accuracy_table,
     comparison_table,
     evaluation_data,
     forecast_data,
@@ -341,18 +342,31 @@ def evaluate(
     ] = True,
     run: Annotated[Path | None, typer.Option(help="Run folder of the saved model. (default: MODEL-run)")] = None,
     source: Annotated[str | None, typer.Option(help="Where the full-precision model is now.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Zero-shot accuracy at a task of lm-eval, or of a .jsonl file; instead of perplexity."),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(help="Only the first questions of each task. (default: all)")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """WikiText-2 perplexity; for a saved model also of full precision, uniform widths and random assignments."""
     from coopq import evaluate as work
     from coopq.checkpoint import is_saved_model
+    from coopq.downstream import evaluate_tasks
     from coopq.pipeline import default_run
 
     quiet_libraries()
     rows = []
     folder = Path(model)
     options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "device": device}
+    if task:
+        with progress_bars() as progress:
+            accuracies = evaluate_tasks(model, task, task_limit, device=device, progress=progress)
+        print_result([asdict(of) for of in accuracies], accuracy_table(accuracies, model), as_json)
+        return
     with progress_bars() as progress:
         if is_saved_model(folder):
             place = run or default_run(folder)

@@ -13,7 +13,7 @@ from rich.text import Text
 from coopq.estimators import Known, Measured, Setting
 from coopq.plan import WALK_METHODS, Plan
 from coopq.run import Estimation, RunConfig
-from coopq.scores import Comparison, Evaluation
+from coopq.scores import Accuracy, Comparison, Evaluation
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.forecast import Forecast
@@ -254,6 +254,18 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
             f"{row.nll:.4f}",
             f"{row.perplexity:,.2f}",
         )
+    return table
+
+
+def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
+    """Accuracies with their standard errors for people."""
+    table = Table(title=f"Zero-shot accuracy of {model}")
+    table.add_column("task")
+    for column in ("accuracy", "normalized by length", "questions"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        normalized = "" if row.normalized is None else f"{row.normalized[0]:.4f} ± {row.normalized[1]:.4f}"
+        table.add_row(row.task, f"{row.accuracy:.4f} ± {row.stderr:.4f}", normalized, f"{row.questions:,}")
     return table
 
 

@@ -57,3 +57,23 @@ class Comparison:
             return f"uniform {self.average_bits:g}"
         mean = f" (mean of {self.n})" if self.n > 1 else ""
         return self.method + (f" {self.budget}" if self.budget else "") + mean
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a model is right at a task.
+
+    Attributes:
+        task: Its name.
+        accuracy: Share of the questions answered rightly.
+        stderr: Its standard error over questions.
+        normalized: The same with each choice's log-likelihood divided by its length in characters, and its standard
+            error; None for tasks without it.
+        questions: How many were asked.
+    """
+
+    task: str
+    accuracy: float
+    stderr: float
+    normalized: tuple[float, float] | None
+    questions: int
