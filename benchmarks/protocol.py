@@ -94,7 +94,8 @@ def teraflops(layer_forwards: int, heads: int, tokens: int) -> float:
     """Operations of the linear layers and the head, 10^12."""
     skeleton = load_skeleton("demo")
     block = sum(player.n_weights for player in find_players(skeleton) if player.block == 0)
-    return 2e-12 * tokens * (layer_forwards * block + heads * skeleton.get_output_embeddings().weight.numel())
+    head = int(skeleton.get_output_embeddings().weight.numel())
+    return 2e-12 * tokens * (layer_forwards * block + heads * head)
 
 
 def main() -> None:

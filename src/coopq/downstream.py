@@ -110,7 +110,7 @@ def zero_shot(
         progress("zero-shot tasks", done, len(tasks))
         asked = _from_file(Path(task)) if task.endswith(".jsonl") else task
         with torch.no_grad(), ByOneDNN(model) if model.device.type == "cpu" else nullcontext():
-            results = simple_evaluate(lm, tasks=[asked], num_fewshot=0, limit=limit, bootstrap_iters=0)
+            results = simple_evaluate(lm, tasks=[asked], num_fewshot=0, limit=limit, log_samples=False)
         assert results is not None  # that is for processes of rank other than 0
         ((name, of_task),) = results["results"].items()
         if "acc,none" not in of_task:

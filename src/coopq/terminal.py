@@ -76,7 +76,7 @@ def show_log() -> None:
     """Show what this package says, memory before work for one, and what others warn of, above the bars."""
     logging.basicConfig(level=logging.WARNING, handlers=[_AboveTheBars()])
     logging.getLogger("coopq").setLevel(logging.INFO)
-    for library in ("torchao", "torch.utils._pytree"):  # imported by others, and full of warnings nobody here can heed
+    for library in ("torchao", "torch.utils._pytree", "lm_eval"):  # full of warnings that nobody here can heed
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
