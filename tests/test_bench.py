@@ -92,6 +92,16 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("journal.jsonl")}, "nothing was opened"
 
 
+def test_searches_learn_nothing_from_other_methods(config: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone.toml"
+    alone.write_text(TOML.replace('["lim", "coopq", "zd", "active"]', '["active"]', 1).replace("seeds = [0, 1]", ""))
+    (result, *_) = run_bench(read_bench(alone), tmp_path / "out")
+    (beside, *_) = run_bench(read_bench(config), config.parent / "out")
+    of_active = [row for row in beside.rows if row.method == "active"]
+    assert [row for row in result.rows if row.method == "active"] == of_active
+    assert of_active[0].layer_forwards > 0
+
+
 def row(method: str, budget: str | None, windows: list[float], layer_forwards: int = 0) -> Row:
     return Row(method, budget, (2, 4), 3.0, 3.5, layer_forwards, 1.0, tuple(windows))
 

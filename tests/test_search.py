@@ -200,7 +200,7 @@ def test_evolution_selects_on_more_and_more_sequences() -> None:
         return play
 
     search = run_evolution(Evolution(setting), game_of)  # type: ignore[arg-type]
-    assert asked == {1 / 16: 51 * 2 * 32, 1 / 4: 51 * 2 * 8, 1.0: 51 * 2 * 2 + 50 * 2}
+    assert asked == {1 / 16: 26 * 2 * 32, 1 / 4: 26 * 2 * 8, 1.0: 26 * 2 * 2 + 25 * 2}
     assert (search.measured.losses == full(search.measured.known()[0])).all(), "none of what was seen in part"
     exact = run_evolution(Evolution(setting), lambda _: full)
     for capacity in setting.capacities:

@@ -19,7 +19,7 @@ from coopq.errors import RunError, hint
 from coopq.estimators import Measured, Setting
 from coopq.evaluate import judge_windows
 from coopq.files import locked, read_json, require_writable, write_json
-from coopq.methods import LEARNERS, check_method, check_players, measure, plans_on
+from coopq.methods import begin_with_nothing, check_method, check_players, measure, plans_on
 from coopq.models import load_skeleton
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
@@ -119,6 +119,12 @@ class Row:
     calibration_nll: float
     windows: tuple[float, ...]
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Row":
+        """From what `asdict` gave."""
+        assignment = None if data["assignment"] is None else tuple(data["assignment"])
+        return cls(**{**data, "assignment": assignment, "windows": tuple(data["windows"])})
+
     @property
     def nll(self) -> float:
         """Loss on the judging text, nats per token."""
@@ -160,7 +166,7 @@ class Result:
     def from_json(cls, data: Mapping[str, Any]) -> "Result":
         """From what `asdict` gave."""
         fields = {key: value for key, value in data.items() if key not in ("format_version", "asked")}
-        rows = tuple(Row(**{**row, "windows": tuple(row["windows"])}) for row in fields.pop("rows"))
+        rows = tuple(Row.from_json(row) for row in fields.pop("rows"))
         return cls(**{**fields, "rows": rows, "players": tuple(fields["players"])})
 
 
@@ -219,9 +225,7 @@ def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits:
         device=values["device"],
         granularity=values["granularity"],
     )
-    # Searches that learn from what is measured are to know nothing that other methods found for them.
-    methods = sorted(values["methods"], key=lambda method: method not in LEARNERS)
-    return Case(config, tuple(values["budgets"]), tuple(methods), tuple(values["seeds"]), values["label"])
+    return Case(config, tuple(values["budgets"]), tuple(values["methods"]), tuple(values["seeds"]), values["label"])
 
 
 def _beside(path: Path, name: str) -> str:
@@ -304,6 +308,7 @@ def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCa
 def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
     """All methods on an open workbench."""
     config, budgets = bench.config, [Budget.parse(budget) for budget in case.budgets]
+    begin_with_nothing(bench, case.methods, budgets)
     plans = [measure(bench, plan) for method in case.methods for plan in plans_on(bench, method, budgets)]
     groups: list[tuple[str, str | None, int, Assignments]] = list(_references(bench, budgets))
     groups += [

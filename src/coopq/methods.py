@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -392,15 +393,33 @@ def _known_at_start(bench: Workbench, journal: Journal, method: str, setting: Se
 
     It is written down at the first start: what was measured since is replayed, not known.
     """
-    path = bench.folder.path / "searches.json"
-    begun: dict[str, tuple[int, str]] = read_json(path) if path.is_file() else {}
-    name = f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.path.name}"
-    known, digest = begun.get(name, (0, ""))
+    path, begun = _begun(bench)
+    known, digest = begun.get(name := _search_name(method, setting, journal), (0, ""))
     if digest != _digest(journal, known):  # never begun, or the journal is another one by now
         known = len(journal)
         begun[name] = known, _digest(journal, known)
         write_json(path, begun)
     return known
+
+
+def begin_with_nothing(bench: Workbench, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
+    """Let searches that have not begun know nothing of what others have measured, as where methods are compared."""
+    setting = _setting(bench, budgets)
+    with bench.calibration_game("comparing on the calibration set") as game:
+        path, begun = _begun(bench)
+        for method in (method for method in methods if method in LEARNERS):
+            begun.setdefault(_search_name(method, setting, game.journal), (0, _digest(game.journal, 0)))
+        write_json(path, begun)
+
+
+def _begun(bench: Workbench) -> tuple[Path, dict[str, tuple[int, str]]]:
+    """The file of what searches knew when they began, and what it holds: number of losses, and their digest."""
+    path = bench.folder.path / "searches.json"
+    return path, read_json(path) if path.is_file() else {}
+
+
+def _search_name(method: str, setting: Setting, journal: Journal) -> str:
+    return f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.path.name}"
 
 
 def _digest(journal: Journal, n: int) -> str:

@@ -13,7 +13,7 @@ SHARES = (1 / 16, 1 / 4, 1.0)
 """Share of the sequences that each stage of a selection measures."""
 _SURVIVORS = (8, 2, 1)
 """What each stage leaves; the parent enters the last one."""
-_GENERATIONS = 50
+_GENERATIONS = 25
 _OFFSPRING = 32
 
 
@@ -31,7 +31,7 @@ class Evolution:
         share: Share of the sequences that the losses of what was proposed last are to be of.
         measured: What was measured on all sequences.
 
-    Source: Sieberling et al., EvoPress, 2024 (arXiv 2410.14649). Choices here: 50 generations of 32, survivors 8, 2 and
+    Source: Sieberling et al., EvoPress, 2024 (arXiv 2410.14649). Choices here: 25 generations of 32, survivors 8, 2 and
     1 on a sixteenth, a quarter and all of the sequences, where theirs are more and vary with the model; the first
     sequences at every generation, not a new sample; the loss, not the divergence from full precision.
     """
