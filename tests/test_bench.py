@@ -82,6 +82,10 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
         "zd",
     }
     report = (out / "report.md").read_text()
+    both = [by_name["coopq", budget].nll for budget in ("2.5avg", "3avg")]
+    seed1 = {(row.method, row.budget): row.nll for row in results[1].rows}
+    mean = [np.exp((nll + seed1["coopq", budget]) / 2) for nll, budget in zip(both, ("2.5avg", "3avg"), strict=True)]
+    assert f"| stories260k-rtn-2-4 | coopq | {mean[0]:,.2f} | {mean[1]:,.2f} |  |  |" in report
     assert "## stories260k-rtn-2-4" in report
     for line in report.splitlines():
         if line.startswith("!["):

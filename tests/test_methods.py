@@ -41,7 +41,9 @@ def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path)
         assert plan.evidence is not None
         assert plan.evidence.stderr is not None
         assert 0 <= plan.layer_forwards <= plan.layer_forwards_unshared
-        assert plan.layer_forwards > 0 or method in ("regression", "zd", "zd-two-sided", "first-last"), "these measure nothing new"
+        assert plan.layer_forwards > 0 or method in ("regression", "zd", "zd-two-sided", "first-last"), (
+            "these measure nothing new"
+        )
         if method in ("active", "exact"):
             assert plan.measured_loss == optimum, "32 assignments are searched wholly"
             assert plan.evidence.probability is not None

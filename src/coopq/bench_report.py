@@ -35,6 +35,8 @@ _COLUMNS = (
     "perplexity",
 )
 _REFERENCES = ("full precision", "uniform", "random")
+_RANGES = ((2.0, 2.5), (2.5, 3.0), (3.0, 3.5), (3.5, 4.0))
+"""Average bits as the paper's tables group them: above the first number, up to the second."""
 _PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel")
 
 
@@ -123,6 +125,7 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
     lines += ["", "## The paper's method against its baselines", "", *_against(of_all, "coopq", PAPER_BASELINES)]
     others = [method for method in methods if method != "active"]
     lines += ["", "## The active search against everything else", "", *_against(of_all, "active", others)]
+    lines += ["", "## In the form of the paper's tables", "", *_paper_form(bench, of_all)]
     lines += ["", "## Who beats whom", "", *_wins(of_all, methods)]
     for case in bench.cases:
         of_case = [result for result in results if result.case == case.name]
@@ -209,6 +212,36 @@ def _against(of_all: Sequence[Cell], ours: str, others: Sequence[str]) -> Iterat
             f"| {cell.case} | {cell.budget} | {np.exp(cell.nll(ours)):,.2f} | {best} | {np.exp(cell.nll(best)):,.2f} "
             f"| {change:+.1f} % ({least:+.1f} to {most:+.1f}) |"
         )
+
+
+def _paper_form(bench: Bench, of_all: Sequence[Cell]) -> Iterator[str]:
+    """Perplexity by range of average bits, of the paper's method and its baselines, at 2 and 4 bits."""
+    cases = [case for case in bench.cases if (case.config.low, case.config.high) == (2, 4)]
+    methods = ("coopq", *PAPER_BASELINES, "active")
+    rows = [
+        (case.name, method, [_in_range(of_all, case.name, method, bits) for bits in _RANGES])
+        for case in cases
+        for method in methods
+    ]
+    yield "Perplexity at 2 and 4 bits; of several budgets in a range, the geometric mean."
+    yield ""
+    yield f"| case | method | {' | '.join(f'{low + 0.01:.2f} to {high:g}' for low, high in _RANGES)} |"
+    yield f"| --- | --- |{' --- |' * len(_RANGES)}"
+    for name, method, found in rows:
+        if any(nll is not None for nll in found):
+            shown = ("" if nll is None else f"{np.exp(nll):,.2f}" for nll in found)
+            yield f"| {name} | {method} | {' | '.join(shown)} |"
+
+
+def _in_range(of_all: Sequence[Cell], case: str, method: str, bits: tuple[float, float]) -> float | None:
+    """Mean loss over the budgets of a case in a range of average bits; None without any."""
+    found = [
+        cell.nll(method)
+        for cell in of_all
+        if cell.case == case and method in cell.windows and cell.budget.endswith("avg")
+        if bits[0] < float(cell.budget.removesuffix("avg")) <= bits[1]
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def wins(of_all: Sequence[Cell], methods: Sequence[str]) -> npt.NDArray[np.float64]:
