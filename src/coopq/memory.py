@@ -96,8 +96,8 @@ class Footprint:
 
     @property
     def hosted(self) -> int:
-        """What is needed on a GPU whose blocks stay on the host: room for one, and for how far both widths move it."""
-        return self.total - self.bank - self.blocks + 3 * self.largest_block
+        """What is needed on a GPU whose blocks stay on the host: room for one, and for what gradients or moves take."""
+        return self.total - self.bank - self.blocks + 2 * self.largest_block
 
     def is_hosted(self, free: int | None) -> bool:
         """Whether the blocks have to stay on the host."""

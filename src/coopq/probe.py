@@ -148,7 +148,6 @@ class Probe:
         starts = np.cumsum([0, *(len(batch) for batch in engine.batches)])
         for block, members in reversed(list(enumerate(engine.members))):
             self.layer_forwards += 5  # forward, gradient of the states, and two products for each weight
-            deltas = self._deltas(members)
             with engine.placed(block):
                 for j, leaf in enumerate(states.pop()):
                     leaf = leaf.detach().requires_grad_()
@@ -157,21 +156,13 @@ class Probe:
                     outputs = [of_layer for _, of_layer in seen.values()]
                     upstream[j], *gradients = torch.autograd.grad(output, [leaf, *outputs], upstream[j])
                     of_output = dict(zip(seen, gradients, strict=True))
-                    for player, row, name, delta in deltas:
-                        moved = functional.linear(seen[name][0], delta)
-                        total = term(moved, of_output[name]).flatten(1).double().sum(dim=1)
-                        sums[row, player, starts[j] : starts[j + 1]] += total.cpu().numpy()
+                    for player, (row, bits) in product(members, enumerate((self.low, self.high))):
+                        for name, weight in self.weights(player).items():
+                            delta = (self.quantized(player, bits)[name] - weight).to(seen[name][0].device)
+                            moved = functional.linear(seen[name][0], delta)
+                            total = term(moved, of_output[name]).flatten(1).double().sum(dim=1)
+                            sums[row, player, starts[j] : starts[j + 1]] += total.cpu().numpy()
         return sums
-
-    def _deltas(self, members: Sequence[int]) -> list[tuple[int, int, str, Tensor]]:
-        """Player, 0 or 1 for the low or the high width, name and Q_b(W) - W of the linear layers of some players."""
-        device = self._engine.embedded[0].device
-        return [
-            (player, row, name, (quantized[name] - weight).to(device))
-            for player in members
-            for row, quantized in enumerate(self.quantized(player, bits) for bits in (self.low, self.high))
-            for name, weight in self.weights(player).items()
-        ]
 
     def traces(self, n_samples: int, seed: int) -> dict[str, float]:
         """Traces of the Hessian of the mean loss by the weights of each linear layer, by name, as Hutchinson estimates.
