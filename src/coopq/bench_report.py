@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -146,23 +146,13 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
 
 def _provenance(bench: Bench) -> list[str]:
     judged = "all" if bench.judge_tokens is None else f"the first {bench.judge_tokens:,}"
-    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if _is_installed(name))
+    packages = ", ".join(f"{of.name} {of.version}" for name in _PACKAGES for of in distributions(name=name))
     return [
         f"Judged on {judged} tokens of the WikiText-2 test split in windows of {bench.judge_length}, which no method",
         "sees. Intervals: 95 %, paired bootstrap over windows, of the mean over seeds. Cost: layer forwards for all",
         "budgets of a case together, prefixes shared, in forwards of the whole model over the calibration tokens.",
         f"{packages}.",
     ]
-
-
-def _is_installed(name: str) -> bool:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _summary(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:

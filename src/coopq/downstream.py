@@ -129,10 +129,11 @@ def _from_file(path: Path) -> dict[str, Any]:
             fields = json.loads(file.readline())
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as lines of JSON: {error}") from error
-    form = _FORMS.get(frozenset(fields)) if isinstance(fields, dict) else None
+    names = sorted(fields) if isinstance(fields, dict) else []
+    form = _FORMS.get(frozenset(names))
     if form is None:
         forms = "; ".join(", ".join(sorted(form)) for form in _FORMS)
-        raise RunError(f"{path}: lines with {', '.join(sorted(fields))} are of no known form; write {forms}")
+        raise RunError(f"{path}: lines with {', '.join(names) or 'no names'} are of no known form; write {forms}")
     metrics = ["acc", "acc_norm"] if "query" in fields else ["acc"]
     return {
         "task": path.stem,

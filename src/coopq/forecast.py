@@ -14,7 +14,7 @@ from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
 from coopq.estimators import SPQE, Evolution, Search, Setting, run_estimator, run_evolution
 from coopq.estimators.active import descent, most_points
-from coopq.game import Meter
+from coopq.game import Meters
 from coopq.memory import Footprint, free_memory
 from coopq.methods import SEARCHES
 from coopq.models import load_model, pick_device
@@ -151,20 +151,13 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
 def _played(search: Search, blocks: list[int], n_sequences: int) -> Work:
     """What a search takes on a synthetic game, those on some of the sequences by their share."""
     n = len(blocks)
-    meters: dict[int, Meter] = {}
-
-    def game_of(share: float) -> Meter:
-        meter = Meter(SyntheticGame(n, "quadratic", 0), blocks, np.zeros((0, n), dtype=np.int8))
-        return meters.setdefault(max(1, round(share * n_sequences)), meter)
-
+    game = SyntheticGame(n, "quadratic", 0)
+    meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, n), dtype=np.int8))
     if isinstance(search, Evolution):
-        run_evolution(search, game_of)
+        run_evolution(search, meters)
     else:
-        run_estimator(search, game_of(1.0))
-    return Work(
-        round(sum(some * meter.layer_forwards for some, meter in meters.items()) / n_sequences),
-        round(sum(some * meter.evaluations for some, meter in meters.items()) / n_sequences),
-    )
+        run_estimator(search, meters(1.0))
+    return Work(round(meters.layer_forwards), round(meters.evaluations))
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

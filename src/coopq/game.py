@@ -1,6 +1,6 @@
 """The quantization game: losses by assignment, measured once and journalled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -106,3 +106,40 @@ class Meter:
             self.layer_forwards += prefix_tree_size(np.array(new), self._blocks)
             self.evaluations += len(new)
         return self._game(assignments)
+
+
+class Meters:
+    """Meters of a game on more and less of its sequences; what each counts is taken by its share of them.
+
+    Args:
+        game_of: The game on a number of sequences.
+        n_sequences: All of them.
+        blocks: As in `Meter`.
+        known: Likewise.
+    """
+
+    def __init__(
+        self, game_of: Callable[[int], Game], n_sequences: int, blocks: Sequence[int], known: Assignments
+    ) -> None:
+        self._game_of = game_of
+        self._n_sequences = n_sequences
+        self._blocks = blocks
+        self._known = known
+        self._meters: dict[int, Meter] = {}
+
+    def __call__(self, share: float) -> Meter:
+        """The game on a share of the sequences, at least one."""
+        n = max(1, round(share * self._n_sequences))
+        if n not in self._meters:
+            self._meters[n] = Meter(self._game_of(n), self._blocks, self._known)
+        return self._meters[n]
+
+    @property
+    def layer_forwards(self) -> float:
+        """Block forwards, in those over all sequences."""
+        return sum(n * meter.layer_forwards for n, meter in self._meters.items()) / self._n_sequences
+
+    @property
+    def evaluations(self) -> float:
+        """Assignments measured, likewise."""
+        return sum(n * meter.evaluations for n, meter in self._meters.items()) / self._n_sequences

@@ -1,7 +1,6 @@
 """Every way from a budget to a plan, by name, on an open workbench."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 
 from coopq.allocate import allocate, near_optimum
 from coopq.baselines import BASELINES, PAPER_BASELINES, Gains, fisher, get_baseline
+from coopq.beginnings import Beginnings
 from coopq.engine import prefix_tree_size
 from coopq.errors import EstimationError, InfeasibleBudget, hint
 from coopq.estimators import (
@@ -34,8 +34,7 @@ from coopq.estimators import (
 from coopq.estimators.exact import check_enumerable
 from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
-from coopq.game import Meter
-from coopq.journal import Journal
+from coopq.game import Meter, Meters
 from coopq.plan import WALK_METHODS, Plan, capacity_of, plan_budget, plan_gains, plan_search
 from coopq.probe import Probe
 from coopq.program import QuadraticProgram, local_optima
@@ -236,11 +235,12 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
         _starts(bench, budgets) if method == "active" else (setting.assignments(np.zeros((0, 0), bool)), 0)
     )
     with bench.screening_game(f"searching, {method}") as game:
-        knows = _known_at_start(bench, game.journal, method, setting) if method in LEARNERS else 0
+        name = _search_name(method, setting, game.journal.path)
+        knows = Beginnings(bench.folder.path).known(name, game.journal) if method in LEARNERS else 0
         known = game.journal.first(knows)
-        search, forwards, evaluations = _run(bench, SEARCHES[method](setting, known, starts), game, known[0])
-    layer_forwards = scoring + round(forwards * bench.screening_share)
-    unshared = scoring + round(evaluations * bench.screening_share) * len(set(blocks))
+        search, meters = _run(bench, SEARCHES[method](setting, known, starts), game, known[0])
+    layer_forwards = scoring + round(meters.layer_forwards * bench.screening_share)
+    unshared = scoring + round(meters.evaluations * bench.screening_share) * len(set(blocks))
     ranked = {c: _ranked(setting, search, c) for c in setting.capacities}
     if bench.screening_share < 1:
         n_finalists = 1 if method in BELIEVERS else _FINALISTS
@@ -270,28 +270,20 @@ def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_li
     return plans
 
 
-def _run(bench: Workbench, search: Search, game: Game, known: Assignments) -> tuple[Search, float, float]:
-    """Run a search; what it took, layer forwards and losses, those on some of the sequences by their share."""
-    blocks = [player.block for player in bench.players]
-    if not isinstance(search, Evolution):
-        meter = Meter(game, blocks, known)
-        return run_estimator(search, meter), meter.layer_forwards, meter.evaluations
+def _run(bench: Workbench, search: Search, game: Game, known: Assignments) -> tuple[Search, Meters]:
+    """Run a search; the meters of what it took."""
     with ExitStack() as stack:
-        meters: dict[int, Meter] = {}
 
-        def game_of(share: float) -> Meter:
-            n = max(1, round(share * bench.n_screening))
-            if n not in meters:
-                part = bench.first_sequences(n, "searching, evopress")
-                meters[n] = Meter(game if n == bench.n_screening else stack.enter_context(part), blocks, known)
-            return meters[n]
+        def game_of(n: int) -> Game:
+            part = bench.first_sequences(n, "searching, evopress")
+            return game if n == bench.n_screening else stack.enter_context(part)
 
-        run_evolution(search, game_of)
-    forwards, evaluations = (
-        sum(n * getattr(meter, what) for n, meter in meters.items()) / bench.n_screening
-        for what in ("layer_forwards", "evaluations")
-    )
-    return search, forwards, evaluations
+        meters = Meters(game_of, bench.n_screening, [player.block for player in bench.players], known)
+        if isinstance(search, Evolution):
+            run_evolution(search, meters)
+        else:
+            run_estimator(search, meters(1.0))
+    return search, meters
 
 
 def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None = None) -> Plan:
@@ -306,7 +298,8 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
     whole, blocks = _setting(bench, []), [player.block for player in bench.players]
     low, high = 0, int(whole.costs.sum())
     with bench.calibration_game("searching the smallest size") as game:
-        known = game.journal.first(_known_at_start(bench, game.journal, f"at most {max_loss}", whole))
+        name = _search_name(f"at most {max_loss}", whole, game.journal.path)
+        known = game.journal.first(Beginnings(bench.folder.path).known(name, game.journal))
         meter, measured = Meter(game, blocks, known[0]), Measured(whole)
         measured.add(*known)
         ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_players, axis=1))
@@ -388,40 +381,12 @@ def _solving(bench: Workbench, method: str, budgets: Sequence[Budget]) -> Iterat
     bench.progress(f"solving the program, {method}", len(budgets), len(budgets))
 
 
-def _known_at_start(bench: Workbench, journal: Journal, method: str, setting: Setting) -> int:
-    """Number of losses in the journal when this very search began; a search that goes on must not learn its own first.
-
-    It is written down at the first start: what was measured since is replayed, not known.
-    """
-    path, begun = _begun(bench)
-    known, digest = begun.get(name := _search_name(method, setting, journal), (0, ""))
-    if digest != _digest(journal, known):  # never begun, or the journal is another one by now
-        known = len(journal)
-        begun[name] = known, _digest(journal, known)
-        write_json(path, begun)
-    return known
-
-
 def begin_with_nothing(bench: Workbench, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
     """Let searches that have not begun know nothing of what others have measured, as where methods are compared."""
-    setting = _setting(bench, budgets)
-    with bench.calibration_game("comparing on the calibration set") as game:
-        path, begun = _begun(bench)
-        for method in (method for method in methods if method in LEARNERS):
-            begun.setdefault(_search_name(method, setting, game.journal), (0, _digest(game.journal, 0)))
-        write_json(path, begun)
+    setting, path = _setting(bench, budgets), bench.folder.journal
+    for method in (method for method in methods if method in LEARNERS):
+        Beginnings(bench.folder.path).from_nothing(_search_name(method, setting, path))
 
 
-def _begun(bench: Workbench) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """The file of what searches knew when they began, and what it holds: number of losses, and their digest."""
-    path = bench.folder.path / "searches.json"
-    return path, read_json(path) if path.is_file() else {}
-
-
-def _search_name(method: str, setting: Setting, journal: Journal) -> str:
-    return f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.path.name}"
-
-
-def _digest(journal: Journal, n: int) -> str:
-    """A hash of the first n assignments of a journal."""
-    return hashlib.blake2b(np.ascontiguousarray(journal.first(n)[0]).tobytes(), digest_size=16).hexdigest()
+def _search_name(method: str, setting: Setting, journal: Path) -> str:
+    return f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.name}"

@@ -1,0 +1,55 @@
+"""What several commands ask for: types of the command line's arguments and options, with their help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
+Budget_ = Annotated[
+    str | None, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
+]
+Granularity = Annotated[str, typer.Option(help="What gets a width of its own: block, or linear (layer).")]
+Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
+METHOD_HELP = (
+    "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
+    "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "
+    "fisher, llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation, first-last, hawq, auto-quantize, "
+    "auto-quantize-kl."
+)
+Method = Annotated[str, typer.Option(help=METHOD_HELP)]
+GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
+ActOrder = Annotated[
+    bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
+]
+Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="gptq: zero points in the middle.")]
+Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
+Permutations = Annotated[
+    int, typer.Option(help="Random walks to measure, for methods that walk; more can be added to a run later.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of the walks, or of the search.")]
+Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, hub:NAME or hub:NAME:CONFIG.")]
+CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
+ScreenTokens = Annotated[
+    int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ..., or 'sharded': over all GPUs.")]
+Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds for the solver. (default: until proven; a quarter of a minute where only surrogates are solved)"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="Measure on a Ray cluster: its address, 'auto' for this machine's, 'local' to start one here."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Workers on the cluster. (default: one a GPU, or one a CPU core)")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
