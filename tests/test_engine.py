@@ -94,6 +94,16 @@ def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
         torch.testing.assert_close(engine.head(states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_states_of_all_batches_lie_in_one_piece_that_holds_nothing_else(tmp_path: Path) -> None:
+    model = tiny_model(next(iter(CONFIGS)))
+    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
+    engine.record()
+    for states in (engine.embedded, engine.forward_block(0, engine.embedded)):
+        assert [len(batch) for batch in states] == [12, 8]
+        (piece,) = {batch.untyped_storage().data_ptr(): batch.untyped_storage() for batch in states}.values()
+        assert piece.nbytes() == sum(batch.nbytes for batch in states)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_players_hold_every_linear_layer_of_the_blocks_and_no_other(name: str) -> None:
     model = tiny_model(name)

@@ -4,9 +4,10 @@ The hidden state after block d depends only on the bits of the players in blocks
 order are a depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ class PrefixEngine:
             self.members[player.block].append(index)
         ids = torch.from_numpy(tokens).to(model.device)
         self.batches = ids.split(batch_size(model.device.type, tokens.shape[1]))
+        self._sizes = [len(batch) for batch in self.batches]
         self.embedded: list[Tensor] = []
         self._calls: list[list[_Call]] = []
 
@@ -198,7 +200,7 @@ class PrefixEngine:
     def forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
         """States after block d from those before it, batch by batch."""
         with self.placed(d):
-            return [self.call_block(d, j, states) for j, states in enumerate(hidden)]
+            return _together((self.call_block(d, j, states) for j, states in enumerate(hidden)), self._sizes)
 
     def call_block(self, d: int, j: int, states: Tensor) -> Tensor:
         """States of batch j after block d, called as the model itself does."""
@@ -294,7 +296,7 @@ class PrefixEngine:
         if self._calls:
             return False
         recorded = [self._record(batch) for batch in self.batches]
-        self.embedded = [embedded for embedded, _ in recorded]
+        self.embedded = _together([embedded for embedded, _ in recorded], self._sizes)
         self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
         return True
 
@@ -318,6 +320,23 @@ class PrefixEngine:
             for handle in handles:
                 handle.remove()
         return embedded[0], calls
+
+
+def _together(batches: Iterable[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Batches, each of shape (size, length, width), in one piece of memory.
+
+    Hidden states outlive the batch that made them. Pieces of a batch each, with what comes and goes within a block
+    allocated between them, leave holes that the C library does not give back.
+    """
+    made = iter(batches)
+    first = next(made)
+    if len(sizes) == 1:
+        return [first]
+    whole = first.new_empty((sum(sizes), *first.shape[1:]))
+    pieces = list(whole.split(list(sizes)))
+    for piece, states in zip(pieces, chain([first], made), strict=True):
+        piece.copy_(states)
+    return pieces
 
 
 def _pass_on(returns_tuple: bool) -> Callable[..., Any]:
