@@ -136,6 +136,7 @@ class PrefixEngine:
         """Each assignment, its states after the last block, and the block forwards spent since the one before."""
         depth = len(self._blocks)
         hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
+        room: list[list[Tensor] | None] = [None] * depth
         previous: Assignment | None = None
         for assignment, without in zip(unique, left_out, strict=True):
             first = 0 if previous is None else self._first_block(assignment, previous)
@@ -145,7 +146,7 @@ class PrefixEngine:
                     continue
                 self._set(d, assignment[self.members[d]])
                 with self.fast(d):
-                    hidden[d + 1] = self.forward_block(d, hidden[d])
+                    hidden[d + 1] = room[d] = self.forward_block(d, hidden[d], room[d])
             yield assignment, hidden[depth], int((~without[first:]).sum())
             previous = assignment
 
@@ -197,10 +198,16 @@ class PrefixEngine:
             )
 
     @torch.no_grad()
-    def forward_block(self, d: int, hidden: list[Tensor]) -> list[Tensor]:
-        """States after block d from those before it, batch by batch."""
+    def forward_block(self, d: int, hidden: list[Tensor], room: list[Tensor] | None = None) -> list[Tensor]:
+        """States after block d from those before it, batch by batch.
+
+        Args:
+            d: The block.
+            hidden: The states before it, by batch, each of shape (n, length, width).
+            room: What an earlier call gave and nobody needs any more: it is written over, for new memory is slow.
+        """
         with self.placed(d):
-            return _together((self.call_block(d, j, states) for j, states in enumerate(hidden)), self._sizes)
+            return _together((self.call_block(d, j, states) for j, states in enumerate(hidden)), self._sizes, room)
 
     def call_block(self, d: int, j: int, states: Tensor) -> Tensor:
         """States of batch j after block d, called as the model itself does."""
@@ -288,7 +295,8 @@ class PrefixEngine:
         """What `clock` says of one block and of the head with the loss, over all tokens."""
         self.record()
         with self.placed(0), self.fast(0):
-            block = clock(lambda: self.forward_block(0, self.embedded))
+            room = self.forward_block(0, self.embedded)
+            block = clock(lambda: self.forward_block(0, self.embedded, room))
         return block, clock(lambda: self.losses(self.embedded))
 
     def record(self) -> bool:
@@ -322,7 +330,7 @@ class PrefixEngine:
         return embedded[0], calls
 
 
-def _together(batches: Iterable[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+def _together(batches: Iterable[Tensor], sizes: Sequence[int], room: list[Tensor] | None = None) -> list[Tensor]:
     """Batches, each of shape (size, length, width), in one piece of memory.
 
     Hidden states outlive the batch that made them. Pieces of a batch each, with what comes and goes within a block
@@ -332,8 +340,7 @@ def _together(batches: Iterable[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     first = next(made)
     if len(sizes) == 1:
         return [first]
-    whole = first.new_empty((sum(sizes), *first.shape[1:]))
-    pieces = list(whole.split(list(sizes)))
+    pieces = room or list(first.new_empty((sum(sizes), *first.shape[1:])).split(list(sizes)))
     for piece, states in zip(pieces, chain([first], made), strict=True):
         piece.copy_(states)
     return pieces
