@@ -93,7 +93,7 @@ def test_the_cost_is_that_of_the_prefix_trees_of_chunks() -> None:
         def _first_block(self, assignment: Any, previous: Any) -> int:
             return int(np.argmax(assignment != previous))
 
-        def forward_block(self, d: int, hidden: Any) -> Any:
+        def forward_block(self, d: int, hidden: Any, room: Any = None) -> Any:
             self.calls += 1
             return hidden
 
