@@ -30,7 +30,7 @@ from coopq.estimators import (
     Search,
     Setting,
     run_estimator,
-    run_evolution,
+    run_search,
 )
 from coopq.estimators.evolution import SHARES
 from coopq.program import QuadraticProgram, local_optima, paper_program, random_fill
@@ -130,7 +130,7 @@ def by_search(setting: Setting, game: Game, *, make: Callable[[Setting], Search]
 
 def by_evolution(setting: Setting, game: Counted) -> Choose:
     """EvoPress. These games have no sequences: a loss on some of them is exact, and costs their share."""
-    return run_evolution(Evolution(setting), {share: game.part(share) for share in SHARES}.__getitem__).choose
+    return run_search(Evolution(setting), {share: game.part(share) for share in SHARES}.__getitem__).choose
 
 
 METHODS: dict[str, Callable[[Setting, Counted], Choose]] = {

@@ -17,7 +17,7 @@ from coopq.estimators import (
     Search,
     Setting,
     run_estimator,
-    run_evolution,
+    run_search,
 )
 from coopq.program import random_fill
 from coopq.surrogate import fit_surrogates
@@ -199,9 +199,9 @@ def test_evolution_selects_on_more_and_more_sequences() -> None:
 
         return play
 
-    search = run_evolution(Evolution(setting), game_of)  # type: ignore[arg-type]
+    search = run_search(Evolution(setting), game_of)  # type: ignore[arg-type]
     assert asked == {1 / 16: 26 * 2 * 32, 1 / 4: 26 * 2 * 8, 1.0: 26 * 2 * 2 + 25 * 2}
     assert (search.measured.losses == full(search.measured.known()[0])).all(), "none of what was seen in part"
-    exact = run_evolution(Evolution(setting), lambda _: full)
+    exact = run_search(Evolution(setting), lambda _: full)
     for capacity in setting.capacities:
         assert full(exact.choose(capacity)[None])[0] == pytest.approx(optimum(full, setting, capacity), rel=1e-9)

@@ -1,19 +1,15 @@
 """The command line: one function for each command; the work is done elsewhere."""
 
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Group
-from rich.text import Text
 
-from coopq.errors import BudgetError, CalibrationError, CoopQError, EstimationError, RunError
-from coopq.files import write_json
+from coopq.errors import BudgetError, CoopQError, RunError
 from coopq.journal import Journal
+from coopq.judging import bench, compare, evaluate
 from coopq.options import (
-    METHOD_HELP,
     ActOrder,
     Alpha,
     Backend,
@@ -38,12 +34,13 @@ from coopq.options import (
     TimeLimit,
     Tokens,
     Workers,
+    calibration_config,
+    ray_config,
+    screened,
+    two_widths,
 )
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
-    accuracy_table,
-    comparison_table,
-    evaluation_data,
     forecast_data,
     plan_data,
     plan_summary,
@@ -53,12 +50,9 @@ from coopq.report import (
     show_plan,
     show_run,
 )
-from coopq.run import CalibrationConfig, RunConfig, RunFolder
+from coopq.run import RunConfig, RunFolder
 from coopq.storage import Budget
 from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries, show_log
-
-if TYPE_CHECKING:  # it imports torch
-    from coopq.distributed import RayConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,12 +100,12 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
-    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    widths = _bits(bits)
+    texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
+    widths = two_widths(bits)
     config = RunConfig(
         model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
-    config = _screened(config, screen_tokens)
+    config = screened(config, screen_tokens)
     from coopq import pipeline
 
     quiet_libraries()
@@ -126,7 +120,7 @@ def quantize(
             alpha=alpha,
             time_limit=time_limit,
             progress=progress,
-            ray=_ray(ray_address, workers),
+            ray=ray_config(ray_address, workers),
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     print_result(plan_data(plan) | {"out": str(out)}, text, as_json)
@@ -158,8 +152,8 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    widths = _bits(bits)
+    texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
+    widths = two_widths(bits)
     config = RunConfig(
         model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
     )
@@ -176,7 +170,7 @@ def estimate(
 
     quiet_libraries()
     with progress_bars() as progress:
-        estimation = pipeline.estimate(config, run, progress, ray=_ray(ray_address, workers))
+        estimation = pipeline.estimate(config, run, progress, ray=ray_config(ray_address, workers))
     measured, spent = Journal.peek(RunFolder(run).journal)
     print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
 
@@ -234,140 +228,6 @@ def apply(
 
 
 @app.command()
-def compare(
-    model: Model,
-    budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
-    run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"May be given several times. (default: the usual ones) {METHOD_HELP}")
-    ] = None,
-    granularity: Granularity = "block",
-    backend: Backend = "rtn",
-    group_size: GroupSize = None,
-    act_order: ActOrder = None,
-    symmetric: Symmetric = None,
-    bits: Bits = "2,4",
-    permutations: Permutations = 25,
-    seed: Seed = 0,
-    calibration: Calibration = "c4",
-    calibration_seed: CalibrationSeed = 0,
-    tokens: Tokens = 8192,
-    sequence_length: Length = 512,
-    screen_tokens: ScreenTokens = None,
-    judge_tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2 (default: all)")] = None,
-    judge_length: Annotated[int, typer.Option(help="Tokens of a WikiText-2 window.")] = 2048,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Searches and baselines at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
-    texts = _calibration(calibration, tokens, sequence_length, calibration_seed)
-    widths = _bits(bits)
-    config = RunConfig(
-        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
-    )
-    config = _screened(config, screen_tokens)
-    from coopq import evaluate as work
-    from coopq.figure import check_plotting, save_comparison
-
-    check_plotting()
-    quiet_libraries()
-    with progress_bars() as progress:
-        rows = work.compare(
-            config,
-            budget,
-            run,
-            length=judge_length,
-            max_tokens=judge_tokens,
-            methods=method or work.COMPARED,
-            progress=progress,
-        )
-    text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
-    data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
-    write_json(run / "comparison.json", data)
-    title = f"{model}, {backend}, {config.low} and {config.high} bits by {granularity}: {text}"
-    files = save_comparison(rows, title, run / "comparison")
-    saved = ", ".join(map(str, [run / "comparison.json", *files]))
-    print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
-
-
-@app.command()
-def bench(
-    config: Annotated[Path, typer.Argument(help="A TOML file of models, backends, widths, budgets, methods, seeds.")],
-    out: Annotated[Path, typer.Option(help="Folder of the work and of the report.")],
-    as_json: Json = False,
-) -> None:
-    """Methods side by side over models, backends, budgets and seeds: tables, figures, intervals. Resumes."""
-    from coopq import bench as work
-    from coopq.bench_report import save_report
-    from coopq.figure import check_plotting
-
-    check_plotting()
-    quiet_libraries()
-    asked = work.read_bench(config)
-    with progress_bars() as progress:
-        results = work.run_bench(asked, out, progress)
-    files = [str(path) for path in save_report(asked, results, out)]
-    print_result({"files": files, "results": [asdict(result) for result in results]}, "\n".join(files), as_json)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A folder saved by coopq, or any model as for quantize.")],
-    tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2. (default: all)")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    comparison: Annotated[
-        bool, typer.Option("--compare/--no-compare", help="Compare a saved model with what else its budget buys.")
-    ] = True,
-    run: Annotated[Path | None, typer.Option(help="Run folder of the saved model. (default: MODEL-run)")] = None,
-    source: Annotated[str | None, typer.Option(help="Where the full-precision model is now.")] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(help="Zero-shot accuracy at a task of lm-eval, or of a .jsonl file; instead of perplexity."),
-    ] = None,
-    task_limit: Annotated[
-        int | None, typer.Option(help="Only the first questions of each task. (default: all)")
-    ] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """WikiText-2 perplexity; for a saved model also of full precision, uniform widths and random assignments."""
-    from coopq import evaluate as work
-    from coopq.checkpoint import is_saved_model
-    from coopq.downstream import evaluate_tasks
-    from coopq.pipeline import default_run
-
-    quiet_libraries()
-    rows = []
-    folder = Path(model)
-    options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "device": device}
-    if task:
-        with progress_bars() as progress:
-            accuracies = evaluate_tasks(model, task, task_limit, device=device, progress=progress)
-        print_result([asdict(of) for of in accuracies], accuracy_table(accuracies, model), as_json)
-        return
-    with progress_bars() as progress:
-        if is_saved_model(folder):
-            place = run or default_run(folder)
-            evaluation = work.evaluate_saved(folder, place, **options, progress=progress)
-        else:
-            evaluation = work.evaluate_model(model, **options, progress=progress)
-    if not as_json:
-        line = (
-            f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
-            f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
-        )
-        print_result(None, line, as_json)
-    if is_saved_model(folder) and comparison:
-        with progress_bars() as progress:
-            plan = Plan.load(folder / "plan.json")
-            rows = work.compare_plan(plan, place, **options, model=source, progress=progress)
-    table = comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored")
-    if rows or as_json:
-        print_result(evaluation_data(evaluation, rows), table, as_json)
-
-
-@app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A run folder, a plan file, or a saved model.")],
     as_json: Json = False,
@@ -392,37 +252,8 @@ def show(
         print_result(plan_data(plan), show_plan(plan), as_json)
 
 
-def _calibration(source: str, tokens: int, length: int, seed: int) -> CalibrationConfig:
-    if length < 1 or tokens % length:
-        raise CalibrationError(
-            f"--tokens {tokens} is not a multiple of --sequence-length {length}; sequences are never padded"
-        )
-    return CalibrationConfig(source=source, sequences=tokens // length, length=length, seed=seed)
-
-
-def _screened(config: RunConfig, tokens: int | None) -> RunConfig:
-    length = config.calibration.length
-    if tokens is not None and tokens % length:
-        raise CalibrationError(f"--screen-tokens {tokens} is not a multiple of --sequence-length {length}")
-    return replace(config, screening=None if tokens is None else tokens // length)
-
-
-def _ray(address: str | None, workers: int | None) -> "RayConfig | None":
-    if address is None:
-        if workers is not None:
-            raise EstimationError(f"--workers {workers} goes with a cluster; name one with --ray-address")
-        return None
-    from coopq.distributed import RayConfig
-
-    return RayConfig(address, workers)
-
-
-def _bits(text: str) -> tuple[int, int]:
-    try:
-        low, high = sorted(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise EstimationError(f"--bits {text!r} is not two widths; write 2,4 for example") from error
-    return low, high
+for judging in compare, bench, evaluate:
+    app.command()(judging)
 
 
 def main() -> None:

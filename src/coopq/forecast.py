@@ -12,7 +12,7 @@ import torch
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
-from coopq.estimators import SPQE, Evolution, Search, Setting, run_estimator, run_evolution
+from coopq.estimators import SPQE, Search, Setting, run_search
 from coopq.estimators.active import descent, most_points
 from coopq.game import Meters
 from coopq.memory import Footprint, free_memory
@@ -153,10 +153,7 @@ def _played(search: Search, blocks: list[int], n_sequences: int) -> Work:
     n = len(blocks)
     game = SyntheticGame(n, "quadratic", 0)
     meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, n), dtype=np.int8))
-    if isinstance(search, Evolution):
-        run_evolution(search, meters)
-    else:
-        run_estimator(search, meters(1.0))
+    run_search(search, meters)
     return Work(round(meters.layer_forwards), round(meters.evaluations))
 
 

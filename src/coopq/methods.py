@@ -29,7 +29,7 @@ from coopq.estimators import (
     Search,
     Setting,
     run_estimator,
-    run_evolution,
+    run_search,
 )
 from coopq.estimators.exact import check_enumerable
 from coopq.evidence import Evidence
@@ -279,11 +279,7 @@ def _run(bench: Workbench, search: Search, game: Game, known: Assignments) -> tu
             return game if n == bench.n_screening else stack.enter_context(part)
 
         meters = Meters(game_of, bench.n_screening, [player.block for player in bench.players], known)
-        if isinstance(search, Evolution):
-            run_evolution(search, meters)
-        else:
-            run_estimator(search, meters(1.0))
-    return search, meters
+        return run_search(search, meters), meters
 
 
 def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None = None) -> Plan:

@@ -1,9 +1,16 @@
-"""What several commands ask for: types of the command line's arguments and options, with their help."""
+"""What several commands ask for: types of arguments and options with their help, and what their values mean."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from coopq.errors import CalibrationError, EstimationError
+from coopq.run import CalibrationConfig, RunConfig
+
+if TYPE_CHECKING:  # it imports torch
+    from coopq.distributed import RayConfig
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
 Budget_ = Annotated[
@@ -53,3 +60,40 @@ Workers = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
+
+
+def calibration_config(source: str, tokens: int, length: int, seed: int) -> CalibrationConfig:
+    """Calibration text of whole sequences."""
+    if length < 1 or tokens % length:
+        raise CalibrationError(
+            f"--tokens {tokens} is not a multiple of --sequence-length {length}; sequences are never padded"
+        )
+    return CalibrationConfig(source=source, sequences=tokens // length, length=length, seed=seed)
+
+
+def screened(config: RunConfig, tokens: int | None) -> RunConfig:
+    """The same run, with a search that looks at some of the tokens."""
+    length = config.calibration.length
+    if tokens is not None and tokens % length:
+        raise CalibrationError(f"--screen-tokens {tokens} is not a multiple of --sequence-length {length}")
+    return replace(config, screening=None if tokens is None else tokens // length)
+
+
+def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
+    """The cluster, if one is named."""
+    if address is None:
+        if workers is not None:
+            raise EstimationError(f"--workers {workers} goes with a cluster; name one with --ray-address")
+        return None
+    from coopq.distributed import RayConfig
+
+    return RayConfig(address, workers)
+
+
+def two_widths(text: str) -> tuple[int, int]:
+    """The lower and the higher of two widths with a comma between them."""
+    try:
+        low, high = sorted(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise EstimationError(f"--bits {text!r} is not two widths; write 2,4 for example") from error
+    return low, high

@@ -3,7 +3,7 @@
 from coopq.estimators.active import ActiveSearch
 from coopq.estimators.base import Estimator, Known, Measured, Search, Setting, ShapleyEstimate, run_estimator
 from coopq.estimators.cross_layer import CrossLayer
-from coopq.estimators.evolution import Evolution, run_evolution
+from coopq.estimators.evolution import Evolution, run_search
 from coopq.estimators.exact import Enumeration
 from coopq.estimators.greedy import Greedy
 from coopq.estimators.one_shot import OneShot
@@ -26,5 +26,5 @@ __all__ = [
     "Setting",
     "ShapleyEstimate",
     "run_estimator",
-    "run_evolution",
+    "run_search",
 ]

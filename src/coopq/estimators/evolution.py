@@ -1,10 +1,11 @@
 """Evolutionary search: one parent, many offspring, and selection on more and more sequences."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
-from coopq.estimators.base import Measured, Setting
+from coopq.estimators.base import Measured, Search, Setting
 from coopq.program import random_fill
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Game, Losses
@@ -100,13 +101,17 @@ class Evolution:
         return child
 
 
-def run_evolution(evolution: Evolution, game_of: Callable[[float], Game]) -> Evolution:
-    """Measure what is proposed, each on its share of the sequences.
+AnySearch = TypeVar("AnySearch", bound=Search)
+
+
+def run_search(search: AnySearch, game_of: Callable[[float], Game]) -> AnySearch:
+    """Measure what a search proposes, each on the share of the sequences that it asks for: all, if it asks for none.
 
     Args:
-        evolution: The search.
+        search: The search.
         game_of: The game on a share of the sequences.
     """
-    while len(points := evolution.propose()):
-        evolution.learn(points, game_of(evolution.share)(points))
-    return evolution
+    while len(points := search.propose()):
+        share = search.share if isinstance(search, Evolution) else 1.0
+        search.learn(points, game_of(share)(points))
+    return search
