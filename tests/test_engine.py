@@ -147,6 +147,16 @@ def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_
         np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
+def test_what_a_walk_writes_over_is_needed_by_none_of_the_next(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank = build(model, tmp_path)
+    points = np.array(list(itertools.product([REMOVED, 2, 4], repeat=3)), dtype=np.int8)
+    together = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(points)]
+    for point, losses in zip(points, together, strict=True):
+        ((_, alone, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point[None])
+        np.testing.assert_array_equal(losses, alone)
+
+
 def test_a_block_is_removed_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     model = tiny_model("llama")
     engine = PrefixEngine(model, build(model, tmp_path, "linear"), TOKENS)
