@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from by_cpu import write_section
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, batch_size
@@ -85,13 +86,16 @@ def main() -> None:
     loaded = load_model("demo", device="cpu")
     model, players = loaded.model, find_players(loaded.model)
     weights = [model.get_submodule(layer.name).weight.data for layer in players[0].linears]
-    lines = [
+    head = [
         "# Layer forwards against the products in them",
         "",
-        f"Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, {torch.get_num_threads()}",
-        f"threads, sequences of {LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}, torch",
-        f"{torch.__version__}, transformers {transformers.__version__}. Medians of {repeats}; floor: products of the",
-        "linear layers by the faster library, and the two products of attention, of the same shapes in the same run.",
+        "Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, sequences of",
+        f"{LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}. Medians of {repeats}; floor: products of",
+        "the linear layers by the faster library, and the two products of attention, of the same shapes in the same",
+        "run.",
+    ]
+    lines = [
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "| tokens | linear layers by torch, GFLOP/s | by oneDNN | floor, ms | transformers' block, ms | of the floor |"
         " engine's, ms | of the floor | head, ms | whole evaluations / foreseen |",
@@ -109,20 +113,20 @@ def main() -> None:
             floor = min(taken["torch"], taken["oneDNN"]) + taken["attention"]
             room = engine.forward_block(0, engine.embedded)
             plain = seconds(partial(engine.forward_block, 0, engine.embedded, room), repeats)
-            block, head = engine.timed(lambda work: seconds(work, repeats))
+            block, of_head = engine.timed(lambda work: seconds(work, repeats))
             list(engine.evaluate(points[:1]))
             before, start = engine.layer_forwards, time.perf_counter()
             evaluations = sum(1 for _ in engine.evaluate(points))
             whole = time.perf_counter() - start
-            foreseen = (engine.layer_forwards - before) * block + evaluations * head
+            foreseen = (engine.layer_forwards - before) * block + evaluations * of_head
             flops = 2 * ids.size * players[0].n_weights / 1e9
             lines.append(
                 f"| {tokens} | {flops / taken['torch']:.0f} | {flops / taken['oneDNN']:.0f} | {floor * 1e3:.1f} "
                 f"| {plain * 1e3:.1f} | {floor / plain:.0%} | {block * 1e3:.1f} | {floor / block:.0%} "
-                f"| {head * 1e3:.0f} | {whole / foreseen:.2f} |"
+                f"| {of_head * 1e3:.0f} | {whole / foreseen:.2f} |"
             )
             print(lines[-1], flush=True)
-    RESULTS.write_text("\n".join(lines) + "\n")
+    write_section(RESULTS, head, lines)
 
 
 if __name__ == "__main__":

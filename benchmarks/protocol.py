@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from by_cpu import write_section
 from coopq.backends import get_backend
 from coopq.calibration import calibration_set
 from coopq.engine import BATCH_TOKENS, model_nll
@@ -116,13 +117,15 @@ def main() -> None:
     distinct = len(np.unique(spqe.points, axis=0))
     work = teraflops(unshared, len(expected), arguments.tokens), teraflops(spent, distinct, arguments.tokens)
     rates = [1000 * done / clock["forwards"] for done, clock in zip(work, (plain, ours), strict=True)]
-    lines = [
+    head = [
         "# SPQE against the paper's protocol written plainly",
         "",
-        f"Written by `python benchmarks/protocol.py --permutations {arguments.permutations} "
-        f"--tokens {arguments.tokens}`:",
-        f"SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits, sequences of {LENGTH} tokens, float32,",
-        f"{torch.get_num_threads()} threads, batches of {BATCH_TOKENS['cpu']} tokens in both,",
+        f"Written by `python benchmarks/protocol.py`: SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits,",
+        f"sequences of {LENGTH} tokens, float32, batches of {BATCH_TOKENS['cpu']} tokens in both. Loading the model",
+        "counts as quantizing, for CoopQ alone.",
+    ]
+    lines = [
+        f"{arguments.permutations} walks, {arguments.tokens} tokens, {torch.get_num_threads()} threads,",
         f"torch {torch.__version__}. The losses agree to {worst:.0e} nats.",
         "",
         "| | plainly | CoopQ | ratio |",
@@ -136,10 +139,8 @@ def main() -> None:
         f"| heads | {len(expected)} | {distinct} | {len(expected) / distinct:.2f} |",
         f"| TFLOP in linear layers and heads | {work[0]:.1f} | {work[1]:.1f} | {work[0] / work[1]:.2f} |",
         f"| GFLOP/s, forwards | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |",
-        "",
-        "Loading the model counts as quantizing, for CoopQ alone.",
     ]
-    RESULTS.write_text("\n".join(lines) + "\n")
+    write_section(RESULTS, head, lines)
     print("\n".join(lines))
 
 

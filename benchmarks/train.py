@@ -1,7 +1,7 @@
 """Trains the models that benchmarks measure where none of their kind is small enough.
 
     nice python benchmarks/train.py twelve      # 45 minutes on two cores; resumes, also after kill -9
-    nice python benchmarks/train.py llama       # hours; so do gemma and qwen
+    nice python benchmarks/train.py llama --dtype float32   # an hour or two on a core; so do gemma and qwen
 
 `twelve` is a Llama of 2.5 million parameters whose 4096 assignments can all be measured: the ground truth of
 allocators. `llama`, `gemma` and `qwen` are the reference models: twelve blocks in the forms of Llama-3, Gemma-2 and
@@ -15,8 +15,9 @@ step is a function of the seed and the step, its learning rate of the step and -
 ends with the same weights, bit by bit for the same number of threads (OMP_NUM_THREADS); log.jsonl then repeats the
 steps since the last checkpoint.
 
-Linear layers compute in bfloat16 under autocast, which processors without such instructions do slowly; weights,
-optimiser and validation are float32.
+Linear layers compute in bfloat16 under autocast unless --dtype says float32: processors without fast instructions for
+bfloat16 are slower with it. Weights, optimisers and validation are float32. Muon, torch's, with updates as large as
+AdamW's, trains the matrices in the reference models' blocks, which needs fewer tokens; AdamW trains all else.
 """
 
 import argparse
@@ -86,20 +87,23 @@ class Architecture:
     Attributes:
         config: The model's configuration.
         peak: The highest learning rate.
+        muon: Whether Muon trains the matrices in the blocks.
     """
 
     config: PretrainedConfig
     peak: float
+    muon: bool = True
 
 
 ARCHITECTURES = {
     "twelve": Architecture(
         LlamaConfig(**COMMON, vocab_size=1024, hidden_size=128, intermediate_size=384),
         peak=4e-3,
+        muon=False,
     ),
-    "llama": Architecture(LlamaConfig(**REFERENCE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), 2e-3),
-    "gemma": Architecture(Gemma2Config(**REFERENCE, query_pre_attn_scalar=64, sliding_window=256), 2e-3),
-    "qwen": Architecture(Qwen3Config(**REFERENCE), 2e-3),
+    "llama": Architecture(LlamaConfig(**REFERENCE, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), 4e-3),
+    "gemma": Architecture(Gemma2Config(**REFERENCE, query_pre_attn_scalar=64, sliding_window=256), 4e-3),
+    "qwen": Architecture(Qwen3Config(**REFERENCE), 4e-3),
 }
 VALIDATION_STEPS, VALIDATION_WINDOWS = 250, 64
 LINE_SECONDS = 60.0
@@ -111,6 +115,7 @@ class Recipe:
 
     tokens: int
     seed: int
+    dtype: str = "bfloat16"
 
     @property
     def steps(self) -> int:
@@ -210,10 +215,21 @@ class Training:
         torch.manual_seed(recipe.seed)
         self.model: Any = AutoModelForCausalLM.from_config(architecture.config)
         self._parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        matrices = [tensor for tensor in self._parameters.values() if tensor.dim() > 1]
-        norms = [tensor for tensor in self._parameters.values() if tensor.dim() <= 1]
+        in_blocks = {name for name, _ in self.model.model.layers.named_parameters(prefix="model.layers")}
+        by_muon: list[Tensor] = []
+        matrices: list[Tensor] = []
+        norms: list[Tensor] = []
+        for name, tensor in self._parameters.items():
+            kind = norms if tensor.dim() <= 1 else by_muon if architecture.muon and name in in_blocks else matrices
+            kind.append(tensor)
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True)
+        ]
+        if by_muon:
+            self._optimizers.append(
+                torch.optim.Muon(by_muon, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
+            )
         if self._checkpoint.exists():
             self._restore()
 
@@ -224,23 +240,25 @@ class Training:
     def advance(self, stream: npt.NDArray[np.uint16]) -> float:
         """Take one step; returns its loss."""
         tokens = self.recipe.batch(self.step, stream)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             logits = self.model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), CLIP)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * self.recipe.learning_rate(self.step)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._peak * self.recipe.learning_rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
         return loss.item()
 
     def save(self) -> None:
         """Write a checkpoint: the tensors, then the JSON that names their file, then remove older tensors."""
         tensors = {f"model.{name}": tensor.detach() for name, tensor in self._parameters.items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+        for which, optimizer in enumerate(self._optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{which}.{index}.{name}": tensor for name, tensor in state.items()}
         current = self._work / f"step-{self.step}.safetensors"
         with atomic_file(current) as path:
             save_tensors(tensors, path)
@@ -253,17 +271,17 @@ class Training:
         checkpoint = read_json(self._checkpoint)
         if checkpoint["recipe"] != asdict(self.recipe):
             raise SystemExit(f"error: {self._work} trains {checkpoint['recipe']}; use the same, or another --work")
-        state: dict[int, dict[str, Tensor]] = {}
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self._optimizers]
         start_over = f"delete {self._checkpoint} to start over"
         for key, tensor in load_tensors(self._work / checkpoint["tensors"], way_out=start_over).items():
             kind, name = key.split(".", 1)
             if kind == "model":
                 self._parameters[name].data.copy_(tensor)
             else:
-                index, name = name.split(".")
-                state.setdefault(int(index), {})[name] = tensor
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+                which, index, name = name.split(".")
+                states[int(which)].setdefault(int(index), {})[name] = tensor
+        for optimizer, state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.step = checkpoint["step"]
 
 
@@ -323,6 +341,7 @@ def main() -> None:
     parser.add_argument("name", choices=ARCHITECTURES)
     parser.add_argument("--tokens", type=int, default=24_000_000, help="to train on, repeats counted")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and the order of the text")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of linear layers")
     parser.add_argument(
         "--out", type=Path, help="model folder to write, or write over; benchmarks/data/NAME unless named"
     )
@@ -342,7 +361,7 @@ def main() -> None:
     with locked(work), (work / "log.jsonl").open("a") as log:
         vocabulary = architecture.config.vocab_size
         text = read_text(arguments.work / f"tokens-{vocabulary}", vocabulary)
-        training = Training(architecture, Recipe(arguments.tokens, arguments.seed), work)
+        training = Training(architecture, Recipe(arguments.tokens, arguments.seed, arguments.dtype), work)
         print(f"step {training.step} of {training.recipe.steps}, {torch.get_num_threads()} threads", flush=True)
         for row in train(training, text, arguments.checkpoint_seconds):
             print(", ".join(f"{key} {value:.6g}" for key, value in row.items()), flush=True)

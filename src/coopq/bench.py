@@ -293,8 +293,8 @@ def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCa
     folder = out / "runs" / case.name
     check = partial(check_players, case.methods)
     # One bank serves all seeds, unless its weights are fitted to the calibration tokens.
-    whole_model = get_backend(**config.quantizer, bits=(config.low, config.high)).whole_model
-    bank = None if whole_model else folder / "bank"
+    calibrated = get_backend(**config.quantizer, bits=(config.low, config.high)).calibrated
+    bank = None if calibrated else folder / "bank"
     stage = f"{case.name}, seed {seed}: "
     with open_workbench(
         config, folder / f"seed{seed}", lambda what, *counts: progress(stage + what, *counts), check=check, bank=bank

@@ -105,9 +105,7 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
         ModelError: If the folder holds no such model, or its weights do not fit its plan.
     """
     folder = Path(path)
-    if not is_saved_model(folder):
-        raise ModelError(f"{folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write them")
-    plan = Plan.load(folder / "plan.json")
+    plan = saved_plan(folder)
     backend = get_backend(**plan.quantizer)
     target = pick_device(device)
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
@@ -115,13 +113,7 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
         model = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=dtype
         )
-    weights_file = folder / backend.weights_file
-    tensors = load_tensors(weights_file, way_out="save the model again")
-    packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.modules}
-    for key in list(tensors):
-        name, tensor_name = _split(key, packed)
-        if name:
-            packed[name][tensor_name] = tensors.pop(key).to(target)
+    packed, tensors = read_saved(folder)
     try:
         lacking = _load_untouched(model, tensors, packed)
         model.to(target)
@@ -130,23 +122,47 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
             shape = (linear.out_features, linear.in_features)
             if sum(tensor.nbytes for tensor in packed[name].values()) != backend.storage_bytes(shape, bits):
                 raise KeyError(f"the tensors of {name} are not those of {bits} bits")
-            model.set_submodule(name, backend.linear(packed[name], shape, bits, linear.bias, dtype))
+            there = {key: tensor.to(target) for key, tensor in packed.pop(name).items()}
+            model.set_submodule(name, backend.linear(there, shape, bits, linear.bias, dtype))
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
             f"{folder} does not fit its plan and configuration ({reason}); save the model again"
         ) from error
     if lacking:
-        raise ModelError(f"{weights_file} lacks, or should not hold, {', '.join(lacking)}; save the model again")
+        raise ModelError(
+            f"{folder / backend.weights_file} lacks, or should not hold, {', '.join(lacking)}; save the model again"
+        )
     return model.eval()
+
+
+def saved_plan(folder: Path) -> Plan:
+    """The plan of a saved model.
+
+    Raises:
+        ModelError: If the folder holds no such model.
+    """
+    if not is_saved_model(folder):
+        raise ModelError(f"{folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write them")
+    return Plan.load(folder / "plan.json")
+
+
+def read_saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A saved model's packed tensors, by module and then by their names there, and all its other tensors."""
+    plan = saved_plan(folder)
+    weights_file = folder / get_backend(**plan.quantizer).weights_file
+    tensors = load_tensors(weights_file, way_out="save the model again")
+    packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.modules}
+    for key in list(tensors):
+        name, tensor_name = _split(key, packed)
+        if name:
+            packed[name][tensor_name] = tensors.pop(key)
+    return packed, tensors
 
 
 def saved_bytes(folder: Path) -> int:
     """Bytes of the quantized tensors that really lie in a saved model."""
-    plan = Plan.load(folder / "plan.json")
-    weights_file = folder / get_backend(**plan.quantizer).weights_file
-    tensors = load_tensors(weights_file, way_out="save the model again")
-    return sum(tensor.nbytes for key, tensor in tensors.items() if _split(key, plan.modules)[0])
+    return sum(tensor.nbytes for packed in read_saved(folder)[0].values() for tensor in packed.values())
 
 
 def fingerprint_saved(folder: Path) -> str:

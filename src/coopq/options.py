@@ -16,8 +16,11 @@ Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or
 Budget_ = Annotated[
     str | None, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
 ]
-Granularity = Annotated[str, typer.Option(help="What gets a width of its own: block, or linear (layer).")]
-Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq or gptq.")]
+Granularity = Annotated[
+    str,
+    typer.Option(help="What gets a width of its own: block, fused (q/k/v and gate/up together), or linear (layer)."),
+]
+Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq or ggml.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
     "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "

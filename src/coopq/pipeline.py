@@ -158,7 +158,7 @@ def apply(
     if plan.deployment is not None:
         players = find_players(loaded.model, config.granularity)
         plan = _resized(plan, measure_storage(players, quantizer, (config.low, config.high)))
-    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.whole_model else None
+    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.calibrated else None
     return save_model(loaded, plan, quantizer, tokens, out, progress)
 
 

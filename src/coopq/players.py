@@ -1,5 +1,6 @@
 """Finding the transformer blocks of a model and the linear layers in them, from structure alone."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -7,8 +8,11 @@ from torch import nn
 from coopq.errors import ModelError, hint
 from coopq.types import LinearLayer, Player
 
-GRANULARITIES = ("block", "linear")
-"""What a player can be: a transformer block with all its linear layers, or each of these layers by itself."""
+GRANULARITIES = ("block", "fused", "linear")
+"""What a player can be: a transformer block with all its linear layers, those that engines fuse into one, or each."""
+
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one input, which engines (vLLM for one) multiply as one matrix, so that they need the same width."""
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
@@ -71,9 +75,29 @@ def find_players(model: Any, granularity: str = "block") -> tuple[Player, ...]:
         )
         if granularity == "block":
             players.append(Player(f"{prefix}.{index}", linears, index))
+        elif granularity == "fused":
+            by_name = {linear.name: linear for linear in linears}
+            players += [
+                Player(
+                    "+".join([first, *(name.rpartition(".")[2] for name in rest)]),
+                    tuple(by_name[name] for name in (first, *rest)),
+                    index,
+                )
+                for first, *rest in fused_groups(by_name)
+            ]
         else:
             players += [Player(linear.name, (linear,), index) for linear in linears]
     return tuple(players)
+
+
+def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Names of linear layers in the groups that engines fuse, in the order of the first of each."""
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        mates = next((of for of in _FUSED if last in of), (last,))
+        groups.setdefault((parent, mates), []).append(name)
+    return [tuple(together) for together in groups.values()]
 
 
 def _linears(block: nn.Module) -> dict[str, nn.Linear]:

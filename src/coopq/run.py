@@ -51,7 +51,7 @@ class RunConfig:
 
     Attributes:
         model: Hub id, local folder, GGUF file, or "demo".
-        backend: "rtn", "quanto", "hqq" or "gptq".
+        backend: "rtn", "quanto", "hqq", "gptq" or "ggml".
         group_size: Weights that share a scale; None takes the backend's default.
         act_order: For gptq; None takes its default.
         symmetric: For gptq; None takes its default.
@@ -62,7 +62,7 @@ class RunConfig:
         calibration: The text.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
-        granularity: What is a player: a "block", or each "linear" layer.
+        granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
     """
 

@@ -58,10 +58,10 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class Player:
-    """What gets one bit-width: linear layers of one transformer block, all of them or a single one.
+    """What gets one bit-width: linear layers of one transformer block, all of them, some, or a single one.
 
     Attributes:
-        name: Module name of the block or of the linear layer.
+        name: Module name of the block or of the linear layer; of several, with a "+" between.
         linears: Its linear layers.
         block: Index of the transformer block that they lie in.
     """

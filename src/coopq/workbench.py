@@ -143,8 +143,8 @@ def open_workbench(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
         }
-        if backend.whole_model:
-            weights["hessians"] = calibration.fingerprint
+        if backend.calibrated:
+            weights["fitted to"] = calibration.fingerprint
         fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
         # What belongs to another model refuses before anything is written over.
         with Journal(folder.journal, fingerprint):

@@ -12,6 +12,7 @@ BACKENDS = {
     "quanto": "coopq.backends.quanto:QuantoBackend",
     "hqq": "coopq.backends.hqq:HQQBackend",
     "gptq": "coopq.backends.gptq:GPTQBackend",
+    "ggml": "coopq.backends.ggml:GGMLBackend",
 }
 
 

@@ -34,6 +34,8 @@ class Backend(ABC):
     bits: ClassVar[tuple[int, ...]]
     whole_model: ClassVar[bool] = False
     """Whether a layer's result depends on the others, so that all are quantized together."""
+    calibrated: ClassVar[bool] = False
+    """Whether weights are fitted to the calibration tokens."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights; not one that transformers would load by mistake."""
 

@@ -43,6 +43,7 @@ class GPTQBackend(Backend):
     name: ClassVar[str] = "gptq"
     bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
     whole_model: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
     weights_file: ClassVar[str] = "model.safetensors"
 
     def __init__(self, group_size: int | None = None, *, act_order: bool = False, symmetric: bool = True) -> None:
@@ -102,12 +103,16 @@ class GPTQBackend(Backend):
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
-        codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
-        # The format stores zero points less one.
-        zeros = (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
+        codes, zeros = self.codes(packed, shape, bits)
         group = packed["g_idx"].long()
         weight = packed["scales"].float()[group] * (codes - zeros[group]).float()
         return weight.T.to(dtype).contiguous()
+
+    def codes(self, packed: Packed, shape: tuple[int, int], bits: int) -> tuple[Tensor, Tensor]:
+        """Integers of a weight of shape (out, in): its codes, shape (in, out), and zero points, shape (groups, out)."""
+        codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
+        # The format stores zero points less one.
+        return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

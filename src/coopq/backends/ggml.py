@@ -1,0 +1,210 @@
+"""The block types of GGUF files, quantized by ggml itself through the library that libggml-python ships."""
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from coopq.backends.base import Backend, Packed, PackedLinear
+from coopq.errors import BackendError
+
+_LONG_ROWS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+"""Types by width for rows that are multiples of 256: K-quants, whose super-blocks are that long."""
+_SHORT_ROWS = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
+"""For other multiples of 32, as llama.cpp itself falls back on them; it has none of 2 and 3 bits for such rows."""
+_BATCH_SEQUENCES = 2
+
+
+class GGMLBackend(Backend):
+    """ggml's quantizers, with an importance matrix where there are calibration tokens.
+
+    Importance of a column of a weight is the mean square of that input over the calibration tokens in the
+    full-precision model, as llama.cpp's imatrix has it. Quantized weights lie in ggml's blocks, row by row, as in a
+    GGUF file. Here they compute dequantized; packed, they run in llama.cpp (`coopq export`).
+    """
+
+    name: ClassVar[str] = "ggml"
+    bits: ClassVar[tuple[int, ...]] = tuple(_LONG_ROWS)
+    calibrated: ClassVar[bool] = True
+
+    def __init__(self, group_size: int | None = None) -> None:
+        for package in ("libggml", "gguf"):
+            if importlib.util.find_spec(package) is None:
+                raise BackendError(f"backend 'ggml' needs the package {package}; run: pip install 'coopq[gguf]'")
+        if group_size is not None:
+            raise BackendError(f"backend 'ggml' has the groups of its types; leave group size {group_size} out")
+
+    @property
+    def version(self) -> str:
+        """Version of libggml-python, which is ggml's."""
+        return version("libggml-python")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Types by width, for rows that are multiples of 256 and for others."""
+        return {"long_rows": _by_name(_LONG_ROWS), "short_rows": _by_name(_SHORT_ROWS)}
+
+    def quantize(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Packed:
+        """Quantize a weight of shape (out, in), with the importance of its columns, shape (in,), if given."""
+        kind = tensor_type(weight.shape[1], bits)
+        source = weight.detach().float().cpu().contiguous()
+        columns = None if importance is None else importance.float().cpu().contiguous()
+        blocks = torch.empty(weight.shape[0], row_bytes(weight.shape[1], bits), dtype=torch.uint8)
+        n_threads = torch.get_num_threads()
+        rows = -(-len(source) // n_threads)
+
+        def quantize_rows(part: Tensor, into: Tensor) -> int:
+            pointer = None if columns is None else columns.data_ptr()
+            given = int(kind), part.data_ptr(), into.data_ptr(), 0, *part.shape, pointer
+            return int(_library().ggml_quantize_chunk(*given))
+
+        with ThreadPoolExecutor(n_threads) as threads:  # each row by itself, outside of Python
+            written = sum(threads.map(quantize_rows, source.split(rows), blocks.split(rows)))
+        assert written == blocks.nbytes, (written, blocks.nbytes)
+        return {"blocks": blocks.to(weight.device)}
+
+    def quantize_model(
+        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[str, Packed]]:
+        """See `Backend.quantize_model`."""
+        importance = {} if tokens is None else column_importance(model, list(bits), tokens)
+        for name, width in bits.items():
+            yield name, self.quantize(model.get_submodule(name).weight.data, width, importance.get(name))
+
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+        """See `Backend.dequantize`."""
+        blocks = packed["blocks"]
+        on_host = blocks.cpu().contiguous()
+        weight = torch.empty(shape, dtype=torch.float32)
+        _to_float(int(tensor_type(shape[1], bits)))(on_host.data_ptr(), weight.data_ptr(), weight.numel())
+        return weight.to(blocks.device, dtype)
+
+    def linear(
+        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+    ) -> nn.Module:
+        """See `Backend.linear`."""
+        return PackedLinear(self, packed, shape, bits, bias, dtype)
+
+    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+        """See `Backend.storage_bytes`."""
+        return shape[0] * row_bytes(shape[1], bits)
+
+
+def tensor_type(columns: int, bits: int) -> Any:
+    """The `gguf.GGMLQuantizationType` of a weight with rows of this length.
+
+    Raises:
+        BackendError: If ggml has no type of this width for them.
+    """
+    from gguf import GGMLQuantizationType
+
+    types = _SHORT_ROWS if columns % 256 else _LONG_ROWS
+    if columns % 32 or bits not in types:
+        widths = "none" if columns % 32 else ", ".join(map(str, types))
+        raise BackendError(
+            f"backend 'ggml' has no type of {bits} bits for rows of {columns} weights; it has {widths} for these "
+            "(2, 3 and 6 bits want multiples of 256)"
+        )
+    return GGMLQuantizationType[types[bits]]
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of this many weights.
+
+    Raises:
+        BackendError: As `tensor_type`.
+    """
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[tensor_type(columns, bits)]
+    return int(columns // block * size)
+
+
+@torch.no_grad()
+def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """Mean squares of the inputs of linear layers, by name and column; layers that no token reaches are left out."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def keep(name: str, inputs: Tensor) -> None:
+        rows = inputs.detach().flatten(0, -2)
+        squares = rows.float().square().sum(dim=0, dtype=torch.float64)
+        sums[name] = sums[name] + squares if name in sums else squares
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        for name in names
+    ]
+    try:
+        for start in range(0, len(tokens), _BATCH_SEQUENCES):
+            batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
+            model.base_model(input_ids=batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+
+
+def _by_name(types: Mapping[int, str]) -> dict[str, str]:
+    """With keys as JSON has them."""
+    return {str(width): name for width, name in types.items()}
+
+
+class _Traits(ctypes.Structure):
+    """ggml_type_traits of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """libggml-base.
+
+    Raises:
+        BackendError: If it cannot be loaded.
+    """
+    spec = importlib.util.find_spec("libggml")
+    assert spec is not None
+    assert spec.origin is not None
+    files = sorted(Path(spec.origin).parent.glob("lib*/*ggml-base.*"))
+    try:
+        library = ctypes.CDLL(str(files[0]))
+    except (IndexError, OSError) as error:
+        raise BackendError(f"libggml-python has no library that loads here ({error}); install it again") from error
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return library
+
+
+@cache
+def _to_float(kind: int) -> Any:
+    """ggml's function that dequantizes blocks of a type."""
+    return _library().ggml_get_type_traits(kind).contents.to_float

@@ -1,0 +1,203 @@
+"""GGUF files for llama.cpp: a full-precision GGUF of the model, with the plan's types in the players' places.
+
+What is not a player, tokenizer and settings come from that base as they are, so that every architecture that
+llama.cpp's own converter writes can be exported.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from coopq.backends import get_backend
+from coopq.backends.ggml import tensor_type
+from coopq.checkpoint import read_saved, saved_plan
+from coopq.errors import ExportError, Mismatch
+from coopq.files import atomic_file, require_space
+from coopq.models import fingerprint_weights, gguf_file, load_model
+from coopq.plan import Plan
+from coopq.run import RunConfig
+from coopq.types import ProgressCallback, silent
+
+_TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
+
+
+def export_gguf(
+    saved: Path, out: Path, *, base: Path | None = None, model: str | None = None, progress: ProgressCallback = silent
+) -> int:
+    """Write a saved model as a GGUF file; it appears whole or not at all.
+
+    Args:
+        saved: A model saved with the backend ggml.
+        out: The file to write, or to write over.
+        base: The model in full precision as GGUF; None where the plan's model is a GGUF file itself.
+        model: Where the plan's model is now; None takes the plan's word.
+        progress: Told of every tensor.
+    Returns:
+        Bytes of the file, which are those that `predicted_bytes` foretells.
+    Raises:
+        ExportError: If the saved model is of another backend, or there is no base.
+        Mismatch: If the base is not the plan's model.
+    """
+    import gguf
+
+    plan = _plan(saved)
+    source = model or RunConfig.from_json(plan.config).model
+    reader = gguf.GGUFReader(_base(base, source))
+    tensors = _tensors(reader, plan)
+    size = predicted_bytes(plan, base=base, model=model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_space(out.parent, size, str(out))
+    progress("loading the model", 0, 1)
+    loaded = load_model(source, dtype=plan.fingerprint["dtype"], device="cpu")
+    ours, theirs = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
+    if ours != theirs:
+        way_out = "name the plan's model with --model"
+        raise Mismatch(
+            f"the plan was made for another model than {source!r}", {"weights": ours}, {"weights": theirs}, way_out
+        )
+    progress("loading the model", 1, 1)
+    packed, _ = read_saved(saved)
+    with atomic_file(out) as temporary:
+        writer = gguf.GGUFWriter(temporary, _text(reader, "general.architecture"))
+        writer.data_alignment = reader.alignment
+        for field in reader.fields.values():
+            if field.name.startswith("GGUF.") or field.name in ("general.architecture", _TYPE_KEY, _VERSION_KEY):
+                continue  # what the writer says itself
+            kind = field.types[0]
+            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+        writer.add_file_type(gguf.LlamaFileType.GUESSED)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for done, tensor in enumerate(reader.tensors):
+            progress("writing", done, len(reader.tensors))
+            data, kind = tensor.data, tensor.tensor_type
+            if tensor.name in tensors:
+                name = tensors[tensor.name]
+                order = _row_order(tensor, loaded.model.get_submodule(name).weight.data, name)
+                data = packed[name]["blocks"].numpy()[order]
+                kind = tensor_type(int(tensor.shape[0]), plan.modules[name])
+            writer.add_tensor(tensor.name, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        written = temporary.stat().st_size
+        assert written == size, (written, size)
+    progress("writing", len(reader.tensors), len(reader.tensors))
+    return size
+
+
+def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None = None) -> int:
+    """Bytes of the file that a plan will be exported to, from the base and the plan alone.
+
+    Args and errors: as for `export_gguf`.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(_base(base, model or RunConfig.from_json(plan.config).model))
+    tensors = _tensors(reader, plan)
+    backend = get_backend(**plan.quantizer)
+    head = 24  # magic, version, and the numbers of tensors and keys
+    for key in (_TYPE_KEY, _VERSION_KEY):
+        head += 8 + len(key) + 4 + 4
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in (_TYPE_KEY, _VERSION_KEY):
+            head += sum(part.nbytes for part in field.parts)
+    total = 0
+    for tensor in reader.tensors:
+        head += sum(part.nbytes for part in tensor.field.parts)
+        n_bytes = int(tensor.n_bytes)
+        if tensor.name in tensors:
+            columns, rows = tensor.shape.tolist()
+            n_bytes = backend.storage_bytes((rows, columns), plan.modules[tensors[tensor.name]])
+        total += _padded(n_bytes, reader.alignment)
+    return _padded(head, reader.alignment) + total
+
+
+def _plan(saved: Path) -> Plan:
+    """The plan of a saved model that ggml quantized."""
+    plan = saved_plan(saved)
+    name = plan.quantizer["name"]
+    if name != "ggml":
+        raise ExportError(
+            f"{saved} was quantized by {name!r}, and GGUF files hold ggml's types; search with --backend ggml, or "
+            f"deploy the plan with it: coopq apply {saved / 'plan.json'} --backend ggml --out FOLDER"
+        )
+    return plan
+
+
+def _base(base: Path | None, source: str) -> Path:
+    """The GGUF file to start from."""
+    found = base or gguf_file(source)
+    if found is None:
+        raise ExportError(
+            f"model {source!r} is no GGUF file; name one of it in full precision with --base: llama.cpp's "
+            "convert_hf_to_gguf.py writes it"
+        )
+    if not found.is_file():
+        raise ExportError(f"there is no file {found}; name a GGUF file of the model in full precision with --base")
+    return found
+
+
+def _text(reader: Any, key: str) -> str:
+    return str(reader.fields[key].contents())
+
+
+def _tensors(reader: Any, plan: Plan) -> Mapping[str, str]:
+    """Modules of the plan by the names of their tensors in the file."""
+    import gguf
+
+    architecture = _text(reader, "general.architecture")
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    n_blocks = int(reader.fields[f"{architecture}.block_count"].contents())
+    names = gguf.get_tensor_name_map(kinds[architecture], n_blocks)
+    there = {tensor.name for tensor in reader.tensors}
+    found: dict[str, str] = {}
+    for module in plan.modules:
+        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if name not in there:
+            raise ExportError(
+                f"{module} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
+                "that llama.cpp stores in another form cannot be exported"
+            )
+        found[name] = module
+    return found
+
+
+def _row_order(tensor: Any, weight: Tensor, name: str) -> npt.NDArray[np.intp]:
+    """Which row of a weight each row of the base's tensor is: llama.cpp orders those of some projections anew.
+
+    Raises:
+        Mismatch: If the rows are others.
+    """
+    import gguf
+
+    theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type) + np.float32(0)  # no negative zeros
+    narrow = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
+    dtype = narrow.get(tensor.tensor_type, torch.float32)
+    ours = weight.detach().cpu().to(dtype).float().numpy() + np.float32(0)
+    if ours.shape == theirs.shape:
+        if np.array_equal(ours, theirs):
+            return np.arange(len(ours))
+        places: dict[bytes, list[int]] = {}
+        for index, row in enumerate(ours):
+            places.setdefault(row.tobytes(), []).append(index)
+        found = [places.get(row.tobytes()) for row in theirs]
+        order = [of.pop() if of else -1 for of in found]
+        if min(order) >= 0:
+            return np.array(order)
+    raise Mismatch(
+        f"{tensor.name} of the GGUF file is not {name} of the model",
+        {"rows": ours.shape},
+        {"rows": theirs.shape},
+        "name a GGUF file of the very same weights, unquantized, with --base",
+    )
+
+
+def _padded(n_bytes: int, alignment: int) -> int:
+    return -(-n_bytes // alignment) * alignment

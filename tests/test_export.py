@@ -1,0 +1,199 @@
+"""Exports, loaded and run by the engines that they are for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import coopq
+from coopq.backends import get_backend
+from coopq.backends.ggml import column_importance
+from coopq.calibration import calibration_set
+from coopq.checkpoint import read_saved
+from coopq.errors import BackendError, ExportError, Mismatch, OutputError
+from coopq.export import export_model
+from coopq.export.gguf import predicted_bytes
+from coopq.models import gguf_file, load_model
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.testing import check_backend
+from tests.llama_cpp import llama_cpp_nll, llama_cpp_text
+
+STORIES = Path(__file__).parent / "data" / "stories260k"
+DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128))
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths"), [(256, (2, 3, 4, 5, 6, 8)), (768, (2, 3, 4, 5, 6, 8)), (96, (4, 5, 8)), (576, (4, 5, 8))]
+)
+def test_ggml_keeps_the_contract_where_rows_allow(columns: int, widths: tuple[int, ...]) -> None:
+    backend, weight = get_backend("ggml"), torch.randn(24, columns) * torch.rand(24, 1)
+    for bits in backend.bits:
+        if bits in widths:
+            check_backend(backend, weight, bits)
+            packed = backend.quantize(weight, bits)["blocks"].numpy()
+            theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, _type(columns, bits)))
+            ours = backend.dequantize({"blocks": torch.from_numpy(packed)}, (24, columns), bits, torch.float32)
+            np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-7)
+        else:
+            with pytest.raises(BackendError, match=rf"no type of {bits} bits for rows of {columns}.*has 4, 5, 8"):
+                backend.storage_bytes((24, columns), bits)
+
+
+def _type(columns: int, bits: int) -> str:
+    settings = get_backend("ggml").settings
+    return str(settings["short_rows" if columns % 256 else "long_rows"][str(bits)])
+
+
+def test_important_columns_are_rounded_less() -> None:
+    backend, weight = get_backend("ggml"), torch.randn(64, 256)
+    importance = torch.ones(256)
+    importance[:128] = 1000.0
+    for bits in (2, 3, 4):
+        errors = [
+            (backend.dequantize(backend.quantize(weight, bits, of), (64, 256), bits, torch.float32) - weight).square()
+            for of in (None, importance)
+        ]
+        plain, weighted = ((error.mean(0) * importance).mean() for error in errors)
+        assert weighted < plain
+
+
+def test_importance_is_the_mean_square_of_inputs(stories: str) -> None:
+    loaded = load_model(stories, device="cpu")
+    tokens = np.random.default_rng(0).integers(3, 500, size=(3, 16))
+    name = "model.layers.2.mlp.down_proj"
+    seen: list[torch.Tensor] = []
+    handle = loaded.model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        loaded.model(input_ids=torch.from_numpy(tokens))
+    handle.remove()
+    expected = torch.cat(seen).flatten(0, 1).square().mean(0)
+    torch.testing.assert_close(column_importance(loaded.model, [name], tokens)[name], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path, Path]:
+    """The demo model saved at 4 and 8 bits, and exported."""
+    folder = tmp_path_factory.mktemp("gguf")
+    plan = coopq.quantize(DEMO, "6avg", folder / "saved", method="first-last")
+    n_bytes = export_model(folder / "saved", "gguf", folder / "demo.gguf")
+    assert n_bytes == (folder / "demo.gguf").stat().st_size
+    return plan, folder / "saved", folder / "demo.gguf"
+
+
+@pytest.mark.real
+def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq.Plan, Path, Path]) -> None:
+    plan, _, file = demo
+    assert set(plan.assignment) == {4, 8}
+    assert predicted_bytes(plan) == file.stat().st_size
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    for player, bits in enumerate(plan.assignment):
+        # Rows of 576 have no K-quants; those of the down projection, 1,536, have.
+        assert types[f"blk.{player}.attn_q.weight"] == {4: "IQ4_NL", 8: "Q8_0"}[bits]
+        assert types[f"blk.{player}.ffn_down.weight"] == {4: "Q4_K", 8: "Q8_0"}[bits]
+    source = gguf_file("demo")
+    assert source is not None
+    before = {tensor.name: tensor.data for tensor in gguf.GGUFReader(source).tensors}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if not tensor.name.startswith("blk.") or "norm" in tensor.name:
+            assert np.array_equal(tensor.data, before[tensor.name])
+
+
+@pytest.mark.real
+def test_llama_cpp_computes_the_same_loss(demo: tuple[coopq.Plan, Path, Path]) -> None:
+    _, saved, file = demo
+    loaded = load_model("demo", device="cpu")
+    tokens = calibration_set(CalibrationConfig(sequences=3, length=128, seed=1), loaded.tokenizer).tokens
+    model = coopq.load(saved, device="cpu")
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(tokens)).logits[:, :-1]
+    ours = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten(), reduction="none"
+    ).numpy()
+    theirs = llama_cpp_nll(file, tokens).flatten()
+    # llama.cpp rounds activations to eight bits.
+    assert abs(float(ours.mean() - theirs.mean())) < 0.02
+    assert float(np.abs(ours - theirs).mean()) < 0.1
+    source = gguf_file("demo")
+    assert source is not None
+    assert abs(float(llama_cpp_nll(source, tokens).mean() - theirs.mean())) > 0.02
+
+
+@pytest.mark.real
+def test_llama_cpp_writes_text_from_it(demo: tuple[coopq.Plan, Path, Path]) -> None:
+    assert "Paris" in llama_cpp_text(demo[2], "The capital of France is")
+
+
+@pytest.mark.real
+def test_the_base_must_be_the_very_model(demo: tuple[coopq.Plan, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(Mismatch, match=r"is not model\.layers\..* of the model"):
+        export_model(demo[1], "gguf", tmp_path / "other.gguf", base=demo[2])
+    assert not list(tmp_path.iterdir())
+
+
+def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> None:
+    config = RunConfig(stories, low=3, high=4, calibration=CalibrationConfig(sequences=1, length=32))
+    coopq.quantize(config, "3.5avg", tmp_path / "saved", method="first-last")
+    with pytest.raises(ExportError, match=r"quantized by 'rtn', and GGUF files hold ggml's types.*--backend ggml"):
+        export_model(tmp_path / "saved", "gguf", tmp_path / "out.gguf")
+    with pytest.raises(ExportError, match="search with --backend gptq"):
+        export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")
+    with pytest.raises(ExportError, match="'ggguf' is unknown; did you mean 'gguf'"):
+        export_model(tmp_path / "saved", "ggguf", tmp_path / "out")
+    plan = coopq.Plan.load(tmp_path / "saved" / "plan.json")
+    with pytest.raises(ExportError, match=r"is no GGUF file.*--base: llama.cpp's convert_hf_to_gguf.py"):
+        predicted_bytes(plan)
+
+
+@pytest.fixture(scope="module")
+def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
+    """A small random model saved by gptq; its rows are whole groups, as those of the story model are not."""
+    folder = tmp_path_factory.mktemp("gptq")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder / "model")
+    text = CalibrationConfig(sequences=2, length=64)
+    config = RunConfig(str(folder / "model"), "gptq", 32, low=2, high=4, calibration=text, granularity="fused")
+    return coopq.quantize(config, "3avg", folder / "saved", method="fisher"), folder / "saved"
+
+
+def test_transformers_loads_compressed_tensors_with_the_same_weights(
+    gptq: tuple[coopq.Plan, Path], tmp_path: Path
+) -> None:
+    plan, saved = gptq
+    assert set(plan.assignment) == {2, 4}
+    out = tmp_path / "out"
+    assert export_model(saved, "compressed-tensors", out) == (out / "model.safetensors").stat().st_size
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ours = coopq.load(saved, device="cpu")
+    backend, packed = get_backend(**plan.quantizer), read_saved(saved)[0]
+    for name, bits in plan.modules.items():
+        weight = theirs.get_submodule(name).weight.detach()
+        expected = backend.dequantize(packed[name], (weight.shape[0], weight.shape[1]), bits, torch.float32)
+        torch.testing.assert_close(weight, expected, rtol=2e-3, atol=1e-6)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 500, size=(2, 32)))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0.01, atol=0.01)
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert {name for group in groups.values() for name in group["targets"]} == set(plan.modules)
+    with pytest.raises(OutputError, match="is not empty"):
+        export_model(saved, "compressed-tensors", out)
+
+
+def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
+    shutil.copytree(gptq[1], tmp_path / "saved")
+    file = tmp_path / "saved" / "plan.json"
+    data = json.loads(file.read_text())
+    player = data["players"][0]
+    assert [name.rpartition(".")[2] for name in player["modules"]] == ["q_proj", "k_proj", "v_proj"]
+    *first, last = player["modules"]
+    data["players"][0] = player | {"modules": first}
+    data["players"].insert(1, player | {"modules": [last], "bits": 6 - player["bits"]})
+    file.write_text(json.dumps(data))
+    with pytest.raises(ExportError, match=r"q_proj, .*v_proj have several widths.*--granularity fused"):
+        export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")
