@@ -1,4 +1,4 @@
-"""llama.cpp: losses of a GGUF file by the fork in ik-llama-cpp-python, and text by xllamacpp, which wraps the original."""
+"""llama.cpp: losses of a GGUF file by the fork in ik-llama-cpp-python, and text by xllamacpp, the original."""
 
 from pathlib import Path
 

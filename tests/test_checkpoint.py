@@ -12,41 +12,17 @@ from safetensors.torch import load_file, save_file
 
 import coopq
 from coopq.backends import get_backend
-from coopq.bank import WeightBank, measure_storage
+from coopq.bank import WeightBank
 from coopq.checkpoint import fingerprint_saved, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
 from coopq.errors import ModelError, OutputError, PlanError
 from coopq.models import LoadedModel, load_model
-from coopq.plan import Plan, PlayerPlan, Solver
+from coopq.plan import Plan
 from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
-
-
-def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int], granularity: str = "block") -> Plan:
-    players = find_players(model, granularity)
-    storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
-    return Plan(
-        method="coopq",
-        alpha=0.5,
-        budget="3avg",
-        budget_bytes=storage.bytes_of(bits),
-        bytes=storage.bytes_of(bits),
-        average_bits=storage.average_bits(bits),
-        bits_per_weight=storage.bits_per_weight(bits),
-        players=tuple(
-            PlayerPlan(player.name, width, tuple(linear.name for linear in player.linears), 0.0, 0.0)
-            for player, width in zip(players, bits, strict=True)
-        ),
-        solver=Solver("optimal", 0.0, 0.0, 0.0),
-        predicted_loss=0.0,
-        measured_loss=None,
-        config=RunConfig("tiny", backend=backend, group_size=group_size, granularity=granularity).to_json(),
-        fingerprint={"weights": "", "dtype": str(model.dtype).removeprefix("torch.")},
-        layer_forwards=1,
-        layer_forwards_unshared=1,
-    )
+from tests.checkpoints import plan_for
 
 
 def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:

@@ -12,15 +12,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
 from coopq.backends import get_backend
-from coopq.backends.ggml import column_importance
+from coopq.backends.ggml import GGMLBackend, column_importance
 from coopq.calibration import calibration_set
-from coopq.checkpoint import read_saved
+from coopq.checkpoint import read_saved, save_model
 from coopq.errors import BackendError, ExportError, Mismatch, OutputError
 from coopq.export import export_model
 from coopq.export.gguf import predicted_bytes
-from coopq.models import gguf_file, load_model
+from coopq.models import LoadedModel, gguf_file, load_model
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
+from tests.checkpoints import plan_for
 from tests.llama_cpp import llama_cpp_nll, llama_cpp_text
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
@@ -50,7 +51,7 @@ def _type(columns: int, bits: int) -> str:
 
 
 def test_important_columns_are_rounded_less() -> None:
-    backend, weight = get_backend("ggml"), torch.randn(64, 256)
+    backend, weight = GGMLBackend(), torch.randn(64, 256)
     importance = torch.ones(256)
     importance[:128] = 1000.0
     for bits in (2, 3, 4):
@@ -155,30 +156,30 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     folder = tmp_path_factory.mktemp("gptq")
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder / "model")
-    text = CalibrationConfig(sequences=2, length=64)
-    config = RunConfig(str(folder / "model"), "gptq", 32, low=2, high=4, calibration=text, granularity="fused")
-    return coopq.quantize(config, "3avg", folder / "saved", method="fisher"), folder / "saved"
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
+    loaded = LoadedModel(model, AutoTokenizer.from_pretrained(STORIES), torch.float32)
+    plan = plan_for(model, "gptq", 32, [2, 4, 4, 2, 4, 2, 2, 4], "fused")
+    tokens = np.random.default_rng(0).integers(3, 500, size=(2, 64))
+    return save_model(loaded, plan, get_backend("gptq", group_size=32), tokens, folder / "saved"), folder / "saved"
 
 
 def test_transformers_loads_compressed_tensors_with_the_same_weights(
     gptq: tuple[coopq.Plan, Path], tmp_path: Path
 ) -> None:
     plan, saved = gptq
-    assert set(plan.assignment) == {2, 4}
     out = tmp_path / "out"
     assert export_model(saved, "compressed-tensors", out) == (out / "model.safetensors").stat().st_size
+    # Its option to dequantize at once reads every group at the first one's width; a first forward does it rightly.
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ours = coopq.load(saved, device="cpu")
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 500, size=(2, 32)))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=1e-3, atol=1e-3)
     backend, packed = get_backend(**plan.quantizer), read_saved(saved)[0]
     for name, bits in plan.modules.items():
         weight = theirs.get_submodule(name).weight.detach()
         expected = backend.dequantize(packed[name], (weight.shape[0], weight.shape[1]), bits, torch.float32)
         torch.testing.assert_close(weight, expected, rtol=2e-3, atol=1e-6)
-    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 500, size=(2, 32)))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0.01, atol=0.01)
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
     assert {name for group in groups.values() for name in group["targets"]} == set(plan.modules)
     with pytest.raises(OutputError, match="is not empty"):

@@ -1,0 +1,34 @@
+"""Plans made by hand, for models that are to be saved."""
+
+from typing import Any
+
+from coopq.backends import get_backend
+from coopq.bank import measure_storage
+from coopq.plan import Plan, PlayerPlan, Solver
+from coopq.players import find_players
+from coopq.run import RunConfig
+
+
+def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int], granularity: str = "block") -> Plan:
+    players = find_players(model, granularity)
+    storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
+    return Plan(
+        method="coopq",
+        alpha=0.5,
+        budget="3avg",
+        budget_bytes=storage.bytes_of(bits),
+        bytes=storage.bytes_of(bits),
+        average_bits=storage.average_bits(bits),
+        bits_per_weight=storage.bits_per_weight(bits),
+        players=tuple(
+            PlayerPlan(player.name, width, tuple(linear.name for linear in player.linears), 0.0, 0.0)
+            for player, width in zip(players, bits, strict=True)
+        ),
+        solver=Solver("optimal", 0.0, 0.0, 0.0),
+        predicted_loss=0.0,
+        measured_loss=None,
+        config=RunConfig("tiny", backend=backend, group_size=group_size, granularity=granularity).to_json(),
+        fingerprint={"weights": "", "dtype": str(model.dtype).removeprefix("torch.")},
+        layer_forwards=1,
+        layer_forwards_unshared=1,
+    )
