@@ -62,7 +62,7 @@ def tables(low: int, high: int) -> dict[str, Any]:
         Progress() as bars,
         open_workbench(config, WORK / f"rtn-{low}-{high}", bars_for(bars, f"{low},{high}")) as bench,
     ):
-        setting = Setting(low, high, bench.storage.raise_costs(low, high), ())
+        setting = Setting((low, high), bench.storage.raise_costs(low, high), ())
         points = Enumeration(setting).propose()
         for name, source in zip(("search", "judge"), sets, strict=True):
             tokens = calibration_set(source, bench.loaded.tokenizer)
@@ -101,7 +101,7 @@ def run(low: int, high: int) -> dict[str, Any]:
     for n_sequences in FEWER:
         game = TableGame(table["search"][:n_sequences].mean(axis=0))
         for seed in SEEDS:
-            setting = Setting(LOW, HIGH, np.ones(n, dtype=np.int64), capacities, seed)
+            setting = Setting((LOW, HIGH), np.ones(n, dtype=np.int64), capacities, seed)
             judges = [Judge(of, setting, optima(of, setting)) for of in (game, judged)]
             for name, method in METHODS.items():
                 counted = Counted(game)

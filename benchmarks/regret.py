@@ -102,7 +102,7 @@ def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, Setting, list
     """A game, its budgets, and the optimum of each: of many descents on the quadratic behind it."""
     game = SyntheticGame(n_players, form, seed)
     capacities = tuple(int((average - LOW) / (HIGH - LOW) * n_players + 1e-9) for average in AVERAGES)
-    setting = Setting(LOW, HIGH, np.ones(n_players, dtype=np.int64), capacities, seed)
+    setting = Setting((LOW, HIGH), np.ones(n_players, dtype=np.int64), capacities, seed)
     optima = []
     for capacity in capacities:
         program = QuadraticProgram(game.linear, game.pairs, setting.costs, capacity)

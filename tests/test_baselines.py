@@ -126,7 +126,7 @@ def test_fisher_by_whole_model_autograd(name: str, granularity: str, tmp_path: P
                     expected[row, index, s] += float((weight.grad * moved).sum())
     model.zero_grad()
     np.testing.assert_allclose(probe.sequence_changes(), expected, rtol=1e-3, atol=1e-6)
-    linear_terms, pairs = fisher.terms(probe)
+    linear_terms, pairs = fisher.terms([probe])
     # by the definition, for one coalition
     lowered = np.arange(len(probe.players)) % 2 == 0
     changes = np.where(lowered[:, None], expected[0], expected[1]).sum(axis=0)

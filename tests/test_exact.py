@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def setting(n: int, *capacities: int) -> Setting:
-    return Setting(LOW, HIGH, np.ones(n, dtype=np.int64), capacities or (n // 2,))
+    return Setting((LOW, HIGH), np.ones(n, dtype=np.int64), capacities or (n // 2,))
 
 
 def quadratic_table(seed: int, n: int) -> tuple[Floats, Floats, Floats]:
@@ -55,7 +55,7 @@ def test_enumeration_finds_every_optimum(seed: int, n: int) -> None:
 
 
 def test_too_many_players_to_enumerate() -> None:
-    with pytest.raises(EstimationError, match="at most 14 players"):
+    with pytest.raises(EstimationError, match="at most 16,384 are enumerated"):
         Enumeration(setting(15))
 
 

@@ -75,7 +75,7 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["greedy-down", "greedy-up"])
 def test_greedy_moves_many_players_several_a_step(method: str) -> None:
-    setting = Setting(LOW, HIGH, np.ones(96, dtype=np.int64), (48,))
+    setting = Setting((LOW, HIGH), np.ones(96, dtype=np.int64), (48,))
     game = SyntheticGame(96, "quadratic", 0)
     nothing = setting.assignments(np.zeros((0, 96), dtype=bool))
     search = run_estimator(SEARCHES[method](setting, (nothing, np.zeros(0)), nothing), game)

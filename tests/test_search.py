@@ -50,7 +50,7 @@ def test_every_budget_is_kept_with_players_of_any_size(name: str, seed: int, n: 
     rng = np.random.default_rng(seed)
     costs = rng.integers(1, 1000, size=n)
     capacities = tuple(sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=2)))
-    setting = Setting(LOW, HIGH, costs, capacities, seed)
+    setting = Setting((LOW, HIGH), costs, capacities, seed)
     game = TableGame(rng.normal(size=2**n))
     search = run_estimator(SEARCHES[name](setting), game)
     for capacity in capacities:
@@ -63,7 +63,7 @@ def test_every_budget_is_kept_with_players_of_any_size(name: str, seed: int, n: 
 def test_active_finds_the_optimum_of_small_games(form: str) -> None:
     for seed in range(3):
         game = SyntheticGame(12, form, seed)
-        setting = Setting(LOW, HIGH, np.ones(12, dtype=np.int64), (2, 5, 9), seed)
+        setting = Setting((LOW, HIGH), np.ones(12, dtype=np.int64), (2, 5, 9), seed)
         search = run_estimator(ActiveSearch(setting), game)
         assert len(search.measured) < 250
         for capacity in setting.capacities:
@@ -74,7 +74,7 @@ def test_active_is_better_than_greedy() -> None:
     losses: dict[str, list[float]] = {"active": [], "down": [], "up": []}
     for form in SyntheticGame.FORMS:
         game = SyntheticGame(18, form, 5)
-        setting = Setting(LOW, HIGH, np.ones(18, dtype=np.int64), (5, 9, 14), 5)
+        setting = Setting((LOW, HIGH), np.ones(18, dtype=np.int64), (5, 9, 14), 5)
         chance = [
             game(setting.assignments(np.array([random_fill(setting.program(c), np.random.default_rng(0))]))).mean()
             for c in setting.capacities
@@ -87,7 +87,7 @@ def test_active_is_better_than_greedy() -> None:
 
 
 def test_many_players_begin_with_a_descent_and_soon_go_below_it() -> None:
-    setting = Setting(LOW, HIGH, np.random.default_rng(0).choice([1, 3, 8], size=66), (100,), seed=0)
+    setting = Setting((LOW, HIGH), np.random.default_rng(0).choice([1, 3, 8], size=66), (100,), seed=0)
     game = SyntheticGame(66, "saturating", 0)
     down, active = run_estimator(Greedy.paced(setting), game), ActiveSearch(setting)
     while len(active.measured) < len(down.measured) + 60:
@@ -100,7 +100,7 @@ def test_many_players_begin_with_a_descent_and_soon_go_below_it() -> None:
 
 def test_active_is_soon_sure_of_a_quadratic_game() -> None:
     game = SyntheticGame(12, "quadratic", 0)
-    setting = Setting(LOW, HIGH, np.ones(12, dtype=np.int64), (6,))
+    setting = Setting((LOW, HIGH), np.ones(12, dtype=np.int64), (6,))
     search = run_estimator(ActiveSearch(setting), game)
     assert len(search.measured) < 100
     assert game(search.choose(6)[None])[0] == pytest.approx(optimum(game, setting, 6))
@@ -111,7 +111,7 @@ def test_a_surrogate_knows_how_wrong_it_is() -> None:
     rng, n = np.random.default_rng(0), 12
     quadratic = SyntheticGame(n, "quadratic", 3)
     noise = TableGame(rng.normal(scale=0.1, size=2**n))
-    setting = Setting(LOW, HIGH, np.ones(n, dtype=np.int64), (n // 2,))
+    setting = Setting((LOW, HIGH), np.ones(n, dtype=np.int64), (n // 2,))
     lowered = np.array([random_fill(setting.program(n // 2), rng) for _ in range(600)])
     losses = quadratic(setting.assignments(lowered)) + noise(setting.assignments(lowered))
     size = np.full(150, 0.5)
@@ -129,7 +129,7 @@ def test_a_surrogate_knows_how_wrong_it_is() -> None:
 def test_a_killed_search_goes_on_to_the_same_end() -> None:
     """Replaying known losses from a journal changes no proposal."""
     game = SyntheticGame(10, "saturating", 1)
-    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (3, 6), 2)
+    setting = Setting((LOW, HIGH), np.ones(10, dtype=np.int64), (3, 6), 2)
     proposals: list[Assignments] = []
 
     class Recording(SyntheticGame):
@@ -149,7 +149,7 @@ def test_a_killed_search_goes_on_to_the_same_end() -> None:
 
 def test_what_is_known_is_used() -> None:
     game = SyntheticGame(10, "quadratic", 1)
-    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (4,))
+    setting = Setting((LOW, HIGH), np.ones(10, dtype=np.int64), (4,))
     everything = (np.arange(2**10)[:, None] >> np.arange(10) & 1).astype(bool)
     points = setting.assignments(everything)
     search = ActiveSearch(setting, known=(points, game(points)))
@@ -160,7 +160,7 @@ def test_what_is_known_is_used() -> None:
 def test_greedy_by_hand() -> None:
     # Player 0 is cheap alone, and ruins what 1 does; greedy down does not see it coming.
     game = TableGame(np.array([0.0, 1.0, 2.0, 9.0, 3.0, 5.0, 4.5, 12.0]))
-    setting = Setting(LOW, HIGH, np.ones(3, dtype=np.int64), (1,))
+    setting = Setting((LOW, HIGH), np.ones(3, dtype=np.int64), (1,))
     down = run_estimator(Greedy(setting), game)
     assert down.choose(1).tolist() == [LOW, HIGH, LOW]  # lowers 0 (1.0), then 2 (5.0) rather than 1 (9.0)
     up = run_estimator(Greedy(setting, direction="up"), game)
@@ -171,7 +171,7 @@ def test_greedy_by_hand() -> None:
 def test_one_shot_is_exact_where_losses_add_up(end: str) -> None:
     game = SyntheticGame(9, "quadratic", 0)
     game.pairs[:] = 0
-    setting = Setting(LOW, HIGH, np.array([3, 1, 4, 1, 5, 9, 2, 6, 5]), (10, 20), 0)
+    setting = Setting((LOW, HIGH), np.array([3, 1, 4, 1, 5, 9, 2, 6, 5]), (10, 20), 0)
     search = run_estimator(OneShot(setting, end), game)
     assert len(search.measured) == 10
     for capacity in setting.capacities:
@@ -181,7 +181,7 @@ def test_one_shot_is_exact_where_losses_add_up(end: str) -> None:
 def test_one_shot_scores_by_hand() -> None:
     #         nobody lowered .. everybody: bit i of the index says that player i is lowered
     table = np.array([0.0, 1.0, 2.0, 9.0, 3.0, 5.0, 5.5, 10.0])
-    setting = Setting(LOW, HIGH, np.ones(3, dtype=np.int64), (1,), 0)
+    setting = Setting((LOW, HIGH), np.ones(3, dtype=np.int64), (1,), 0)
     high, low = (run_estimator(OneShot(setting, end), TableGame(table)) for end in ("high", "low"))
     assert high.choose(1).tolist() == [LOW, LOW, HIGH], "alone lowered, the third costs most: 3"
     assert low.choose(1).tolist() == [LOW, HIGH, LOW], "alone raised, the second gains most: 10 - 5"
@@ -189,7 +189,7 @@ def test_one_shot_scores_by_hand() -> None:
 
 def test_evolution_selects_on_more_and_more_sequences() -> None:
     full, rough = SyntheticGame(10, "s-shaped", 0), SyntheticGame(10, "s-shaped", 1)
-    setting = Setting(LOW, HIGH, np.ones(10, dtype=np.int64), (3, 6), 0)
+    setting = Setting((LOW, HIGH), np.ones(10, dtype=np.int64), (3, 6), 0)
     asked: dict[float, int] = {}
 
     def game_of(share: float) -> Callable[[Assignments], Losses]:

@@ -63,14 +63,14 @@ def test_sizes_of_an_assignment() -> None:
 @given(limit=st.integers(1500, 2700), seed=st.integers(0, 2**32))
 def test_random_assignments_fill_the_budget_and_keep_it(limit: int, seed: int) -> None:
     costs = STORAGE.raise_costs(2, 4)
-    for assignment in random_assignments(STORAGE, 2, 4, limit, n=4, seed=seed):
+    for assignment in random_assignments(STORAGE, (2, 4), limit, n=4, seed=seed):
         used = STORAGE.bytes_of(assignment)
         assert used <= limit
         assert all(used + cost > limit for cost in costs[assignment == 2])
 
 
 def test_random_assignments_differ() -> None:
-    assert len(np.unique(random_assignments(STORAGE, 2, 4, 2000, n=20, seed=0), axis=0)) > 1
+    assert len(np.unique(random_assignments(STORAGE, (2, 4), 2000, n=20, seed=0), axis=0)) > 1
 
 
 def test_the_feasible_budgets_that_an_error_names_are_feasible() -> None:

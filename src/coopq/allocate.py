@@ -26,7 +26,7 @@ class Allocation:
     """A solution of the program and what is proven about it.
 
     Attributes:
-        q: True where a player stays at the low width, shape (n_players,).
+        q: True where a step down is taken, shape (n_steps,).
         objective: Value of the program at q, nats per token.
         bound: No assignment has a lower value than this.
         gap: (objective - bound) / |objective|; 0 when proven optimal.
@@ -109,17 +109,25 @@ def _knapsack(program: QuadraticProgram) -> npt.NDArray[np.bool_] | None:
     if pairs.any() or (n + 24) * (capacity + 1) > _MOST_CELLS:
         return None
     values = program.linear + np.diag(program.quadratic)
-    best, raises = np.zeros(capacity + 1), np.zeros((n, capacity + 1), dtype=bool)
-    for player in np.flatnonzero((values > 0) & (weights <= capacity)):
-        with_it = best[: capacity + 1 - weights[player]] + values[player]
-        raises[player, weights[player] :] = with_it > best[weights[player] :]
-        best[weights[player] :] = np.maximum(with_it, best[weights[player] :])
-    q, left = np.ones(n, dtype=bool), capacity
-    for player in reversed(range(n)):
-        if raises[player, left]:
-            q[player] = False
-            left -= int(weights[player])
-    return q
+    # For each player, what raising it by 1, 2, ... steps is worth and weighs; the last step down is the first one up.
+    worth = values.reshape(-1, program.steps)[:, ::-1].cumsum(axis=1)
+    weight = weights.reshape(-1, program.steps)[:, ::-1].cumsum(axis=1)
+    best, raises = np.zeros(capacity + 1), np.zeros((len(worth), capacity + 1), dtype=np.int8)
+    for player in range(len(worth)):
+        before = best.copy()
+        for raised in np.flatnonzero((worth[player] > 0) & (weight[player] <= capacity)):
+            fits = weight[player, raised]
+            with_it = before[: capacity + 1 - fits] + worth[player, raised]
+            better = with_it > best[fits:]
+            raises[player, fits:][better] = raised + 1
+            best[fits:][better] = with_it[better]
+    q, left = np.ones((len(worth), program.steps), dtype=bool), capacity
+    for player in reversed(range(len(worth))):
+        raised = raises[player, left]
+        if raised:
+            q[player, -raised:] = False
+            left -= int(weight[player, raised - 1])
+    return q.ravel()
 
 
 class _Solver:
@@ -149,6 +157,9 @@ class _Solver:
                 model.addCons(product <= q[i])
                 model.addCons(product <= q[j])
             terms.append(weight * product)
+        for i in range(n):
+            if i % program.steps:
+                model.addCons(q[i] <= q[i - 1])
         unit = math.gcd(*program.costs.tolist()) or 1
         raised = quicksum(int(c) // unit * (1 - x) for c, x in zip(program.costs, q, strict=True))
         model.addCons(raised <= program.capacity // unit)

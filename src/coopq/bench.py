@@ -21,6 +21,7 @@ from coopq.evaluate import judge_windows
 from coopq.files import locked, read_json, require_writable, write_json
 from coopq.methods import begin_with_nothing, check_method, check_players, measure, plans_on
 from coopq.models import load_skeleton
+from coopq.plan import setting_of
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
@@ -69,7 +70,7 @@ class Case:
     def name(self) -> str:
         """Model, backend, widths, granularity unless blocks are the players, and label."""
         config = self.config
-        parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, str(config.low), str(config.high)]
+        parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, *map(str, config.widths)]
         parts += [] if config.granularity == "block" else [config.granularity]
         return "-".join([*parts, self.label] if self.label else parts)
 
@@ -174,8 +175,8 @@ def read_bench(path: Path) -> Bench:
     """A bench from its TOML file.
 
     Every key of a `[[case]]` has the value of the same key at the top of the file unless it sets its own. `models`,
-    `backends`, and `bits`, a list of pairs, are lists: a case stands for all combinations. Models and calibration texts
-    that are found beside the file are meant as paths from there.
+    `backends`, and `bits`, each a list of widths, are lists: a case stands for all combinations. Models and calibration
+    texts that are found beside the file are meant as paths from there.
 
     Raises:
         RunError: If the file cannot be read, lacks a key, or has one that means nothing.
@@ -209,21 +210,23 @@ def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits:
     length, tokens = values["sequence-length"], values["tokens"]
     if tokens % length:
         raise RunError(f"{path}: tokens = {tokens} is not a multiple of sequence-length = {length}")
-    if not (isinstance(bits, list) and len(bits) == 2):
-        raise RunError(f"{path}: bits holds {bits!r}; write pairs, [[2, 4], [3, 4]] for example")
+    if not (isinstance(bits, list) and len(set(bits)) == len(bits) >= 2):
+        raise RunError(f"{path}: bits holds {bits!r}; write lists of widths, [[2, 4], [2, 3, 4, 8]] for example")
+    low, *between, high = sorted(bits)
     if not (isinstance(values["label"], str) and re.fullmatch(r"[\w.-]*", values["label"])):
         raise RunError(f"{path}: label = {values['label']!r} is not letters, digits, '.', '_' and '-'")
     config = RunConfig(
         _beside(path, model),
         backend,
         values["group-size"],
-        min(bits),
-        max(bits),
+        low,
+        high,
         values["permutations"],
         calibration=CalibrationConfig(_beside(path, values["calibration"]), tokens // length, length),
         dtype=values["dtype"],
         device=values["device"],
         granularity=values["granularity"],
+        between=tuple(between),
     )
     return Case(config, tuple(values["budgets"]), tuple(values["methods"]), tuple(values["seeds"]), values["label"])
 
@@ -246,12 +249,12 @@ def check_bench(bench: Bench) -> None:
         for method in case.methods:
             check_method(method)
         budgets = [Budget.parse(budget) for budget in case.budgets]
-        backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+        backend = get_backend(**config.quantizer, bits=config.widths)
         players = find_players(
             load_skeleton(config.model, dtype=config.dtype, device=config.device), config.granularity
         )
-        check_players(case.methods, players)
-        storage = measure_storage(players, backend, (config.low, config.high))
+        check_players(case.methods, players, len(config.widths))
+        storage = measure_storage(players, backend, config.widths)
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
 
@@ -291,9 +294,9 @@ def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCa
         if (data.get("format_version"), data.get("asked")) == (_FORMAT_VERSION, asked):
             return Result.from_json(data)
     folder = out / "runs" / case.name
-    check = partial(check_players, case.methods)
+    check = partial(check_players, case.methods, n_widths=len(config.widths))
     # One bank serves all seeds, unless its weights are fitted to the calibration tokens.
-    calibrated = get_backend(**config.quantizer, bits=(config.low, config.high)).calibrated
+    calibrated = get_backend(**config.quantizer, bits=config.widths).calibrated
     bank = None if calibrated else folder / "bank"
     stage = f"{case.name}, seed {seed}: "
     with open_workbench(
@@ -341,8 +344,8 @@ def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
             )
         )
         start = end
-    costs = bench.storage.raise_costs(config.low, config.high)
-    measured = Measured(Setting(config.low, config.high, costs, (), config.seed))
+    setting = setting_of(bench)
+    measured = Measured(setting)
     measured.add(*known)
     estimate = bench.folder.load().estimate if bench.folder.is_estimated else None
     return Result(
@@ -354,23 +357,29 @@ def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
         tuple(rows),
         None if estimate is None else (estimate.shapley.tolist(), estimate.stderr.tolist()),
         None if estimate is None else estimate.covariance.tolist(),
-        best_surrogate(measured.surrogates(int(costs.sum()) // 2)).quadratic.tolist(),
+        _by_player(best_surrogate(measured.surrogates(int(setting.costs.sum()) // 2)).quadratic, setting).tolist(),
     )
+
+
+def _by_player(pairs: npt.NDArray[np.float64], setting: Setting) -> npt.NDArray[np.float64]:
+    """Pair terms of steps, shape (n_steps, n_steps), as those of players."""
+    shape = (setting.n_players, setting.steps)
+    return pairs.reshape(*shape, *shape).sum(axis=(1, 3))
 
 
 def _references(bench: Workbench, budgets: Sequence[Budget]) -> Iterator[tuple[str, str | None, int, Assignments]]:
     """What has no method: full precision, uniform widths, and random assignments that use up each budget."""
-    low, high, n = bench.config.low, bench.config.high, len(bench.players)
+    config, n = bench.config, len(bench.players)
     yield "full precision", None, 0, uniform_assignment(n, UNTOUCHED)[None]
-    for bits in (high, low):
+    for bits in reversed(config.widths):
         yield "uniform", None, 0, uniform_assignment(n, bits)[None]
     for budget in budgets:
-        limit = bench.storage.limit(budget, low, high)
+        limit = bench.storage.limit(budget, config.low, config.high)
         yield (
             "random",
             budget.text,
             0,
-            random_assignments(bench.storage, low, high, limit, _N_RANDOM, bench.config.seed),
+            random_assignments(bench.storage, config.widths, limit, _N_RANDOM, config.seed),
         )
 
 

@@ -37,7 +37,7 @@ from coopq.options import (
     calibration_config,
     ray_config,
     screened,
-    two_widths,
+    widths_of,
 )
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
@@ -101,9 +101,22 @@ def quantize(
 ) -> None:
     """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
     texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    widths = two_widths(bits)
+    low, between, high = widths_of(bits)
     config = RunConfig(
-        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
+        model,
+        backend,
+        group_size,
+        low,
+        high,
+        permutations,
+        seed,
+        texts,
+        dtype,
+        device,
+        act_order,
+        symmetric,
+        granularity,
+        between=between,
     )
     config = screened(config, screen_tokens)
     from coopq import pipeline
@@ -153,9 +166,22 @@ def estimate(
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
     texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    widths = two_widths(bits)
+    low, between, high = widths_of(bits)
     config = RunConfig(
-        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
+        model,
+        backend,
+        group_size,
+        low,
+        high,
+        permutations,
+        seed,
+        texts,
+        dtype,
+        device,
+        act_order,
+        symmetric,
+        granularity,
+        between=between,
     )
     if dry_run:
         from coopq.forecast import forecast

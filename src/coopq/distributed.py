@@ -64,12 +64,12 @@ class Worker:
             way_out = "give workers the driver's files and versions"
             raise Mismatch(f"a worker found another model under {config.model!r}", ours, theirs, way_out)
         players = find_players(loaded.model, config.granularity)
-        backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+        backend = get_backend(**config.quantizer, bits=config.widths)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
         self._bank = WeightBank(folder, loaded, players, backend, weights)
         if folder != shared:
-            self._bank.build((config.low, config.high), tokens)
+            self._bank.build(config.widths, tokens)
         self._model = loaded.model
         self._engines: dict[str, PrefixEngine] = {}
 

@@ -168,7 +168,9 @@ def compare(
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
         check_method(method)
-    with open_workbench(config, run, progress, *parsed, check=partial(check_players, methods)) as bench:
+    with open_workbench(
+        config, run, progress, *parsed, check=partial(check_players, methods, n_widths=len(config.widths))
+    ) as bench:
         _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
         return compare_on(bench, plans, length=length, max_tokens=max_tokens)
@@ -176,15 +178,14 @@ def compare(
 
 def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: int | None = None) -> list[Comparison]:
     """Plans of one open workbench beside full precision, uniform widths, and random assignments of their budgets."""
-    low, high, n_players = bench.config.low, bench.config.high, len(bench.players)
+    widths, n_players = bench.config.widths, len(bench.players)
     groups: list[tuple[str, str | None, Assignments]] = [
         ("full precision", None, uniform_assignment(n_players, UNTOUCHED)[None]),
-        ("uniform", None, uniform_assignment(n_players, high)[None]),
-        ("uniform", None, uniform_assignment(n_players, low)[None]),
+        *(("uniform", None, uniform_assignment(n_players, bits)[None]) for bits in reversed(widths)),
     ]
     groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.int8)) for plan in plans]
     for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
-        random = random_assignments(bench.storage, low, high, limit, _N_RANDOM, _RANDOM_SEED)
+        random = random_assignments(bench.storage, widths, limit, _N_RANDOM, _RANDOM_SEED)
         groups.append(("random", budget, random))
     points = np.unique(np.concatenate([assignments for _, _, assignments in groups]), axis=0)
     with bench.calibration_game("comparing on the calibration set") as game:

@@ -14,20 +14,20 @@ from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
 from coopq.estimators import SPQE, Search, Setting, run_search
 from coopq.estimators.active import descent, most_points
+from coopq.estimators.exact import MOST_PLAYERS
 from coopq.game import Meters
 from coopq.memory import Footprint, free_memory
-from coopq.methods import SEARCHES
+from coopq.methods import OF_TWO_WIDTHS, SEARCHES
 from coopq.models import load_model, pick_device
 from coopq.players import find_players
 from coopq.program import random_fill
 from coopq.run import RunConfig
-from coopq.testing import SyntheticGame
+from coopq.testing import SteppedGame, SyntheticGame
 from coopq.types import Player
 from coopq.workbench import check_config
 
 _SECONDS = 1.0
 """How long the block is timed, and the head."""
-_MOST_ENUMERATED = 14
 _A_ROUND = 6
 """Points of the active search that share prefixes with each other."""
 
@@ -93,12 +93,12 @@ def forecast(config: RunConfig) -> Forecast:
         OutOfMemory: If the run does not fit.
     """
     check_config(config)
-    backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+    backend = get_backend(**config.quantizer, bits=config.widths)
     device, text = pick_device(config.device), config.calibration
     free = free_memory(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device)
     players = find_players(loaded.model, config.granularity)
-    footprint = Footprint.of(loaded.model, players, text, device.type)
+    footprint = Footprint.of(loaded.model, players, text, device.type, len(config.widths))
     footprint.check(free)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     batch = min(batch_size(device.type, text.length), text.sequences)
@@ -130,29 +130,32 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     """
     n, blocks = len(players), [player.block for player in players]
     n_sequences = config.screening or config.calibration.sequences
-    walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
-    found = {f"coopq, M = {config.permutations}": Work(prefix_tree_size(walks, blocks), len(walks))}
-    costs = np.array([player.n_weights for player in players])
-    setting = Setting(2, 4, costs, (int(costs.sum()) // 2,), config.seed)
-    nothing = setting.assignments(np.zeros((0, n), dtype=bool))
+    found: dict[str, Work] = {}
+    if len(config.widths) == 2:
+        walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
+        found[f"coopq, M = {config.permutations}"] = Work(prefix_tree_size(walks, blocks), len(walks))
+    costs = np.outer([player.n_weights for player in players], -np.diff(config.widths[::-1])).ravel()
+    setting = Setting(config.widths, costs, (int(costs.sum()) // 2,), config.seed)
+    nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
     for name, make in SEARCHES.items():
+        if setting.steps > 1 and name in OF_TWO_WIDTHS:
+            continue
         if name == "active":
-            opening, points = descent(setting), most_points(n)
-            opened = Work(0, 0) if opening is None else _played(opening, blocks, n_sequences)
+            opening, points = descent(setting), most_points(setting.n_steps)
+            opened = Work(0, 0) if opening is None else _played(opening, setting, blocks, n_sequences)
             rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
             a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))
             searched = prefix_tree_size(a_round, blocks) * points // len(a_round)
             found[name] = Work(opened.layer_forwards + searched, opened.evaluations + points, is_bound=True)
-        elif name != "exact" or n <= _MOST_ENUMERATED:
-            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), blocks, n_sequences)
+        elif name != "exact" or len(config.widths) ** n <= 2**MOST_PLAYERS:
+            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), setting, blocks, n_sequences)
     return found
 
 
-def _played(search: Search, blocks: list[int], n_sequences: int) -> Work:
+def _played(search: Search, setting: Setting, blocks: list[int], n_sequences: int) -> Work:
     """What a search takes on a synthetic game, those on some of the sequences by their share."""
-    n = len(blocks)
-    game = SyntheticGame(n, "quadratic", 0)
-    meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, n), dtype=np.int8))
+    game = SteppedGame(SyntheticGame(setting.n_steps, "quadratic", 0), setting)
+    meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, len(blocks)), dtype=np.int8))
     run_search(search, meters)
     return Work(round(meters.layer_forwards), round(meters.evaluations))
 

@@ -30,7 +30,7 @@ from coopq.options import (
     Tokens,
     calibration_config,
     screened,
-    two_widths,
+    widths_of,
 )
 from coopq.plan import Plan
 from coopq.report import accuracy_table, comparison_table, evaluation_data
@@ -66,9 +66,22 @@ def compare(
 ) -> None:
     """Searches and baselines at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
     texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    widths = two_widths(bits)
+    low, between, high = widths_of(bits)
     config = RunConfig(
-        model, backend, group_size, *widths, permutations, seed, texts, dtype, device, act_order, symmetric, granularity
+        model,
+        backend,
+        group_size,
+        low,
+        high,
+        permutations,
+        seed,
+        texts,
+        dtype,
+        device,
+        act_order,
+        symmetric,
+        granularity,
+        between=between,
     )
     config = screened(config, screen_tokens)
     from coopq import evaluate as work
@@ -89,7 +102,7 @@ def compare(
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
-    title = f"{model}, {backend}, {config.low} and {config.high} bits by {granularity}: {text}"
+    title = f"{model}, {backend}, {config.widths_text} bits by {granularity}: {text}"
     files = save_comparison(rows, title, run / "comparison")
     saved = ", ".join(map(str, [run / "comparison.json", *files]))
     print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)

@@ -32,7 +32,8 @@ class Footprint:
         weights: The full-precision model.
         blocks: Those of its blocks, all of them.
         largest_block: Those of the largest.
-        bank: Dequantised weights of every player at both widths.
+        bank: Dequantised weights of every player at every width.
+        one_width: Those of one width.
         states: Hidden states over all calibration tokens: of the embedding, after each block, and two that come and go.
         working: What one batch takes in a block and in the head; of scores, with gradients.
         device: Type of the device that computes.
@@ -44,6 +45,7 @@ class Footprint:
     blocks: int
     largest_block: int
     bank: int
+    one_width: int
     states: int
     working: int
     device: str
@@ -51,7 +53,9 @@ class Footprint:
     length: int
 
     @classmethod
-    def of(cls, model: Any, players: Sequence[Player], calibration: CalibrationConfig, device: str) -> "Footprint":
+    def of(
+        cls, model: Any, players: Sequence[Player], calibration: CalibrationConfig, device: str, n_widths: int = 2
+    ) -> "Footprint":
         """Of a model, or of its skeleton without storage, that computes in its dtype.
 
         Args:
@@ -59,6 +63,7 @@ class Footprint:
             players: Its players.
             calibration: The calibration text.
             device: Type of the device.
+            n_widths: Widths to choose from.
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
@@ -67,12 +72,14 @@ class Footprint:
         widest = max(max(linear.shape) for player in players for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
         logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, logit_bytes(device))
+        of_width = sum(player.n_weights for player in players) * itemsize
         of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         return cls(
             blocks=sum(of_blocks),
             largest_block=max(of_blocks),
             weights=sum(tensor.nbytes for tensor in model.parameters()),
-            bank=2 * sum(player.n_weights for player in players) * itemsize,
+            bank=n_widths * of_width,
+            one_width=of_width,
             states=per_sequence * calibration.sequences,
             working=inside + logits + _SCRATCH,
             device=device,
@@ -92,7 +99,7 @@ class Footprint:
         On a CPU it is mapped from disk. On a GPU it can stay on the host, but every player has weights of one width
         beside its own.
         """
-        return self.total - (self.bank if self.device == "cpu" else self.bank // 2)
+        return self.total - self.bank + (0 if self.device == "cpu" else self.one_width)
 
     @property
     def hosted(self) -> int:

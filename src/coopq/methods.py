@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from coopq.estimators.exact import check_enumerable
 from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
 from coopq.game import Meter, Meters
-from coopq.plan import WALK_METHODS, Plan, capacity_of, plan_budget, plan_gains, plan_search
+from coopq.plan import WALK_METHODS, Plan, plan_budget, plan_gains, plan_search, setting_of
 from coopq.probe import Probe
-from coopq.program import QuadraticProgram, local_optima
+from coopq.program import local_optima
 from coopq.run import Estimation
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
@@ -54,7 +55,7 @@ SEARCHES: dict[str, Callable[[Setting, Known, Assignments], Search]] = {
     "active": ActiveSearch,
     "greedy-down": lambda setting, *_: Greedy.paced(setting, "down"),
     "greedy-up": lambda setting, *_: Greedy.paced(setting, "up"),
-    "regression": lambda setting, known, _: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_players),
+    "regression": lambda setting, known, _: Regression(setting, known, n_points=_POINTS_PER_PLAYER * setting.n_steps),
     "cross-layer": lambda setting, *_: CrossLayer(setting),
     "one-shot-high": lambda setting, *_: OneShot(setting, "high"),
     "one-shot-low": lambda setting, *_: OneShot(setting, "low"),
@@ -70,6 +71,8 @@ SHRUNK = ("coopq", "pruning")
 _SCORES = ("fisher", *BASELINES)
 _STARTERS = ("fisher", *PAPER_BASELINES)
 """Scores whose choices the active search measures first: those that take a few forwards of the model."""
+OF_TWO_WIDTHS = (*WALK_METHODS, "cross-layer")
+"""Methods whose sources know a lower and a higher width; all others choose among any number."""
 UNPROVEN = (*SEARCHES, "interactions", "fisher")
 """Methods whose programs are not solved to proof: their optimum is not the point, or nobody would wait for it."""
 METHODS = (*SEARCHES, *WALK_METHODS, *_SCORES)
@@ -85,14 +88,20 @@ def check_method(method: str) -> None:
         raise EstimationError(f"method {method!r} is unknown; {hint(method, METHODS)}")
 
 
-def check_players(methods: Sequence[str], players: Sequence[Player]) -> None:
-    """Check that methods can do with players, before their weights are quantized.
+def check_players(methods: Sequence[str], players: Sequence[Player], n_widths: int) -> None:
+    """Check that methods can do with players and widths, before any weights are quantized.
 
     Raises:
-        EstimationError: If there are too many to enumerate, or blocks cannot be removed whole.
+        EstimationError: If there are too many to enumerate, blocks cannot be removed whole, or a method knows only two
+            widths.
     """
+    of_two = [method for method in methods if method in OF_TWO_WIDTHS]
+    if of_two and n_widths > 2:
+        raise EstimationError(
+            f"method {of_two[0]!r} is of two widths, and {n_widths} are given; take two, or another method: 'active'"
+        )
     if "exact" in methods:
-        check_enumerable(len(players))
+        check_enumerable(len(players), n_widths)
     if "pruning" in methods and len({player.block for player in players}) < len(players):
         raise EstimationError("pruning removes whole blocks; leave out --granularity, or take another method")
 
@@ -138,24 +147,33 @@ def _estimation(bench: Workbench, estimator: SPQE) -> Estimation:
 def terms_on(bench: Workbench, method: str) -> tuple[Gains, Gains | None, int]:
     """Linear and, for "fisher", pair terms of a score, and the layer forwards that it takes; kept in the run folder."""
     path = bench.folder.path / "scores" / f"{method}.json"
-    fingerprint = {**bench.fingerprint, "low": bench.config.low, "high": bench.config.high}
+    config = bench.config
+    fingerprint = {**bench.fingerprint, "low": config.low, "high": config.high}
+    if config.between:
+        fingerprint["between"] = config.between
     if path.is_file():
         record = read_json(path)
         if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
             pairs = record.get("pairs")
             return np.array(record["gains"]), None if pairs is None else np.array(pairs), record["layer_forwards"]
-    probe = Probe(bench.engine(bench.calibration), bench.bank, bench.config.low, bench.config.high)
+    engine, descending = bench.engine(bench.calibration), config.widths[::-1]
+    # A score of two widths is that of a step between neighbours.
+    probes = [Probe(engine, bench.bank, low, high) for high, low in pairwise(descending)]
     bench.progress(f"scoring by {method}", 0, 1)
-    gains, pairs = fisher.terms(probe) if method == "fisher" else (get_baseline(method)(probe), None)
+    if method == "fisher":
+        gains, pairs = fisher.terms(probes)
+    else:
+        gains, pairs = np.stack([get_baseline(method)(probe) for probe in probes], axis=1).ravel(), None
+    layer_forwards = sum(probe.layer_forwards for probe in probes)
     bench.progress(f"scoring by {method}", 1, 1)
     if not (np.isfinite(gains).all() and np.isfinite(0.0 if pairs is None else pairs).all()):
         raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
     path.parent.mkdir(exist_ok=True)
-    record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": probe.layer_forwards}
+    record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": layer_forwards}
     if pairs is not None:
         record["pairs"] = pairs.tolist()
     write_json(path, record)
-    return gains, pairs, probe.layer_forwards
+    return gains, pairs, layer_forwards
 
 
 def plans_on(
@@ -201,7 +219,8 @@ def _walked_on(
 ) -> list[Plan]:
     """Plans by permutation walks: the paper's way, and other readings of the same walks."""
     estimation = _pruning_on(bench) if method == "pruning" else estimate_on(bench)
-    setting, walked = _setting(bench, budgets), Measured(_setting(bench, budgets))
+    setting = setting_of(bench, budgets)
+    walked = Measured(setting)
     if method != "pruning":
         points = _spqe(bench).points
         with bench.calibration_game("measuring the walks") as game:
@@ -217,7 +236,7 @@ def _walked_on(
         if method == "shapley":
             plan = plan_gains(bench, method, estimation.estimate.shapley, budget, **spent)
         elif method == "interactions":
-            program = best_surrogate(walked.surrogates(capacity)).program(setting.costs, capacity)
+            program = best_surrogate(walked.surrogates(capacity)).program(setting.program(capacity))
             optima = local_optima(program, walked.best(capacity, 3), 100, np.random.default_rng([setting.seed, 0]))
             chosen = setting.assignments(optima[0])
             plan = plan_search(bench, method, chosen, budget, measured=walked, runner_up=None, **spent)
@@ -230,10 +249,9 @@ def _walked_on(
 
 def _search_on(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
     """Plans by a search on the true loss: on the screening sequences, and decided on all of them."""
-    setting, blocks = _setting(bench, budgets), [player.block for player in bench.players]
-    starts, scoring = (
-        _starts(bench, budgets) if method == "active" else (setting.assignments(np.zeros((0, 0), bool)), 0)
-    )
+    setting, blocks = setting_of(bench, budgets), [player.block for player in bench.players]
+    nowhere = np.zeros((0, setting.n_steps), dtype=bool)
+    starts, scoring = _starts(bench, budgets) if method == "active" else (setting.assignments(nowhere), 0)
     with bench.screening_game(f"searching, {method}") as game:
         name = _search_name(method, setting, game.journal.path)
         knows = Beginnings(bench.folder.path).known(name, game.journal) if method in LEARNERS else 0
@@ -291,20 +309,20 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
     Raises:
         InfeasibleBudget: If every player at the high width loses more.
     """
-    whole, blocks = _setting(bench, []), [player.block for player in bench.players]
+    whole, blocks = setting_of(bench), [player.block for player in bench.players]
     low, high = 0, int(whole.costs.sum())
     with bench.calibration_game("searching the smallest size") as game:
         name = _search_name(f"at most {max_loss}", whole, game.journal.path)
         known = game.journal.first(Beginnings(bench.folder.path).known(name, game.journal))
         meter, measured = Meter(game, blocks, known[0]), Measured(whole)
         measured.add(*known)
-        ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_players, axis=1))
+        ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_steps, axis=1))
         losses = meter(ends)
         measured.add(ends, losses)
         if losses[0] > max_loss:
             raise InfeasibleBudget(
-                f"a loss of {max_loss} cannot be kept: with every player at {whole.high} bits it is {losses[0]:.4f}; "
-                "allow more, or take wider widths"
+                f"a loss of {max_loss} cannot be kept: with every player at {whole.widths[-1]} bits it is "
+                f"{losses[0]:.4f}; allow more, or take wider widths"
             )
         if losses[1] <= max_loss:
             high = 0
@@ -335,8 +353,8 @@ def smallest_on(bench: Workbench, max_loss: float, *, time_limit: float | None =
 
 def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
     """What the scores choose for the budgets (fisher's by descents), and the layer forwards that they take."""
-    setting, layer_forwards = _setting(bench, budgets), 0
-    chosen = np.zeros((0, setting.n_players), dtype=bool)
+    setting, layer_forwards = setting_of(bench, budgets), 0
+    chosen = np.zeros((0, setting.n_steps), dtype=bool)
     for method in _STARTERS:
         try:
             gains, pairs, spent = terms_on(bench, method)
@@ -345,7 +363,9 @@ def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, i
             continue
         layer_forwards += spent
         for capacity in setting.capacities:
-            program = QuadraticProgram(gains, np.diag(0 * gains) if pairs is None else pairs, setting.costs, capacity)
+            program = dataclasses.replace(setting.program(capacity), linear=gains)
+            if pairs is not None:
+                program = dataclasses.replace(program, quadratic=pairs)
             solved = allocate(program) if pairs is None else near_optimum(program)
             chosen = np.concatenate([chosen, solved.q[None]])
     return setting.assignments(chosen), layer_forwards
@@ -358,17 +378,6 @@ def _ranked(setting: Setting, search: Search, capacity: int) -> Assignments:
     return np.concatenate([chosen[None], best[(best != chosen).any(axis=1)]])
 
 
-def _setting(bench: Workbench, budgets: Sequence[Budget]) -> Setting:
-    config, storage = bench.config, bench.storage
-    return Setting(
-        config.low,
-        config.high,
-        storage.raise_costs(config.low, config.high),
-        tuple(capacity_of(bench, budget) for budget in budgets),
-        config.seed,
-    )
-
-
 def _solving(bench: Workbench, method: str, budgets: Sequence[Budget]) -> Iterator[Budget]:
     """The budgets, with progress."""
     for done, budget in enumerate(budgets):
@@ -379,10 +388,11 @@ def _solving(bench: Workbench, method: str, budgets: Sequence[Budget]) -> Iterat
 
 def begin_with_nothing(bench: Workbench, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
     """Let searches that have not begun know nothing of what others have measured, as where methods are compared."""
-    setting, path = _setting(bench, budgets), bench.folder.journal
+    setting, path = setting_of(bench, budgets), bench.folder.journal
     for method in (method for method in methods if method in LEARNERS):
         Beginnings(bench.folder.path).from_nothing(_search_name(method, setting, path))
 
 
 def _search_name(method: str, setting: Setting, journal: Path) -> str:
-    return f"{method} {setting.low},{setting.high} {setting.capacities} seed {setting.seed} in {journal.name}"
+    widths = ",".join(map(str, setting.widths))
+    return f"{method} {widths} {setting.capacities} seed {setting.seed} in {journal.name}"

@@ -33,7 +33,7 @@ ActOrder = Annotated[
     bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
 ]
 Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="gptq: zero points in the middle.")]
-Bits = Annotated[str, typer.Option(help="The two widths to choose from.")]
+Bits = Annotated[str, typer.Option(help="The widths to choose from, two or more.")]
 Permutations = Annotated[
     int, typer.Option(help="Random walks to measure, for methods that walk; more can be added to a run later.")
 ]
@@ -93,10 +93,10 @@ def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
     return RayConfig(address, workers)
 
 
-def two_widths(text: str) -> tuple[int, int]:
-    """The lower and the higher of two widths with a comma between them."""
+def widths_of(text: str) -> tuple[int, tuple[int, ...], int]:
+    """The lowest, the others and the highest of some widths with commas between them."""
     try:
-        low, high = sorted(int(part) for part in text.split(","))
+        low, *between, high = sorted(int(part) for part in text.split(","))
     except ValueError as error:
-        raise EstimationError(f"--bits {text!r} is not two widths; write 2,4 for example") from error
-    return low, high
+        raise EstimationError(f"--bits {text!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
+    return low, tuple(between), high

@@ -47,7 +47,8 @@ def estimate(
         progress: Told of every loss.
         ray: Where workers are that measure; None measures here.
     """
-    with open_workbench(config, run, progress, ray=ray) as bench:
+    check = partial(check_players, ["coopq"], n_widths=len(config.widths))
+    with open_workbench(config, run, progress, check=check, ray=ray) as bench:
         return estimate_on(bench)
 
 
@@ -97,7 +98,7 @@ def quantize(
         asked = {"method": method, "alpha": alpha if method in SHRUNK else None, "max_loss": max_loss}
         return _finished(config, asked | ({"budget": budgets[0].text} if budgets else {}), time_limit, out)
     require_new_folder(out)
-    check = partial(check_players, [method])
+    check = partial(check_players, [method], n_widths=len(config.widths))
     with open_workbench(config, run or default_run(out), progress, *budgets, check=check, ray=ray) as bench:
         if max_loss is None:
             (plan,) = plans_on(bench, method, budgets, alpha=alpha, time_limit=time_limit)
@@ -157,7 +158,7 @@ def apply(
         )
     if plan.deployment is not None:
         players = find_players(loaded.model, config.granularity)
-        plan = _resized(plan, measure_storage(players, quantizer, (config.low, config.high)))
+        plan = _resized(plan, measure_storage(players, quantizer, config.widths))
     tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.calibrated else None
     return save_model(loaded, plan, quantizer, tokens, out, progress)
 

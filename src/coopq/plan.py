@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from coopq.allocate import Allocation, allocate, near_optimum
 from coopq.errors import PlanError
-from coopq.estimators import Measured
+from coopq.estimators import Measured, Setting
 from coopq.evidence import Evidence
 from coopq.files import write_json
 from coopq.program import QuadraticProgram, paper_program
@@ -200,19 +200,19 @@ def plan_budget(
         PlanError: If alpha is out of range.
     """
     check_solver(alpha, time_limit)
-    estimate = estimation.estimate
+    estimate, setting = estimation.estimate, setting_of(estimation, [budget])
     program = paper_program(
         estimate.shapley,
         estimate.covariance,
         alpha,
-        costs=estimation.storage.raise_costs(estimation.config.low, estimation.config.high),
-        capacity=capacity_of(estimation, budget),
+        costs=setting.costs,
+        capacity=setting.capacities[0],
     )
     allocation = allocate(program, time_limit)
     return _plan(
         estimation,
         budget,
-        np.where(allocation.q, estimation.config.low, estimation.config.high).tolist(),
+        setting.assignments(allocation.q).tolist(),
         allocation,
         estimate.shapley.tolist(),
         estimate.stderr.tolist(),
@@ -240,30 +240,27 @@ def plan_gains(
     Args:
         subject: What the plan is for.
         method: Name of the score.
-        gains: What raising each player is worth, shape (n_players,).
+        gains: What raising each player is worth, by each step, shape (n_steps,).
         budget: The limit on bytes.
-        pairs: What pairs of lowered players cost beyond that, symmetric, shape (n_players, n_players), if anything.
+        pairs: What pairs of steps down cost beyond that, symmetric, shape (n_steps, n_steps), if anything.
         layer_forwards: What the score took.
         layer_forwards_unshared: What it would have taken without sharing prefixes, if that is more.
         time_limit: Seconds for the solver; None waits for the proof.
     Raises:
         InfeasibleBudget: With the smallest and largest feasible budget.
     """
-    config = subject.config
-    program = QuadraticProgram(
-        linear=gains,
-        quadratic=np.zeros((len(gains), len(gains))) if pairs is None else pairs,
-        costs=subject.storage.raise_costs(config.low, config.high),
-        capacity=capacity_of(subject, budget),
-    )
+    setting = setting_of(subject, [budget])
+    program = replace(setting.program(setting.capacities[0]), linear=gains)
+    if pairs is not None:
+        program = replace(program, quadratic=pairs)
     allocation = allocate(program, time_limit) if pairs is None else _settle(program, time_limit)
     return _plan(
         subject,
         budget,
-        np.where(allocation.q, config.low, config.high).tolist(),
+        setting.assignments(allocation.q).tolist(),
         allocation,
-        gains.tolist(),
-        [None] * len(gains),
+        setting.by_player(gains).tolist(),
+        [None] * setting.n_players,
         method=method,
         alpha=None,
         predicted_loss=None,
@@ -300,18 +297,18 @@ def plan_search(
         layer_forwards_unshared: What it would have taken without sharing prefixes.
         time_limit: Seconds for the solver, with few players; None takes a quarter of a minute.
     """
-    config, capacity = subject.config, capacity_of(subject, budget)
+    setting = setting_of(subject, [budget])
+    (capacity,) = setting.capacities
     surrogates = measured.surrogates(capacity)
     surrogate = best_surrogate(surrogates)
-    costs = subject.storage.raise_costs(config.low, config.high)
-    allocation = _settle(surrogate.program(costs, capacity), time_limit)
-    lowered = chosen == config.low
+    allocation = _settle(surrogate.program(setting.program(capacity)), time_limit)
+    lowered = setting.lowered(chosen)
     return _plan(
         subject,
         budget,
         chosen.tolist(),
         allocation,
-        surrogates[0].shapley().tolist(),
+        setting.by_player(surrogates[0].shapley()).tolist(),
         [None] * len(chosen),
         method=method,
         alpha=None,
@@ -336,10 +333,12 @@ def check_solver(alpha: float, time_limit: float | None) -> None:
         raise PlanError(f"time limit {time_limit} is not a positive number of seconds; leave it out for none")
 
 
-def capacity_of(subject: Subject, budget: Budget) -> int:
-    """Bytes that the budget leaves above all players at the low width."""
+def setting_of(subject: Subject, budgets: Sequence[Budget] = ()) -> Setting:
+    """What a search for budgets is for; capacities are the bytes above all players at the lowest width."""
     config, storage = subject.config, subject.storage
-    return storage.limit(budget, config.low, config.high) - sum(storage.n_bytes[config.low])
+    smallest = sum(storage.n_bytes[config.low])
+    capacities = tuple(storage.limit(budget, config.low, config.high) - smallest for budget in budgets)
+    return Setting(config.widths, storage.raise_costs(*config.widths), capacities, config.seed)
 
 
 def _settle(program: QuadraticProgram, time_limit: float | None) -> Allocation:

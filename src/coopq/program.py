@@ -1,4 +1,8 @@
-"""The program that every allocation solves: a quadratic in who stays at the low width, under a byte budget."""
+"""The program that every allocation solves: a quadratic in who is lowered how far, under a byte budget.
+
+With two widths, a player is lowered or not. With more, it has a step from each width to the next lower one, and each of
+these is taken only after those above it: a step is what a player is with two widths, with this order beside it.
+"""
 
 from dataclasses import dataclass
 
@@ -8,23 +12,25 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class QuadraticProgram:
-    """minimise a'q + q'Kq over binary q, subject to sum_i c_i (1 - q_i) <= capacity.
+    """minimise a'q + q'Kq over binary q with sum_i c_i (1 - q_i) <= capacity, and q_i <= q_(i-1) within a player.
 
-    q_i = 1 leaves player i at the low width, q_i = 0 raises it to the high one.
+    q_i = 1 takes step i down, with two widths from the high to the low one; q_i = 0 leaves it.
 
     Attributes:
-        linear: a, shape (n_players,), nats per token.
-        quadratic: K, symmetric, shape (n_players, n_players).
-        costs: c, bytes that raising each player costs, shape (n_players,).
-        capacity: Bytes that all raised players may cost together.
+        linear: a, shape (n_steps,), nats per token.
+        quadratic: K, symmetric, shape (n_steps, n_steps).
+        costs: c, bytes that each step saves, shape (n_steps,).
+        capacity: Bytes that all steps not taken may cost together.
+        steps: Steps of each player, which lie together, the first one down first: one less than there are widths.
 
-    Source: CoopQ (2026), stage 2.
+    Source: CoopQ (2026), stage 2, for two widths.
     """
 
     linear: npt.NDArray[np.float64]
     quadratic: npt.NDArray[np.float64]
     costs: npt.NDArray[np.int64]
     capacity: int
+    steps: int = 1
 
     def objective(self, q: npt.NDArray[np.bool_]) -> float:
         """Value of a'q + q'Kq."""
@@ -32,8 +38,17 @@ class QuadraticProgram:
         return float(self.linear @ x + x @ self.quadratic @ x)
 
     def feasible(self, q: npt.NDArray[np.bool_]) -> bool:
-        """Whether the raised players fit the capacity, in exact integers."""
-        return int(self.costs[~q].sum()) <= self.capacity
+        """Whether the steps not taken fit the capacity, in exact integers, and the others are in order."""
+        of_player = q.reshape(-1, self.steps)
+        return int(self.costs[~q].sum()) <= self.capacity and bool((of_player[:, 1:] <= of_player[:, :-1]).all())
+
+    def movable(self, q: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
+        of_player = q.reshape(-1, self.steps)
+        back, down = of_player.copy(), ~of_player
+        back[:, :-1] &= ~of_player[:, 1:]
+        down[:, 1:] &= of_player[:, :-1]
+        return back.ravel(), down.ravel()
 
 
 def paper_program(
@@ -55,11 +70,13 @@ def paper_program(
 def descend(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Take the best move as long as one helps.
 
-    A move raises a player, lowers one, or exchanges two, and keeps the capacity.
+    A move raises a player by a step, lowers one, or does both with two, and keeps the capacity. With more widths than
+    two, whose steps differ much in bytes, one that raises a player and lowers several is tried where none of these
+    helps.
 
     Args:
         program: What to minimise.
-        q: A feasible start, shape (n_players,).
+        q: A feasible start, shape (n_steps,).
     Returns:
         A feasible assignment that no single move improves.
     """
@@ -72,12 +89,38 @@ def descend(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[
     while True:
         raised, lowered, change = _moves(program, q, slope, pairs)
         best = np.unravel_index(int(change.argmin()), change.shape)
-        if not change[best] < -tolerance:
-            return q
-        for player in (raised[best[0]], lowered[best[1]]):
-            if player >= 0:
-                slope += pairs[player] * (-1.0 if q[player] else 1.0)
-                q[player] = not q[player]
+        if change[best] < -tolerance:
+            changed = [step for step in (raised[best[0]], lowered[best[1]]) if step >= 0]
+        else:
+            regrouped = _regrouped(program, q, slope) if program.steps > 1 else q
+            if not program.objective(regrouped) < program.objective(q) - tolerance:
+                return q
+            changed = np.flatnonzero(regrouped != q).tolist()
+        for step in changed:
+            slope += pairs[step] * (-1.0 if q[step] else 1.0)
+            q[step] = not q[step]
+
+
+def _regrouped(
+    program: QuadraticProgram, q: npt.NDArray[np.bool_], slope: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """The best of what raising one step gives when others go down for it, those that cost least by the byte."""
+    best, least = q, program.objective(q)
+    for step in np.flatnonzero(program.movable(q)[0]):
+        other = q.copy()
+        other[step] = False
+        player = step // program.steps
+        while int(program.costs[~other].sum()) > program.capacity:
+            down = program.movable(other)[1]
+            down[player * program.steps : (player + 1) * program.steps] = False
+            free = np.flatnonzero(down)
+            if len(free) == 0:
+                break
+            other[free[np.argmin(slope[free] / program.costs[free])]] = True
+        else:
+            if (value := program.objective(other)) < least:
+                best, least = other, value
+    return best
 
 
 def local_optima(
@@ -87,11 +130,11 @@ def local_optima(
 
     Args:
         program: What to minimise.
-        starts: Feasible assignments to start from, shape (n, n_players); n may be 0.
+        starts: Feasible assignments to start from, shape (n, n_steps); n may be 0.
         n_random: Random assignments to start from beside them.
         rng: Where those come from.
     Returns:
-        Shape (n_optima, n_players).
+        Shape (n_optima, n_steps).
     """
     found = [descend(program, start) for start in (*starts, *(random_fill(program, rng) for _ in range(n_random)))]
     optima = np.unique(np.array(found), axis=0)
@@ -99,18 +142,20 @@ def local_optima(
 
 
 def random_fill(program: QuadraticProgram, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Players raised in random order, each if it still fits."""
+    """Players raised by a step in random order, each if it still fits."""
     q = np.ones(len(program.linear), dtype=bool)
     left = program.capacity
-    for player in rng.permutation(len(q)):
-        if program.costs[player] <= left:
-            q[player] = False
-            left -= int(program.costs[player])
+    for drawn in rng.permutation(len(q)):
+        first = drawn // program.steps * program.steps
+        step = first + int(q[first : first + program.steps].sum()) - 1  # the last one that is still taken
+        if program.costs[step] <= left:
+            q[step] = False
+            left -= int(program.costs[step])
     return q
 
 
 def neighbours(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """All assignments one feasible exchange or raise away, shape (n, n_players)."""
+    """All assignments one feasible exchange or raise of single steps away, shape (n, n_steps)."""
     n = len(q)
     raised, lowered, change = _moves(program, q, np.zeros(n), np.zeros((n, n)))
     rows, columns = np.nonzero(np.isfinite(change) & (raised[:, None] >= 0))
@@ -127,11 +172,11 @@ def _moves(
     slope: npt.NDArray[np.float64],
     pairs: npt.NDArray[np.float64],
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """Players that can be raised (rows), those that can be lowered (columns), and what each move changes.
+    """Steps that can be taken back (rows), those that can be taken (columns), and what each move changes.
 
-    Player -1 stands for none; moves over the capacity change by infinity.
+    Step -1 stands for none; moves over the capacity, or of one player back and forth, change by infinity.
     """
-    raised, lowered = np.flatnonzero(q), np.flatnonzero(~q)
+    raised, lowered = (np.flatnonzero(of) for of in program.movable(q))
     change = np.zeros((len(raised) + 1, len(lowered) + 1))
     change[:-1] -= slope[raised][:, None]
     change[:, :-1] += slope[lowered]
@@ -139,4 +184,7 @@ def _moves(
     slack = program.capacity - int(program.costs[~q].sum())
     needed = np.append(program.costs[raised], 0)[:, None] - np.append(program.costs[lowered], 0)
     change[needed > slack] = np.inf
+    if program.steps > 1:
+        of_one_player = np.equal.outer(raised // program.steps, lowered // program.steps)
+        change[:-1, :-1][of_one_player] = np.inf
     return np.append(raised, -1), np.append(lowered, -1), change

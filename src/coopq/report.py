@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from coopq.estimators import Known, Measured, Setting
-from coopq.plan import WALK_METHODS, Plan
+from coopq.estimators import Known, Measured
+from coopq.plan import WALK_METHODS, Plan, setting_of
 from coopq.run import Estimation, RunConfig
 from coopq.scores import Accuracy, Comparison, Evaluation
 
@@ -111,9 +111,9 @@ def covariance_correlation(estimation: Estimation, measured: Known) -> float | N
 
     The paper's program takes that covariance for interactions.
     """
-    config = estimation.config
-    costs = estimation.storage.raise_costs(config.low, config.high)
-    points = Measured(Setting(config.low, config.high, costs, (), config.seed))
+    setting = setting_of(estimation)
+    costs = setting.costs
+    points = Measured(setting)
     points.add(*measured)
     if len(points) < 2 or len(costs) < 3:
         return None
@@ -183,7 +183,7 @@ def provenance(config: RunConfig, fingerprint: Mapping[str, Any], method: str = 
     text = config.calibration
     opening = ", each after a BOS token" if fingerprint["bos"] else ", no special tokens"
     return (
-        f"{config.model}: backend {config.backend}, {config.low} and {config.high} bits by {config.granularity}, "
+        f"{config.model}: backend {config.backend}, {config.widths_text} bits by {config.granularity}, "
         f"{walks} on {text.sequences} x {text.length} tokens of {text.source} (seed {text.seed}{opening})"
     )
 

@@ -62,6 +62,7 @@ class RunConfig:
         calibration: The text.
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
+        between: Other widths between `low` and `high`, ascending.
         granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
     """
@@ -80,6 +81,18 @@ class RunConfig:
     symmetric: bool | None = None
     granularity: str = "block"
     screening: int | None = None
+    between: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths to choose from, ascending."""
+        return (self.low, *self.between, self.high)
+
+    @property
+    def widths_text(self) -> str:
+        """The same for people."""
+        *first, last = map(str, self.widths)
+        return f"{', '.join(first)} and {last}"
 
     @property
     def quantizer(self) -> dict[str, Any]:
@@ -93,12 +106,13 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self)
+        return asdict(self) | {"between": list(self.between)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunConfig":
         """From what `to_json` gave."""
-        return cls(**{**data, "calibration": CalibrationConfig(**data["calibration"])})
+        calibration, between = CalibrationConfig(**data["calibration"]), tuple(data.get("between", ()))
+        return cls(**{**data, "calibration": calibration, "between": between})
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Storage:
         return sum(n * int(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
 
     def limit(self, budget: Budget, low: int, high: int) -> int:
-        """The budget in bytes for assignments of the widths `low` and `high`.
+        """The budget in bytes for assignments of widths from `low` to `high`.
 
         Raises:
             InfeasibleBudget: If every assignment is larger, or even the largest leaves room.
@@ -98,9 +98,25 @@ class Storage:
             )
         return int(limit)
 
-    def raise_costs(self, low: int, high: int) -> npt.NDArray[np.int64]:
-        """Bytes that raising each player from `low` to `high` costs, shape (n_players,)."""
-        return np.array(self._width(high), dtype=np.int64) - np.array(self._width(low), dtype=np.int64)
+    def raise_costs(self, *widths: int) -> npt.NDArray[np.int64]:
+        """Bytes between neighbouring widths of each player, from the highest width down.
+
+        Args:
+            widths: Ascending; with two, what raising each player costs.
+        Returns:
+            Shape (n_players * (n_widths - 1),), those of a player together.
+        Raises:
+            UnsupportedBits: If a width takes no more bytes than the one below it.
+        """
+        sizes = np.array([self._width(width) for width in reversed(widths)], dtype=np.int64)
+        costs = (sizes[:-1] - sizes[1:]).T
+        if not (costs > 0).all():
+            player, step = np.argwhere(costs <= 0)[0]
+            high, low = widths[::-1][step : step + 2]
+            raise UnsupportedBits(
+                f"player {player} takes no more bytes at {high} bits than at {low}; leave one of these widths out"
+            )
+        return costs.ravel()
 
     def _width(self, bits: int) -> tuple[int, ...]:
         if bits not in self.n_bytes:

@@ -1,17 +1,17 @@
 """A quadratic surrogate of the game, fitted to measured losses, and how far it is to be trusted.
 
-The model is y = c + sum_i b_i z_i + sum_{i<j} w_ij z_i z_j with z = +1 for a lowered player and -1 for another, fitted
-by ridge regression in its dual form: the cost depends on the number of points, not of pairs, so 300 players are no
-problem. Single terms and pairs have penalties of their own. Everything is chosen by leave-one-out errors, which the
-dual form gives without fitting again. Points far in size from what is asked for count less: no one quadratic fits the
-whole game.
+The model is y = c + sum_i b_i z_i + sum_{i<j} w_ij z_i z_j with z = +1 for a lowered player and -1 for another (with
+more than two widths, for each step down of each player), fitted by ridge regression in its dual form: the cost depends
+on the number of points, not of pairs, so 300 players are no problem. Single terms and pairs have penalties of their
+own. Everything is chosen by leave-one-out errors, which the dual form gives without fitting again. Points far in size
+from what is asked for count less: no one quadratic fits the whole game.
 
 Source: leave-one-out of ridge and of kriging, Dubrule, Cross validation of kriging, 1983.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -114,9 +114,9 @@ class Surrogate:
         """Shapley values of y as a game, shape (n_players,)."""
         return self.linear + self.quadratic.sum(axis=1)
 
-    def program(self, costs: npt.NDArray[np.int64], capacity: int) -> QuadraticProgram:
-        """The program that minimises the surrogate under a byte budget."""
-        return QuadraticProgram(linear=self.linear, quadratic=self.quadratic, costs=costs, capacity=capacity)
+    def program(self, constraint: QuadraticProgram) -> QuadraticProgram:
+        """The program that minimises the surrogate under the constraint of another."""
+        return replace(constraint, linear=self.linear, quadratic=self.quadratic)
 
 
 def fit_surrogates(

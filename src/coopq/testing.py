@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from coopq.backends import Backend
-from coopq.types import Assignments, Losses
+from coopq.estimators import Setting
+from coopq.types import Assignments, Game, Losses
 
 LOW, HIGH = 2, 4
 WEIGHT_ONLY = ("rtn", "quanto", "hqq")
@@ -82,6 +83,27 @@ class SyntheticGame:
         """Losses of the assignments."""
         q = (assignments == LOW).astype(np.float64)
         return self._form(q @ self.linear + ((q @ self.pairs) * q).sum(axis=1))
+
+
+class SteppedGame:
+    """A game of several widths: each step between neighbouring ones is a player of a game of two.
+
+    Args:
+        game: The game of two, of as many players as there are steps.
+        setting: The widths.
+    """
+
+    def __init__(self, game: Game, setting: Setting) -> None:
+        self._game, self._setting = game, setting
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return self._setting.n_players
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        """Losses of the assignments."""
+        return self._game(np.where(self._setting.lowered(assignments), LOW, HIGH).astype(np.int8))
 
 
 def check_backend(backend: Backend, weight: torch.Tensor, bits: int) -> None:

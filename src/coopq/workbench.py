@@ -113,7 +113,7 @@ def open_workbench(
         bank: Folder of the weight bank, which several runs may share; None keeps it in the run folder.
     """
     check_config(config)
-    backend = get_backend(**config.quantizer, bits=(config.low, config.high))
+    backend = get_backend(**config.quantizer, bits=config.widths)
     require_writable(run)
     folder = RunFolder(run, bank)
     with locked(run):
@@ -122,11 +122,12 @@ def open_workbench(
         skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
         players = find_players(skeleton, config.granularity)
         check(players)
-        storage = measure_storage(players, backend, (config.low, config.high))
+        storage = measure_storage(players, backend, config.widths)
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)
-        footprint, free = Footprint.of(skeleton, players, config.calibration, device.type), free_memory(config.device)
+        footprint = Footprint.of(skeleton, players, config.calibration, device.type, len(config.widths))
+        free = free_memory(config.device)
         footprint.check(free)
         _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
         is_hosted = footprint.is_hosted(free)
@@ -153,7 +154,7 @@ def open_workbench(
         resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
         weight_bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
-        weight_bank.build((config.low, config.high), calibration.tokens, progress)
+        weight_bank.build(config.widths, calibration.tokens, progress)
         hosted = HostedBlocks(loaded.model, device) if is_hosted else None
         with ExitStack() as stack:
             cluster = None
@@ -182,8 +183,8 @@ def check_config(config: RunConfig) -> None:
     Raises:
         CoopQError: Naming what is wrong.
     """
-    if not config.low < config.high:
-        raise EstimationError(f"bits {config.low},{config.high} must be two different widths, the lower one first")
+    if list(config.widths) != sorted(set(config.widths)):
+        raise EstimationError(f"bits {config.widths_text} must be different widths, the lower ones first")
     if config.permutations < 2:
         raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
     if config.seed < 0 or config.calibration.seed < 0:

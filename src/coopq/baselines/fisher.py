@@ -8,16 +8,22 @@ Source: its diagonal is what Fisher-weighted quantization uses, as Kim et al., S
 pairs as in Singh and Alistarh, WoodFisher, 2020, between players instead of weights.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from coopq.probe import Probe
 
 
-def terms(probe: Probe) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Linear and pair terms of lowering players, shapes (n_players,) and (n_players, n_players), nats per token."""
-    low, high = probe.sequence_changes()
-    lowering, base = low - high, high.sum(axis=0)
-    n_sequences = low.shape[1]
-    linear = lowering.mean(axis=1) + probe.scored_tokens * lowering @ base / n_sequences
-    return linear, probe.scored_tokens / 2 * lowering @ lowering.T / n_sequences
+def terms(probes: Sequence[Probe]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Linear and pair terms of steps down, shapes (n_steps,) and (n_steps, n_steps), nats per token.
+
+    Args:
+        probes: One for each pair of neighbouring widths, the highest first.
+    """
+    changes = [probe.sequence_changes() for probe in probes]
+    base = changes[0][1].sum(axis=0)
+    lowering = np.stack([low - high for low, high in changes], axis=1).reshape(-1, len(base))
+    linear = lowering.mean(axis=1) + probes[0].scored_tokens * lowering @ base / len(base)
+    return linear, probes[0].scored_tokens / 2 * lowering @ lowering.T / len(base)

@@ -11,27 +11,28 @@ def uniform_assignment(n_players: int, bits: int) -> Assignment:
     return np.full(n_players, bits, dtype=np.int8)
 
 
-def random_assignments(storage: Storage, low: int, high: int, limit: int, n: int, seed: int) -> Assignments:
+def random_assignments(storage: Storage, widths: tuple[int, ...], limit: int, n: int, seed: int) -> Assignments:
     """Random assignments that use up a budget.
 
-    Players are taken in random order, and each is raised from `low` to `high` if it still fits.
+    Players are taken in random order, and each is raised by a width if it still fits.
 
     Args:
         storage: Sizes of the players.
-        low: The lower width.
-        high: The higher width.
+        widths: The widths to choose from, ascending.
         limit: Bytes of the quantized weights at most.
         n: How many.
         seed: Seed of the orders.
     Returns:
         Shape (n, n_players).
     """
-    costs = storage.raise_costs(low, high)
-    assignments = np.full((n, len(costs)), low, dtype=np.int8)
-    for row, assignment in enumerate(assignments):
-        left = limit - sum(storage.n_bytes[low])
-        for player in np.random.default_rng([seed, row]).permutation(len(costs)):
-            if costs[player] <= left:
-                assignment[player] = high
-                left -= costs[player]
-    return assignments
+    steps = len(widths) - 1
+    costs = storage.raise_costs(*widths).reshape(-1, steps)[:, ::-1]
+    levels = np.zeros((n, len(costs)), dtype=np.intp)
+    for row, level in enumerate(levels):
+        left = limit - sum(storage.n_bytes[widths[0]])
+        for drawn in np.random.default_rng([seed, row]).permutation(costs.size):
+            player = drawn // steps
+            if costs[player, level[player]] <= left:
+                left -= costs[player, level[player]]
+                level[player] += 1
+    return np.array(widths, dtype=np.int8)[levels]

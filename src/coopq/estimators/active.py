@@ -29,12 +29,12 @@ _RANDOM_STARTS = 20
 
 def descent(setting: Setting) -> Greedy | None:
     """How the search of many players begins; None for few."""
-    return Greedy.paced(setting) if setting.n_players > _MANY_PLAYERS else None
+    return Greedy.paced(setting) if setting.n_steps > _MANY_PLAYERS else None
 
 
-def most_points(n_players: int) -> int:
-    """Points that a search measures at most, beside its starts and its descent."""
-    return n_players * (_MOST_PER_PLAYER if n_players <= _MANY_PLAYERS else _MOST_AFTER_DESCENT)
+def most_points(n_steps: int) -> int:
+    """Points that a search measures at most, beside its starts and its descent; with two widths a step is a player."""
+    return n_steps * (_MOST_PER_PLAYER if n_steps <= _MANY_PLAYERS else _MOST_AFTER_DESCENT)
 
 
 class ActiveSearch:
@@ -71,14 +71,14 @@ class ActiveSearch:
             return step
         self._round += 1
         if self._round == 1:
-            self._most = len(self.measured) + most_points(self._setting.n_players)
+            self._most = len(self.measured) + most_points(self._setting.n_steps)
             if len(opening := self._opening()):
                 return opening
         chosen: list[Lowered] = []
         if len(self.measured) < self._most:
             for budget, capacity in enumerate(self._setting.capacities):
                 chosen += self._candidates(budget, capacity, chosen)
-        return self._setting.assignments(np.array(chosen, dtype=bool).reshape(-1, self._setting.n_players))
+        return self._setting.assignments(np.array(chosen, dtype=bool).reshape(-1, self._setting.n_steps))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take losses."""
@@ -94,9 +94,10 @@ class ActiveSearch:
         """The starts and, without a descent, what each player does alone."""
         if self._descent is not None:
             return self._starts
-        alone = np.eye(self._setting.n_players, dtype=bool)
-        nobody = np.zeros((1, self._setting.n_players), dtype=bool)
-        ends = self._setting.assignments(np.concatenate([nobody, alone, ~nobody, ~alone]))
+        nobody = np.zeros((1, self._setting.n_steps), dtype=bool)
+        ends = self._setting.assignments(
+            np.concatenate([nobody, self._setting.alone(), ~nobody, self._setting.raised_alone()])
+        )
         return np.concatenate([ends, self._starts])
 
     def _candidates(self, budget: int, capacity: int, taken: list[Lowered]) -> list[Lowered]:
@@ -105,10 +106,10 @@ class ActiveSearch:
         incumbents, lowest = self.measured.best(capacity, _INCUMBENTS), self.measured.lowest(capacity)
         near = [neighbours(self._setting.program(capacity), q) for q in incumbents]
         seen = {q.tobytes() for q in taken}
-        most = max(_PER_SURROGATE, self._setting.n_players // _PLAYERS_A_POINT)
+        most = max(_PER_SURROGATE, self._setting.n_steps // _PLAYERS_A_POINT)
         proposed: list[Lowered] = []
         for surrogate in self.measured.surrogates(capacity):
-            program = surrogate.program(self._setting.costs, capacity)
+            program = surrogate.program(self._setting.program(capacity))
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
             exchanged = [neighbours(program, q) for q in optima[:2]]
             pool = np.concatenate([optima, *exchanged, *near])

@@ -41,51 +41,75 @@ class Setting:
     """What a search is for.
 
     Attributes:
-        low: The lower width.
-        high: The higher one.
-        costs: Bytes that raising each player costs, shape (n_players,).
-        capacities: For each budget, the bytes that all raised players may cost together.
+        widths: The widths to choose from, ascending.
+        costs: Bytes that each step between neighbouring widths costs, shape (n_steps,): the steps of a player lie
+            together, from the highest width down. With two widths, a step is a player.
+        capacities: For each budget, the bytes that all steps not taken down may cost together.
         seed: Seed of all that is random.
     """
 
-    low: int
-    high: int
+    widths: tuple[int, ...]
     costs: npt.NDArray[np.int64]
     capacities: tuple[int, ...]
     seed: int = 0
 
     @property
-    def n_players(self) -> int:
-        """Number of players."""
+    def n_steps(self) -> int:
+        """Number of steps of all players."""
         return len(self.costs)
 
+    @property
+    def steps(self) -> int:
+        """Steps of one player."""
+        return len(self.widths) - 1
+
+    @property
+    def n_players(self) -> int:
+        """Number of players."""
+        return self.n_steps // self.steps
+
     def assignments(self, lowered: npt.NDArray[np.bool_]) -> Assignments:
-        """Bit-widths of coalitions, same shape."""
-        return np.where(lowered, self.low, self.high).astype(np.int8)
+        """Bit-widths of coalitions: shape (..., n_steps) to (..., n_players)."""
+        taken = lowered.reshape(*lowered.shape[:-1], self.n_players, self.steps).sum(axis=-1)
+        return np.array(self.widths[::-1], dtype=np.int8)[taken]
 
     def lowered(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
-        """Coalitions of assignments, same shape."""
-        return assignments == self.low
+        """Coalitions of assignments: shape (..., n_players) to (..., n_steps)."""
+        taken = self.steps - np.searchsorted(self.widths, assignments)
+        lowered: npt.NDArray[np.bool_] = np.arange(self.steps) < taken[..., None]
+        return lowered.reshape(*assignments.shape[:-1], self.n_steps)
+
+    def alone(self) -> npt.NDArray[np.bool_]:
+        """Each player lowered alone, to each width; a coalition a step, shape (n_steps, n_steps)."""
+        return np.kron(np.eye(self.n_players), np.tri(self.steps)).astype(bool)
+
+    def raised_alone(self) -> npt.NDArray[np.bool_]:
+        """Each player raised alone, to each width; a coalition a step, shape (n_steps, n_steps)."""
+        return ~np.kron(np.eye(self.n_players), np.tri(self.steps).T).astype(bool)
+
+    def by_player(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sums over the steps of each player, shape (n_players,)."""
+        return values.reshape(self.n_players, self.steps).sum(axis=1)
 
     def program(self, capacity: int) -> QuadraticProgram:
         """The constraint of a budget without an objective."""
-        n = self.n_players
-        return QuadraticProgram(np.zeros(n), np.zeros((n, n)), self.costs, capacity)
+        n = self.n_steps
+        return QuadraticProgram(np.zeros(n), np.zeros((n, n)), self.costs, capacity, self.steps)
 
 
 class Measured:
-    """Points of a game between two widths and their losses.
+    """Points of a game between some widths and their losses.
 
     Attributes:
-        lowered: Distinct coalitions, shape (n_points, n_players).
+        lowered: Distinct coalitions, shape (n_points, n_steps).
         losses: Shape (n_points,), nats per token.
-        raised_bytes: What the raised players of each point cost, shape (n_points,).
+        raised_bytes: What the steps not taken of each point cost, shape (n_points,).
     """
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._rows: dict[bytes, int] = {}
-        self.lowered = np.zeros((0, setting.n_players), dtype=bool)
+        self.lowered = np.zeros((0, setting.n_steps), dtype=bool)
         self.losses: Losses = np.zeros(0)
         self.raised_bytes: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
@@ -100,7 +124,7 @@ class Measured:
         if len(assignments) == 0:
             return
         setting = self._setting
-        of_game = np.isin(assignments, (setting.low, setting.high)).all(axis=1)
+        of_game = np.isin(assignments, setting.widths).all(axis=1)
         new = []
         for row in np.flatnonzero(of_game):
             key = setting.lowered(assignments[row]).tobytes()
@@ -125,7 +149,7 @@ class Measured:
         return self.raised_bytes / self._setting.costs.sum()
 
     def best(self, capacity: int, n: int = 1) -> npt.NDArray[np.bool_]:
-        """The points of lowest loss that keep a budget, best first, shape (up to n, n_players)."""
+        """The points of lowest loss that keep a budget, best first, shape (up to n, n_steps)."""
         fitting = np.flatnonzero(self.raised_bytes <= capacity)
         return self.lowered[fitting[np.argsort(self.losses[fitting], kind="stable")[:n]]]
 

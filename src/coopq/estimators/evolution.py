@@ -49,7 +49,7 @@ class Evolution:
     def propose(self) -> Assignments:
         """What is left of this generation."""
         if self._generation > _GENERATIONS:
-            return self._setting.assignments(np.zeros((0, self._setting.n_players), dtype=bool))
+            return self._setting.assignments(np.zeros((0, self._setting.n_steps), dtype=bool))
         if self._stage == 0:
             self._pools = [self._offspring(budget) for budget in range(len(self._setting.capacities))]
         elif self._stage == len(SHARES) - 1 and self._parents:
@@ -89,12 +89,14 @@ class Evolution:
         """One to three times, a random raised player is lowered and a random other one raised that then fits."""
         child, costs = parent.copy(), self._setting.costs
         for _ in range(min(self._rng.integers(1, 4, size=2))):
-            raised = np.flatnonzero(~child)
+            back, lowerable = self._setting.program(capacity).movable(child)
+            raised = np.flatnonzero(lowerable)
             if len(raised) == 0:
                 break
             down = self._rng.choice(raised)
             slack = capacity - int(costs[~child].sum()) + int(costs[down])
-            fitting = np.flatnonzero(child & (costs <= slack))
+            other = np.arange(len(child)) // self._setting.steps != down // self._setting.steps
+            fitting = np.flatnonzero(back & other & (costs <= slack))
             if len(fitting):
                 child[down] = True
                 child[self._rng.choice(fitting)] = False

@@ -16,25 +16,25 @@ Table = npt.NDArray[np.float64]
 
 
 class Enumeration:
-    """Measures all 2^n assignments: 2^(n+1) - 2 layer forwards by the prefix tree.
+    """Measures all assignments; with two widths, 2^n of them by 2^(n+1) - 2 layer forwards.
 
     Args:
         setting: Widths, sizes, budgets.
 
     Raises:
-        EstimationError: If there are more than `MOST_PLAYERS` players.
+        EstimationError: If there are more than 2^`MOST_PLAYERS`.
     """
 
     def __init__(self, setting: Setting) -> None:
-        check_enumerable(setting.n_players)
+        check_enumerable(setting.n_players, len(setting.widths))
         self._setting = setting
         self.measured = Measured(setting)
 
     def propose(self) -> Assignments:
-        """All assignments, in the order of `Table`."""
-        n = self._setting.n_players
-        lowered = (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(bool)
-        return self._setting.assignments(lowered[:0] if len(self.measured) else lowered)
+        """All assignments, with two widths in the order of `Table`."""
+        n, widths = self._setting.n_players, np.array(self._setting.widths[::-1], dtype=np.int8)
+        taken = np.arange(len(widths) ** n)[:, None] // len(widths) ** np.arange(n) % len(widths)
+        return widths[taken[:0] if len(self.measured) else taken]
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses."""
@@ -45,20 +45,20 @@ class Enumeration:
         return self._setting.assignments(self.measured.best(capacity)[0])
 
     def table(self) -> Table:
-        """What was measured."""
+        """What was measured, of two widths."""
         index = self.measured.lowered @ (1 << np.arange(self._setting.n_players))
         return self.measured.losses[np.argsort(index)]
 
 
-def check_enumerable(n_players: int) -> None:
-    """Check that so many players can be enumerated.
+def check_enumerable(n_players: int, n_widths: int = 2) -> None:
+    """Check that all assignments of so many players can be measured.
 
     Raises:
-        EstimationError: If there are more than `MOST_PLAYERS`.
+        EstimationError: If there are more than 2^`MOST_PLAYERS`.
     """
-    if n_players > MOST_PLAYERS:
+    if n_widths**n_players > 2**MOST_PLAYERS:
         raise EstimationError(
-            f"{n_players} players have 2^{n_players} assignments; at most {MOST_PLAYERS} players are enumerated, "
+            f"{n_players} players have {n_widths}^{n_players} assignments; at most {2**MOST_PLAYERS:,} are enumerated, "
             "take another method"
         )
 

@@ -38,10 +38,10 @@ class Greedy:
         self._setting = setting
         self._down = direction == "down"
         self._per_step = per_step
-        self._n_candidates = setting.n_players if candidates is None else candidates
+        self._n_candidates = setting.n_steps if candidates is None else candidates
         self._swaps = swaps
-        self._at = np.full(setting.n_players, not self._down)
-        self._rate = np.zeros(setting.n_players)
+        self._at = np.full(setting.n_steps, not self._down)
+        self._rate = np.full(setting.n_steps, -np.inf)  # what was never measured is a candidate
         self._candidates: list[int] = []
         self._arrived = False
         self._centres: dict[int, bytes] = {}
@@ -50,8 +50,8 @@ class Greedy:
     @classmethod
     def paced(cls, setting: Setting, direction: str = "down") -> "Greedy":
         """One whose cost grows little faster than the players: of many, the best third is measured in a step."""
-        per_step = max(1, setting.n_players // _STEPS)
-        candidates = None if per_step == 1 else setting.n_players // 3
+        per_step = max(1, setting.n_steps // _STEPS)
+        candidates = None if per_step == 1 else setting.n_steps // 3
         return cls(setting, direction=direction, per_step=per_step, candidates=candidates)
 
     def propose(self) -> Assignments:
@@ -65,7 +65,7 @@ class Greedy:
                 return self._setting.assignments(points)
             self._arrived = True
         found = [q for capacity in self._setting.capacities for q in self._exchanges(capacity)]
-        return self._setting.assignments(np.array(found, dtype=bool).reshape(-1, self._setting.n_players))
+        return self._setting.assignments(np.array(found, dtype=bool).reshape(-1, self._setting.n_steps))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the step."""
@@ -97,7 +97,8 @@ class Greedy:
 
     def _next(self) -> list[int]:
         """Players that may change next: the best of the last step, if not all."""
-        free = np.array([p for p in np.flatnonzero(self._at != self._down) if self._down or self._fits(p)], dtype=int)
+        back, down = self._setting.program(0).movable(self._at)
+        free = np.array([s for s in np.flatnonzero(down if self._down else back) if self._down or self._fits(s)], int)
         most = max(self._n_candidates, self._per_step) if len(self.measured) else len(free)
         best = free[np.argsort(self._rate[free], kind="stable")][:most]
         return [int(player) for player in np.sort(best)]
@@ -107,7 +108,8 @@ class Greedy:
         if not self._swaps:
             return []
         best = self.measured.best(capacity)[0]
-        flips = best ^ np.eye(len(best), dtype=bool)
+        free = np.flatnonzero(np.logical_or(*self._setting.program(capacity).movable(best)))
+        flips = best ^ np.eye(len(best), dtype=bool)[free]
         unknown = [q for q in flips if q not in self.measured]
         if unknown:
             return unknown
@@ -115,7 +117,8 @@ class Greedy:
             return []
         self._centres[capacity] = best.tobytes()
         origin = self.measured.loss(best)
-        change = np.array([self.measured.loss(q) for q in flips]) - origin
+        change = np.zeros(len(best))
+        change[free] = np.array([self.measured.loss(q) for q in flips]) - origin
         near = neighbours(self._setting.program(capacity), best)
         promise = ((near ^ best) * change).sum(axis=1)
         fresh = [q for q in near[np.argsort(promise, kind="stable")] if q not in self.measured]

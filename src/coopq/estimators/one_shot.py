@@ -1,10 +1,11 @@
 """One-shot scores: what each player does alone to the true loss, at one end of the game."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from coopq.allocate import allocate
 from coopq.estimators.base import Measured, Setting
-from coopq.program import QuadraticProgram
 from coopq.types import Assignment, Assignments, Losses
 
 
@@ -13,13 +14,15 @@ class OneShot:
 
     Args:
         setting: Widths, sizes, budgets.
-        end: "high": each is lowered alone, all others at the high width; "low": each is raised alone.
+        end: "high": each is lowered alone, all others at the high width; "low": each is raised alone. With more than
+            two widths, to each of them.
     """
 
     def __init__(self, setting: Setting, end: str) -> None:
         self._setting = setting
-        alone, nobody = np.eye(setting.n_players, dtype=bool), np.zeros((1, setting.n_players), dtype=bool)
-        self._points = np.concatenate([nobody, alone]) ^ (end == "low")
+        self._is_low = end == "low"
+        alone = setting.raised_alone() if self._is_low else setting.alone()
+        self._points = np.concatenate([np.full((1, setting.n_steps), self._is_low), alone])
         self.measured = Measured(setting)
 
     def propose(self) -> Assignments:
@@ -32,9 +35,10 @@ class OneShot:
 
     def choose(self, capacity: int) -> Assignment:
         """The exact knapsack over what players do alone."""
-        n = self._setting.n_players
         end, *alone = (self.measured.loss(q) for q in self._points)
-        change = np.array(alone) - end  # by lowering, or by raising
-        linear = -change if self._points[0].all() else change
-        program = QuadraticProgram(linear, np.zeros((n, n)), self._setting.costs, capacity)
+        of_player = np.array(alone).reshape(self._setting.n_players, self._setting.steps)
+        ends = np.full((len(of_player), 1), end)
+        # From width to width, all of it down: what a step costs.
+        losses = np.hstack([of_player, ends] if self._is_low else [ends, of_player])
+        program = replace(self._setting.program(capacity), linear=np.diff(losses, axis=1).ravel())
         return self._setting.assignments(allocate(program).q)

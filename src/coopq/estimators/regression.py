@@ -51,6 +51,6 @@ class Regression:
         """The best local optimum of the surrogate."""
         rng = np.random.default_rng([self._setting.seed, 0])
         surrogate = best_surrogate(self.measured.surrogates(capacity, pairs=self._order == 2))
-        program = surrogate.program(self._setting.costs, capacity)
+        program = surrogate.program(self._setting.program(capacity))
         starts = self.measured.best(capacity, 3)
         return self._setting.assignments(local_optima(program, starts, _STARTS, rng)[0])

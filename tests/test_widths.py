@@ -1,0 +1,246 @@
+"""Games of more than two widths: each step of a player from a width to the next lower one is decided."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import coopq
+from coopq.allocate import allocate, best_allocations
+from coopq.baselines import random_assignments
+from coopq.checkpoint import saved_bytes
+from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
+from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
+from coopq.program import QuadraticProgram, descend, local_optima, neighbours, random_fill
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget, Storage
+from coopq.testing import SteppedGame, SyntheticGame
+from coopq.types import Assignments, Game, Losses
+from coopq.workbench import open_workbench
+from tests.command_line import in_process, refused
+from tests.conftest import STORIES
+
+WIDTHS = (2, 3, 4, 8)
+TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
+
+
+def setting_of(seed: int, n: int, n_widths: int, n_capacities: int = 1) -> Setting:
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(1, 100, size=n * (n_widths - 1))
+    capacities = sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=n_capacities))
+    return Setting(WIDTHS[-n_widths:], costs, tuple(capacities), seed)
+
+
+def everything(setting: Setting) -> Assignments:
+    return np.array(list(product(setting.widths, repeat=setting.n_players)), dtype=np.int8)
+
+
+def program_of(setting: Setting, seed: int, quadratic: bool = True) -> QuadraticProgram:
+    rng, n = np.random.default_rng(seed), setting.n_steps
+    pairs = rng.normal(size=(n, n)) * quadratic
+    program = setting.program(setting.capacities[0])
+    return replace(program, linear=rng.normal(size=n), quadratic=pairs + pairs.T)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(2, 4))
+@settings(max_examples=30, deadline=None)
+def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> None:
+    setting = setting_of(seed, n, n_widths)
+    points = everything(setting)
+    lowered = setting.lowered(points)
+    assert lowered.shape == (n_widths**n, n * (n_widths - 1))
+    assert np.array_equal(setting.assignments(lowered), points)
+    loose = replace(setting.program(0), capacity=int(setting.costs.sum()))
+    everywhere = np.array(list(product([False, True], repeat=setting.n_steps)))
+    assert {q.tobytes() for q in everywhere if loose.feasible(q)} == {q.tobytes() for q in lowered}
+    for q in lowered:
+        back, down = loose.movable(q)
+        for step in range(setting.n_steps):
+            flipped = q.copy()
+            flipped[step] = not flipped[step]
+            assert (back if q[step] else down)[step] == loose.feasible(flipped)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(3, 4), quadratic=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_programs_are_solved_to_the_optimum(seed: int, n: int, n_widths: int, quadratic: bool) -> None:
+    setting = setting_of(seed, n, n_widths)
+    program = program_of(setting, seed, quadratic)
+    values = sorted(program.objective(q) for q in setting.lowered(everything(setting)) if program.feasible(q))
+    allocation = allocate(program)
+    assert program.feasible(allocation.q)
+    assert allocation.objective == pytest.approx(values[0], abs=1e-6)
+    assert allocation.bound <= values[0] + 1e-6
+    found = [of.objective for of in best_allocations(program, 3)]
+    assert found == pytest.approx(values[:3], abs=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 6), n_widths=st.integers(3, 4))
+@settings(max_examples=40, deadline=None)
+def test_descents_keep_budget_and_order(seed: int, n: int, n_widths: int) -> None:
+    setting, rng = setting_of(seed, n, n_widths), np.random.default_rng(seed)
+    program = program_of(setting, seed)
+    start = random_fill(program, rng)
+    end = descend(program, start)
+    assert program.objective(end) <= program.objective(start)
+    for q in (start, end, *neighbours(program, end)):
+        assert program.feasible(q)
+    assert all(program.objective(q) >= program.objective(end) - 1e-9 for q in neighbours(program, end))
+
+
+def test_descents_regroup_steps_of_unequal_size() -> None:
+    # Raising player 0 from 4 to 8 bits is worth most, and takes all four others from 3 to 2.
+    setting = Setting((2, 3, 4, 8), np.tile([40, 10, 10], 5), (40,))
+    linear = np.array([[5.0, 1.0, 1.0]] + [[0.1, 0.2, 1.0]] * 4).ravel()
+    program = replace(setting.program(60), linear=linear)
+    start = np.array([[1, 1, 0]] + [[1, 1, 0]] * 4, dtype=bool).ravel()
+    assert program.feasible(start)
+    best = min(program.objective(q) for q in setting.lowered(everything(setting)) if program.feasible(q))
+    assert program.objective(descend(program, start)) == pytest.approx(best)
+    assert program.objective(local_optima(program, start[None], 0, np.random.default_rng(0))[0]) == pytest.approx(best)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_random_assignments_fill_the_budget(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = np.cumsum(rng.integers(1, 50, size=(3, 5)), axis=0)
+    storage = Storage((10,) * 5, {width: tuple(of.tolist()) for width, of in zip((2, 4, 8), sizes, strict=True)})
+    limit = int(rng.integers(sizes[0].sum(), sizes[2].sum() + 1))
+    for assignment in random_assignments(storage, (2, 4, 8), limit, n=3, seed=seed):
+        assert storage.bytes_of(assignment) <= limit
+        for player, bits in enumerate(assignment):
+            if bits < 8:
+                raised = assignment.copy()
+                raised[player] = {2: 4, 4: 8}[int(bits)]
+                assert storage.bytes_of(raised) > limit
+
+
+class Smooth:
+    """Errors that fall by four for each bit, weighted by player, with an interaction between neighbours."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        self._weights = np.random.default_rng(seed).lognormal(0, 1, n)
+        self.n_players = n
+
+    def __call__(self, assignments: Assignments) -> Losses:
+        error = self._weights * 4.0 ** (2 - assignments.astype(np.float64))
+        return np.tanh(error.sum(axis=1) / 4 + 0.2 * (error[:, 1:] * error[:, :-1]).sum(axis=1))
+
+
+def test_active_finds_the_optimum_of_small_games() -> None:
+    for seed in range(3):
+        for n_widths, n, game in (
+            (3, 6, SteppedGame(SyntheticGame(12, "saturating", seed), setting_of(0, 6, 3))),
+            (4, 5, Smooth(5, seed)),
+        ):
+            widths = WIDTHS[-n_widths:]
+            costs = np.tile(np.diff(widths)[::-1], n)
+            setting = Setting(widths, costs, (int(costs.sum()) // 5, int(costs.sum()) // 2), seed)
+            search, all_of = run_estimator(ActiveSearch(setting), game), run_estimator(Enumeration(setting), game)
+            assert len(search.measured) < len(all_of.measured) / 2
+            for capacity in setting.capacities:
+                assert search.measured.lowest(capacity) == pytest.approx(all_of.measured.lowest(capacity), abs=1e-9)
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_greedy_of_many_steps_ends_near_the_optimum_of_a_smooth_game(direction: str) -> None:
+    game = Smooth(30, 0)
+    costs = np.tile(np.diff(WIDTHS)[::-1], 30)
+    setting = Setting(WIDTHS, costs, (60, 100), 0)
+    search = run_estimator(Greedy.paced(setting, direction), game)
+    for capacity in setting.capacities:
+        chosen = search.choose(capacity)
+        uniform = game(random_assignments_of(setting, capacity))
+        assert game(chosen[None])[0] < uniform.min()
+
+
+def random_assignments_of(setting: Setting, capacity: int) -> Assignments:
+    rng = np.random.default_rng(0)
+    return setting.assignments(np.array([random_fill(setting.program(capacity), rng) for _ in range(50)]))
+
+
+def test_one_shot_is_the_optimum_where_steps_add_up() -> None:
+    rng = np.random.default_rng(0)
+    table = np.sort(rng.random((5, 4)), axis=1)[:, ::-1]  # loss of each player at 2, 3, 4, 8 bits
+
+    class Additive:
+        n_players = 5
+
+        def __call__(self, assignments: Assignments) -> Losses:
+            return table[np.arange(5), np.searchsorted(WIDTHS, assignments)].sum(axis=1)
+
+    setting = setting_of(1, 5, 4, 2)
+    best = run_estimator(Enumeration(setting), Additive()).measured
+    for search in (OneShot(setting, "high"), OneShot(setting, "low"), Regression(setting, n_points=200)):
+        run_estimator(search, Additive())
+        for capacity in setting.capacities:
+            value = float(Additive()(search.choose(capacity)[None])[0])
+            assert value == pytest.approx(best.lowest(capacity), abs=0.05 if isinstance(search, Regression) else 1e-9)
+
+
+def always(game: Game) -> Callable[[float], Game]:
+    return lambda _: game
+
+
+@pytest.mark.parametrize("name", [name for name in SEARCHES if name not in OF_TWO_WIDTHS])
+def test_searches_keep_every_budget(name: str) -> None:
+    for seed in range(3):
+        setting = setting_of(seed, 5, 3, 2)
+        nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
+        search = run_search(SEARCHES[name](setting, (nothing, np.zeros(0)), nothing), always(Smooth(5, seed)))
+        for capacity in setting.capacities:
+            assert setting.program(capacity).feasible(setting.lowered(search.choose(capacity)))
+
+
+def test_every_method_on_a_real_model(tmp_path: Path) -> None:
+    calibration = CalibrationConfig(sequences=2, length=64)
+    config = RunConfig(str(STORIES), low=2, high=8, between=(4,), calibration=calibration)
+    budgets = [Budget.parse("2.6avg"), Budget.parse("4avg")]
+    with open_workbench(config, tmp_path) as bench:
+        best = [measure(bench, plan).measured_loss for plan in plans_on(bench, "exact", budgets)]
+        for method in (method for method in METHODS if method not in OF_TWO_WIDTHS):
+            for plan, optimum in zip(plans_on(bench, method, budgets), best, strict=True):
+                plan = measure(bench, plan)
+                assert plan.bytes <= plan.budget_bytes
+                assert set(plan.assignment) <= set(config.widths)
+                assert plan.measured_loss is not None
+                assert optimum is not None
+                assert plan.measured_loss >= optimum - 1e-12
+                if method == "active":
+                    assert plan.measured_loss <= optimum + 0.01
+
+
+def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", STORIES, "--bits", "8,2,4,3", "--budget", "3.4bpw", *TEXT, "--out", out]
+    code, text, err = in_process(*arguments, "--granularity", "fused", "--json")
+    assert code == 0, err
+    plan = coopq.Plan.load(out / "plan.json")
+    assert json.loads(text)["bytes"] == plan.bytes == saved_bytes(out)
+    assert plan.bytes <= plan.budget_bytes
+    assert len(set(plan.assignment)) >= 3
+    assert RunConfig.from_json(plan.config).widths == WIDTHS
+    again = in_process(*arguments, "--granularity", "fused", "--json")
+    assert again[0] == 0
+    assert json.loads(again[1]) == json.loads(text)
+    line = refused(*arguments[:5], "3.5avg", *TEXT, "--out", out, "--granularity", "fused")
+    assert "another budget" in line
+
+
+def test_what_knows_two_widths_refuses_more(tmp_path: Path) -> None:
+    arguments: list[str | Path] = [STORIES, "--bits", "2,3,4", *TEXT]
+    line = refused("quantize", *arguments, "--budget", "3avg", "--out", tmp_path / "out", "--method", "coopq")
+    assert "method 'coopq' is of two widths, and 3 are given; take two, or another method: 'active'" in line
+    line = refused("estimate", *arguments, "--run", tmp_path / "run")
+    assert "method 'coopq' is of two widths" in line
+    line = refused("quantize", STORIES, "--bits", "4", "--budget", "3avg", "--out", tmp_path / "out")
+    assert "--bits '4' is not two widths or more" in line
+    line = refused("quantize", STORIES, "--bits", "2,4,4", "--budget", "3avg", "--out", tmp_path / "out")
+    assert "must be different widths" in line
