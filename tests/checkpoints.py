@@ -9,8 +9,15 @@ from coopq.players import find_players
 from coopq.run import RunConfig
 
 
-def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int], granularity: str = "block") -> Plan:
-    players = find_players(model, granularity)
+def plan_for(
+    model: Any,
+    backend: str,
+    group_size: int | None,
+    bits: list[int],
+    granularity: str = "block",
+    embeddings: bool = False,
+) -> Plan:
+    players = find_players(model, granularity, embeddings)
     storage = measure_storage(players, get_backend(backend, group_size=group_size), sorted(set(bits)))
     return Plan(
         method="coopq",
@@ -27,7 +34,9 @@ def plan_for(model: Any, backend: str, group_size: int | None, bits: list[int], 
         solver=Solver("optimal", 0.0, 0.0, 0.0),
         predicted_loss=0.0,
         measured_loss=None,
-        config=RunConfig("tiny", backend=backend, group_size=group_size, granularity=granularity).to_json(),
+        config=RunConfig(
+            "tiny", backend=backend, group_size=group_size, granularity=granularity, embeddings=embeddings
+        ).to_json(),
         fingerprint={"weights": "", "dtype": str(model.dtype).removeprefix("torch.")},
         layer_forwards=1,
         layer_forwards_unshared=1,

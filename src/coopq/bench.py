@@ -36,6 +36,7 @@ _DEFAULTS: dict[str, Any] = {
     "label": "",
     "seeds": [0],
     "granularity": "block",
+    "embeddings": False,
     "group-size": None,
     "permutations": 25,
     "calibration": "c4",
@@ -68,10 +69,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Model, backend, widths, granularity unless blocks are the players, and label."""
+        """Model, backend, widths, who plays beside or instead of blocks, and label."""
         config = self.config
         parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, *map(str, config.widths)]
         parts += [] if config.granularity == "block" else [config.granularity]
+        parts += ["embeddings"] if config.embeddings else []
         return "-".join([*parts, self.label] if self.label else parts)
 
     def seeded(self, seed: int) -> RunConfig:
@@ -227,6 +229,7 @@ def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits:
         device=values["device"],
         granularity=values["granularity"],
         between=tuple(between),
+        embeddings=values["embeddings"],
     )
     return Case(config, tuple(values["budgets"]), tuple(values["methods"]), tuple(values["seeds"]), values["label"])
 
@@ -251,7 +254,9 @@ def check_bench(bench: Bench) -> None:
         budgets = [Budget.parse(budget) for budget in case.budgets]
         backend = get_backend(**config.quantizer, bits=config.widths)
         players = find_players(
-            load_skeleton(config.model, dtype=config.dtype, device=config.device), config.granularity
+            load_skeleton(config.model, dtype=config.dtype, device=config.device),
+            config.granularity,
+            config.embeddings,
         )
         check_players(case.methods, players, len(config.widths))
         storage = measure_storage(players, backend, config.widths)

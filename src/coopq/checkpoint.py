@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from coopq.backends import Backend, get_backend
+from coopq.backends.base import PackedEmbedding
 from coopq.engine import model_nll
 from coopq.errors import ModelError, PlanError
 from coopq.files import atomic_folder, write_json
 from coopq.models import LoadedModel, pick_device, pick_dtype
 from coopq.plan import Plan
-from coopq.players import find_players
+from coopq.players import find_ends, find_players
+from coopq.run import RunConfig
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import ProgressCallback, silent
 
@@ -63,6 +65,8 @@ def save_model(
     tensors: dict[str, Tensor] = {}
     modules = plan.modules
     known = {linear.name for player in find_players(loaded.model) for linear in player.linears}
+    if RunConfig.from_json(plan.config).embeddings:
+        known |= {end.name for end in find_ends(loaded.model)}
     if set(modules) != known:
         raise PlanError(
             f"the plan and the model differ in {', '.join(sorted(set(modules) ^ known))}; allocate it again"
@@ -119,11 +123,16 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
         model.to(target)
         for name, bits in plan.modules.items() if not lacking else ():
             linear = model.get_submodule(name)
-            shape = (linear.out_features, linear.in_features)
+            shape = (linear.weight.shape[0], linear.weight.shape[1])
             if sum(tensor.nbytes for tensor in packed[name].values()) != backend.storage_bytes(shape, bits):
                 raise KeyError(f"the tensors of {name} are not those of {bits} bits")
             there = {key: tensor.to(target) for key, tensor in packed.pop(name).items()}
-            model.set_submodule(name, backend.linear(there, shape, bits, linear.bias, dtype))
+            if isinstance(linear, nn.Embedding):
+                if (head := model.get_output_embeddings()).weight is linear.weight:
+                    model.set_output_embeddings(backend.linear(there, shape, bits, head.bias, dtype))
+                model.set_submodule(name, PackedEmbedding(linear, backend, there, bits, dtype))
+            else:
+                model.set_submodule(name, backend.linear(there, shape, bits, linear.bias, dtype))
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
@@ -187,9 +196,10 @@ def _split(key: str, modules: Container[str]) -> tuple[str, str]:
 def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor]:
     """All weights but the players', each once, in the checkpoint's dtype where that loses nothing."""
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in loaded.model.state_dict().items():
-        if name.removesuffix(".weight") in modules or (tensor.data_ptr(), tensor.shape) in seen:
+    state = loaded.model.state_dict()
+    seen = {(weight.data_ptr(), weight.shape) for weight in (state[f"{name}.weight"] for name in modules)}
+    for name, tensor in state.items():
+        if (tensor.data_ptr(), tensor.shape) in seen:
             continue
         seen.add((tensor.data_ptr(), tensor.shape))
         narrow = tensor.to(loaded.checkpoint_dtype) if tensor.is_floating_point() else tensor
@@ -213,5 +223,6 @@ def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: Container[s
     model.tie_weights()
     state = model.state_dict()
     given = {state[name].data_ptr() for name in tensors if name in state}
-    missing = [name for name in keys.missing_keys if name.removesuffix(".weight") not in modules]
+    given |= {state[name].data_ptr() for name in state if name.removesuffix(".weight") in modules}
+    missing = keys.missing_keys
     return [name for name in missing if state[name].data_ptr() not in given] + list(keys.unexpected_keys)

@@ -19,6 +19,7 @@ from coopq.options import (
     CalibrationSeed,
     Device,
     Dtype,
+    Embeddings,
     Granularity,
     GroupSize,
     Json,
@@ -79,6 +80,7 @@ def quantize(
     run: Run = None,
     method: Method = "active",
     granularity: Granularity = "block",
+    embeddings: Embeddings = False,
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -117,6 +119,7 @@ def quantize(
         symmetric,
         granularity,
         between=between,
+        embeddings=embeddings,
     )
     config = screened(config, screen_tokens)
     from coopq import pipeline
@@ -147,6 +150,7 @@ def estimate(
         bool, typer.Option("--dry-run", help="Only say what this and other methods would take, after two seconds.")
     ] = False,
     granularity: Granularity = "block",
+    embeddings: Embeddings = False,
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -182,6 +186,7 @@ def estimate(
         symmetric,
         granularity,
         between=between,
+        embeddings=embeddings,
     )
     if dry_run:
         from coopq.forecast import forecast

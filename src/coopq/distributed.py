@@ -63,7 +63,7 @@ class Worker:
             ours, theirs = {"weights": weights["weights"]}, {"weights": found}
             way_out = "give workers the driver's files and versions"
             raise Mismatch(f"a worker found another model under {config.model!r}", ours, theirs, way_out)
-        players = find_players(loaded.model, config.granularity)
+        players = find_players(loaded.model, config.granularity, config.embeddings)
         backend = get_backend(**config.quantizer, bits=config.widths)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))

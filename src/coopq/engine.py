@@ -20,7 +20,7 @@ from coopq.bank import WeightBank
 from coopq.errors import EstimationError, ModelError
 from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
-from coopq.types import REMOVED, Assignment, Assignments
+from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster, and take more."""
@@ -95,6 +95,8 @@ class PrefixEngine:
         self.batches = ids.split(batch_size(model.device.type, tokens.shape[1]))
         self._sizes = [len(batch) for batch in self.batches]
         self.embedded: list[Tensor] = []
+        self._embeddings: dict[int, list[Tensor]] = {}
+        self._embedding = 0 if bank.players[0].is_end else None
         self._calls: list[list[_Call]] = []
 
     def evaluate(
@@ -140,6 +142,8 @@ class PrefixEngine:
         previous: Assignment | None = None
         for assignment, without in zip(unique, left_out, strict=True):
             first = 0 if previous is None else self._first_block(assignment, previous)
+            if first == 0:
+                hidden[0] = self.entering(assignment)
             for d in range(first, depth):
                 if without[d]:
                     hidden[d + 1] = hidden[d]
@@ -149,6 +153,31 @@ class PrefixEngine:
                     hidden[d + 1] = room[d] = self.forward_block(d, hidden[d], room[d])
             yield assignment, hidden[depth], int((~without[first:]).sum())
             previous = assignment
+
+    def entering(self, assignment: Assignment) -> list[Tensor]:
+        """States before the first block, by batch: those of the embedding, at its width where it is a player."""
+        width = UNTOUCHED if self._embedding is None else int(assignment[self._embedding])
+        if width == UNTOUCHED:
+            return self.embedded
+        if width not in self._embeddings:
+            self._bank.set_player(0, width)
+            self._embeddings[width] = _together((self._embed(batch) for batch in self.batches), self._sizes)
+        return self._embeddings[width]
+
+    @torch.no_grad()
+    def _embed(self, batch: Tensor) -> Tensor:
+        """What the model gives its first block for a batch, by its own forward with blocks that only pass it on."""
+        embedded: list[Tensor] = []
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            embedded.append(args[0] if args else kwargs["hidden_states"])
+            return passed_on(*args, **kwargs)
+
+        passed_on = _pass_on(self._calls[0][0].returns_tuple)
+        answers = dict.fromkeys(range(1, len(self._blocks)), passed_on)
+        with self._answering({0: answer, **answers}):
+            self._model.base_model(input_ids=batch, use_cache=False)
+        return embedded[0]
 
     def placed(self, d: int) -> AbstractContextManager[None]:
         """Let block d be where the states are; here it always is."""

@@ -97,7 +97,7 @@ def forecast(config: RunConfig) -> Forecast:
     device, text = pick_device(config.device), config.calibration
     free = free_memory(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device)
-    players = find_players(loaded.model, config.granularity)
+    players = find_players(loaded.model, config.granularity, config.embeddings)
     footprint = Footprint.of(loaded.model, players, text, device.type, len(config.widths))
     footprint.check(free)
     vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -116,7 +116,7 @@ def forecast(config: RunConfig) -> Forecast:
         free=free,
         layer_forward=layer * text.sequences / batch,
         head=head * text.sequences / batch,
-        layer_flops=2 * tokens * sum(player.n_weights for player in players) // n_blocks,
+        layer_flops=2 * tokens * sum(player.n_weights for player in players if not player.is_end) // n_blocks,
         head_flops=2 * tokens * width * vocabulary,
         methods=works(players, config),
     )

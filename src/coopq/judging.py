@@ -18,6 +18,7 @@ from coopq.options import (
     CalibrationSeed,
     Device,
     Dtype,
+    Embeddings,
     Granularity,
     GroupSize,
     Json,
@@ -46,6 +47,7 @@ def compare(
         list[str] | None, typer.Option(help=f"May be given several times. (default: the usual ones) {METHOD_HELP}")
     ] = None,
     granularity: Granularity = "block",
+    embeddings: Embeddings = False,
     backend: Backend = "rtn",
     group_size: GroupSize = None,
     act_order: ActOrder = None,
@@ -82,6 +84,7 @@ def compare(
         symmetric,
         granularity,
         between=between,
+        embeddings=embeddings,
     )
     config = screened(config, screen_tokens)
     from coopq import evaluate as work

@@ -34,7 +34,8 @@ class Footprint:
         largest_block: Those of the largest.
         bank: Dequantised weights of every player at every width.
         one_width: Those of one width.
-        states: Hidden states over all calibration tokens: of the embedding, after each block, and two that come and go.
+        states: Hidden states over all calibration tokens: of the embedding at each of its widths, after each block, and
+            two that come and go.
         working: What one batch takes in a block and in the head; of scores, with gradients.
         device: Type of the device that computes.
         per_sequence: Bytes of the states of one sequence.
@@ -67,9 +68,10 @@ class Footprint:
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
-        per_sequence = (n_blocks + 3) * text.hidden_size * itemsize * calibration.length
+        embedded = n_widths if any(player.is_end for player in players) else 1
+        per_sequence = (n_blocks + 2 + embedded) * text.hidden_size * itemsize * calibration.length
         batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
-        widest = max(max(linear.shape) for player in players for linear in player.linears)
+        widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
         logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, logit_bytes(device))
         of_width = sum(player.n_weights for player in players) * itemsize

@@ -100,6 +100,11 @@ def check_players(methods: Sequence[str], players: Sequence[Player], n_widths: i
         raise EstimationError(
             f"method {of_two[0]!r} is of two widths, and {n_widths} are given; take two, or another method: 'active'"
         )
+    scores = [method for method in methods if method in _SCORES]
+    if scores and any(player.is_end for player in players):
+        raise EstimationError(
+            f"method {scores[0]!r} scores layers in blocks, not embeddings; take a search, or leave --embeddings out"
+        )
     if "exact" in methods:
         check_enumerable(len(players), n_widths)
     if "pruning" in methods and len({player.block for player in players}) < len(players):
@@ -148,6 +153,10 @@ def terms_on(bench: Workbench, method: str) -> tuple[Gains, Gains | None, int]:
     """Linear and, for "fisher", pair terms of a score, and the layer forwards that it takes; kept in the run folder."""
     path = bench.folder.path / "scores" / f"{method}.json"
     config = bench.config
+    if any(player.is_end for player in bench.players):
+        raise EstimationError(
+            f"method {method!r} scores layers in blocks, not embeddings; take a search, or leave them"
+        )
     fingerprint = {**bench.fingerprint, "low": config.low, "high": config.high}
     if config.between:
         fingerprint["between"] = config.between

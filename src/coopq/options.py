@@ -20,6 +20,9 @@ Granularity = Annotated[
     str,
     typer.Option(help="What gets a width of its own: block, fused (q/k/v and gate/up together), or linear (layer)."),
 ]
+Embeddings = Annotated[
+    bool, typer.Option("--embeddings", help="The embedding and the head are players too; one, where they are tied.")
+]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq or ggml.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "

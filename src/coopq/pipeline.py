@@ -157,7 +157,7 @@ def apply(
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
     if plan.deployment is not None:
-        players = find_players(loaded.model, config.granularity)
+        players = find_players(loaded.model, config.granularity, config.embeddings)
         plan = _resized(plan, measure_storage(players, quantizer, config.widths))
     tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.calibrated else None
     return save_model(loaded, plan, quantizer, tokens, out, progress)

@@ -54,16 +54,17 @@ def check_granularity(granularity: str) -> None:
         raise ModelError(f"granularity {granularity!r} is unknown; {hint(granularity, GRANULARITIES)}")
 
 
-def find_players(model: Any, granularity: str = "block") -> tuple[Player, ...]:
+def find_players(model: Any, granularity: str = "block", embeddings: bool = False) -> tuple[Player, ...]:
     """The players of a model, by block and then in the order of the block's modules.
 
-    Embeddings, norms and the head belong to no player and stay as they are.
+    Norms belong to no player and stay as they are; so do the embedding and the head unless they are asked for.
 
     Args:
         model: A causal language model of transformers.
         granularity: One of `GRANULARITIES`.
+        embeddings: Whether the embedding is a player, the first, and the head, unless it is tied to that, the last.
     Raises:
-        ModelError: If the granularity is unknown, or the blocks cannot be found.
+        ModelError: If the granularity is unknown, or the blocks, the embedding or the head cannot be found.
     """
     check_granularity(granularity)
     prefix, blocks = find_blocks(model)
@@ -87,7 +88,29 @@ def find_players(model: Any, granularity: str = "block") -> tuple[Player, ...]:
             ]
         else:
             players += [Player(linear.name, (linear,), index) for linear in linears]
+    if embeddings:
+        first, *last = find_ends(model)
+        players.insert(0, Player(first.name, (first,), 0, is_end=True))
+        players += [Player(head.name, (head,), len(blocks) - 1, is_end=True) for head in last]
     return tuple(players)
+
+
+def find_ends(model: Any) -> tuple[LinearLayer, ...]:
+    """The embedding and, unless its weight is the same, the head.
+
+    Raises:
+        ModelError: If one of them is no plain module with a weight.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"{type(model).__name__} has no nn.Embedding with an nn.Linear head that could be players; leave them out"
+        )
+    names = {id(module): name for name, module in model.named_modules()}
+    first = LinearLayer(names[id(embedding)], (embedding.num_embeddings, embedding.embedding_dim))
+    if head.weight is embedding.weight:
+        return (first,)
+    return first, LinearLayer(names[id(head)], (head.out_features, head.in_features))
 
 
 def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:

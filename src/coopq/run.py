@@ -63,6 +63,7 @@ class RunConfig:
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
         between: Other widths between `low` and `high`, ascending.
+        embeddings: Whether the embedding and the head are players too; one, where they are tied.
         granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
     """
@@ -82,6 +83,7 @@ class RunConfig:
     granularity: str = "block"
     screening: int | None = None
     between: tuple[int, ...] = ()
+    embeddings: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -250,6 +252,7 @@ def _estimation(data: Mapping[str, Any]) -> Estimation:
             name=player["name"],
             linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
             block=player.get("block", index),  # not written when every player was a block
+            is_end=player.get("is_end", False),
         )
         for index, player in enumerate(data["players"])
     )

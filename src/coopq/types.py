@@ -64,11 +64,13 @@ class Player:
         name: Module name of the block or of the linear layer; of several, with a "+" between.
         linears: Its linear layers.
         block: Index of the transformer block that they lie in.
+        is_end: Whether it is the embedding, which counts as one of the first block, or the head, one of the last.
     """
 
     name: str
     linears: tuple[LinearLayer, ...]
     block: int
+    is_end: bool = False
 
     @property
     def n_weights(self) -> int:

@@ -120,7 +120,7 @@ def open_workbench(
         folder.check(config)
         progress("loading the model", 0, 1)
         skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
-        players = find_players(skeleton, config.granularity)
+        players = find_players(skeleton, config.granularity, config.embeddings)
         check(players)
         storage = measure_storage(players, backend, config.widths)
         for budget in budgets:
@@ -131,6 +131,11 @@ def open_workbench(
         footprint.check(free)
         _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
         is_hosted = footprint.is_hosted(free)
+        if is_hosted and config.embeddings:
+            raise OutOfMemory(
+                f"{footprint}, and {gib(free)} are free: blocks must stay on the host, and then the embedding is no "
+                "player; leave --embeddings out"
+            )
         if is_hosted and ray is not None:
             raise OutOfMemory(f"{footprint}, and {gib(free)} are free: workers need a GPU each that holds the model")
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, on_host=is_hosted)
@@ -139,7 +144,7 @@ def open_workbench(
         calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
         weights = {
             "weights": fingerprint_weights(loaded.model),
-            "players": config.granularity,
+            "players": config.granularity + (" and embeddings" if config.embeddings else ""),
             "backend": backend.fingerprint(),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from coopq.errors import BackendError
@@ -127,6 +128,36 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and width, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self._bits}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that dequantises its weight in each forward.
+
+    Args:
+        embedding: The model's own, whose forward is taken; its weight is let go.
+        backend: What dequantises.
+        packed: The packed weight.
+        bits: Its width.
+        dtype: What to compute in.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, backend: Backend, packed: Packed, bits: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self._backend, self._bits, self._dtype = backend, bits, dtype
+        embedding.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self._own = embedding
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, as the model's own embedding makes them."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        weight = self._backend.dequantize(dict(self.named_buffers(recurse=False)), shape, self._bits, self._dtype)
+        rows: Tensor = functional_call(self._own, {"weight": weight}, (ids,))
+        return rows
 
 
 def check_group_size(group_size: int | None, default: int) -> int:

@@ -131,7 +131,7 @@ def row_bytes(columns: int, bits: int) -> int:
 
 @torch.no_grad()
 def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Mean squares of the inputs of linear layers, by name and column; layers that no token reaches are left out."""
+    """Mean squares of the inputs of linear layers, by name and column; what no token reaches as that is left out."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -144,6 +144,7 @@ def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
         for name in names
+        if isinstance(model.get_submodule(name), nn.Linear)
     ]
     try:
         for start in range(0, len(tokens), _BATCH_SEQUENCES):

@@ -1,0 +1,74 @@
+"""The embedding and the head as players."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import coopq
+from coopq.backends import get_backend
+from coopq.bank import WeightBank
+from coopq.checkpoint import saved_bytes
+from coopq.engine import PrefixEngine, model_nll
+from coopq.models import LoadedModel
+from coopq.players import find_players
+from coopq.types import UNTOUCHED
+from tests.architectures import CONFIGS, tiny_model
+from tests.checkpoints import plan_for
+from tests.command_line import in_process, refused
+from tests.conftest import STORIES
+
+TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
+TIED = ("llama", "qwen2", "gemma2", "gemma3")
+
+
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "opt"])
+def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
+    model = tiny_model(name)
+    players = find_players(model, "block", embeddings=True)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name in TIED)
+    assert [player.is_end for player in players] == [True] + [False] * 3 + [True] * (not tied)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 97, size=(3, 16))
+    loaded = LoadedModel(model, Tokenizer(), torch.float32)
+    bank = WeightBank(tmp_path / "bank", loaded, players, get_backend("rtn", group_size=16), {})
+    bank.build((3, 4, 8))
+    engine = PrefixEngine(model, bank, tokens)
+    points = rng.choice([3, 4, 8, UNTOUCHED], size=(12, len(players))).astype(np.int8)
+    points[0] = [3, *[8] * (len(players) - 1)]
+    measured = {assignment.tobytes(): losses for assignment, losses, _ in engine.evaluate(points)}
+    for assignment in points[:4]:
+        for index, bits in enumerate(assignment):
+            bank.set_player(index, int(bits))
+        own = np.concatenate(list(model_nll(model, tokens)))
+        bank.restore()
+        np.testing.assert_allclose(measured[assignment.tobytes()], own, rtol=1e-5)
+    assignment = [3, *[8] * (len(players) - 1)]
+    plan = plan_for(model, "rtn", 16, assignment, "block", embeddings=True)
+    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=16), None, tmp_path / "saved")
+    assert saved_bytes(tmp_path / "saved") == plan.bytes
+    again = coopq.load(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(np.concatenate(list(model_nll(again, tokens))), measured[points[0].tobytes()], rtol=1e-5)
+
+
+def test_the_main_job_counts_the_embedding(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", STORIES, "--bits", "3,4,8", *TEXT, "--embeddings"]
+    code, _, err = in_process(*arguments, "--budget", "150kB", "--out", out)
+    assert code == 0, err
+    plan = coopq.Plan.load(out / "plan.json")
+    assert plan.players[0].modules == ("model.embed_tokens",)
+    assert plan.bytes == saved_bytes(out) <= 150_000
+    whole = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert whole - plan.bytes < 20_000, "norms and the file's header are all that is left"
+    line = refused(*arguments, "--budget", "4avg", "--method", "zd", "--out", tmp_path / "other")
+    assert "method 'zd' scores layers in blocks, not embeddings" in line
+    line = refused(*arguments[:-1], "--budget", "4avg", "--out", tmp_path / "out2", "--run", tmp_path / "out-run")
+    assert "embeddings: True there, False here" in line
