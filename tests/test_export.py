@@ -1,8 +1,11 @@
 """Exports, loaded and run by the engines that they are for."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,7 +18,7 @@ from coopq.backends import get_backend
 from coopq.backends.ggml import GGMLBackend, column_importance
 from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
-from coopq.errors import BackendError, ExportError, Mismatch, OutputError
+from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
 from coopq.export import export_model
 from coopq.export.gguf import predicted_bytes
 from coopq.models import LoadedModel, gguf_file, load_model
@@ -25,7 +28,8 @@ from tests.checkpoints import plan_for
 from tests.llama_cpp import llama_cpp_nll, llama_cpp_text
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
-DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128))
+DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128), target="gguf")
+FILE = 100_000_000
 
 
 @pytest.mark.parametrize(
@@ -80,7 +84,7 @@ def test_importance_is_the_mean_square_of_inputs(stories: str) -> None:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path, Path]:
     """The demo model saved at 4 and 8 bits, and exported."""
     folder = tmp_path_factory.mktemp("gguf")
-    plan = coopq.quantize(DEMO, "6avg", folder / "saved", method="first-last")
+    plan = coopq.quantize(DEMO, f"{FILE}B", folder / "saved", method="first-last")
     n_bytes = export_model(folder / "saved", "gguf", folder / "demo.gguf")
     assert n_bytes == (folder / "demo.gguf").stat().st_size
     return plan, folder / "saved", folder / "demo.gguf"
@@ -91,6 +95,7 @@ def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq
     plan, _, file = demo
     assert set(plan.assignment) == {4, 8}
     assert predicted_bytes(plan) == file.stat().st_size
+    assert FILE - 2_000_000 < file.stat().st_size <= FILE, "less than raising a block further takes is left"
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     for player, bits in enumerate(plan.assignment):
         # Rows of 576 have no K-quants; those of the down projection, 1,536, have.
@@ -136,6 +141,17 @@ def test_the_base_must_be_the_very_model(demo: tuple[coopq.Plan, Path, Path], tm
     assert not list(tmp_path.iterdir())
 
 
+def test_a_budget_holds_the_cache(stories: str, tmp_path: Path) -> None:
+    config = RunConfig(stories, low=2, high=8, calibration=CalibrationConfig(sequences=1, length=32))
+    plain = coopq.quantize(config, "120kB", tmp_path / "plain", method="first-last")
+    # Keys and values of 5 layers, 4 heads of 8 each, 2 bytes: 640 bytes a token.
+    with_cache = coopq.quantize(
+        dataclasses.replace(config, context=64), "120kB", tmp_path / "cache", method="first-last"
+    )
+    assert plain.budget_bytes - with_cache.budget_bytes == 640 * 64
+    assert with_cache.bytes + 640 * 64 <= 120_000 < plain.bytes + 640 * 64
+
+
 def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> None:
     config = RunConfig(stories, low=3, high=4, calibration=CalibrationConfig(sequences=1, length=32))
     coopq.quantize(config, "3.5avg", tmp_path / "saved", method="first-last")
@@ -145,6 +161,18 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")
     with pytest.raises(ExportError, match="'ggguf' is unknown; did you mean 'gguf'"):
         export_model(tmp_path / "saved", "ggguf", tmp_path / "out")
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("gguf", {}, "not those of 'rtn'; add --backend ggml"),
+        ("gguf", {"backend": "ggml", "low": 4, "high": 8}, "no type of 4 bits for rows of 172"),
+        ("ggfu", {}, "target 'ggfu' is unknown; did you mean 'gguf'"),
+        ("compressed-tensors", {}, "--backend gptq --symmetric"),
+        ("compressed-tensors", {"backend": "gptq", "low": 2, "group_size": 4}, "--granularity fused, or block"),
+        ("compressed-tensors", {"backend": "gptq", "low": 2, "granularity": "block"}, "no whole groups of 128"),
+    ]
+    for target, changes, message in cases:
+        other = dataclasses.replace(config, **{"granularity": "linear", **changes}, target=target)
+        with pytest.raises(CoopQError, match=re.escape(message)):
+            coopq.quantize(other, "3.5avg", tmp_path / "other")
     plan = coopq.Plan.load(tmp_path / "saved" / "plan.json")
     with pytest.raises(ExportError, match=r"is no GGUF file.*--base: llama.cpp's convert_hf_to_gguf.py"):
         predicted_bytes(plan)

@@ -23,6 +23,15 @@ Granularity = Annotated[
 Embeddings = Annotated[
     bool, typer.Option("--embeddings", help="The embedding and the head are players too; one, where they are tied.")
 ]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Form that the model will be exported to, gguf or compressed-tensors: what that cannot hold is refused at "
+        "once; with gguf, a budget in bytes is that of the file."
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="For --target gguf: the model in full precision as GGUF.")]
+Context = Annotated[int | None, typer.Option(min=1, help="A budget in bytes holds the KV cache of so many tokens too.")]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq or ggml.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "

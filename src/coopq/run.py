@@ -63,6 +63,10 @@ class RunConfig:
         dtype: "float32", "bfloat16", "float16", or "auto": float32 on CPUs, the checkpoint's elsewhere.
         device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
         between: Other widths between `low` and `high`, ascending.
+        target: Form of an engine that the model will be exported to (`coopq.export.FORMS`): what it cannot hold is
+            refused before any work, and with "gguf", budgets in bytes are those of the file. None exports nowhere.
+        base: The model in full precision as GGUF, for the target "gguf"; None where the model is a GGUF file itself.
+        context: Tokens of a KV cache of 16 bits that budgets in bytes have to hold too.
         embeddings: Whether the embedding and the head are players too; one, where they are tied.
         granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
@@ -84,6 +88,9 @@ class RunConfig:
     screening: int | None = None
     between: tuple[int, ...] = ()
     embeddings: bool = False
+    target: str | None = None
+    base: str | None = None
+    context: int | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -172,15 +179,15 @@ class RunFolder:
     def check(self, config: RunConfig) -> None:
         """Check that `config` goes on with the configuration recorded, if there is one.
 
-        Other walks go on from the same journal. Where the model lies and what computes may change too: the
-        fingerprints of the weight bank and the journal guard what they must not.
+        Other walks go on from the same journal. Where the model lies, what computes, and what budgets in bytes hold
+        may change too: the fingerprints of the weight bank and the journal guard what they must not.
 
         Raises:
             Mismatch: If the folder belongs to another configuration.
         """
         if (self.path / "run.json").exists():
             ours, theirs = config.to_json(), self.config().to_json()
-            for free in ("permutations", "seed", "model", "device", "dtype", "screening"):
+            for free in ("permutations", "seed", "model", "device", "dtype", "screening", "target", "base", "context"):
                 theirs[free] = ours[free]
             if ours != theirs:
                 raise Mismatch(
@@ -218,6 +225,7 @@ class RunFolder:
                 "layer_forwards_unshared": estimation.layer_forwards_unshared,
                 "players": [asdict(player) for player in estimation.players],
                 "bytes": {str(bits): list(sizes) for bits, sizes in estimation.storage.n_bytes.items()},
+                "fixed": estimation.storage.fixed,
                 "estimate": {
                     field.name: value.tolist() if isinstance(value, np.ndarray) else value
                     for field in fields(estimate)
@@ -263,6 +271,7 @@ def _estimation(data: Mapping[str, Any]) -> Estimation:
         storage=Storage(
             n_weights=tuple(player.n_weights for player in players),
             n_bytes={int(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
+            fixed=data.get("fixed", 0),
         ),
         estimate=ShapleyEstimate(**estimate),
         fingerprint=data["fingerprint"],

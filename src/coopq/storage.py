@@ -60,10 +60,12 @@ class Storage:
     Attributes:
         n_weights: Weights of each player, shape (n_players,).
         n_bytes: Bytes of each player for each bit-width, as they will lie on disk.
+        fixed: Bytes beside the players that budgets in bytes have to hold too: all else of an exported file, a cache.
     """
 
     n_weights: tuple[int, ...]
     n_bytes: Mapping[int, tuple[int, ...]]
+    fixed: int = 0
 
     def bytes_of(self, assignment: Assignment | Sequence[int]) -> int:
         """Bytes of the quantized weights under `assignment`."""
@@ -90,7 +92,7 @@ class Storage:
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
-            limit = budget.value * _UNITS[budget.unit]
+            limit = budget.value * _UNITS[budget.unit] - self.fixed
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {low} and {high} bits; the smallest is "
@@ -125,4 +127,4 @@ class Storage:
 
     def _describe(self, n_bytes: int, bits: int, towards_feasible: Callable[[float], int]) -> str:
         bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
-        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes}B"
+        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"

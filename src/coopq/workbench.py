@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coopq.backends import Backend, get_backend
-from coopq.bank import WeightBank, measure_storage
+from coopq.bank import WeightBank
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
 from coopq.errors import CalibrationError, EstimationError, OutOfMemory
+from coopq.export import storage_for
 from coopq.files import locked, require_writable
 from coopq.game import Engine, QuantizationGame
 from coopq.hosting import HostedBlocks
@@ -122,7 +123,7 @@ def open_workbench(
         skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
         players = find_players(skeleton, config.granularity, config.embeddings)
         check(players)
-        storage = measure_storage(players, backend, config.widths)
+        storage = storage_for(config, skeleton, players, backend)
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)

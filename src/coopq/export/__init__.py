@@ -1,9 +1,16 @@
 """Saved models in the forms that engines load: one file for each form."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from coopq.backends import Backend
+from coopq.bank import measure_storage
 from coopq.errors import ExportError, hint
-from coopq.types import ProgressCallback, silent
+from coopq.run import RunConfig
+from coopq.storage import Storage
+from coopq.types import Player, ProgressCallback, silent
 
 FORMS = ("gguf", "compressed-tensors")
 
@@ -42,3 +49,40 @@ def export_model(
 
         return export_compressed_tensors(saved, out, progress=progress)
     raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
+
+
+def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backend: Backend) -> Storage:
+    """Sizes of the players, and what else budgets in bytes have to hold; what the target cannot hold is refused.
+
+    Args:
+        config: With the target, if there is one.
+        model: The model, or its skeleton.
+        players: Its players.
+        backend: What quantizes.
+    Raises:
+        BackendError: If a layer's shape cannot be quantized.
+        ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
+    """
+    storage, fixed = measure_storage(players, backend, config.widths), 0
+    if config.target == "gguf":
+        from coopq.export.gguf import fixed_bytes
+
+        fixed = fixed_bytes(config, [linear.name for player in players for linear in player.linears])
+    elif config.target == "compressed-tensors":
+        from coopq.export.compressed_tensors import check_backend, check_columns, check_fused
+
+        backend = check_backend(backend)
+        check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
+        for linear in (linear for player in players for linear in player.linears):
+            check_columns(linear.name, linear.shape[1], backend.group_size)
+    elif config.target is not None:
+        raise ExportError(f"target {config.target!r} is unknown; {hint(config.target, FORMS)}")
+    return replace(storage, fixed=fixed + cache_bytes(model, config.context or 0))
+
+
+def cache_bytes(model: Any, context: int) -> int:
+    """Bytes of a KV cache of 16 bits, at most: sliding windows need less."""
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * 2 * int(text.num_hidden_layers) * int(heads) * int(width) * context

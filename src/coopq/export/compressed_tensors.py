@@ -5,13 +5,14 @@ agree on packed zero points.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coopq.backends import get_backend
+from coopq.backends import Backend, get_backend
 from coopq.backends.gptq import GPTQBackend
 from coopq.checkpoint import read_saved, saved_plan
 from coopq.errors import ExportError
@@ -37,18 +38,8 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
         ExportError: If the form cannot hold the model.
     """
     plan = saved_plan(saved)
-    backend = get_backend(**plan.quantizer)
-    if not isinstance(backend, GPTQBackend) or not backend.symmetric or backend.act_order:
-        raise ExportError(
-            f"{saved} was quantized by {plan.quantizer}, and this form holds symmetric integers in groups along the "
-            "rows; search with --backend gptq --symmetric --no-act-order"
-        )
-    for names in fused_groups(plan.modules):
-        if len({plan.modules[name] for name in names}) > 1:
-            raise ExportError(
-                f"{', '.join(names)} have several widths, and vLLM multiplies them as one matrix; search with "
-                "--granularity fused, or block"
-            )
+    backend = check_backend(get_backend(**plan.quantizer))
+    check_fused(plan.modules)
     require_new_folder(out)
     packed, tensors = read_saved(saved)
     for done, (name, bits) in enumerate(plan.modules.items()):
@@ -66,20 +57,53 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
         return (folder / _WEIGHTS).stat().st_size
 
 
-def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: int, name: str) -> dict[str, Tensor]:
-    """One module's tensors.
+def check_backend(backend: Backend) -> GPTQBackend:
+    """Check that what a backend makes can be written.
 
     Raises:
-        ExportError: If its rows are no whole groups.
+        ExportError: If not.
     """
+    if not isinstance(backend, GPTQBackend) or not backend.symmetric or backend.act_order:
+        raise ExportError(
+            f"compressed-tensors holds symmetric integers in groups along the rows, and not what backend "
+            f"{backend.name!r} makes with {backend.settings}; search with --backend gptq --symmetric --no-act-order"
+        )
+    return backend
+
+
+def check_fused(widths: Mapping[str, int]) -> None:
+    """Check that layers which vLLM multiplies as one matrix have one width, or are of one player.
+
+    Raises:
+        ExportError: If not.
+    """
+    for names in fused_groups(widths):
+        if len({widths[name] for name in names}) > 1:
+            raise ExportError(
+                f"{', '.join(names)} need one width, since vLLM multiplies them as one matrix; search with "
+                "--granularity fused, or block"
+            )
+
+
+def check_columns(name: str, columns: int, group_size: int) -> None:
+    """Check that rows of a layer are whole groups.
+
+    Raises:
+        ExportError: If not.
+    """
+    if columns % group_size:
+        raise ExportError(
+            f"rows of {name} hold {columns} weights, no whole groups of {group_size}, as compressed-tensors wants; "
+            "search with a --group-size that divides them"
+        )
+
+
+def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: int, name: str) -> dict[str, Tensor]:
+    """One module's tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     rows, columns = packed["qweight"].shape[1], packed["g_idx"].numel()
-    if columns % backend.group_size:
-        raise ExportError(
-            f"rows of {name} hold {columns} weights, no whole groups of {backend.group_size}, as this form wants; "
-            "search with a --group-size that divides them"
-        )
+    check_columns(name, columns, backend.group_size)
     codes, _ = backend.codes(packed, (rows, columns), bits)
     return {
         "weight_packed": pack_to_int32((codes.T - 2 ** (bits - 1)).to(torch.int8), bits),

@@ -4,7 +4,7 @@ What is not a player, tokenizer and settings come from that base as they are, so
 llama.cpp's own converter writes can be exported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ def export_gguf(
 
     plan = _plan(saved)
     source = model or RunConfig.from_json(plan.config).model
-    reader = gguf.GGUFReader(_base(base, source))
-    tensors = _tensors(reader, plan)
+    reader = _reader(plan, base, model)
+    modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
     size = predicted_bytes(plan, base=base, model=model)
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, size, str(out))
@@ -76,8 +76,8 @@ def export_gguf(
         for done, tensor in enumerate(reader.tensors):
             progress("writing", done, len(reader.tensors))
             data, kind = tensor.data, tensor.tensor_type
-            if tensor.name in tensors:
-                name = tensors[tensor.name]
+            if tensor.name in modules:
+                name = modules[tensor.name]
                 order = _row_order(tensor, loaded.model.get_submodule(name).weight.data, name)
                 data = packed[name]["blocks"].numpy()[order]
                 kind = tensor_type(int(tensor.shape[0]), plan.modules[name])
@@ -97,26 +97,41 @@ def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None =
 
     Args and errors: as for `export_gguf`.
     """
+    reader, backend = _reader(plan, base, model), get_backend(**plan.quantizer)
+    sizes = {
+        name: backend.storage_bytes((tensor.shape[1], tensor.shape[0]), plan.modules[name])
+        for tensor, name in _tensors(reader, plan.modules)
+    }
+    return _beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
+
+
+def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
+    """Bytes of a file beside the players' own, at most: these are padded to a multiple each.
+
+    Raises:
+        ExportError: If the backend is not ggml, there is no base, or it has no tensor for a module.
+    """
     import gguf
 
-    reader = gguf.GGUFReader(_base(base, model or RunConfig.from_json(plan.config).model))
-    tensors = _tensors(reader, plan)
-    backend = get_backend(**plan.quantizer)
+    if config.backend != "ggml":
+        raise ExportError(f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml")
+    reader = gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
+    _tensors(reader, modules)
+    return _beside(reader, modules) + len(modules) * (reader.alignment - 1)
+
+
+def _beside(reader: Any, modules: Collection[str]) -> int:
+    """Bytes of the head of the file and of the tensors that stay as they are."""
     head = 24  # magic, version, and the numbers of tensors and keys
     for key in (_TYPE_KEY, _VERSION_KEY):
         head += 8 + len(key) + 4 + 4
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name not in (_TYPE_KEY, _VERSION_KEY):
             head += sum(part.nbytes for part in field.parts)
-    total = 0
-    for tensor in reader.tensors:
-        head += sum(part.nbytes for part in tensor.field.parts)
-        n_bytes = int(tensor.n_bytes)
-        if tensor.name in tensors:
-            columns, rows = tensor.shape.tolist()
-            n_bytes = backend.storage_bytes((rows, columns), plan.modules[tensors[tensor.name]])
-        total += _padded(n_bytes, reader.alignment)
-    return _padded(head, reader.alignment) + total
+    head += sum(part.nbytes for tensor in reader.tensors for part in tensor.field.parts)
+    quantized = {tensor.name for tensor, _ in _tensors(reader, modules)}
+    others = (tensor for tensor in reader.tensors if tensor.name not in quantized)
+    return _padded(head, reader.alignment) + sum(_padded(int(tensor.n_bytes), reader.alignment) for tensor in others)
 
 
 def _plan(saved: Path) -> Plan:
@@ -148,24 +163,37 @@ def _text(reader: Any, key: str) -> str:
     return str(reader.fields[key].contents())
 
 
-def _tensors(reader: Any, plan: Plan) -> Mapping[str, str]:
-    """Modules of the plan by the names of their tensors in the file."""
+def _reader(plan: Plan, base: Path | None, model: str | None) -> Any:
+    """The base of a plan, opened."""
+    import gguf
+
+    config = RunConfig.from_json(plan.config)
+    named = base or (None if config.base is None else Path(config.base))
+    return gguf.GGUFReader(_base(named, model or config.model))
+
+
+def _tensors(reader: Any, modules: Collection[str]) -> list[tuple[Any, str]]:
+    """The tensors of modules in the file, each with the name of its module.
+
+    Raises:
+        ExportError: If a module has none of its own.
+    """
     import gguf
 
     architecture = _text(reader, "general.architecture")
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     n_blocks = int(reader.fields[f"{architecture}.block_count"].contents())
     names = gguf.get_tensor_name_map(kinds[architecture], n_blocks)
-    there = {tensor.name for tensor in reader.tensors}
-    found: dict[str, str] = {}
-    for module in plan.modules:
+    there = {tensor.name: tensor for tensor in reader.tensors}
+    found = []
+    for module in modules:
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name not in there:
             raise ExportError(
                 f"{module} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
                 "that llama.cpp stores in another form cannot be exported"
             )
-        found[name] = module
+        found.append((there[name], module))
     return found
 
 
