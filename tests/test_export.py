@@ -21,11 +21,12 @@ from coopq.checkpoint import read_saved, save_model
 from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
 from coopq.export import export_model
 from coopq.export.gguf import predicted_bytes
+from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, gguf_file, load_model
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
-from tests.llama_cpp import llama_cpp_nll, llama_cpp_text
+from tests.llama_cpp import llama_cpp_text
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128), target="gguf")

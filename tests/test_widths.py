@@ -17,7 +17,7 @@ from coopq.baselines import random_assignments
 from coopq.checkpoint import saved_bytes
 from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
 from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
-from coopq.program import QuadraticProgram, descend, local_optima, neighbours, random_fill
+from coopq.program import QuadraticProgram, descend, local_optima, movable, neighbours, random_fill
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget, Storage
 from coopq.testing import SteppedGame, SyntheticGame
@@ -60,7 +60,7 @@ def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> Non
     everywhere = np.array(list(product([False, True], repeat=setting.n_steps)))
     assert {q.tobytes() for q in everywhere if loose.feasible(q)} == {q.tobytes() for q in lowered}
     for q in lowered:
-        back, down = loose.movable(q)
+        back, down = movable(q, setting.steps)
         for step in range(setting.n_steps):
             flipped = q.copy()
             flipped[step] = not flipped[step]

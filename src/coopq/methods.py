@@ -364,6 +364,8 @@ def _starts(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, i
     """What the scores choose for the budgets (fisher's by descents), and the layer forwards that they take."""
     setting, layer_forwards = setting_of(bench, budgets), 0
     chosen = np.zeros((0, setting.n_steps), dtype=bool)
+    if any(player.is_end for player in bench.players):  # which scores know nothing of
+        return setting.assignments(chosen), 0
     for method in _STARTERS:
         try:
             gains, pairs, spent = terms_on(bench, method)

@@ -42,13 +42,14 @@ class QuadraticProgram:
         of_player = q.reshape(-1, self.steps)
         return int(self.costs[~q].sum()) <= self.capacity and bool((of_player[:, 1:] <= of_player[:, :-1]).all())
 
-    def movable(self, q: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
-        of_player = q.reshape(-1, self.steps)
-        back, down = of_player.copy(), ~of_player
-        back[:, :-1] &= ~of_player[:, 1:]
-        down[:, 1:] &= of_player[:, :-1]
-        return back.ravel(), down.ravel()
+
+def movable(q: npt.NDArray[np.bool_], steps: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
+    of_player = q.reshape(-1, steps)
+    back, down = of_player.copy(), ~of_player
+    back[:, :-1] &= ~of_player[:, 1:]
+    down[:, 1:] &= of_player[:, :-1]
+    return back.ravel(), down.ravel()
 
 
 def paper_program(
@@ -106,12 +107,12 @@ def _regrouped(
 ) -> npt.NDArray[np.bool_]:
     """The best of what raising one step gives when others go down for it, those that cost least by the byte."""
     best, least = q, program.objective(q)
-    for step in np.flatnonzero(program.movable(q)[0]):
+    for step in np.flatnonzero(movable(q, program.steps)[0]):
         other = q.copy()
         other[step] = False
         player = step // program.steps
         while int(program.costs[~other].sum()) > program.capacity:
-            down = program.movable(other)[1]
+            down = movable(other, program.steps)[1]
             down[player * program.steps : (player + 1) * program.steps] = False
             free = np.flatnonzero(down)
             if len(free) == 0:
@@ -176,7 +177,7 @@ def _moves(
 
     Step -1 stands for none; moves over the capacity, or of one player back and forth, change by infinity.
     """
-    raised, lowered = (np.flatnonzero(of) for of in program.movable(q))
+    raised, lowered = (np.flatnonzero(of) for of in movable(q, program.steps))
     change = np.zeros((len(raised) + 1, len(lowered) + 1))
     change[:-1] -= slope[raised][:, None]
     change[:, :-1] += slope[lowered]

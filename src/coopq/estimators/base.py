@@ -125,13 +125,14 @@ class Measured:
             return
         setting = self._setting
         of_game = np.isin(assignments, setting.widths).all(axis=1)
+        coalitions, losses = setting.lowered(assignments[of_game]), losses[of_game]
         new = []
-        for row in np.flatnonzero(of_game):
-            key = setting.lowered(assignments[row]).tobytes()
+        for row, coalition in enumerate(coalitions):
+            key = coalition.tobytes()
             if key not in self._rows:
                 self._rows[key] = len(self._rows)
                 new.append(row)
-        lowered = setting.lowered(assignments[new])
+        lowered = coalitions[new]
         self.lowered = np.concatenate([self.lowered, lowered])
         self.losses = np.concatenate([self.losses, losses[new]])
         self.raised_bytes = np.concatenate([self.raised_bytes, ~lowered @ setting.costs])

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from coopq.estimators.base import Measured, Search, Setting
-from coopq.program import random_fill
+from coopq.program import movable, random_fill
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Game, Losses
 
@@ -89,7 +89,7 @@ class Evolution:
         """One to three times, a random raised player is lowered and a random other one raised that then fits."""
         child, costs = parent.copy(), self._setting.costs
         for _ in range(min(self._rng.integers(1, 4, size=2))):
-            back, lowerable = self._setting.program(capacity).movable(child)
+            back, lowerable = movable(child, self._setting.steps)
             raised = np.flatnonzero(lowerable)
             if len(raised) == 0:
                 break
