@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from coopq.backends import Backend
-from coopq.errors import Mismatch, ModelError
+from coopq.errors import EstimationError, Mismatch, ModelError
 from coopq.files import atomic_file, read_json, require_space, write_json
 from coopq.models import LoadedModel
+from coopq.players import weight_of
 from coopq.storage import Storage
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
@@ -70,12 +71,10 @@ class WeightBank:
         self._folder = folder
         self._backend = backend
         self._loaded = loaded
-        self._linears = {
-            linear.name: loaded.model.get_submodule(linear.name) for player in players for linear in player.linears
+        self._parameters = {
+            linear.name: weight_of(loaded.model, linear.name) for player in players for linear in player.linears
         }
-        self._originals: dict[str, Tensor] = {
-            name: cast(Tensor, linear.weight).data for name, linear in self._linears.items()
-        }
+        self._originals: dict[str, Tensor] = {name: weight.data for name, weight in self._parameters.items()}
         self._weights: dict[tuple[int, int], dict[str, Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         header = folder / "bank.json"
@@ -122,7 +121,7 @@ class WeightBank:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
         weights = self._originals if bits == UNTOUCHED else self.quantized(player, bits)
         for linear in self.players[player].linears:
-            self._linears[linear.name].weight.data = weights[linear.name]
+            self._parameters[linear.name].data = weights[linear.name]
 
     def originals(self, player: int) -> dict[str, Tensor]:
         """The model's own weights of a player's linear layers, by name."""
@@ -134,28 +133,33 @@ class WeightBank:
             return self._weights[player, bits]
         device = str(self._originals[self.players[player].linears[0].name].device)
         way_out = "delete it and run the same command again"
-        weights = load_tensors(self._path(player, bits), device, way_out=way_out)
+        read = load_tensors(self._path(player, bits), device, way_out=way_out)
+        weights = {name: weight.view_as(self._originals[name]) for name, weight in read.items()}  # experts: 3 axes
         if self.resident:
             self._weights[player, bits] = weights
         return weights
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The parameters that hold a player's weights at the moment, by name."""
-        return {
-            linear.name: cast(nn.Parameter, self._linears[linear.name].weight)
-            for linear in self.players[player].linears
-        }
+        return {linear.name: self._parameters[linear.name] for linear in self.players[player].linears}
 
     @contextmanager
     def watching(self, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """A dictionary that gets the input and the output of each linear layer of players, by name, when called."""
+        """A dictionary that gets the input and the output of each linear layer of players, by name, when called.
+
+        Raises:
+            EstimationError: If a player has experts that are kept in one tensor: they have no outputs of their own.
+        """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
             return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
 
         names = [linear.name for player in players for linear in self.players[player].linears]
-        handles = [self._linears[name].register_forward_hook(keep(name)) for name in names]
+        experts = [name for name in names if self._originals[name].dim() > 2]
+        if experts:
+            raise EstimationError(f"{experts[0]} holds experts, whose outputs cannot be seen; take another method")
+        handles = [self._loaded.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:
             yield seen
         finally:

@@ -11,7 +11,7 @@ quantized.safetensors is not a name that transformers looks for, so it cannot lo
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from coopq.backends import Backend, get_backend
-from coopq.backends.base import PackedEmbedding
+from coopq.backends.base import PackedEmbedding, PackedExperts
 from coopq.engine import model_nll
 from coopq.errors import ModelError, PlanError
 from coopq.files import atomic_folder, write_json
 from coopq.models import LoadedModel, pick_device, pick_dtype
 from coopq.plan import Plan
-from coopq.players import find_ends, find_players
+from coopq.players import find_ends, find_players, weight_of
 from coopq.run import RunConfig
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import ProgressCallback, silent
@@ -122,11 +122,16 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
         lacking = _load_untouched(model, tensors, packed)
         model.to(target)
         for name, bits in plan.modules.items() if not lacking else ():
-            linear = model.get_submodule(name)
-            shape = (linear.weight.shape[0], linear.weight.shape[1])
+            weight = weight_of(model, name)
+            shape = (weight[..., 0].numel(), weight.shape[-1])
             if sum(tensor.nbytes for tensor in packed[name].values()) != backend.storage_bytes(shape, bits):
                 raise KeyError(f"the tensors of {name} are not those of {bits} bits")
             there = {key: tensor.to(target) for key, tensor in packed.pop(name).items()}
+            if weight.dim() > 2:
+                owner, _, attribute = name.rpartition(".")
+                PackedExperts(backend, there, weight.shape, bits, dtype).serve(model.get_submodule(owner), attribute)
+                continue
+            linear = model.get_submodule(name)
             if isinstance(linear, nn.Embedding):
                 if (head := model.get_output_embeddings()).weight is linear.weight:
                     model.set_output_embeddings(backend.linear(there, shape, bits, head.bias, dtype))
@@ -197,7 +202,7 @@ def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor
     """All weights but the players', each once, in the checkpoint's dtype where that loses nothing."""
     tensors: dict[str, Tensor] = {}
     state = loaded.model.state_dict()
-    seen = {(weight.data_ptr(), weight.shape) for weight in (state[f"{name}.weight"] for name in modules)}
+    seen = {(weight.data_ptr(), weight.shape) for weight in (weight_of(loaded.model, name) for name in modules)}
     for name, tensor in state.items():
         if (tensor.data_ptr(), tensor.shape) in seen:
             continue
@@ -217,12 +222,12 @@ def _add_native_config(folder: Path, native: dict[str, Any] | None) -> None:
     write_json(folder / "config.json", config | {"quantization_config": native})
 
 
-def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: Container[str]) -> list[str]:
+def _load_untouched(model: Any, tensors: dict[str, Tensor], modules: Iterable[str]) -> list[str]:
     """Load all weights but the players'; the names of those that are missing or too many."""
     keys = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     state = model.state_dict()
     given = {state[name].data_ptr() for name in tensors if name in state}
-    given |= {state[name].data_ptr() for name in state if name.removesuffix(".weight") in modules}
+    given |= {weight_of(model, name).data_ptr() for name in modules}
     missing = keys.missing_keys
     return [name for name in missing if state[name].data_ptr() not in given] + list(keys.unexpected_keys)

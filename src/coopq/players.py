@@ -1,4 +1,4 @@
-"""Finding the transformer blocks of a model and the linear layers in them, from structure alone."""
+"""Finding the transformer blocks of a model and the linear layers and experts in them, from structure alone."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +30,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
         if not isinstance(module, nn.ModuleList) or len(module) != n_layers or inside_another:
             continue
-        if all(_linears(block) for block in module):
+        if all(_shapes(block) for block in module):
             found[name] = module
     if len(found) != 1:
         lists = [
@@ -70,10 +70,7 @@ def find_players(model: Any, granularity: str = "block", embeddings: bool = Fals
     prefix, blocks = find_blocks(model)
     players: list[Player] = []
     for index, block in enumerate(blocks):
-        linears = tuple(
-            LinearLayer(f"{prefix}.{index}.{name}", (linear.out_features, linear.in_features))
-            for name, linear in _linears(block).items()
-        )
+        linears = tuple(LinearLayer(f"{prefix}.{index}.{name}", shape) for name, shape in _shapes(block).items())
         if granularity == "block":
             players.append(Player(f"{prefix}.{index}", linears, index))
         elif granularity == "fused":
@@ -123,5 +120,21 @@ def fused_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(together) for together in groups.values()]
 
 
-def _linears(block: nn.Module) -> dict[str, nn.Linear]:
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of a matrix that is quantized; see `LinearLayer`."""
+    owner, _, attribute = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), attribute)
+    weight: nn.Parameter = found if isinstance(found, nn.Parameter) else found.weight
+    return weight
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
+    """Shapes (out, in) of linear layers, and of experts that are kept in one tensor, by their names in a block."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        for attribute, tensor in module.named_parameters(recurse=False):
+            if tensor.dim() == 3 and len(tensor) == getattr(module, "num_experts", None):
+                shapes[f"{name}.{attribute}"] = (tensor.shape[0] * tensor.shape[1], tensor.shape[2])
+    return shapes

@@ -45,7 +45,11 @@ class Game(Protocol):
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One linear layer: its module name in the model and its weight's shape (out, in)."""
+    """One matrix that is quantized: its name in the model and its shape (out, in).
+
+    It is the weight of the module of that name; or, where experts are kept in one tensor, that parameter, with the rows
+    of all experts one after the other.
+    """
 
     name: str
     shape: tuple[int, int]

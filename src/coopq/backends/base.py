@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from coopq.errors import BackendError
+from coopq.players import weight_of
 
 Packed: TypeAlias = Mapping[str, Tensor]
 """The tensors that store one quantized weight, by their names in a saved model."""
@@ -71,7 +72,7 @@ class Backend(ABC):
             Name and packed tensors of each layer, in the order of `bits`.
         """
         for name, width in bits.items():
-            yield name, self.quantize(model.get_submodule(name).weight.data, width)
+            yield name, self.quantize(weight_of(model, name).data.flatten(0, -2), width)
 
     def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
         """Configuration that the library's own loader wants beside the weights; None where it has no such format."""
@@ -158,6 +159,41 @@ class PackedEmbedding(nn.Module):
         weight = self._backend.dequantize(dict(self.named_buffers(recurse=False)), shape, self._bits, self._dtype)
         rows: Tensor = functional_call(self._own, {"weight": weight}, (ids,))
         return rows
+
+
+class PackedExperts(nn.Module):
+    """Experts that are kept in one tensor, dequantised while their module computes.
+
+    Args:
+        backend: What dequantises.
+        packed: The packed weight, of the rows of all experts one after the other.
+        shape: Of the tensor: (n_experts, out, in).
+        bits: Its width.
+        dtype: What to compute in.
+    """
+
+    def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._backend, self._shape, self._bits, self._dtype = backend, shape, bits, dtype
+        for name, tensor in packed.items():
+            self.register_buffer(name, tensor)
+
+    def serve(self, module: nn.Module, attribute: str) -> None:
+        """Let a module have its experts from here: its own tensor is let go."""
+        parameter = getattr(module, attribute)
+        matrix = (self._shape[0] * self._shape[1], self._shape[2])
+
+        def arrive(*_: Any) -> None:
+            packed = dict(self.named_buffers(recurse=False))
+            parameter.data = self._backend.dequantize(packed, matrix, self._bits, self._dtype).view(self._shape)
+
+        def leave(*_: Any) -> None:
+            parameter.data = torch.empty(0, dtype=self._dtype)
+
+        leave()
+        module.add_module(f"packed_{attribute}", self)
+        module.register_forward_pre_hook(arrive)
+        module.register_forward_hook(leave, always_call=True)
 
 
 def check_group_size(group_size: int | None, default: int) -> int:

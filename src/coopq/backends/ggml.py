@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from coopq.backends.base import Backend, Packed, PackedLinear
 from coopq.errors import BackendError
+from coopq.players import weight_of
 
 _LONG_ROWS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
 """Types by width for rows that are multiples of 256: K-quants, whose super-blocks are that long."""
@@ -78,7 +79,8 @@ class GGMLBackend(Backend):
         """See `Backend.quantize_model`."""
         importance = {} if tokens is None else column_importance(model, list(bits), tokens)
         for name, width in bits.items():
-            yield name, self.quantize(model.get_submodule(name).weight.data, width, importance.get(name))
+            weight = weight_of(model, name).data.flatten(0, -2)
+            yield name, self.quantize(weight, width, importance.get(name))
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
@@ -141,10 +143,11 @@ def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] = counts.get(name, 0) + len(rows)
 
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
         for name in names
-        if isinstance(model.get_submodule(name), nn.Linear)
+        if name in linears
     ]
     try:
         for start in range(0, len(tokens), _BATCH_SEQUENCES):

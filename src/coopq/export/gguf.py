@@ -20,6 +20,7 @@ from coopq.errors import ExportError, Mismatch
 from coopq.files import atomic_file, require_space
 from coopq.models import fingerprint_weights, gguf_file, load_model
 from coopq.plan import Plan
+from coopq.players import weight_of
 from coopq.run import RunConfig
 from coopq.types import ProgressCallback, silent
 
@@ -78,7 +79,7 @@ def export_gguf(
             data, kind = tensor.data, tensor.tensor_type
             if tensor.name in modules:
                 name = modules[tensor.name]
-                order = _row_order(tensor, loaded.model.get_submodule(name).weight.data, name)
+                order = _row_order(tensor, weight_of(loaded.model, name).data.flatten(0, -2), name)
                 data = packed[name]["blocks"].numpy()[order]
                 kind = tensor_type(int(tensor.shape[0]), plan.modules[name])
             writer.add_tensor(tensor.name, data, raw_dtype=kind)

@@ -1,0 +1,95 @@
+"""Mixtures of experts: all experts of a block are quantized together."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import coopq
+from coopq.backends import get_backend
+from coopq.bank import WeightBank
+from coopq.checkpoint import save_model, saved_bytes
+from coopq.engine import PrefixEngine, model_nll
+from coopq.models import LoadedModel
+from coopq.players import find_players
+from coopq.types import UNTOUCHED
+from tests.architectures import GROUPED
+from tests.checkpoints import plan_for
+from tests.command_line import in_process, refused
+from tests.conftest import STORIES
+
+EXPERTS: dict[str, Any] = {
+    "mixtral": lambda vocabulary: hf.MixtralConfig(
+        **{**GROUPED, "vocab_size": vocabulary}, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda vocabulary: hf.Qwen3MoeConfig(
+        **{**GROUPED, "vocab_size": vocabulary}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+    ),
+}
+
+
+def tiny(name: str, vocabulary: int = 97) -> Any:
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(EXPERTS[name](vocabulary), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+class Tokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("granularity", ["block", "fused", "linear"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_measured_and_saved_as_they_are_quantized(name: str, granularity: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    players = find_players(model, granularity)
+    inside = [linear.name.rpartition("layers.0.")[2] for p in players if p.block == 0 for linear in p.linears]
+    assert inside[-2:] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    in_block = {"block": 1, "fused": 4, "linear": 6}[granularity]
+    assert len(players) == 3 * in_block
+    experts = model.model.layers[0].mlp.experts.gate_up_proj
+    assert sum(of.n_weights for p in players if p.block == 0 for of in p.linears) >= experts.numel()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 97, size=(3, 16))
+    loaded, backend = LoadedModel(model, Tokenizer(), torch.float32), get_backend("rtn", group_size=16)
+    bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
+    bank.build((3, 8))
+    points = rng.choice([3, 8, UNTOUCHED], size=(6, len(players))).astype(np.int8)
+    points[0] = rng.choice([3, 8], size=len(players))
+    measured = {point.tobytes(): losses for point, losses, _ in PrefixEngine(model, bank, tokens).evaluate(points)}
+    for point in points:
+        for index, bits in enumerate(point):
+            bank.set_player(index, int(bits))
+        np.testing.assert_allclose(measured[point.tobytes()], np.concatenate(list(model_nll(model, tokens))), rtol=1e-5)
+    bank.restore()
+    plan = plan_for(model, "rtn", 16, points[0].tolist(), granularity)
+    save_model(loaded, plan, backend, None, tmp_path / "saved")
+    assert saved_bytes(tmp_path / "saved") == plan.bytes
+    again = coopq.load(tmp_path / "saved", device="cpu")
+    assert again.model.layers[0].mlp.experts.gate_up_proj.numel() == 0, "nothing is dequantised but in a forward"
+    np.testing.assert_allclose(np.concatenate(list(model_nll(again, tokens))), measured[points[0].tobytes()], rtol=1e-5)
+    assert again.model.layers[0].mlp.experts.gate_up_proj.numel() == 0
+
+
+def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
+    model = tiny("mixtral", 512)
+    model.save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    arguments: list[str | Path] = ["quantize", tmp_path / "model", "--bits", "2,4,8", "--granularity", "linear"]
+    arguments += ["--tokens", "128", "--sequence-length", "32", "--group-size", "16"]
+    code, _, err = in_process(*arguments, "--budget", "4avg", "--out", tmp_path / "out")
+    assert code == 0, err
+    plan = coopq.Plan.load(tmp_path / "out" / "plan.json")
+    assert plan.bytes == saved_bytes(tmp_path / "out") <= plan.budget_bytes
+    code, _, err = in_process("evaluate", tmp_path / "out", "--tokens", "64", "--sequence-length", "32")
+    assert code == 0, err
+    line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
+    assert "holds experts, whose outputs cannot be seen; take another method" in line
