@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
@@ -215,6 +218,33 @@ def test_transformers_loads_compressed_tensors_with_the_same_weights(
         export_model(saved, "compressed-tensors", out)
 
 
+def test_transformers_loads_auto_round_with_the_same_logits(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
+    plan, saved = gptq
+    out = tmp_path / "out"
+    export_model(saved, "auto-round", out)
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 500, size=(2, 32)))
+    save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
+    code = f"""
+import torch
+from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(out)!r}, dtype=torch.float16).eval()
+widths = {{name: module.bits for name, module in model.named_modules() if hasattr(module, "qweight")}}
+assert widths == {plan.modules!r}, widths
+with torch.no_grad():
+    logits = model(load_file({str(tmp_path / "tokens.safetensors")!r})["tokens"]).logits.float()
+save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})
+"""
+    # In a process of its own: the library takes over logging.
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "UNEXPECTED" not in done.stderr + done.stdout
+    with torch.no_grad():
+        ours = coopq.load(saved, device="cpu")(tokens).logits
+    torch.testing.assert_close(load_file(tmp_path / "theirs.safetensors")["logits"], ours, rtol=0.01, atol=0.01)
+
+
 def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     shutil.copytree(gptq[1], tmp_path / "saved")
     file = tmp_path / "saved" / "plan.json"
@@ -225,5 +255,5 @@ def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tm
     data["players"][0] = player | {"modules": first}
     data["players"].insert(1, player | {"modules": [last], "bits": 6 - player["bits"]})
     file.write_text(json.dumps(data))
-    with pytest.raises(ExportError, match=r"q_proj, .*v_proj have several widths.*--granularity fused"):
+    with pytest.raises(ExportError, match=r"q_proj, .*v_proj need one width.*--granularity fused"):
         export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")

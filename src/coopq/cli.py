@@ -270,8 +270,8 @@ def apply(
 @app.command()
 def export(
     saved: Annotated[Path, typer.Argument(help="A saved model.")],
-    to: Annotated[str, typer.Option(help="gguf (from ggml) or compressed-tensors (from gptq).")],
-    out: Annotated[Path, typer.Option(help="The file to write, or for compressed-tensors the folder.")],
+    to: Annotated[str, typer.Option(help="gguf (from ggml), compressed-tensors or auto-round (both from gptq).")],
+    out: Annotated[Path, typer.Option(help="The GGUF file to write, or the folder of another form.")],
     base: Annotated[
         Path | None,
         typer.Option(

@@ -12,7 +12,7 @@ from coopq.run import RunConfig
 from coopq.storage import Storage
 from coopq.types import Player, ProgressCallback, silent
 
-FORMS = ("gguf", "compressed-tensors")
+FORMS = ("gguf", "compressed-tensors", "auto-round")
 
 
 def export_model(
@@ -29,7 +29,7 @@ def export_model(
     Args:
         saved: Folder of the saved model.
         form: One of `FORMS`.
-        out: The file, or for "compressed-tensors" the folder.
+        out: The file, or for the others the folder.
         base: For "gguf": see `coopq.export.gguf.export_gguf`; so is `model`.
         model: Where the plan's model is now.
         progress: Told of every step.
@@ -42,13 +42,17 @@ def export_model(
         from coopq.export.gguf import export_gguf
 
         return export_gguf(saved, out, base=base, model=model, progress=progress)
+    if form not in FORMS:
+        raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
+    if base is not None or model is not None:
+        raise ExportError(f"--base and --model are for gguf; {form} takes all from the saved model")
     if form == "compressed-tensors":
-        if base is not None or model is not None:
-            raise ExportError("--base and --model are for gguf; compressed-tensors takes all from the saved model")
         from coopq.export.compressed_tensors import export_compressed_tensors
 
         return export_compressed_tensors(saved, out, progress=progress)
-    raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
+    from coopq.export.auto_round import export_auto_round
+
+    return export_auto_round(saved, out, progress=progress)
 
 
 def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backend: Backend) -> Storage:
@@ -68,13 +72,15 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
         from coopq.export.gguf import fixed_bytes
 
         fixed = fixed_bytes(config, [linear.name for player in players for linear in player.linears])
-    elif config.target == "compressed-tensors":
-        from coopq.export.compressed_tensors import check_backend, check_columns, check_fused
+    elif config.target in FORMS:
+        from coopq.export.compressed_tensors import check_fused
+        from coopq.export.folder import check_backend, check_columns
 
-        backend = check_backend(backend)
-        check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
+        backend = check_backend(backend, config.target)
+        if config.target == "compressed-tensors":
+            check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
         for linear in (linear for player in players for linear in player.linears):
-            check_columns(linear.name, linear.shape[1], backend.group_size)
+            check_columns(linear.name, linear.shape[1], backend.group_size, config.target)
     elif config.target is not None:
         raise ExportError(f"target {config.target!r} is unknown; {hint(config.target, FORMS)}")
     return replace(storage, fixed=fixed + cache_bytes(model, config.context or 0))
