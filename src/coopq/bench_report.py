@@ -21,8 +21,7 @@ _COLUMNS = (
     "case",
     "model",
     "backend",
-    "low",
-    "high",
+    "bits",
     "granularity",
     "seed",
     "method",
@@ -85,7 +84,10 @@ def tidy(results: Sequence[Result]) -> str:
         config = result.config
         shared = [
             result.case,
-            *(config[key] for key in ("model", "backend", "low", "high", "granularity")),
+            config["model"],
+            config["backend"],
+            " ".join(map(str, (config["low"], *config.get("between", ()), config["high"]))),
+            config["granularity"] + (" embeddings" if config.get("embeddings") else ""),
             result.seed,
         ]
         for row in result.rows:
@@ -206,7 +208,7 @@ def _against(of_all: Sequence[Cell], ours: str, others: Sequence[str]) -> Iterat
 
 def _paper_form(bench: Bench, of_all: Sequence[Cell]) -> Iterator[str]:
     """Perplexity by range of average bits, of the paper's method and its baselines, at 2 and 4 bits."""
-    cases = [case for case in bench.cases if (case.config.low, case.config.high) == (2, 4)]
+    cases = [case for case in bench.cases if case.config.widths == (2, 4)]
     methods = ("coopq", *PAPER_BASELINES, "active")
     rows = [
         (case.name, method, [_in_range(of_all, case.name, method, bits) for bits in _RANGES])
