@@ -138,7 +138,7 @@ def test_who_wins_by_hand() -> None:
     [
         ('"lim", "coopq"', '"limm", "coopq"', EstimationError, "'lim'"),
         ("permutations = 3", "permutation = 3", RunError, "'permutations'"),
-        ("[[2, 4]]", "[2, 4]", RunError, "write pairs"),
+        ("[[2, 4]]", "[2, 4]", RunError, "write lists of widths"),
         ("tokens = 128", "tokens = 100", RunError, "not a multiple"),
         ('"2.5avg", "3avg"', '"2.5avg", "5avg"', BudgetError, "5avg"),
         (

@@ -114,7 +114,7 @@ def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Pa
     assert "is no limit" in refused("quantize", STORIES, "--max-loss", "nan", *out)
     assert "leave --screen-tokens out" in refused("quantize", STORIES, "--max-loss", "9", "--screen-tokens", "64", *out)
     linear: list[str | Path] = ["--budget", "3avg", "--granularity", "linear", "--run", tmp_path / "run"]
-    assert "at most 14 players" in refused("quantize", STORIES, *linear, "--method", "exact", *out)
+    assert "at most 16,384 are enumerated" in refused("quantize", STORIES, *linear, "--method", "exact", *out)
     assert "removes whole blocks" in refused("quantize", STORIES, *linear, "--method", "pruning", *out)
     assert not (tmp_path / "run" / "bank").exists(), "refused before weights are quantized"
     assert "did you mean 'active'" in refused("quantize", STORIES, "--budget", "3avg", "--method", "activ", *out)
