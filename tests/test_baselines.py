@@ -148,7 +148,7 @@ def test_lim_and_activation_by_hand(name: str, granularity: str, tmp_path: Path)
         similarity[player] = np.mean((x * y).sum(axis=1) / norms)
         norm[player] = np.mean(np.linalg.norm(y, axis=1))
     probe = probe_of(model, tmp_path, granularity)
-    n = 1 if granularity == "block" else len(find_players(model)[0].linears)  # these inherit the score of their block
+    n = len(probe.players) // 3  # players inherit the score of their block
     np.testing.assert_allclose(lim.scores(probe), np.repeat(-similarity, n), rtol=1e-5)
     np.testing.assert_allclose(activation.scores(probe), np.repeat(norm, n), rtol=1e-5)
     assert lim.gains(probe).shape == (3 * n,)
