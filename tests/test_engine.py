@@ -121,7 +121,7 @@ def test_players_hold_every_linear_layer_of_the_blocks_and_no_other(name: str) -
 
 
 def test_an_unknown_granularity_names_the_choices() -> None:
-    with pytest.raises(ModelError, match="granularity 'head' is unknown; choose from block, linear"):
+    with pytest.raises(ModelError, match="granularity 'head' is unknown; choose from block, fused, linear"):
         find_players(tiny_model("llama"), "head")
 
 

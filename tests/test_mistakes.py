@@ -76,7 +76,7 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--tokens", "1024", "--sequence-length", "1024"], "exceed the model's 512 positions"),
         (["--permutations", "1"], "at least 2"),
         (["--time-limit", "-1"], "time limit -1.0 is not a positive number"),
-        (["--granularity", "head"], "granularity 'head' is unknown; choose from block, linear"),
+        (["--granularity", "head"], "granularity 'head' is unknown; choose from block, fused, linear"),
         (["--seed", "-1"], "must not be negative"),
         (["--method", "lmi"], "method 'lmi' is unknown"),
         (["--alpha", "2"], "alpha = 2.0 is not between 0 and 1"),
