@@ -1,7 +1,7 @@
 """Trains the models that benchmarks measure where none of their kind is small enough.
 
     nice python benchmarks/train.py twelve      # 45 minutes on two cores; resumes, also after kill -9
-    nice python benchmarks/train.py llama --dtype float32   # an hour or two on a core; so do gemma and qwen
+    nice python benchmarks/train.py llama       # hours; so do gemma and qwen
 
 `twelve` is a Llama of 2.5 million parameters whose 4096 assignments can all be measured: the ground truth of
 allocators. `llama`, `gemma` and `qwen` are the reference models: twelve blocks in the forms of Llama-3, Gemma-2 and
@@ -17,7 +17,7 @@ steps since the last checkpoint.
 
 Linear layers compute in bfloat16 under autocast unless --dtype says float32: processors without fast instructions for
 bfloat16 are slower with it. Weights, optimisers and validation are float32. Muon, torch's, with updates as large as
-AdamW's, trains the matrices in the reference models' blocks, which needs fewer tokens; AdamW trains all else.
+AdamW's, trains the matrices in the reference models' blocks; AdamW trains all else.
 """
 
 import argparse
