@@ -100,7 +100,7 @@ def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None =
     """
     reader, backend = _reader(plan, base, model), get_backend(**plan.quantizer)
     sizes = {
-        name: backend.storage_bytes((tensor.shape[1], tensor.shape[0]), plan.modules[name])
+        name: backend.storage_bytes((int(tensor.shape[1]), int(tensor.shape[0])), plan.modules[name])
         for tensor, name in _tensors(reader, plan.modules)
     }
     return _beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
