@@ -23,6 +23,7 @@ from rich.progress import Progress
 from coopq.backends.ggml import column_importance
 from coopq.calibration import calibration_set, wikitext2
 from coopq.checkpoint import is_saved_model, save_model
+from coopq.engine import model_nll
 from coopq.export import export_model
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.methods import measure, plans_on
@@ -76,7 +77,17 @@ def run(name: str, granularity: str) -> list[str]:
     importance, threads = work / "importance.dat", torch.get_num_threads()
     if not importance.exists():
         write_importance(importance, name, base)
-    tokens = wikitext2(load_model(name, device="cpu").tokenizer, WINDOW, JUDGE_TOKENS).tokens
+    loaded = load_model(name, device="cpu")
+    tokens = wikitext2(loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
+    # On some processors the fork multiplies some types wrongly in long batches: such numbers would be worth nothing.
+    own, theirs_own = (
+        float(next(model_nll(loaded.model, tokens[:1]))[0]),
+        llama_cpp_nll(base, tokens[:1], threads).mean(),
+    )
+    if abs(own - theirs_own) > 0.05:
+        raise SystemExit(
+            f"error: of {base} llama.cpp computes a loss of {theirs_own:.3f} here, transformers of {own:.3f}"
+        )
     theirs = {kind: work / f"{kind}.gguf" for kind in MIXES[name]}
     for kind, file in theirs.items():
         if not file.exists():
