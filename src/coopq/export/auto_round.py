@@ -6,10 +6,8 @@ transformers reads GPTQ's own configuration as if all modules had one width.
 from collections import Counter
 from pathlib import Path
 
-from coopq.backends import get_backend
-from coopq.checkpoint import read_saved, saved_plan
-from coopq.export.folder import check_backend, check_columns, write_folder
-from coopq.files import require_new_folder
+from coopq.checkpoint import read_saved
+from coopq.export.folder import begin, check_columns, write_folder
 from coopq.types import ProgressCallback, silent
 
 _FORM = "auto-round"
@@ -27,9 +25,7 @@ def export_auto_round(saved: Path, out: Path, *, progress: ProgressCallback = si
     Raises:
         ExportError: If the form cannot hold the model.
     """
-    plan = saved_plan(saved)
-    backend = check_backend(get_backend(**plan.quantizer), _FORM)
-    require_new_folder(out)
+    plan, backend = begin(saved, out, _FORM)
     packed, tensors = read_saved(saved)
     for done, (name, parts) in enumerate(packed.items()):
         progress("packing", done, len(packed))

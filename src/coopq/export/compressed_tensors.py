@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coopq.backends import get_backend
 from coopq.backends.gptq import GPTQBackend
-from coopq.checkpoint import read_saved, saved_plan
+from coopq.checkpoint import read_saved
 from coopq.errors import ExportError
-from coopq.export.folder import check_backend, check_columns, write_folder
-from coopq.files import require_new_folder
+from coopq.export.folder import begin, check_columns, write_folder
 from coopq.players import fused_groups
 from coopq.types import ProgressCallback, silent
 
@@ -35,10 +33,8 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
     Raises:
         ExportError: If the form cannot hold the model.
     """
-    plan = saved_plan(saved)
-    backend = check_backend(get_backend(**plan.quantizer), _FORM)
+    plan, backend = begin(saved, out, _FORM)
     check_fused(plan.modules)
-    require_new_folder(out)
     packed, tensors = read_saved(saved)
     for done, (name, bits) in enumerate(plan.modules.items()):
         progress("packing", done, len(plan.modules))

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from coopq.backends import Backend
+from coopq.backends import Backend, get_backend
 from coopq.backends.gptq import GPTQBackend
+from coopq.checkpoint import saved_plan
 from coopq.errors import ExportError
-from coopq.files import atomic_folder, read_json, write_json
+from coopq.files import atomic_folder, read_json, require_new_folder, write_json
+from coopq.plan import Plan
 from coopq.tensors import save_tensors
 
 _WEIGHTS = "model.safetensors"
@@ -36,6 +38,19 @@ def write_folder(saved: Path, out: Path, tensors: Mapping[str, Tensor], quantiza
         write_json(folder / "config.json", read_json(saved / "config.json") | {"quantization_config": quantization})
         save_tensors(tensors, folder / _WEIGHTS)
         return (folder / _WEIGHTS).stat().st_size
+
+
+def begin(saved: Path, out: Path, form: str) -> tuple[Plan, GPTQBackend]:
+    """The plan and the backend of a saved model that is to be written in a form, once both and `out` are checked.
+
+    Raises:
+        ExportError: If the form cannot hold what the backend made.
+        OutputError: If `out` is there and not empty.
+    """
+    plan = saved_plan(saved)
+    backend = check_backend(get_backend(**plan.quantizer), form)
+    require_new_folder(out)
+    return plan, backend
 
 
 def check_backend(backend: Backend, form: str) -> GPTQBackend:
