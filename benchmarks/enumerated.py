@@ -29,7 +29,7 @@ from coopq.types import Assignment
 from coopq.workbench import open_workbench
 from main_job import bars_for
 from regret import METHODS, Counted, Judge, cell
-from train import TWELVE, articles
+from train import TWELVE, held_out_articles
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "enumerated", ROOT / "docs" / "results" / "enumerated.json"
@@ -45,7 +45,7 @@ PRUNING_WALKS = 25
 def texts() -> tuple[Path, Path]:
     """The held-out articles in two halves: to search on, and to judge by."""
     WORK.mkdir(parents=True, exist_ok=True)
-    _, held_out = articles()
+    held_out = held_out_articles()
     paths = WORK / "search.jsonl", WORK / "judge.jsonl"
     for path, part in zip(paths, (held_out[::2], held_out[1::2]), strict=True):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))

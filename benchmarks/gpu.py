@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from coopq.estimators import SPQE
 from coopq.forecast import works
 from coopq.memory import Footprint
 from coopq.models import LoadedModel
-from coopq.players import find_players
+from coopq.players import find_blocks, find_players
 from coopq.run import CalibrationConfig, RunConfig
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
@@ -54,6 +55,17 @@ def product(n: int, into: int, out: int) -> Callable[[], object]:
     """A product of a linear layer's shape in bfloat16."""
     a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((n, into), (into, out)))
     return lambda: torch.mm(a, b)
+
+
+def with_compiled(block: Any, engine: PrefixEngine, plain: torch.Tensor) -> tuple[float, float]:
+    """Seconds of a forward of the first block when it is compiled, and how far its states are from the plain ones."""
+    block.compile()
+    try:
+        seconds, _ = engine.timed(clock)
+        states = torch.cat(engine.forward_block(0, engine.embedded))
+    finally:
+        block._compiled_call_impl = None
+    return seconds, float((states.float() - plain.float()).norm() / plain.float().norm())
 
 
 def main() -> None:
@@ -83,54 +95,57 @@ def main() -> None:
         list(engine.evaluate(np.full((1, len(players)), 2, dtype=np.int8)))  # reads the bank
         list(engine.evaluate(np.full((1, len(players)), 4, dtype=np.int8)))
         layer, head = engine.timed(clock)
+        plain = torch.cat(engine.forward_block(0, engine.embedded))
+        compiled, difference = with_compiled(find_blocks(model)[1][0], engine, plain)
         peak = 2 * 8192**3 / clock(product(8192, 8192, 8192))
         products = sum(
             clock(partial(product(batch, into, out))) * arguments.tokens / batch
             for out, into in (linear.shape for linear in players[0].linears)
         )
-        taken = None
+        flops = 2 * arguments.tokens * players[0].n_weights
+        found = works(players, config)
+        lines = [
+            "# An 8B model on one GPU",
+            "",
+            "Written by `python benchmarks/gpu.py"
+            + (" --run" if arguments.run else "")
+            + f"`: {arguments.layers} blocks of",
+            f"Llama-3.1-8B's shape, random weights, bfloat16, {arguments.tokens:,} tokens in sequences of {LENGTH:,},",
+            f"batches of {batch:,}; {torch.cuda.get_device_name()}, torch {torch.__version__},",
+            f"transformers {transformers.__version__}.",
+            "",
+            f"* Peak, a product of 8192 x 8192 matrices: {peak / 1e12:.0f} TFLOP/s.",
+            f"* A layer forward: {layer * 1e3:.1f} ms, {flops / layer / 1e12:.0f} TFLOP/s in its linear layers,",
+            f"  {flops / layer / peak:.0%} of the peak; their products alone {products * 1e3:.1f} ms.",
+            f"* With the block compiled by torch.compile: {compiled * 1e3:.1f} ms, {flops / compiled / peak:.0%};",
+            f"  its states differ by {difference:.1e} of their norm.",
+            f"* The head with the loss: {head * 1e3:.1f} ms.",
+            f"* Memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak,",
+            f"  {Footprint.of(model, players, text, 'cuda').total / 2**30:.1f} GiB foreseen.",
+            "",
+            "| | layer forwards | losses | minutes, foreseen |",
+            "| --- | --- | --- | --- |",
+            *(
+                f"| {name} | {work.layer_forwards:,} | {work.evaluations:,} "
+                f"| {(work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
+                for name, work in found.items()
+                if name == "active" or name.startswith("coopq")
+            ),
+        ]
+        report(lines)
         if arguments.run:
             start = time.perf_counter()
             with Progress() as bars:
                 for _ in bars.track(engine.evaluate(points), total=len(np.unique(points, axis=0)), description="SPQE"):
                     pass
-            taken = time.perf_counter() - start
-    flops = 2 * arguments.tokens * players[0].n_weights
-    footprint = Footprint.of(model, players, text, "cuda")
-    allocated = torch.cuda.max_memory_allocated()
-    found = works(players, config)
-    lines = [
-        "# An 8B model on one GPU",
-        "",
-        "Written by `python benchmarks/gpu.py"
-        + (" --run" if arguments.run else "")
-        + f"`: {arguments.layers} blocks of",
-        f"Llama-3.1-8B's shape, random weights, bfloat16, {arguments.tokens:,} tokens in sequences of {LENGTH:,},",
-        f"batches of {batch:,}; {torch.cuda.get_device_name()}, torch {torch.__version__},",
-        f"transformers {transformers.__version__}.",
-        "",
-        f"* Peak, a product of 8192 x 8192 matrices: {peak / 1e12:.0f} TFLOP/s.",
-        f"* A layer forward: {layer * 1e3:.1f} ms, {flops / layer / 1e12:.0f} TFLOP/s in its linear layers,",
-        f"  {flops / layer / peak:.0%} of the peak; their products alone {products * 1e3:.1f} ms.",
-        f"* The head with the loss: {head * 1e3:.1f} ms.",
-        f"* Memory: {allocated / 2**30:.1f} GiB at the peak, {footprint.total / 2**30:.1f} GiB foreseen.",
-        "",
-        "| | layer forwards | losses | minutes, foreseen |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {work.layer_forwards:,} | {work.evaluations:,} "
-            f"| {(work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
-            for name, work in found.items()
-            if name == "active" or name.startswith("coopq")
-        ),
-    ]
-    if taken is not None:
-        lines += [
-            "",
-            f"SPQE, M = {WALKS}, measured: {taken / 60:.1f} minutes, {prefix_tree_size(points, blocks):,} of them.",
-        ]
+            minutes, forwards = (time.perf_counter() - start) / 60, prefix_tree_size(points, blocks)
+            report([*lines, "", f"SPQE, M = {WALKS}, measured: {minutes:.1f} minutes, {forwards:,} layer forwards."])
+
+
+def report(lines: list[str]) -> None:
+    """Write and print what is known."""
     RESULTS.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":
