@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py                   # minutes on one GPU of 80 GB
     python benchmarks/gpu.py --run             # also measures every walk of SPQE, M = 25, not only what it would take
-    python benchmarks/gpu.py --tokens 4096 --layers 4      # less of everything, to see that it runs
+    python benchmarks/gpu.py --tokens 4096 --layers 4      # seconds: a few blocks, from which the rest is foreseen
 
 The shape of Llama-3.1-8B with random weights in bfloat16, made on the device: shapes decide speed. Weights at both
-widths are rounded by torch on the device, as `rtn` does, and stay there. Writes docs/results/gpu.md. On a machine
-without a GPU it says so and ends.
+widths are rounded by torch on the device, as `rtn` does, and stay there. What searches would take is foreseen for all
+32 blocks and 16,384 tokens. Writes docs/results/gpu.md. On a machine without a GPU it says so and ends.
 """
 
 import argparse
@@ -32,9 +32,11 @@ from coopq.memory import Footprint
 from coopq.models import LoadedModel
 from coopq.players import find_blocks, find_players
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.terminal import progress_bars
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 LENGTH, WALKS = 2048, 25
+BLOCKS, TOKENS = 32, 16384
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 VOCABULARY = 128256
 
@@ -71,8 +73,8 @@ def with_compiled(block: Any, engine: PrefixEngine, plain: torch.Tensor) -> tupl
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--layers", type=int, default=BLOCKS)
     parser.add_argument("--folder", type=Path, help="for the bank, 28 GB of it; memory-backed is faster")
     parser.add_argument("--run", action="store_true")
     arguments = parser.parse_args()
@@ -90,7 +92,8 @@ def main() -> None:
     blocks = [player.block for player in players]
     with TemporaryDirectory(dir=arguments.folder) as folder, torch.no_grad():
         bank = WeightBank(Path(folder), LoadedModel(model, None, torch.bfloat16), players, get_backend("rtn"), {})
-        bank.build((2, 4))
+        with progress_bars() as progress:
+            bank.build((2, 4), progress=progress)
         engine = PrefixEngine(model, bank, ids)
         list(engine.evaluate(np.full((1, len(players)), 2, dtype=np.int8)))  # reads the bank
         list(engine.evaluate(np.full((1, len(players)), 4, dtype=np.int8)))
@@ -103,7 +106,10 @@ def main() -> None:
             for out, into in (linear.shape for linear in players[0].linears)
         )
         flops = 2 * arguments.tokens * players[0].n_weights
-        found = works(players, config)
+        scale = TOKENS / arguments.tokens
+        with torch.device("meta"):
+            whole = find_players(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **SHAPE)))
+        found = works(whole, config)
         lines = [
             "# An 8B model on one GPU",
             "",
@@ -123,11 +129,13 @@ def main() -> None:
             f"* Memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak,",
             f"  {Footprint.of(model, players, text, 'cuda').total / 2**30:.1f} GiB foreseen.",
             "",
-            "| | layer forwards | losses | minutes, foreseen |",
+            f"Foreseen for {BLOCKS} blocks and {TOKENS:,} tokens:",
+            "",
+            "| | layer forwards | losses | minutes |",
             "| --- | --- | --- | --- |",
             *(
                 f"| {name} | {work.layer_forwards:,} | {work.evaluations:,} "
-                f"| {(work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
+                f"| {scale * (work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
                 for name, work in found.items()
                 if name == "active" or name.startswith("coopq")
             ),
