@@ -2,6 +2,7 @@
 
     python benchmarks/llama_mixes.py demo                          # half an hour on two cores; resumes
     python benchmarks/llama_mixes.py demo --granularity fused      # hours
+    python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
 
 llama.cpp's mixes are made by its own llama-quantize, with an importance matrix of the same calibration tokens that ours
 is made from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and
@@ -11,6 +12,7 @@ measured by the same engine on the same windows of WikiText-2. Writes docs/resul
 import argparse
 import struct
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
+from convert import DATA, convert
 from coopq.backends.ggml import column_importance
 from coopq.calibration import calibration_set, wikitext2
 from coopq.checkpoint import is_saved_model, save_model
@@ -36,16 +39,65 @@ from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "llama_mixes", ROOT / "docs" / "results"
-CALIBRATION = CalibrationConfig(sequences=4, length=256)
-WINDOW, JUDGE_TOKENS = 512, 16 * 512
-WIDTHS, MIXES = {"demo": (4, 5, 8)}, {"demo": ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S")}
+WINDOW = 512
 
 
-def write_importance(file: Path, source: str, base: Path) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """A model, and how it is measured.
+
+    Attributes:
+        backend: ggml's types to choose from.
+        widths: Those that ggml has for its rows.
+        mixes: llama.cpp's.
+        calibration: What is searched on, and what importance is measured on, theirs and ours.
+        judge_tokens: The first ones of WikiText-2.
+    """
+
+    backend: str
+    widths: tuple[int, ...]
+    mixes: tuple[str, ...]
+    calibration: CalibrationConfig
+    judge_tokens: int
+
+
+REFERENCE = Subject(
+    "ggml-iq",
+    (2, 3, 4, 5, 6, 8),
+    ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
+    CalibrationConfig(sequences=4, length=WINDOW),
+    64 * WINDOW,
+)
+"""The engine knows Gemma-2 only at the depths that Google published, so not `gemma`."""
+SUBJECTS = {
+    "demo": Subject(
+        "ggml",
+        (4, 5, 8),
+        ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
+        CalibrationConfig(sequences=4, length=256),
+        16 * WINDOW,
+    ),
+    "llama": REFERENCE,
+    "qwen": REFERENCE,
+}
+
+
+def source_of(name: str, work: Path) -> tuple[str, Path]:
+    """What names a model, and its GGUF file in full precision."""
+    own = gguf_file(name)
+    if own is not None:
+        return name, own
+    folder, file = DATA / name, work / "base.gguf"
+    if not file.exists():
+        convert(folder, file)
+    return str(folder), file
+
+
+def write_importance(file: Path, source: str, base: Path, calibration: CalibrationConfig) -> None:
     """The importance matrix of our calibration tokens in llama.cpp's form."""
     loaded = load_model(source, device="cpu")
     names = [linear.name for player in find_players(loaded.model) for linear in player.linears]
-    tokens = calibration_set(CALIBRATION, loaded.tokenizer).tokens
+    tokens = calibration_set(calibration, loaded.tokenizer).tokens
     of_file = gguf.GGUFReader(base)
     architecture = str(of_file.fields["general.architecture"].contents())
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -72,13 +124,12 @@ def run(name: str, granularity: str) -> list[str]:
     """The report of a model."""
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
-    base = gguf_file(name)
-    assert base is not None
+    subject, (source, base) = SUBJECTS[name], source_of(name, work)
     importance, threads = work / "importance.dat", torch.get_num_threads()
     if not importance.exists():
-        write_importance(importance, name, base)
-    loaded = load_model(name, device="cpu")
-    tokens = wikitext2(loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
+        write_importance(importance, source, base, subject.calibration)
+    loaded = load_model(source, device="cpu")
+    tokens = wikitext2(loaded.tokenizer, WINDOW, subject.judge_tokens).tokens
     # On some processors the fork multiplies some types wrongly in long batches: such numbers would be worth nothing.
     own, theirs_own = (
         float(next(model_nll(loaded.model, tokens[:1]))[0]),
@@ -88,21 +139,22 @@ def run(name: str, granularity: str) -> list[str]:
         raise SystemExit(
             f"error: of {base} llama.cpp computes a loss of {theirs_own:.3f} here, transformers of {own:.3f}"
         )
-    theirs = {kind: work / f"{kind}.gguf" for kind in MIXES[name]}
+    theirs = {kind: work / f"{kind}.gguf" for kind in subject.mixes}
     for kind, file in theirs.items():
         if not file.exists():
             mix(base, kind, importance, file)
-    low, *between, high = WIDTHS[name]
+    low, *between, high = subject.widths
     config = RunConfig(
-        name,
-        "ggml",
+        source,
+        subject.backend,
         low=low,
         high=high,
         between=tuple(between),
-        calibration=CALIBRATION,
+        calibration=subject.calibration,
         granularity=granularity,
         embeddings=True,
         target="gguf",
+        base=None if gguf_file(name) else str(base),
     )
     budgets = [Budget.parse(f"{file.stat().st_size}B") for file in theirs.values()]
     with Progress() as bars, open_workbench(config, work / granularity, bars_for(bars, name)) as bench:
@@ -115,11 +167,12 @@ def run(name: str, granularity: str) -> list[str]:
     lines = [
         f"# {name}: our GGUF files against llama.cpp's mixes",
         "",
-        f"Written by `python benchmarks/llama_mixes.py {name} --granularity {granularity}`: {config.widths_text} bits,",
-        f"active search on {CALIBRATION.sequences} x {CALIBRATION.length} tokens of C4 for all sizes together,",
-        f"which took as much as {plans[0].layer_forwards / n_blocks:,.0f} forwards of the model. Perplexities by",
-        f"llama.cpp (ik-llama-cpp-python {version('ik-llama-cpp-python')}) on {len(tokens)} windows of {WINDOW} tokens",
-        f"of WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
+        f"Written by `python benchmarks/llama_mixes.py {name} --granularity {granularity}`: {subject.backend},",
+        f"{config.widths_text} bits,",
+        f"active search on {subject.calibration.sequences} x {subject.calibration.length} tokens of C4 for all sizes",
+        f"together, as much work as {plans[0].layer_forwards / n_blocks:,.0f} forwards of the model. Perplexities by",
+        f"llama.cpp (ik-llama-cpp-python {version('ik-llama-cpp-python')}) on {len(tokens)} windows of {WINDOW}",
+        f"tokens of WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
         f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}.",
         "",
         "| llama.cpp's mix | its bytes | our bytes | its perplexity | ours | our loss above its, paired 95 % |",
@@ -141,7 +194,7 @@ def run(name: str, granularity: str) -> list[str]:
 def main() -> None:
     """One model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MIXES)
+    parser.add_argument("model", choices=SUBJECTS)
     parser.add_argument("--granularity", default="block", choices=GRANULARITIES)
     arguments = parser.parse_args()
     lines = run(arguments.model, arguments.granularity)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-from coopq.backends import get_backend
-from coopq.backends.ggml import GGMLBackend, column_importance
+from coopq.backends import Backend, get_backend
+from coopq.backends.ggml import GGMLBackend, IQuants, column_importance
 from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
 from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
@@ -36,16 +36,17 @@ DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(se
 FILE = 100_000_000
 
 
+@pytest.mark.parametrize("name", ["ggml", "ggml-iq"])
 @pytest.mark.parametrize(
     ("columns", "widths"), [(256, (2, 3, 4, 5, 6, 8)), (768, (2, 3, 4, 5, 6, 8)), (96, (4, 5, 8)), (576, (4, 5, 8))]
 )
-def test_ggml_keeps_the_contract_where_rows_allow(columns: int, widths: tuple[int, ...]) -> None:
-    backend, weight = get_backend("ggml"), torch.randn(24, columns) * torch.rand(24, 1)
+def test_ggml_keeps_the_contract_where_rows_allow(name: str, columns: int, widths: tuple[int, ...]) -> None:
+    backend, weight = get_backend(name), torch.randn(24, columns) * torch.rand(24, 1)
     for bits in backend.bits:
         if bits in widths:
             check_backend(backend, weight, bits)
             packed = backend.quantize(weight, bits)["blocks"].numpy()
-            theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, _type(columns, bits)))
+            theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, _type(backend, columns, bits)))
             ours = backend.dequantize({"blocks": torch.from_numpy(packed)}, (24, columns), bits, torch.float32)
             np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-7)
         else:
@@ -53,13 +54,14 @@ def test_ggml_keeps_the_contract_where_rows_allow(columns: int, widths: tuple[in
                 backend.storage_bytes((24, columns), bits)
 
 
-def _type(columns: int, bits: int) -> str:
-    settings = get_backend("ggml").settings
+def _type(backend: Backend, columns: int, bits: int) -> str:
+    settings = backend.settings
     return str(settings["short_rows" if columns % 256 else "long_rows"][str(bits)])
 
 
-def test_important_columns_are_rounded_less() -> None:
-    backend, weight = GGMLBackend(), torch.randn(64, 256)
+@pytest.mark.parametrize("backend", [GGMLBackend(), IQuants()])
+def test_important_columns_are_rounded_less(backend: GGMLBackend) -> None:
+    weight = torch.randn(64, 256)
     importance = torch.ones(256)
     importance[:128] = 1000.0
     for bits in (2, 3, 4):

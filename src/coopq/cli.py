@@ -270,7 +270,9 @@ def apply(
 @app.command()
 def export(
     saved: Annotated[Path, typer.Argument(help="A saved model.")],
-    to: Annotated[str, typer.Option(help="gguf (from ggml), compressed-tensors or auto-round (both from gptq).")],
+    to: Annotated[
+        str, typer.Option(help="gguf (from ggml, ggml-iq), compressed-tensors, auto-round (both from gptq).")
+    ],
     out: Annotated[Path, typer.Option(help="The GGUF file to write, or the folder of another form.")],
     base: Annotated[
         Path | None,

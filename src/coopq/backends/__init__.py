@@ -13,6 +13,7 @@ BACKENDS = {
     "hqq": "coopq.backends.hqq:HQQBackend",
     "gptq": "coopq.backends.gptq:GPTQBackend",
     "ggml": "coopq.backends.ggml:GGMLBackend",
+    "ggml-iq": "coopq.backends.ggml:IQuants",
 }
 
 

@@ -18,10 +18,6 @@ from coopq.backends.base import Backend, Packed, PackedLinear
 from coopq.errors import BackendError
 from coopq.players import weight_of
 
-_LONG_ROWS = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-"""Types by width for rows that are multiples of 256: K-quants, whose super-blocks are that long."""
-_SHORT_ROWS = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
-"""For other multiples of 32, as llama.cpp itself falls back on them; it has none of 2 and 3 bits for such rows."""
 _BATCH_SEQUENCES = 2
 
 
@@ -31,18 +27,24 @@ class GGMLBackend(Backend):
     Importance of a column of a weight is the mean square of that input over the calibration tokens in the
     full-precision model, as llama.cpp's imatrix has it. Quantized weights lie in ggml's blocks, row by row, as in a
     GGUF file. Here they compute dequantized; packed, they run in llama.cpp (`coopq export`).
+
+    Attributes:
+        long_rows: Types by width for rows that are multiples of 256: K-quants, whose super-blocks are that long.
+        short_rows: For other multiples of 32, as llama.cpp itself falls back on them; it has none of 2 and 3 bits.
     """
 
     name: ClassVar[str] = "ggml"
-    bits: ClassVar[tuple[int, ...]] = tuple(_LONG_ROWS)
+    long_rows: ClassVar[Mapping[int, str]] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+    short_rows: ClassVar[Mapping[int, str]] = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
+    bits: ClassVar[tuple[int, ...]] = tuple(long_rows)
     calibrated: ClassVar[bool] = True
 
     def __init__(self, group_size: int | None = None) -> None:
         for package in ("libggml", "gguf"):
             if importlib.util.find_spec(package) is None:
-                raise BackendError(f"backend 'ggml' needs the package {package}; run: pip install 'coopq[gguf]'")
+                raise BackendError(f"backend {self.name!r} needs the package {package}; run: pip install 'coopq[gguf]'")
         if group_size is not None:
-            raise BackendError(f"backend 'ggml' has the groups of its types; leave group size {group_size} out")
+            raise BackendError(f"backend {self.name!r} has the groups of its types; leave group size {group_size} out")
 
     @property
     def version(self) -> str:
@@ -52,14 +54,14 @@ class GGMLBackend(Backend):
     @property
     def settings(self) -> dict[str, Any]:
         """Types by width, for rows that are multiples of 256 and for others."""
-        return {"long_rows": _by_name(_LONG_ROWS), "short_rows": _by_name(_SHORT_ROWS)}
+        return {"long_rows": _by_name(self.long_rows), "short_rows": _by_name(self.short_rows)}
 
     def quantize(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Packed:
         """Quantize a weight of shape (out, in), with the importance of its columns, shape (in,), if given."""
-        kind = tensor_type(weight.shape[1], bits)
+        kind = self.tensor_type(weight.shape[1], bits)
         source = weight.detach().float().cpu().contiguous()
         columns = None if importance is None else importance.float().cpu().contiguous()
-        blocks = torch.empty(weight.shape[0], row_bytes(weight.shape[1], bits), dtype=torch.uint8)
+        blocks = torch.empty(weight.shape[0], self._row_bytes(weight.shape[1], bits), dtype=torch.uint8)
         n_threads = torch.get_num_threads()
         rows = -(-len(source) // n_threads)
 
@@ -87,7 +89,7 @@ class GGMLBackend(Backend):
         blocks = packed["blocks"]
         on_host = blocks.cpu().contiguous()
         weight = torch.empty(shape, dtype=torch.float32)
-        _to_float(int(tensor_type(shape[1], bits)))(on_host.data_ptr(), weight.data_ptr(), weight.numel())
+        _to_float(int(self.tensor_type(shape[1], bits)))(on_host.data_ptr(), weight.data_ptr(), weight.numel())
         return weight.to(blocks.device, dtype)
 
     def linear(
@@ -98,37 +100,41 @@ class GGMLBackend(Backend):
 
     def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
         """See `Backend.storage_bytes`."""
-        return shape[0] * row_bytes(shape[1], bits)
+        return shape[0] * self._row_bytes(shape[1], bits)
+
+    def tensor_type(self, columns: int, bits: int) -> Any:
+        """The `gguf.GGMLQuantizationType` of a weight with rows of this length.
+
+        Raises:
+            BackendError: If ggml has no type of this width for them.
+        """
+        from gguf import GGMLQuantizationType
+
+        if columns % 32:
+            raise BackendError(
+                f"backend {self.name!r} has no types for rows of {columns} weights: they come in blocks of 32 or 256"
+            )
+        types = self.short_rows if columns % 256 else self.long_rows
+        if bits not in types:
+            raise BackendError(
+                f"backend {self.name!r} has no type of {bits} bits for rows of {columns} weights; it has "
+                f"{', '.join(map(str, types))} for these (2, 3 and 6 bits want multiples of 256)"
+            )
+        return GGMLQuantizationType[types[bits]]
+
+    def _row_bytes(self, columns: int, bits: int) -> int:
+        """Bytes of a row of this many weights."""
+        from gguf import GGML_QUANT_SIZES
+
+        block, size = GGML_QUANT_SIZES[self.tensor_type(columns, bits)]
+        return int(columns // block * size)
 
 
-def tensor_type(columns: int, bits: int) -> Any:
-    """The `gguf.GGMLQuantizationType` of a weight with rows of this length.
+class IQuants(GGMLBackend):
+    """I-quants for the narrow widths: lower loss in fewer bytes than K-quants, slower to compute with on CPUs."""
 
-    Raises:
-        BackendError: If ggml has no type of this width for them.
-    """
-    from gguf import GGMLQuantizationType
-
-    types = _SHORT_ROWS if columns % 256 else _LONG_ROWS
-    if columns % 32 or bits not in types:
-        widths = "none" if columns % 32 else ", ".join(map(str, types))
-        raise BackendError(
-            f"backend 'ggml' has no type of {bits} bits for rows of {columns} weights; it has {widths} for these "
-            "(2, 3 and 6 bits want multiples of 256)"
-        )
-    return GGMLQuantizationType[types[bits]]
-
-
-def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of this many weights.
-
-    Raises:
-        BackendError: As `tensor_type`.
-    """
-    from gguf import GGML_QUANT_SIZES
-
-    block, size = GGML_QUANT_SIZES[tensor_type(columns, bits)]
-    return int(columns // block * size)
+    name: ClassVar[str] = "ggml-iq"
+    long_rows: ClassVar[Mapping[int, str]] = {**GGMLBackend.long_rows, 2: "IQ2_S", 3: "IQ3_S", 4: "IQ4_XS"}
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ What is not a player, tokenizer and settings come from that base as they are, so
 llama.cpp's own converter writes can be exported.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coopq.backends import get_backend
-from coopq.backends.ggml import tensor_type
+from coopq.backends.ggml import GGMLBackend
 from coopq.checkpoint import read_saved, saved_plan
 from coopq.errors import ExportError, Mismatch
 from coopq.files import atomic_file, require_space
@@ -33,7 +33,7 @@ def export_gguf(
     """Write a saved model as a GGUF file; it appears whole or not at all.
 
     Args:
-        saved: A model saved with the backend ggml.
+        saved: A model saved with the backend ggml or ggml-iq.
         out: The file to write, or to write over.
         base: The model in full precision as GGUF; None where the plan's model is a GGUF file itself.
         model: Where the plan's model is now; None takes the plan's word.
@@ -47,6 +47,8 @@ def export_gguf(
     import gguf
 
     plan = _plan(saved)
+    backend = _ggml(plan.quantizer)
+    assert backend is not None
     source = model or RunConfig.from_json(plan.config).model
     reader = _reader(plan, base, model)
     modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
@@ -81,7 +83,7 @@ def export_gguf(
                 name = modules[tensor.name]
                 order = _row_order(tensor, weight_of(loaded.model, name).data.flatten(0, -2), name)
                 data = packed[name]["blocks"].numpy()[order]
-                kind = tensor_type(int(tensor.shape[0]), plan.modules[name])
+                kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -110,12 +112,14 @@ def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
     """Bytes of a file beside the players' own, at most: these are padded to a multiple each.
 
     Raises:
-        ExportError: If the backend is not ggml, there is no base, or it has no tensor for a module.
+        ExportError: If the backend is not ggml's, there is no base, or it has no tensor for a module.
     """
     import gguf
 
-    if config.backend != "ggml":
-        raise ExportError(f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml")
+    if _ggml(config.quantizer) is None:
+        raise ExportError(
+            f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, or ggml-iq"
+        )
     reader = gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
     _tensors(reader, modules)
     return _beside(reader, modules) + len(modules) * (reader.alignment - 1)
@@ -138,13 +142,18 @@ def _beside(reader: Any, modules: Collection[str]) -> int:
 def _plan(saved: Path) -> Plan:
     """The plan of a saved model that ggml quantized."""
     plan = saved_plan(saved)
-    name = plan.quantizer["name"]
-    if name != "ggml":
+    if _ggml(plan.quantizer) is None:
         raise ExportError(
-            f"{saved} was quantized by {name!r}, and GGUF files hold ggml's types; search with --backend ggml, or "
-            f"deploy the plan with it: coopq apply {saved / 'plan.json'} --backend ggml --out FOLDER"
+            f"{saved} was quantized by {plan.quantizer['name']!r}, and GGUF files hold ggml's types; search with "
+            f"--backend ggml, or deploy the plan with it: coopq apply {saved / 'plan.json'} --backend ggml --out FOLDER"
         )
     return plan
+
+
+def _ggml(quantizer: Mapping[str, Any]) -> GGMLBackend | None:
+    """The backend of these settings if it is ggml's."""
+    backend = get_backend(**quantizer)
+    return backend if isinstance(backend, GGMLBackend) else None
 
 
 def _base(base: Path | None, source: str) -> Path:
