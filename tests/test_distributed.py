@@ -56,7 +56,7 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(bench: Workbe
     doomed = cluster._ray.get(cluster.workers[0].process.remote())
     name, tokens = "other tokens", bench.calibration.tokens[:, ::-1].copy()
     found: dict[bytes, float] = {}
-    for assignment, losses, _ in cluster.evaluate(name, tokens, EVERY):
+    for assignment, losses, _ in cluster.evaluate(name, tokens, EVERY, "nll"):
         if not found:
             os.kill(doomed, signal.SIGKILL)
         assert assignment.tobytes() not in found, "no value comes twice"

@@ -69,6 +69,7 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
         (["--act-order"], "'rtn' has no option act_order"),
         (["--bits", "4"], "is not two widths"),
+        (["--loss", "kld"], "loss 'kld' is unknown; did you mean 'kl'"),
         (["--bits", "4,4"], "must be different widths"),
         (["--budget", "1.5avg"], "the smallest is 2avg"),
         (["--budget", "small"], "'small' cannot be read"),

@@ -44,6 +44,7 @@ _DEFAULTS: dict[str, Any] = {
     "sequence-length": 512,
     "dtype": "auto",
     "device": "auto",
+    "loss": "nll",
 }
 _WHOLE: dict[str, Any] = {"title": "Bench", "judge-tokens": None, "judge-length": 512}
 """What holds for all cases; the rest can be set for a case too."""
@@ -74,6 +75,7 @@ class Case:
         parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, *map(str, config.widths)]
         parts += [] if config.granularity == "block" else [config.granularity]
         parts += ["embeddings"] if config.embeddings else []
+        parts += [] if config.loss == "nll" else [config.loss]
         return "-".join([*parts, self.label] if self.label else parts)
 
     def seeded(self, seed: int) -> RunConfig:
@@ -230,6 +232,7 @@ def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits:
         granularity=values["granularity"],
         between=tuple(between),
         embeddings=values["embeddings"],
+        loss=values["loss"],
     )
     return Case(config, tuple(values["budgets"]), tuple(values["methods"]), tuple(values["seeds"]), values["label"])
 

@@ -26,6 +26,7 @@ from coopq.options import (
     GroupSize,
     Json,
     Length,
+    Loss,
     Method,
     Model,
     Permutations,
@@ -99,6 +100,7 @@ def quantize(
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
     screen_tokens: ScreenTokens = None,
+    loss: Loss = "nll",
     alpha: Alpha = 0.5,
     time_limit: TimeLimit = None,
     dtype: Dtype = "auto",
@@ -129,6 +131,7 @@ def quantize(
         target=target,
         base=base,
         context=context,
+        loss=loss,
     )
     config = screened(config, screen_tokens)
     from coopq import pipeline
@@ -171,6 +174,7 @@ def estimate(
     calibration_seed: CalibrationSeed = 0,
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
+    loss: Loss = "nll",
     dtype: Dtype = "auto",
     device: Device = "auto",
     ray_address: RayAddress = None,
@@ -196,6 +200,7 @@ def estimate(
         granularity,
         between=between,
         embeddings=embeddings,
+        loss=loss,
     )
     if dry_run:
         from coopq.forecast import forecast

@@ -71,13 +71,15 @@ class Worker:
         if folder != shared:
             self._bank.build(config.widths, tokens)
         self._model = loaded.model
-        self._engines: dict[str, PrefixEngine] = {}
+        self._engines: dict[tuple[str, str], PrefixEngine] = {}
 
-    def evaluate(self, name: str, tokens: npt.NDArray[np.int64], assignments: Assignments) -> list[Measurement]:
+    def evaluate(
+        self, name: str, tokens: npt.NDArray[np.int64], assignments: Assignments, loss: str
+    ) -> list[Measurement]:
         """Losses of assignments on the tokens called `name`."""
-        if name not in self._engines:
-            self._engines[name] = PrefixEngine(self._model, self._bank, tokens)
-        return list(self._engines[name].evaluate(assignments))
+        if (name, loss) not in self._engines:
+            self._engines[name, loss] = PrefixEngine(self._model, self._bank, tokens, loss)
+        return list(self._engines[name, loss].evaluate(assignments))
 
     def process(self) -> int:
         """The number of its process."""
@@ -141,7 +143,7 @@ class Cluster:
             self._ray.kill(worker)
         self._ray.shutdown()
 
-    def evaluate(self, name: str, tokens: Any, assignments: Assignments) -> Iterator[Measurement]:
+    def evaluate(self, name: str, tokens: Any, assignments: Assignments, loss: str) -> Iterator[Measurement]:
         """Losses of assignments, as they come.
 
         Chunks are neighbours in lexicographic order, which share most of their prefixes. A worker that has nothing left
@@ -158,7 +160,7 @@ class Cluster:
             for worker in idle:
                 chunk = waiting.pop(0) if waiting else self._slowest(running, done)
                 if chunk is not None:
-                    running[worker.evaluate.remote(name, tokens, chunk)] = worker, chunk
+                    running[worker.evaluate.remote(name, tokens, chunk, loss)] = worker, chunk
             idle = []
             ready, _ = self._ray.wait(list(running), num_returns=1)
             for answer in ready:
@@ -198,13 +200,15 @@ class ClusterEngine:
         cluster: The workers.
         name: Of the tokens.
         tokens: Shape (n_sequences, length).
+        loss: As for `PrefixEngine`.
     """
 
-    def __init__(self, cluster: Cluster, name: str, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, cluster: Cluster, name: str, tokens: npt.NDArray[np.int64], loss: str) -> None:
         self._cluster = cluster
         self._name = name
+        self._loss = loss
         self._tokens = cluster._ray.put(tokens)
 
     def evaluate(self, assignments: Assignments) -> Iterator[Measurement]:
         """Losses of distinct assignments, in any order."""
-        return self._cluster.evaluate(self._name, self._tokens, assignments)
+        return self._cluster.evaluate(self._name, self._tokens, assignments, self._loss)

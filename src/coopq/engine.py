@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from coopq.bank import WeightBank
 from coopq.errors import EstimationError, ModelError
+from coopq.losses import Reference, portions_divergence, portions_nll, sequence_means, sequence_nll
 from coopq.onednn import ByOneDNN
 from coopq.players import find_blocks
 from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
@@ -70,6 +70,7 @@ class PrefixEngine:
         model: A causal language model of transformers, in evaluation mode.
         bank: Its players' weights; the model's weights are the bank's to move.
         tokens: Shape (n_sequences, length).
+        loss: Which of `coopq.losses.LOSSES`; the divergence keeps the full-precision model's distributions.
 
     Attributes:
         layer_forwards: Forwards of one block over all tokens spent so far.
@@ -78,7 +79,7 @@ class PrefixEngine:
         embedded: The states that the first block gets, by batch, shape (n, length, width); empty until `record`.
     """
 
-    def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64], loss: str = "nll") -> None:
         self._model = model
         self._bank = bank
         self._prefix, blocks = find_blocks(model)
@@ -98,6 +99,8 @@ class PrefixEngine:
         self._embeddings: dict[int, list[Tensor]] = {}
         self._embedding = 0 if bank.players[0].is_end else None
         self._calls: list[list[_Call]] = []
+        self._diverges = loss == "kl"
+        self._reference: list[Reference] | None = None
 
     def evaluate(
         self, assignments: Assignments
@@ -126,7 +129,7 @@ class PrefixEngine:
                         "compute in float32, or use a wider low bit-width"
                     )
                 if unchecked:
-                    self._check(assignment, without, losses)
+                    self._check(assignment, without, hidden)
                     unchecked = False
                 yield assignment, losses, spent
         finally:
@@ -209,20 +212,21 @@ class PrefixEngine:
         return left_out
 
     @torch.no_grad()
-    def _check(self, assignment: Assignment, left_out: npt.NDArray[np.bool_], losses: npt.NDArray[np.float64]) -> None:
-        """Compare the losses of an assignment with the model's own forward, which goes without some blocks.
+    def _check(self, assignment: Assignment, left_out: npt.NDArray[np.bool_], hidden: list[Tensor]) -> None:
+        """Compare what an assignment came to with the model's own forward, which goes without some blocks.
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
+        found = self._scores(hidden[:1], None)
         for d in np.flatnonzero(~left_out):
             self._set(int(d), assignment[self.members[d]])
         batch = self.batches[0]
         removed = {int(d): _pass_on(self._calls[d][0].returns_tuple) for d in np.flatnonzero(left_out)}
         with self._answering(removed):
             own = sequence_nll(self._model(input_ids=batch, use_cache=False).logits, batch)
-        if not np.allclose(own, losses[: len(own)], rtol=_TOLERANCE, atol=_TOLERANCE):
+        if not np.allclose(own, found, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
-                f"{type(self._model).__name__}: block by block its loss is {losses[: len(own)].mean():.5f}, by its own "
+                f"{type(self._model).__name__}: block by block its loss is {found.mean():.5f}, by its own "
                 f"forward {own.mean():.5f}; its blocks depend on more than the hidden states, so it cannot be measured"
             )
 
@@ -276,44 +280,57 @@ class PrefixEngine:
     @torch.no_grad()
     def losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
         """Loss of each sequence from the states after the last block, by the model's own norm and head."""
+        return self._scores(hidden, self._reference)
+
+    def _scores(self, hidden: list[Tensor], reference: list[Reference] | None) -> npt.NDArray[np.float64]:
+        """Negative log-likelihood of each sequence, or divergence from a reference if there is one.
+
+        States may be of the first batches alone.
+        """
         with self._fast_model:
-            return np.concatenate(
-                [
-                    _means(self._nll(states[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()), tokens)
-                    for states, tokens in zip(hidden, self.batches, strict=True)
-                ]
-            )
+            found = []
+            for j, (states, tokens) in enumerate(zip(hidden, self.batches, strict=False)):
+                portions = self._logits(states)
+                if reference is None:
+                    scores = portions_nll(portions, tokens[:, 1:].flatten().to(states.device))
+                else:
+                    scores = portions_divergence(portions, reference[j])
+                found.append(sequence_means(scores, tokens))
+            return np.concatenate(found)
 
-    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of the next token at each position, in nats, shape (n,).
+    def _logits(self, states: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Logits of all positions but the last of each sequence, a portion of the vocabulary at a time.
 
-        The head gets a portion of the vocabulary at a time, so that logits stay in the cache; positions are sequences
-        of one token.
+        So they stay in the cache. Positions are sequences of one token.
 
         Args:
-            states: After the last block, shape (n, width).
-            targets: The next tokens, shape (n,).
+            states: After the last block, shape (n, length, width).
+        Yields:
+            The first token of the portion, and its logits in float32, shape (n * (length - 1), size).
         """
-        targets = targets.to(states.device)
+        positions = states[:, :-1].flatten(0, 1).unsqueeze(1)
         head = self._model.get_output_embeddings()
         weight, bias = head.weight.data, None if head.bias is None else head.bias.data
-        portion = max(1, logit_bytes(states.device.type) // (4 * len(states)))
-        totals, of_target = [], torch.empty(len(states), device=states.device)
+        size = max(1, logit_bytes(states.device.type) // (4 * len(positions)))
         try:
-            for first in range(0, len(weight), portion):
-                head.weight.data = weight[first : first + portion]
+            for first in range(0, len(weight), size):
+                head.weight.data = weight[first : first + size]
                 if bias is not None:
-                    head.bias.data = bias[first : first + portion]
-                logits = self.head(states.unsqueeze(1)).float()[:, 0]
-                # One pass of a softmax costs less than a sum of exponentials that torch composes.
-                totals.append(logits[:, 0] - functional.log_softmax(logits, dim=1)[:, 0])
-                inside = ((targets >= first) & (targets < first + portion)).nonzero()[:, 0]
-                of_target[inside] = logits[inside, targets[inside] - first]
+                    head.bias.data = bias[first : first + size]
+                yield first, self.head(positions).float()[:, 0]
         finally:
             head.weight.data = weight
             if bias is not None:
                 head.bias.data = bias
-        return torch.logsumexp(torch.stack(totals), dim=0) - of_target
+
+    @torch.no_grad()
+    def _refer(self) -> list[Reference]:
+        """What the full-precision model makes of each batch."""
+        whole = np.full((1, len(self._bank.players)), UNTOUCHED, dtype=np.int8)
+        ((_, hidden, spent),) = self._walk(whole, np.zeros((1, len(self._blocks)), dtype=np.bool_))
+        self.layer_forwards += spent
+        with self._fast_model:
+            return [Reference.of(self._logits(states)) for states in hidden]
 
     def positions_at_once(self) -> int:
         """Positions whose logits, of the whole vocabulary, may be held with their gradients."""
@@ -329,12 +346,14 @@ class PrefixEngine:
         return block, clock(lambda: self.losses(self.embedded))
 
     def record(self) -> bool:
-        """Watch the model call its blocks, once; whether it was done just now."""
+        """Watch the model call its blocks, and keep what it predicts if need be, once; whether it was done just now."""
         if self._calls:
             return False
         recorded = [self._record(batch) for batch in self.batches]
         self.embedded = _together([embedded for embedded, _ in recorded], self._sizes)
         self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
+        if self._diverges:
+            self._reference = self._refer()
         return True
 
     @torch.no_grad()
@@ -383,25 +402,6 @@ def _pass_on(returns_tuple: bool) -> Callable[..., Any]:
         return (states,) if returns_tuple else states
 
     return forward
-
-
-@torch.no_grad()
-def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
-    """Mean negative log-likelihood of each sequence.
-
-    Args:
-        logits: Shape (n_sequences, length, vocabulary).
-        tokens: Shape (n_sequences, length); the first token of each is not scored.
-    Returns:
-        Shape (n_sequences,), nats per token, summed in float64.
-    """
-    nll = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    return _means(nll, tokens)
-
-
-def _means(nll: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
-    """Mean of the scored tokens of each sequence, summed in float64, shape (n_sequences,)."""
-    return nll.cpu().double().reshape(len(tokens), -1).mean(dim=1).numpy()
 
 
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:

@@ -98,13 +98,13 @@ def forecast(config: RunConfig) -> Forecast:
     free = free_memory(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device)
     players = find_players(loaded.model, config.granularity, config.embeddings)
-    footprint = Footprint.of(loaded.model, players, text, device.type, len(config.widths))
+    footprint = Footprint.of(loaded.model, players, text, device.type, len(config.widths), diverges=config.loss == "kl")
     footprint.check(free)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     batch = min(batch_size(device.type, text.length), text.sequences)
     ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.length))
     with TemporaryDirectory() as folder:
-        engine = PrefixEngine(loaded.model, WeightBank(Path(folder), loaded, players, backend, {}), ids)
+        engine = PrefixEngine(loaded.model, WeightBank(Path(folder), loaded, players, backend, {}), ids, config.loss)
         layer, head = engine.timed(lambda work: _median_seconds(work, device))
     tokens, n_blocks = text.sequences * text.length, players[-1].block + 1
     width = loaded.model.config.get_text_config().hidden_size

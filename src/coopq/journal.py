@@ -40,6 +40,7 @@ class Journal:
         self.path = path
         self.layer_forwards = 0
         self._losses: dict[bytes, npt.NDArray[np.float64]] = {}
+        self._loss = str(fingerprint.get("loss", "nll"))
         intact = self._replay(fingerprint) if path.exists() else 0
         self._file = path.open("ab")
         self._file.truncate(intact)
@@ -58,7 +59,7 @@ class Journal:
 
     def append(self, assignment: Assignment, losses: npt.NDArray[np.float64], layer_forwards: int) -> None:
         """Record the losses of one assignment and the layer forwards that they cost."""
-        self._write({"bits": assignment.tolist(), "nll": losses.tolist(), "layer_forwards": layer_forwards})
+        self._write({"bits": assignment.tolist(), self._loss: losses.tolist(), "layer_forwards": layer_forwards})
         self._losses[_key(assignment)] = losses
         self.layer_forwards += layer_forwards
 
@@ -74,11 +75,11 @@ class Journal:
                 continue
             try:
                 record = json.loads(line)
-                nll, spent = float(np.mean(record["nll"])), int(record["layer_forwards"])
+                loss, spent = float(np.mean(record.get("nll") or record["kl"])), int(record["layer_forwards"])
                 bits.append(np.array(record["bits"], dtype=np.int8))
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # replaying is what judges broken lines
-            losses.append(nll)
+            losses.append(loss)
             layer_forwards += spent
         return (np.array(bits), np.array(losses)), layer_forwards
 
@@ -143,7 +144,7 @@ class Journal:
 
     def _learn(self, record: dict[str, Any]) -> None:
         assignment = np.array(record["bits"], dtype=np.int8)
-        losses = np.array(record["nll"], dtype=np.float64)
+        losses = np.array(record[self._loss], dtype=np.float64)
         layer_forwards = record["layer_forwards"]
         if assignment.ndim != 1 or losses.ndim != 1 or not losses.size or not isinstance(layer_forwards, int):
             raise ValueError("not a record of losses")

@@ -23,6 +23,7 @@ from coopq.options import (
     GroupSize,
     Json,
     Length,
+    Loss,
     Model,
     Permutations,
     ScreenTokens,
@@ -60,6 +61,7 @@ def compare(
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
     screen_tokens: ScreenTokens = None,
+    loss: Loss = "nll",
     judge_tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2 (default: all)")] = None,
     judge_length: Annotated[int, typer.Option(help="Tokens of a WikiText-2 window.")] = 2048,
     dtype: Dtype = "auto",
@@ -85,6 +87,7 @@ def compare(
         granularity,
         between=between,
         embeddings=embeddings,
+        loss=loss,
     )
     config = screened(config, screen_tokens)
     from coopq import evaluate as work

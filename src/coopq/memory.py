@@ -35,7 +35,7 @@ class Footprint:
         bank: Dequantised weights of every player at every width.
         one_width: Those of one width.
         states: Hidden states over all calibration tokens: of the embedding at each of its widths, after each block, and
-            two that come and go.
+            two that come and go; and what the full-precision model predicts of each token, if that is kept.
         working: What one batch takes in a block and in the head; of scores, with gradients.
         device: Type of the device that computes.
         per_sequence: Bytes of the states of one sequence.
@@ -55,7 +55,13 @@ class Footprint:
 
     @classmethod
     def of(
-        cls, model: Any, players: Sequence[Player], calibration: CalibrationConfig, device: str, n_widths: int = 2
+        cls,
+        model: Any,
+        players: Sequence[Player],
+        calibration: CalibrationConfig,
+        device: str,
+        n_widths: int = 2,
+        diverges: bool = False,
     ) -> "Footprint":
         """Of a model, or of its skeleton without storage, that computes in its dtype.
 
@@ -65,11 +71,13 @@ class Footprint:
             calibration: The calibration text.
             device: Type of the device.
             n_widths: Widths to choose from.
+            diverges: Whether the loss is the divergence from full precision, whose distributions are kept.
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize
         n_blocks = players[-1].block + 1
         embedded = n_widths if any(player.is_end for player in players) else 1
         per_sequence = (n_blocks + 2 + embedded) * text.hidden_size * itemsize * calibration.length
+        per_sequence += 4 * text.vocab_size * calibration.length if diverges else 0
         batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
         widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)

@@ -57,6 +57,13 @@ Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a cali
 ScreenTokens = Annotated[
     int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
 ]
+Loss = Annotated[
+    str,
+    typer.Option(
+        help="What searches lower: nll, as in the paper, or kl, the divergence from full precision, of which few "
+        "tokens say more."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ..., or 'sharded': over all GPUs.")]
 Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]

@@ -244,7 +244,7 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     """The comparison for people, sorted as given."""
     table = Table(title=f"Perplexity on {text}")
     table.add_column("weights")
-    for column in ("bits per weight", "calibration NLL", "NLL", "perplexity"):
+    for column in ("bits per weight", "calibration loss", "NLL", "perplexity"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(

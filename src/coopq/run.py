@@ -70,6 +70,7 @@ class RunConfig:
         embeddings: Whether the embedding and the head are players too; one, where they are tied.
         granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.
         screening: Calibration sequences that searches look at; the decision falls on all of them. None takes all.
+        loss: What searches lower, one of `coopq.losses.LOSSES`.
     """
 
     model: str
@@ -91,6 +92,7 @@ class RunConfig:
     target: str | None = None
     base: str | None = None
     context: int | None = None
+    loss: str = "nll"
 
     @property
     def widths(self) -> tuple[int, ...]:

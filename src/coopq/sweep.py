@@ -26,10 +26,13 @@ class LayerMajorEngine(PrefixEngine):
         bank: Its players' weights, on the host.
         tokens: Shape (n_sequences, length).
         hosted: Brings blocks to the device.
+        loss: As for `PrefixEngine`.
     """
 
-    def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64], hosted: HostedBlocks) -> None:
-        super().__init__(model, bank, tokens)
+    def __init__(
+        self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64], hosted: HostedBlocks, loss: str = "nll"
+    ) -> None:
+        super().__init__(model, bank, tokens, loss)
         self._hosted = hosted
 
     def placed(self, d: int) -> AbstractContextManager[None]:

@@ -11,12 +11,13 @@ from coopq.bank import WeightBank
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
-from coopq.errors import CalibrationError, EstimationError, OutOfMemory
+from coopq.errors import CalibrationError, EstimationError, OutOfMemory, hint
 from coopq.export import storage_for
 from coopq.files import locked, require_writable
 from coopq.game import Engine, QuantizationGame
 from coopq.hosting import HostedBlocks
 from coopq.journal import Journal
+from coopq.losses import LOSSES
 from coopq.memory import Footprint, free_memory, gib
 from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, pick_device
 from coopq.players import check_granularity, find_players
@@ -41,27 +42,28 @@ class Workbench(Subject):
     hosted: HostedBlocks | None = None
     cluster: Cluster | None = None
 
-    def engine(self, tokens: TokenSet) -> PrefixEngine:
-        """What measures on `tokens` in this process."""
+    def engine(self, tokens: TokenSet, loss: str = "nll") -> PrefixEngine:
+        """What measures a loss on `tokens` in this process."""
         if self.hosted is not None:
-            return LayerMajorEngine(self.loaded.model, self.bank, tokens.tokens, self.hosted)
-        return PrefixEngine(self.loaded.model, self.bank, tokens.tokens)
+            return LayerMajorEngine(self.loaded.model, self.bank, tokens.tokens, self.hosted, loss)
+        return PrefixEngine(self.loaded.model, self.bank, tokens.tokens, loss)
 
     @contextmanager
-    def game(self, tokens: TokenSet, journal: Path, stage: str) -> Iterator[QuantizationGame]:
+    def game(self, tokens: TokenSet, journal: Path, stage: str, loss: str = "nll") -> Iterator[QuantizationGame]:
         """The game on `tokens`, with its values in `journal`."""
-        with Journal(journal, {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos}) as values:
+        fingerprint = {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos, "loss": loss}
+        with Journal(journal, fingerprint) as values:
             if self.cluster is None:
-                engine: Engine = self.engine(tokens)
+                engine: Engine = self.engine(tokens, loss)
             else:
-                engine = ClusterEngine(self.cluster, tokens.fingerprint, tokens.tokens)
+                engine = ClusterEngine(self.cluster, tokens.fingerprint, tokens.tokens, loss)
                 stage = f"{stage}, {self.cluster.n_workers} workers"
             yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
 
     @contextmanager
     def calibration_game(self, stage: str) -> Iterator[QuantizationGame]:
         """The game that searches play."""
-        with self.game(self.calibration, self.folder.journal, stage) as game:
+        with self.game(self.calibration, self.folder.journal, stage, self.config.loss) as game:
             yield game
 
     @property
@@ -88,7 +90,7 @@ class Workbench(Subject):
                 yield game
             return
         tokens = replace(self.calibration, tokens=self.calibration.tokens[:n])
-        with self.game(tokens, self.folder.path / f"screening-{n}.jsonl", stage) as game:
+        with self.game(tokens, self.folder.path / f"screening-{n}.jsonl", stage, self.config.loss) as game:
             yield game
 
 
@@ -127,7 +129,9 @@ def open_workbench(
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)
-        footprint = Footprint.of(skeleton, players, config.calibration, device.type, len(config.widths))
+        footprint = Footprint.of(
+            skeleton, players, config.calibration, device.type, len(config.widths), diverges=config.loss == "kl"
+        )
         free = free_memory(config.device)
         footprint.check(free)
         _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
@@ -152,7 +156,7 @@ def open_workbench(
         }
         if backend.calibrated:
             weights["fitted to"] = calibration.fingerprint
-        fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": "nll"}
+        fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": config.loss}
         # What belongs to another model refuses before anything is written over.
         with Journal(folder.journal, fingerprint):
             pass
@@ -200,5 +204,7 @@ def check_config(config: RunConfig) -> None:
         raise CalibrationError(
             f"{config.screening} screening sequences are not 1 to {sequences}, the number of calibration sequences"
         )
+    if config.loss not in LOSSES:
+        raise EstimationError(f"loss {config.loss!r} is unknown; {hint(config.loss, LOSSES)}")
     check_granularity(config.granularity)
     check_calibration(config.calibration)

@@ -1,0 +1,102 @@
+"""Losses from logits in portions, and the divergence from full precision as the game plays it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+import coopq
+from coopq.backends import get_backend
+from coopq.bank import WeightBank
+from coopq.engine import PrefixEngine
+from coopq.hosting import HostedBlocks
+from coopq.journal import Journal
+from coopq.losses import Portions, Reference, portions_divergence, portions_nll
+from coopq.memory import Footprint
+from coopq.models import LoadedModel
+from coopq.players import find_players
+from coopq.run import CalibrationConfig, RunFolder
+from coopq.sweep import LayerMajorEngine
+from coopq.types import UNTOUCHED, Assignment
+from tests.architectures import CONFIGS, tiny_model
+from tests.command_line import in_process
+from tests.conftest import STORIES
+from tests.test_engine import TOKENS
+
+
+def portions(logits: torch.Tensor, size: int) -> Portions:
+    return [(first, logits[:, first : first + size]) for first in range(0, logits.shape[1], size)]
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 50), st.integers(0, 10))
+def test_portions_give_what_whole_logits_do(n: int, vocabulary: int, size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    ours, theirs = 5 * torch.randn(2, n, vocabulary)
+    targets = torch.randint(vocabulary, (n,))
+    nll = functional.cross_entropy(ours, targets, reduction="none")
+    torch.testing.assert_close(portions_nll(portions(ours, size), targets), nll, rtol=1e-4, atol=1e-5)
+    expected = functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
+    found = portions_divergence(portions(ours, size), Reference.of(portions(theirs, size)))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_the_divergence_is_that_of_the_models_own_logits(name: str, embeddings: bool, tmp_path: Path) -> None:
+    if embeddings and name == "opt":
+        pytest.skip("its embedding is no player")
+    model = tiny_model(name)
+    players = find_players(model, "block", embeddings=embeddings)
+    bank = WeightBank(tmp_path, LoadedModel(model, None, torch.float32), players, get_backend("rtn", group_size=16), {})
+    bank.build((2, 4))
+    points = np.random.default_rng(0).choice([2, 4], size=(6, len(players))).astype(np.int8)
+    points[0] = UNTOUCHED
+    ids = torch.from_numpy(TOKENS)
+
+    def own(point: Assignment) -> torch.Tensor:
+        for player, bits in enumerate(point):
+            bank.set_player(player, int(bits))
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        bank.restore()
+        return logits.log_softmax(-1)
+
+    whole = own(points[0])
+    for engine in (
+        PrefixEngine(model, bank, TOKENS, "kl"),
+        *(() if embeddings else (LayerMajorEngine(model, bank, TOKENS, HostedBlocks(model, whole.device), "kl"),)),
+    ):
+        for point, losses, _ in list(engine.evaluate(points)):
+            expected = (whole.exp() * (whole - own(point))).sum(-1).mean(-1)
+            np.testing.assert_allclose(losses, expected, rtol=1e-3, atol=2e-6)
+            assert (point == UNTOUCHED).all() == (losses.mean() < 1e-6)
+
+
+def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", STORIES, "--bits", "2,4", "--budget", "3avg", "--out", out]
+    arguments += ["--tokens", "256", "--sequence-length", "64"]
+    code, _, err = in_process(*arguments, "--loss", "kl")
+    assert code == 0, err
+    plan = coopq.Plan.load(out / "plan.json")
+    assert plan.fingerprint["loss"] == "kl"
+    (assignments, losses), _ = Journal.peek(RunFolder(tmp_path / "out-run").journal)
+    assert len(assignments) == len(losses)
+    assert 0 < losses.min() < losses.max()
+    code, _, err = in_process(
+        *arguments[:-6], "--out", tmp_path / "other", "--run", tmp_path / "out-run", *arguments[-4:]
+    )
+    assert code != 0
+    assert "loss" in err
+
+
+def test_the_distributions_kept_are_foreseen() -> None:
+    model, text = tiny_model("llama"), CalibrationConfig(sequences=3, length=32)
+    players = find_players(model)
+    plain, diverging = (Footprint.of(model, players, text, "cpu", diverges=diverges) for diverges in (False, True))
+    assert diverging.states - plain.states == 4 * 3 * 32 * model.config.vocab_size
