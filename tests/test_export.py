@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from coopq.backends import Backend, get_backend
 from coopq.backends.ggml import GGMLBackend, IQuants, column_importance
 from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
+from coopq.engine import model_nll
 from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
 from coopq.export import export_model
 from coopq.export.gguf import predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
-from coopq.models import LoadedModel, gguf_file, load_model
+from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
 from tests.llama_cpp import llama_cpp_text
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128), target="gguf")
 FILE = 100_000_000
 
@@ -138,6 +141,32 @@ def test_llama_cpp_computes_the_same_loss(demo: tuple[coopq.Plan, Path, Path]) -
 @pytest.mark.real
 def test_llama_cpp_writes_text_from_it(demo: tuple[coopq.Plan, Path, Path]) -> None:
     assert "Paris" in llama_cpp_text(demo[2], "The capital of France is")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("backend", ["ggml", "ggml-iq"])
+def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path: Path) -> None:
+    """Of a model whose rows have them all, the embedding among its players, from llama.cpp's own conversion."""
+    source, base, saved = str(BENCHMARKS / "data" / "qwen"), tmp_path / "base.gguf", tmp_path / "saved"
+    done = subprocess.run([sys.executable, BENCHMARKS / "convert.py", "qwen", base], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = load_model(source, device="cpu")
+    tokens = calibration_set(CalibrationConfig(sequences=4, length=128), loaded.tokenizer).tokens
+    plan = plan_for(loaded.model, backend, None, [6, 2, 3, 4, 5, 6, 8, 2, 3, 4, 5, 6, 8], embeddings=True)
+    plan = replace(
+        plan,
+        config={**plan.config, "model": source},
+        fingerprint={**plan.fingerprint, "weights": fingerprint_weights(loaded.model)},
+    )
+    save_model(loaded, plan, get_backend(backend), tokens, saved)
+    file = tmp_path / "small.gguf"
+    export_model(saved, "gguf", file, base=base)
+    assert file.stat().st_size == predicted_bytes(plan, base=base)
+    with torch.no_grad():
+        ours = np.concatenate(list(model_nll(coopq.load(saved, device="cpu"), tokens)))
+    theirs, whole = (llama_cpp_nll(of, tokens).mean(axis=1) for of in (file, base))
+    np.testing.assert_allclose(theirs, ours, atol=0.03)  # llama.cpp rounds activations to eight bits
+    assert np.abs(ours - whole).mean() > 0.03
 
 
 @pytest.mark.real
