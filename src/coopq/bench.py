@@ -92,12 +92,14 @@ class Bench:
         cases: The tables.
         judge_tokens: Only the first tokens of WikiText-2; None takes all.
         judge_length: Tokens of a window.
+        unfinished: Runs that were asked for and are left out, by case and seed.
     """
 
     title: str
     cases: tuple[Case, ...]
     judge_tokens: int | None
     judge_length: int
+    unfinished: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -287,20 +289,63 @@ def run_bench(bench: Bench, out: Path, progress: ProgressCallback = silent) -> l
     return results
 
 
-def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallback) -> Result:
-    """One run, from its file if it is finished."""
-    config = case.seeded(seed)
-    asked = {
-        "config": config.to_json(),
+def finished(bench: Bench, out: Path) -> tuple[Bench, list[Result]]:
+    """What is measured already, of an interrupted bench or one that goes on.
+
+    Returns:
+        The bench without the runs that are not finished, and the results of the others.
+    Raises:
+        RunError: If none is.
+    """
+    found = {
+        (case.name, seed): result
+        for case in bench.cases
+        for seed in case.seeds
+        if (result := _finished(bench, case, seed, out)) is not None
+    }
+    if not found:
+        raise RunError(f"nothing that {bench.title!r} asks for is finished in {out}; run it without --so-far")
+    cases = [
+        replace(case, seeds=tuple(seed for seed in case.seeds if (case.name, seed) in found)) for case in bench.cases
+    ]
+    unfinished = [
+        f"{case.name} seed {seed}" for case in bench.cases for seed in case.seeds if (case.name, seed) not in found
+    ]
+    some = replace(bench, cases=tuple(case for case in cases if case.seeds), unfinished=tuple(unfinished))
+    return some, list(found.values())
+
+
+def _finished(bench: Bench, case: Case, seed: int, out: Path) -> Result | None:
+    """The result of a run from its file; None if there is none, or one that was asked something else."""
+    file = _file(out, case, seed)
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    asked = _asked(bench, case, seed)
+    return (
+        Result.from_json(data) if (data.get("format_version"), data.get("asked")) == (_FORMAT_VERSION, asked) else None
+    )
+
+
+def _file(out: Path, case: Case, seed: int) -> Path:
+    return out / "results" / f"{case.name}-seed{seed}.json"
+
+
+def _asked(bench: Bench, case: Case, seed: int) -> dict[str, Any]:
+    """Everything that the result of a run depends on."""
+    return {
+        "config": case.seeded(seed).to_json(),
         "budgets": list(case.budgets),
         "methods": list(case.methods),
         "judge": [bench.judge_tokens, bench.judge_length],
     }
-    file = out / "results" / f"{case.name}-seed{seed}.json"
-    if file.is_file():
-        data = read_json(file)
-        if (data.get("format_version"), data.get("asked")) == (_FORMAT_VERSION, asked):
-            return Result.from_json(data)
+
+
+def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallback) -> Result:
+    """One run, from its file if it is finished."""
+    if (known := _finished(bench, case, seed, out)) is not None:
+        return known
+    config, file = case.seeded(seed), _file(out, case, seed)
     folder = out / "runs" / case.name
     check = partial(check_players, case.methods, n_widths=len(config.widths))
     # One bank serves all seeds, unless its weights are fitted to the calibration tokens.
@@ -312,6 +357,7 @@ def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCa
     ) as bench_:
         result = _compare(bench_, bench, case, seed)
     file.parent.mkdir(exist_ok=True)
+    asked = _asked(bench, case, seed)
     write_json(file, {"format_version": _FORMAT_VERSION, "asked": asked, **asdict(result)})
     return result
 

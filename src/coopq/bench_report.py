@@ -154,6 +154,7 @@ def _provenance(bench: Bench) -> list[str]:
         "sees. Intervals: 95 %, paired bootstrap over windows, of the mean over seeds. Cost: layer forwards for all",
         "budgets of a case together, prefixes shared, in forwards of the whole model over the calibration tokens.",
         f"{packages}.",
+        *(["", f"Not finished, and left out: {', '.join(bench.unfinished)}."] if bench.unfinished else []),
     ]
 
 

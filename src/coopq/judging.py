@@ -117,6 +117,9 @@ def compare(
 def bench(
     config: Annotated[Path, typer.Argument(help="A TOML file of models, backends, widths, budgets, methods, seeds.")],
     out: Annotated[Path, typer.Option(help="Folder of the work and of the report.")],
+    so_far: Annotated[
+        bool, typer.Option("--so-far", help="Measure nothing: report what is finished, also while it goes on.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Methods side by side over models, backends, budgets and seeds: tables, figures, intervals. Resumes."""
@@ -127,8 +130,11 @@ def bench(
     check_plotting()
     quiet_libraries()
     asked = work.read_bench(config)
-    with progress_bars() as progress:
-        results = work.run_bench(asked, out, progress)
+    if so_far:
+        asked, results = work.finished(asked, out)
+    else:
+        with progress_bars() as progress:
+            results = work.run_bench(asked, out, progress)
     files = [str(path) for path in save_report(asked, results, out)]
     print_result({"files": files, "results": [asdict(result) for result in results]}, "\n".join(files), as_json)
 
