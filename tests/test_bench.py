@@ -115,6 +115,23 @@ def toy(rows: list[Row], seed: int = 0, case: str = "toy") -> Result:
     return Result(case, seed, config, 2, ("a", "b"), tuple(rows), None, None, ((0.0, 0.1), (0.1, 0.0)))
 
 
+def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "nothing that 'Small' asks for is finished" in refused("bench", config, "--out", out, "--so-far")
+    in_process("bench", config, "--out", config.parent / "out")
+    (out / "results").mkdir(parents=True)
+    name = "stories260k-rtn-2-4-seed1.json"
+    data = json.loads((config.parent / "out" / "results" / name).read_text())
+    del data["asked"]["config"]["loss"]  # as a version before this setting wrote it
+    (out / "results" / name).write_text(json.dumps(data))
+    code, text, err = in_process("bench", config, "--out", out, "--so-far", "--json")
+    assert code == 0, err
+    assert [result["seed"] for result in json.loads(text)["results"]] == [1]
+    report = (out / "report.md").read_text()
+    assert "left out: stories260k-rtn-2-4 seed 0, stories260k-rtn-3-4-one-score seed 0." in report
+    assert not (out / "runs").exists()
+
+
 def test_who_wins_by_hand() -> None:
     references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
     first = toy([*references, row("coopq", "3avg", [1.0, 2.0], 60), row("lim", "3avg", [2.0, 3.0], 2)])

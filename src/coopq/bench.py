@@ -321,10 +321,12 @@ def _finished(bench: Bench, case: Case, seed: int, out: Path) -> Result | None:
     if not file.is_file():
         return None
     data = read_json(file)
-    asked = _asked(bench, case, seed)
-    return (
-        Result.from_json(data) if (data.get("format_version"), data.get("asked")) == (_FORMAT_VERSION, asked) else None
-    )
+    if data.get("format_version") != _FORMAT_VERSION:
+        return None
+    config = RunConfig.from_json(data["asked"]["config"]).to_json()  # with what later versions ask for
+    if {**data["asked"], "config": config} != _asked(bench, case, seed):
+        return None
+    return Result.from_json(data)
 
 
 def _file(out: Path, case: Case, seed: int) -> Path:
