@@ -128,7 +128,7 @@ def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, t
     assert code == 0, err
     assert [result["seed"] for result in json.loads(text)["results"]] == [1]
     report = (out / "report.md").read_text()
-    assert "left out: stories260k-rtn-2-4 seed 0, stories260k-rtn-3-4-one-score seed 0." in report
+    assert "left out: stories260k-rtn-2-4 (seeds 0), stories260k-rtn-3-4-one-score (seeds 0)." in report
     assert not (out / "runs").exists()
 
 

@@ -92,7 +92,7 @@ class Bench:
         cases: The tables.
         judge_tokens: Only the first tokens of WikiText-2; None takes all.
         judge_length: Tokens of a window.
-        unfinished: Runs that were asked for and are left out, by case and seed.
+        unfinished: Cases and seeds that were asked for and are left out, for people.
     """
 
     title: str
@@ -308,9 +308,10 @@ def finished(bench: Bench, out: Path) -> tuple[Bench, list[Result]]:
     cases = [
         replace(case, seeds=tuple(seed for seed in case.seeds if (case.name, seed) in found)) for case in bench.cases
     ]
-    unfinished = [
-        f"{case.name} seed {seed}" for case in bench.cases for seed in case.seeds if (case.name, seed) not in found
+    left_out = [
+        (case.name, [str(seed) for seed in case.seeds if (case.name, seed) not in found]) for case in bench.cases
     ]
+    unfinished = [f"{name} (seeds {' '.join(seeds)})" for name, seeds in left_out if seeds]
     some = replace(bench, cases=tuple(case for case in cases if case.seeds), unfinished=tuple(unfinished))
     return some, list(found.values())
 
