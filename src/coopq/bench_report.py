@@ -48,12 +48,14 @@ class Cell:
         budget: The budget.
         windows: Loss of each method on each judging window, averaged over seeds.
         cost: Layer forwards of each method for all budgets of the case, in forwards of the whole model, likewise.
+        calibration: Loss of each method on the calibration text, which searches lower, likewise.
     """
 
     case: str
     budget: str
     windows: dict[str, npt.NDArray[np.float64]]
     cost: dict[str, float]
+    calibration: dict[str, float]
 
     def nll(self, method: str) -> float:
         """Loss on the judging text."""
@@ -109,7 +111,14 @@ def cells(results: Sequence[Result]) -> list[Cell]:
                 method: float(np.mean([row.layer_forwards / blocks for row, blocks in rows if row.method == method]))
                 for method in methods
             }
-            found.append(Cell(name, budget, {m: of for m, of in windows.items() if of is not None}, cost))
+            calibration = {
+                method: float(
+                    np.mean([row.calibration_nll for row, _ in rows if (row.method, row.budget) == (method, budget)])
+                )
+                for method in methods
+            }
+            known = {m: of for m, of in windows.items() if of is not None}
+            found.append(Cell(name, budget, known, cost, calibration))
     return found
 
 
@@ -160,8 +169,11 @@ def _provenance(bench: Bench) -> list[str]:
 
 def _summary(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:
     """Each method over all cells: how often it is lowest, how far above the lowest it is, and what it takes."""
-    yield "| method | lowest in | NLL above the lowest, mean ± standard error | worst | cost, median |"
-    yield "| --- | --- | --- | --- | --- |"
+    yield (
+        "| method | lowest in | NLL above the lowest, mean ± standard error | worst "
+        "| calibration loss above the lowest, mean | cost, median |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- |"
     lowest = {id(cell): min(cell.nll(m) for m in methods if m in cell.windows) for cell in of_all}
     above = {
         m: np.array([cell.nll(m) - lowest[id(cell)] for cell in of_all if m in cell.windows])
@@ -171,9 +183,16 @@ def _summary(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:
         excess = above[method]
         error = excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else np.nan
         cost = float(np.median([cell.cost[method] for cell in of_all if method in cell.cost]))
+        fitted = np.mean(
+            [
+                cell.calibration[method] - min(cell.calibration[m] for m in methods if m in cell.calibration)
+                for cell in of_all
+                if method in cell.calibration
+            ]
+        )
         yield (
             f"| {method} | {(excess <= 0).sum()} of {len(excess)} | {excess.mean():.4f} ± {error:.4f} "
-            f"| {excess.max():.4f} | {cost:,.0f} |"
+            f"| {excess.max():.4f} | {fitted:.4f} | {cost:,.0f} |"
         )
 
 
