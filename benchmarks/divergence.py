@@ -1,7 +1,8 @@
-"""Searches by divergence against the same searches by likelihood, from what the small bench measured.
+"""Searches by divergence against the same searches by likelihood, from what two benches measured.
 
-    coopq bench benchmarks/small.toml --out build/small
-    python benchmarks/divergence.py build/small
+    coopq bench benchmarks/small.toml --out build/small                # a day on two cores; its last case is enough
+    coopq bench benchmarks/divergence.toml --out build/divergence      # two hours
+    python benchmarks/divergence.py build/small build/divergence
 
 Losses on WikiText-2 of what each found at each budget, paired over its windows. Writes docs/results/divergence.md.
 """
@@ -50,22 +51,24 @@ def table(name: str, by_likelihood: list[Result], by_divergence: list[Result]) -
 def main() -> None:
     """Read and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder of the bench")
+    parser.add_argument("likelihood", type=Path, help="the folder of the first bench")
+    parser.add_argument("divergence", type=Path, help="the folder of the second")
     arguments = parser.parse_args()
-    _, results = finished(read_bench(Path("benchmarks") / "small.toml"), arguments.out)
+    _, by_likelihood = finished(read_bench(Path("benchmarks") / "small.toml"), arguments.likelihood)
+    _, by_divergence = finished(read_bench(Path("benchmarks") / "divergence.toml"), arguments.divergence)
     lines = [
         "# Searches by divergence against searches by likelihood",
         "",
-        "Written by `python benchmarks/divergence.py build/small`, from what `coopq bench benchmarks/small.toml",
-        "--out build/small` measured: the loss on WikiText-2 of what a search by divergence (`--loss kl`) found,",
-        "less that of what the same search by likelihood found, nats per token, mean over seeds; 95 %, paired",
-        "bootstrap over windows.",
+        "Written by `python benchmarks/divergence.py build/small build/divergence`, from what `coopq bench` measured",
+        "for benchmarks/small.toml and benchmarks/divergence.toml: the loss on WikiText-2 of what a search by",
+        "divergence (`--loss kl`) found, less that of what the same search by likelihood found, nats per token, mean",
+        "over seeds; 95 %, paired bootstrap over windows.",
         "",
     ]
-    for name in dict.fromkeys(result.case for result in results):
-        pair = [[result for result in results if result.case == case] for case in (name, f"{name}-kl")]
-        if all(pair):
-            lines += table(name, *pair)
+    for name in dict.fromkeys(result.case for result in by_divergence):
+        theirs = [result for result in by_likelihood if f"{result.case}-kl" == name]
+        if theirs:
+            lines += table(theirs[0].case, theirs, [result for result in by_divergence if result.case == name])
     RESULTS.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
