@@ -147,7 +147,7 @@ def test_who_wins_by_hand() -> None:
     shown = markdown(Bench("Toy", (), None, 64), [first, second])
     assert "Lower in 1 of 1 cells (0 beyond the interval), higher in 0 (0 beyond)." in shown
     assert f"| toy | 3avg | {np.exp(2):.2f} | lim | {np.exp(2.5):.2f} | {np.expm1(-0.5) * 100:+.1f} % " in shown
-    assert "| coopq | 1 of 1 | 0.0000 ± nan | 0.0000 | 25 |" in shown
+    assert "| coopq | 1 of 1 | 0.0000 ± nan | 0.0000 | 0.0000 | 25 |" in shown
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,11 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         export_model(tmp_path / "saved", "ggguf", tmp_path / "out")
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("gguf", {}, "not those of 'rtn'; add --backend ggml"),
-        ("gguf", {"backend": "ggml", "low": 4, "high": 8}, "no type of 4 bits for rows of 172"),
+        (
+            "gguf",
+            {"backend": "ggml", "low": 4, "high": 8},
+            "has no types for rows of 172 weights: they come in blocks of 32",
+        ),
         ("ggfu", {}, "target 'ggfu' is unknown; did you mean 'gguf'"),
         ("compressed-tensors", {}, "--backend gptq --symmetric"),
         ("compressed-tensors", {"backend": "gptq", "low": 2, "group_size": 4}, "--granularity fused, or block"),

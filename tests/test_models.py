@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coopq.errors import ModelError
-from coopq.models import fingerprint_weights, load_model, pick_device, pick_dtype
+from coopq.models import fingerprint_weights, load_model, load_skeleton, pick_device, pick_dtype
 from coopq.players import find_players
 
 
@@ -84,3 +84,13 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
     players = find_players(demo.model)
     assert len(players) == 30
     assert sum(player.n_weights for player in players) == 106_168_320
+
+
+@pytest.mark.real
+def test_the_first_look_at_a_gguf_file_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run on a new machine begins: its checks want the modules alone, and the file is not converted yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    skeleton = load_skeleton("demo", device="cpu")
+    assert len(find_players(skeleton)) == 30
+    assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1

@@ -81,9 +81,10 @@ def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> 
         ModelError: As `load_model`.
     """
     target = pick_device(device)
-    with _naming(source), torch.device("meta"):
-        _, config, compute = _describe(source, dtype, target)
-        return AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False)
+    with _naming(source):
+        _, config, compute = _describe(source, dtype, target)  # may convert a GGUF file, which needs storage
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False)
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_host: bool = False) -> LoadedModel:
