@@ -1,6 +1,6 @@
 """AutoRound's AutoScheme and the active search on the same models, budgets, tokens and weights.
 
-    python benchmarks/auto_scheme.py            # half an hour on two cores; resumes
+    python benchmarks/auto_scheme.py            # not run to its end yet; resumes
 
 Players are linear layers, 2 or 4 bits, groups of 64. AutoScheme scores a layer by the gradient times the change of its
 output, and chooses under an average width; it runs in a process of its own. Ours gets what its choice came to as its
@@ -96,9 +96,8 @@ def run(name: str, bars: Progress) -> list[str]:
             theirs = auto_scheme(name, average)
             assert isinstance(theirs["widths"], dict)
             done = WORK / f"{name}-{average}-{loss}.json"
-            with open_workbench(
-                config, WORK / f"{name}-{average}-{loss}", bars_for(bars, f"{name} {average} {loss}")
-            ) as bench:
+            folder, title = WORK / f"{name}-{average}-{loss}", f"{name} {average} {loss}"
+            with open_workbench(config, folder, bars_for(bars, title), bank=WORK / f"{name}-bank") as bench:
                 chosen = assignment_of(tuple(player.name for player in bench.players), theirs["widths"])
                 n_bytes = bench.storage.bytes_of(chosen)
                 if not done.exists():

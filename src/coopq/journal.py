@@ -40,7 +40,7 @@ class Journal:
         self.path = path
         self.layer_forwards = 0
         self._losses: dict[bytes, npt.NDArray[np.float64]] = {}
-        self._loss = str(fingerprint.get("loss", "nll"))
+        self._loss = _loss_of(fingerprint)
         intact = self._replay(fingerprint) if path.exists() else 0
         self._file = path.open("ab")
         self._file.truncate(intact)
@@ -69,17 +69,20 @@ class Journal:
 
         Safe while another process writes it.
         """
-        bits, losses, layer_forwards = [], [], 0
-        for line in path.read_bytes().splitlines(keepends=True)[1:] if path.exists() else []:
+        bits, losses, layer_forwards, loss = [], [], 0, ""
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             if not line.endswith(b"\n"):
                 continue
             try:
                 record = json.loads(line)
-                loss, spent = float(np.mean(record.get("nll") or record["kl"])), int(record["layer_forwards"])
+                if not loss:  # the first line says which
+                    loss = _loss_of(record["fingerprint"])
+                    continue
+                value, spent = float(np.mean(record[loss])), int(record["layer_forwards"])
                 bits.append(np.array(record["bits"], dtype=np.int8))
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # replaying is what judges broken lines
-            losses.append(loss)
+            losses.append(value)
             layer_forwards += spent
         return (np.array(bits), np.array(losses)), layer_forwards
 
@@ -154,6 +157,11 @@ class Journal:
             raise ValueError("a loss is not finite")
         self._losses[_key(assignment)] = losses
         self.layer_forwards += layer_forwards
+
+
+def _loss_of(fingerprint: Mapping[str, Any]) -> str:
+    """The name of what was measured, under which records hold it."""
+    return str(fingerprint.get("loss", "nll"))
 
 
 def _key(assignment: Assignment) -> bytes:
