@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coopq.bench import Result, finished, mean_windows, read_bench
+from coopq.bench import Result, finished, mean_windows
+from coopq.bench_config import read_bench
 from coopq.evidence import Evidence
 
 ROOT = Path(__file__).parents[1]

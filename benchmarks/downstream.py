@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from coopq.bench import Result, Row, read_bench
+from coopq.bench import Result, Row
+from coopq.bench_config import read_bench
 from coopq.downstream import zero_shot
 from coopq.files import read_json, write_json
 from coopq.terminal import progress_bars

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.bench import Bench, Result, Row, read_bench, run_bench
+from coopq.bench import Result, Row, run_bench
+from coopq.bench_config import Bench, read_bench
 from coopq.bench_report import cells, markdown, save_report, tidy, wins
 from coopq.errors import BudgetError, EstimationError, RunError
 from tests.command_line import in_process, refused

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.baselines import PAPER_BASELINES
-from coopq.bench import Bench, Result, mean_windows
+from coopq.bench import Result, mean_windows
+from coopq.bench_config import Bench
 from coopq.evidence import Evidence
 from coopq.figure import save_bars, save_comparison, save_heatmap, save_scatter
 from coopq.files import atomic_file

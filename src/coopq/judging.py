@@ -124,12 +124,13 @@ def bench(
 ) -> None:
     """Methods side by side over models, backends, budgets and seeds: tables, figures, intervals. Resumes."""
     from coopq import bench as work
+    from coopq.bench_config import read_bench
     from coopq.bench_report import save_report
     from coopq.figure import check_plotting
 
     check_plotting()
     quiet_libraries()
-    asked = work.read_bench(config)
+    asked = read_bench(config)
     if so_far:
         asked, results = work.finished(asked, out)
     else:
