@@ -81,8 +81,9 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "2,4", "--budget", "3avg", "--out", out]
     arguments += ["--tokens", "256", "--sequence-length", "64"]
-    code, _, err = in_process(*arguments, "--loss", "kl")
+    code, shown, err = in_process(*arguments, "--loss", "kl")
     assert code == 0, err
+    assert "divergence from full precision" in shown
     plan = coopq.Plan.load(out / "plan.json")
     assert plan.fingerprint["loss"] == "kl"
     (assignments, losses), _ = Journal.peek(RunFolder(tmp_path / "out-run").journal)

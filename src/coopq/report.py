@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # it imports torch
     from coopq.forecast import Forecast
 
 _MOST_COLUMNS = 8
+_LOSS_NAMES = {"nll": "calibration loss", "kl": "divergence from full precision on the calibration text"}
 _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
 
 
@@ -141,7 +142,7 @@ def plan_summary(plan: Plan) -> str:
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
-        f"calibration loss {predicted}, {measured} (nats per token); "
+        f"{_LOSS_NAMES[plan.config.get('loss', 'nll')]} {predicted}, {measured} (nats per token); "
         f"{'surrogate' if plan.fidelity else 'solver'}: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
         f"{_evidence(plan)}{_fidelity(plan)}"
     )
