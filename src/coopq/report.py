@@ -136,13 +136,15 @@ def plan_summary(plan: Plan) -> str:
     """Sizes, losses and proof of a plan, and how sure the choice is, in two to four lines."""
     deployed = f"; deployed by {plan.deployment['name']}, not by what was measured" if plan.deployment else ""
     measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
-    if plan.saved_loss is not None:
-        measured += f" on the bank's weights, {plan.saved_loss:.4f} on the saved model's"
+    loss = plan.config.get("loss", "nll")
+    if plan.saved_loss is not None:  # always a likelihood
+        what = "" if loss == "nll" else "negative log-likelihood "
+        measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
     predicted = "not predicted" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted"
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
-        f"{_LOSS_NAMES[plan.config.get('loss', 'nll')]} {predicted}, {measured} (nats per token); "
+        f"{_LOSS_NAMES[loss]} {predicted}, {measured} (nats per token); "
         f"{'surrogate' if plan.fidelity else 'solver'}: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
         f"{_evidence(plan)}{_fidelity(plan)}"
     )
