@@ -77,7 +77,7 @@ class Plan:
             what it knew from before.
         layer_forwards_unshared: The same without sharing prefixes.
         deployment: Backend and options, where they are not those that the losses were measured with.
-        saved_loss: Negative log-likelihood of the model as saved, for backends whose mixed weights are not the bank's (gptq).
+        saved_loss: Negative log-likelihood of the model as saved, where mixed weights are not the bank's (gptq).
         runner_up: Bits of each player in the best other assignment that the method measured; None if it measured none.
         evidence: How sure the choice is; None until it is measured.
         max_loss: The limit on the loss that was asked for instead of a budget, nats per token.
