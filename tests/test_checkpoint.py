@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import coopq
 from coopq.backends import get_backend
-from coopq.bank import WeightBank
+from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import fingerprint_saved, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
 from coopq.errors import ModelError, OutputError, PlanError
@@ -21,6 +21,7 @@ from coopq.plan import Plan
 from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import WEIGHT_ONLY
+from coopq.types import UNTOUCHED
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for
 
@@ -29,6 +30,7 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     config = plan.config
     backend = get_backend(config["backend"], group_size=config["group_size"])
     players = find_players(loaded.model, config["granularity"])
+    round_untouched(loaded, players, plan.assignment)
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build(sorted(set(plan.assignment)))
     engine = PrefixEngine(loaded.model, bank, tokens)
@@ -59,14 +61,17 @@ def test_the_saved_model_has_the_banks_loss_and_the_predicted_bytes(backend: str
 @pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_linear_layers_of_widths_of_their_own_ship_as_measured(backend: str, stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
-    bits = np.random.default_rng(0).choice([2, 4, 8], size=35).tolist()
+    bits = np.random.default_rng(0).choice([2, 4, 8, UNTOUCHED], size=35).tolist()
     plan = plan_for(loaded.model, backend, None, bits, "linear")
     tokens = np.array([loaded.tokenizer.encode("Once upon a time there was a little girl who had a red ball. " * 3)])
     measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
     np.testing.assert_allclose(saved, measured, atol=1e-5)
     sizes = get_backend(backend)
     shapes = {linear.name: linear.shape for player in find_players(loaded.model) for linear in player.linears}
-    expected = sum(sizes.storage_bytes(shape, width) for shape, width in zip(shapes.values(), bits, strict=True))
+    expected = sum(
+        2 * shape[0] * shape[1] if width == UNTOUCHED else sizes.storage_bytes(shape, width)
+        for shape, width in zip(shapes.values(), bits, strict=True)
+    )
     assert saved_bytes(tmp_path / "saved") == expected
 
 
@@ -79,7 +84,7 @@ def test_every_architecture_is_saved_and_loaded(name: str, granularity: str, tmp
             torch.nn.init.normal_(parameter)
     loaded = LoadedModel(model, Tokenizer(), torch.float32)
     n_players = len(find_players(model, granularity))
-    plan = plan_for(model, "rtn", 16, [[3, 8, 4][player % 3] for player in range(n_players)], granularity)
+    plan = plan_for(model, "rtn", 16, [[3, 8, UNTOUCHED][player % 3] for player in range(n_players)], granularity)
     measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, np.random.default_rng(0).integers(3, 97, (4, 24)))
     np.testing.assert_allclose(saved, measured, rtol=1e-5)
 

@@ -10,7 +10,7 @@ import transformers as hf
 
 import coopq
 from coopq.backends import get_backend
-from coopq.bank import WeightBank
+from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
 from coopq.models import LoadedModel
@@ -60,10 +60,11 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(name: str, granula
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 97, size=(3, 16))
     loaded, backend = LoadedModel(model, Tokenizer(), torch.float32), get_backend("rtn", group_size=16)
+    assert round_untouched(loaded, players, (UNTOUCHED,))
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build((3, 8))
     points = rng.choice([3, 8, UNTOUCHED], size=(6, len(players))).astype(np.int8)
-    points[0] = rng.choice([3, 8], size=len(players))
+    points[0] = [(3, UNTOUCHED, 8)[player.block] for player in players]
     measured = {point.tobytes(): losses for point, losses, _ in PrefixEngine(model, bank, tokens).evaluate(points)}
     for point in points:
         for index, bits in enumerate(point):
@@ -74,9 +75,10 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(name: str, granula
     save_model(loaded, plan, backend, None, tmp_path / "saved")
     assert saved_bytes(tmp_path / "saved") == plan.bytes
     again = coopq.load(tmp_path / "saved", device="cpu")
-    assert again.model.layers[0].mlp.experts.gate_up_proj.numel() == 0, "nothing is dequantised but in a forward"
+    sizes = [layer.mlp.experts.gate_up_proj.numel() for layer in again.model.layers]
+    assert sizes == [0, experts.numel(), 0], "nothing is dequantised but in a forward"
     np.testing.assert_allclose(np.concatenate(list(model_nll(again, tokens))), measured[points[0].tobytes()], rtol=1e-5)
-    assert again.model.layers[0].mlp.experts.gate_up_proj.numel() == 0
+    assert [layer.mlp.experts.gate_up_proj.numel() for layer in again.model.layers] == sizes
 
 
 def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = load_model(source, device="cpu")
     tokens = calibration_set(CalibrationConfig(sequences=4, length=128), loaded.tokenizer).tokens
-    plan = plan_for(loaded.model, backend, None, [6, 2, 3, 4, 5, 6, 8, 2, 3, 4, 5, 6, 8], embeddings=True)
+    plan = plan_for(loaded.model, backend, None, [6, 2, 3, 4, 5, 6, 8, 2, 3, 4, 5, 16, 8], embeddings=True)
     plan = replace(
         plan,
         config={**plan.config, "model": source},
@@ -225,7 +225,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(STORIES), torch.float32)
-    plan = plan_for(model, "gptq", 32, [2, 4, 4, 2, 4, 2, 2, 4], "fused")
+    plan = plan_for(model, "gptq", 32, [2, 4, 16, 2, 4, 16, 2, 4], "fused")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 64))
     return save_model(loaded, plan, get_backend("gptq", group_size=32), tokens, folder / "saved"), folder / "saved"
 
@@ -243,12 +243,12 @@ def test_transformers_loads_compressed_tensors_with_the_same_weights(
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=1e-3, atol=1e-3)
     backend, packed = get_backend(**plan.quantizer), read_saved(saved)[0]
-    for name, bits in plan.modules.items():
+    for name, bits in plan.quantized.items():
         weight = theirs.get_submodule(name).weight.detach()
         expected = backend.dequantize(packed[name], (weight.shape[0], weight.shape[1]), bits, torch.float32)
         torch.testing.assert_close(weight, expected, rtol=2e-3, atol=1e-6)
     groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
-    assert {name for group in groups.values() for name in group["targets"]} == set(plan.modules)
+    assert {name for group in groups.values() for name in group["targets"]} == set(plan.quantized)
     with pytest.raises(OutputError, match="is not empty"):
         export_model(saved, "compressed-tensors", out)
 
@@ -266,7 +266,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(out)!r}, dtype=torch.float16).eval()
 widths = {{name: module.bits for name, module in model.named_modules() if hasattr(module, "qweight")}}
-assert widths == {plan.modules!r}, widths
+assert widths == {plan.quantized!r}, widths
 with torch.no_grad():
     logits = model(load_file({str(tmp_path / "tokens.safetensors")!r})["tokens"]).logits.float()
 save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})

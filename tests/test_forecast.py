@@ -36,7 +36,7 @@ def test_a_skeleton_has_the_footprint_of_the_model() -> None:
 def test_the_bank_is_as_large_as_foreseen(tmp_path: Path) -> None:
     with open_workbench(CONFIG, tmp_path) as bench:
         expected = Footprint.of(bench.loaded.model, bench.players, CONFIG.calibration, "cpu").bank
-        weights = [bench.bank.quantized(player, bits) for player in range(5) for bits in (2, 4)]
+        weights = [bench.bank.weights(player, bits) for player in range(5) for bits in (2, 4)]
     assert sum(tensor.nbytes for of_player in weights for tensor in of_player.values()) == expected
 
 

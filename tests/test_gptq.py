@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,17 +25,18 @@ PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
-    """The main job with GPTQ: bank at 2 and 4 bits, a mixed plan, a saved checkpoint."""
+    """The main job with GPTQ: bank at 2 and 4 bits, some players as they are, a saved checkpoint."""
     stories = str(Path(__file__).parent / "data" / "stories260k")
     out = tmp_path_factory.mktemp("gptq") / "out"
     text = CalibrationConfig(sequences=4, length=128)
-    config = RunConfig(stories, backend="gptq", group_size=32, permutations=3, calibration=text, device="cpu")
-    return coopq.quantize(config, "3avg", out), out
+    settings: dict[str, Any] = {"backend": "gptq", "group_size": 32, "calibration": text, "device": "cpu"}
+    config = RunConfig(stories, **settings, between=(4,), high=16)
+    return coopq.quantize(config, "6avg", out, method="first-last"), out
 
 
 def test_the_saved_model_is_mixed_and_its_own_loss_is_reported(job: tuple[coopq.Plan, Path]) -> None:
     plan, out = job
-    assert set(plan.assignment) == {2, 4}
+    assert set(plan.assignment) == {2, 4, 16}
     assert plan.measured_loss is not None
     assert plan.saved_loss is not None
     assert coopq.Plan.load(out / "plan.json") == plan
@@ -42,11 +44,15 @@ def test_the_saved_model_is_mixed_and_its_own_loss_is_reported(job: tuple[coopq.
     assert plan.saved_loss == pytest.approx(plan.measured_loss, rel=0.1)
     assert saved_bytes(out) == plan.bytes
     rules = json.loads((out / "quantize_config.json").read_text())
-    assert (rules["bits"], *(rule["bits"] for rule in rules["dynamic"].values())).count(2) in (1, 7, 14, 21)
+    others = [bits for bits in plan.assignment if bits != rules["bits"]]
+    assert len(rules["dynamic"]) == 7 * len(others)
+    assert sum(rule.startswith("-") for rule in rules["dynamic"]) == 7 * others.count(16)
     tensors = load_file(out / "model.safetensors")
-    for player in plan.players:
-        for name in player.modules:
-            assert tensors[f"{name}.qweight"].shape[0] == -(-tensors[f"{name}.g_idx"].numel() * player.bits // 32)
+    for name, bits in plan.quantized.items():
+        assert tensors[f"{name}.qweight"].shape[0] == -(-tensors[f"{name}.g_idx"].numel() * bits // 32)
+    for name in plan.modules.keys() - plan.quantized.keys():
+        assert f"{name}.qweight" not in tensors
+        assert tensors[f"{name}.weight"].dtype == torch.float16
 
 
 def test_gptqmodel_loads_it_and_computes_the_same(job: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
@@ -78,7 +84,7 @@ save_file({{"ids": ids, "logits": logits, **weights}}, {str(tmp_path / "theirs.s
     backend = get_backend("gptq", group_size=32)
     plan = coopq.Plan.load(out / "plan.json")
     packed = load_file(out / "model.safetensors")
-    for name, bits in plan.modules.items():
+    for name, bits in plan.quantized.items():
         parts = {part: packed[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
         shape = (theirs[name].shape[0], theirs[name].shape[1])
         restored = backend.dequantize(parts, shape, bits, torch.float32)

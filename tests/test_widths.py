@@ -8,15 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import coopq
 from coopq.allocate import allocate, best_allocations
 from coopq.baselines import random_assignments
+from coopq.calibration import calibration_set
 from coopq.checkpoint import saved_bytes
+from coopq.engine import model_nll
 from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
 from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
+from coopq.models import load_model
 from coopq.program import QuadraticProgram, descend, local_optima, movable, neighbours, random_fill
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget, Storage
@@ -232,6 +237,33 @@ def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
     assert json.loads(again[1]) == json.loads(text)
     line = refused(*arguments[:5], "3.5avg", *TEXT, "--out", out, "--granularity", "fused")
     assert "another budget" in line
+
+
+def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", STORIES, "--bits", "2,16", "--budget", "8avg", *TEXT]
+    code, _, err = in_process(*arguments, "--out", out)
+    assert code == 0, err
+    plan = coopq.Plan.load(out / "plan.json")
+    assert set(plan.assignment) == {2, 16}
+    assert plan.bytes == saved_bytes(out) <= plan.budget_bytes
+    tensors = load_file(out / "quantized.safetensors")
+    untouched = next(name for name, bits in plan.modules.items() if bits == 16)
+    assert tensors[f"{untouched}.weight"].dtype == torch.float16
+    loaded = load_model(str(STORIES), device="cpu")
+    tokens = calibration_set(RunConfig.from_json(plan.config).calibration, loaded.tokenizer).tokens
+    saved = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean()
+    assert saved == pytest.approx(plan.measured_loss, abs=1e-5)
+    code, _, err = in_process("apply", out / "plan.json", "--out", tmp_path / "again")
+    assert code == 0, err
+    again = load_file(tmp_path / "again" / "quantized.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    code, _, err = in_process(*arguments[:5], "16avg", *TEXT, "--out", tmp_path / "whole")
+    assert code == 0, err
+    assert set(coopq.Plan.load(tmp_path / "whole" / "plan.json").assignment) == {16}
+    line = refused(*arguments[:3], "2,5", *arguments[4:], "--out", tmp_path / "other")
+    assert "backend 'rtn' has no 5 bits; it has 2, 3, 4, 8, and 16 for what stays as it is" in line
 
 
 def test_what_knows_two_widths_refuses_more(tmp_path: Path) -> None:

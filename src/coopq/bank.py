@@ -33,11 +33,30 @@ def measure_storage(players: Sequence[Player], backend: Backend, bits: Sequence[
         n_weights=tuple(player.n_weights for player in players),
         n_bytes={
             width: tuple(
-                sum(backend.storage_bytes(linear.shape, width) for linear in player.linears) for player in players
+                2 * player.n_weights
+                if width == UNTOUCHED
+                else sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)
+                for player in players
             )
             for width in bits
         },
     )
+
+
+def round_untouched(loaded: LoadedModel, players: Sequence[Player], widths: Sequence[int]) -> bool:
+    """Where players may stay untouched, and their checkpoint has 32 bits, let the model have what 16 store of them.
+
+    So what is measured is what is saved.
+
+    Returns:
+        Whether that was so.
+    """
+    if UNTOUCHED not in widths or loaded.checkpoint_dtype.itemsize == 2:
+        return False
+    for name in (linear.name for player in players for linear in player.linears):
+        weight = weight_of(loaded.model, name)
+        weight.data = weight.data.half().to(weight.dtype)
+    return True
 
 
 class WeightBank:
@@ -92,7 +111,7 @@ class WeightBank:
         """Make sure that all players are there at the widths `bits`.
 
         Args:
-            bits: The widths.
+            bits: The widths; there is nothing to do for `UNTOUCHED`.
             tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
             progress: Told of every player.
         Raises:
@@ -100,7 +119,9 @@ class WeightBank:
             ModelError: If a weight is not finite.
         """
         every = range(len(self.players))
-        missing = {width: [p for p in every if not self._path(p, width).exists()] for width in bits}
+        missing = {
+            width: [p for p in every if not self._path(p, width).exists()] for width in bits if width != UNTOUCHED
+        }
         if self._backend.whole_model:
             missing = {width: list(every) for width, players in missing.items() if players}
         total = sum(map(len, missing.values()))
@@ -119,16 +140,14 @@ class WeightBank:
 
     def set_player(self, player: int, bits: int) -> None:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
-        weights = self._originals if bits == UNTOUCHED else self.quantized(player, bits)
+        weights = self.weights(player, bits)
         for linear in self.players[player].linears:
             self._parameters[linear.name].data = weights[linear.name]
 
-    def originals(self, player: int) -> dict[str, Tensor]:
-        """The model's own weights of a player's linear layers, by name."""
-        return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
-
-    def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
-        """Dequantised weights of a player, by name; they must have been built."""
+    def weights(self, player: int, bits: int) -> dict[str, Tensor]:
+        """Weights of a player at `bits` by name, dequantised, or the model's own; they must have been built."""
+        if bits == UNTOUCHED:
+            return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
         if (player, bits) in self._weights:
             return self._weights[player, bits]
         device = str(self._originals[self.players[player].linears[0].name].device)

@@ -1,7 +1,7 @@
 """Quantized models on disk: packed weights as safetensors, everything else as JSON.
 
-    quantized.safetensors   packed weights of the players, and all other weights as they were;
-                            model.safetensors where the form is the library's own, as with gptq
+    quantized.safetensors   packed weights of the players, 16 bits of those left untouched, and all other weights as
+                            they were; model.safetensors where the form is the library's own, as with gptq
     plan.json               bits of each module, and how to read them
     config.json, tokenizer  as transformers writes them
 
@@ -71,15 +71,18 @@ def save_model(
         raise PlanError(
             f"the plan and the model differ in {', '.join(sorted(set(modules) ^ known))}; allocate it again"
         )
-    quantized = backend.quantize_model(loaded.model, loaded.tokenizer, modules, tokens)
-    for done, (name, packed) in enumerate(quantized):
-        progress("packing", done, len(modules))
+    quantized = plan.quantized
+    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, tokens) if quantized else ()
+    for done, (name, packed) in enumerate(packed_modules):
+        progress("packing", done, len(quantized))
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
-    progress("packing", len(modules), len(modules))
+    progress("packing", len(quantized), len(quantized))
+    kept = {name for name in modules if name not in quantized}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    n_bytes += sum(2 * weight_of(loaded.model, name).numel() for name in kept)
     if n_bytes != plan.bytes:
         raise PlanError(f"the plan's bits take {n_bytes} bytes, and it says {plan.bytes}; allocate it again")
-    tensors.update(_untouched(loaded, modules))
+    tensors.update(_untouched(loaded, quantized, kept))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         loaded.model.config.save_pretrained(folder)
@@ -121,7 +124,7 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     try:
         lacking = _load_untouched(model, tensors, packed)
         model.to(target)
-        for name, bits in plan.modules.items() if not lacking else ():
+        for name, bits in plan.quantized.items() if not lacking else ():
             weight = weight_of(model, name)
             shape = (weight[..., 0].numel(), weight.shape[-1])
             if sum(tensor.nbytes for tensor in packed[name].values()) != backend.storage_bytes(shape, bits):
@@ -162,11 +165,11 @@ def saved_plan(folder: Path) -> Plan:
 
 
 def read_saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """A saved model's packed tensors, by module and then by their names there, and all its other tensors."""
+    """A saved model's packed tensors, by module and then by their names there, and all that are not packed."""
     plan = saved_plan(folder)
     weights_file = folder / get_backend(**plan.quantizer).weights_file
     tensors = load_tensors(weights_file, way_out="save the model again")
-    packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.modules}
+    packed: dict[str, dict[str, Tensor]] = {name: {} for name in plan.quantized}
     for key in list(tensors):
         name, tensor_name = _split(key, packed)
         if name:
@@ -175,8 +178,11 @@ def read_saved(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Te
 
 
 def saved_bytes(folder: Path) -> int:
-    """Bytes of the quantized tensors that really lie in a saved model."""
-    return sum(tensor.nbytes for packed in read_saved(folder)[0].values() for tensor in packed.values())
+    """Bytes of the players' tensors that really lie in a saved model."""
+    packed, others = read_saved(folder)
+    kept = saved_plan(folder).modules.keys() - packed.keys()
+    n_bytes = sum(tensor.nbytes for of in packed.values() for tensor in of.values())
+    return n_bytes + sum(tensor.nbytes for name, tensor in others.items() if name.removesuffix(".weight") in kept)
 
 
 def fingerprint_saved(folder: Path) -> str:
@@ -198,18 +204,28 @@ def _split(key: str, modules: Container[str]) -> tuple[str, str]:
     return "", key
 
 
-def _untouched(loaded: LoadedModel, modules: dict[str, int]) -> dict[str, Tensor]:
-    """All weights but the players', each once, in the checkpoint's dtype where that loses nothing."""
+def _untouched(loaded: LoadedModel, quantized: Iterable[str], kept: Iterable[str]) -> dict[str, Tensor]:
+    """All weights but the quantized, each once, in the checkpoint's dtype where that loses nothing.
+
+    Args:
+        loaded: The model.
+        quantized: Modules that are packed.
+        kept: Players' modules that stay as they are; 16 bits are stored of them.
+    """
     tensors: dict[str, Tensor] = {}
     state = loaded.model.state_dict()
-    seen = {(weight.data_ptr(), weight.shape) for weight in (weight_of(loaded.model, name) for name in modules)}
+    seen = {(weight.data_ptr(), weight.shape) for weight in (weight_of(loaded.model, name) for name in quantized)}
+    halved = {weight_of(loaded.model, name).data_ptr() for name in kept}
     for name, tensor in state.items():
         if (tensor.data_ptr(), tensor.shape) in seen:
             continue
         seen.add((tensor.data_ptr(), tensor.shape))
         narrow = tensor.to(loaded.checkpoint_dtype) if tensor.is_floating_point() else tensor
-        lossless = torch.equal(narrow.to(tensor.dtype), tensor)
-        tensors[name] = (narrow if lossless else tensor).contiguous().cpu()
+        if tensor.data_ptr() in halved and narrow.dtype.itemsize > 2:
+            narrow = tensor.half()
+        if tensor.data_ptr() not in halved and not torch.equal(narrow.to(tensor.dtype), tensor):
+            narrow = tensor
+        tensors[name] = narrow.contiguous().cpu()
     return tensors
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from coopq.backends import get_backend
-from coopq.bank import WeightBank
+from coopq.bank import WeightBank, round_untouched
 from coopq.engine import PrefixEngine
 from coopq.errors import EstimationError, Mismatch
 from coopq.models import fingerprint_weights, load_model
@@ -65,6 +65,7 @@ class Worker:
             raise Mismatch(f"a worker found another model under {config.model!r}", ours, theirs, way_out)
         players = find_players(loaded.model, config.granularity, config.embeddings)
         backend = get_backend(**config.quantizer, bits=config.widths)
+        round_untouched(loaded, players, config.widths)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
         self._bank = WeightBank(folder, loaded, players, backend, weights)

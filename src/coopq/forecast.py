@@ -98,7 +98,8 @@ def forecast(config: RunConfig) -> Forecast:
     free = free_memory(config.device)
     loaded = load_model(config.model, dtype=config.dtype, device=config.device)
     players = find_players(loaded.model, config.granularity, config.embeddings)
-    footprint = Footprint.of(loaded.model, players, text, device.type, len(config.widths), diverges=config.loss == "kl")
+    n_widths, diverges = len(config.quantized_widths), config.loss == "kl"
+    footprint = Footprint.of(loaded.model, players, text, device.type, n_widths, diverges=diverges)
     footprint.check(free)
     vocabulary = loaded.model.config.get_text_config().vocab_size
     batch = min(batch_size(device.type, text.length), text.sequences)

@@ -70,7 +70,7 @@ class Footprint:
             players: Its players.
             calibration: The calibration text.
             device: Type of the device.
-            n_widths: Widths to choose from.
+            n_widths: Widths that weights are quantized to.
             diverges: Whether the loss is the divergence from full precision, whose distributions are kept.
         """
         text, itemsize = model.config.get_text_config(), model.dtype.itemsize

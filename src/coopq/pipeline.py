@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coopq.backends import get_backend
-from coopq.bank import measure_storage
+from coopq.bank import measure_storage, round_untouched
 from coopq.calibration import calibration_set
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.distributed import RayConfig
@@ -156,8 +156,9 @@ def apply(
             theirs,
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
+    players = find_players(loaded.model, config.granularity, config.embeddings)
+    round_untouched(loaded, players, config.widths)
     if plan.deployment is not None:
-        players = find_players(loaded.model, config.granularity, config.embeddings)
         plan = _resized(plan, measure_storage(players, quantizer, config.widths))
     tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.calibrated else None
     return save_model(loaded, plan, quantizer, tokens, out, progress)

@@ -19,7 +19,7 @@ from coopq.program import QuadraticProgram, paper_program
 from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
 from coopq.surrogate import Fidelity, best_surrogate
-from coopq.types import Assignment
+from coopq.types import UNTOUCHED, Assignment
 
 WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
 """Methods that read permutation walks; their plans are of one number and seed of walks."""
@@ -130,6 +130,11 @@ class Plan:
     def modules(self) -> dict[str, int]:
         """Bits of each linear module by its name in the model."""
         return {name: player.bits for player in self.players for name in player.modules}
+
+    @property
+    def quantized(self) -> dict[str, int]:
+        """The same without modules that stay as they are."""
+        return {name: bits for name, bits in self.modules.items() if bits != UNTOUCHED}
 
     def is_of_other_walks(self, config: RunConfig) -> bool:
         """Whether it was read off other walks than those of `config`."""

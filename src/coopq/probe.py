@@ -60,11 +60,11 @@ class Probe:
 
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
-        return self._bank.originals(player)
+        return self._bank.weights(player, UNTOUCHED)
 
     def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
         """The same, quantized and dequantised."""
-        return self._bank.quantized(player, bits)
+        return self._bank.weights(player, bits)
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states before and after each block, shape (n_sequences, length, width) both; two at a time."""

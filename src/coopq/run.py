@@ -23,7 +23,7 @@ from coopq.errors import Mismatch, RunError
 from coopq.estimators import ShapleyEstimate
 from coopq.files import write_json
 from coopq.storage import Storage
-from coopq.types import LinearLayer, Player
+from coopq.types import UNTOUCHED, LinearLayer, Player
 
 _FORMAT_VERSION = 1
 
@@ -98,6 +98,11 @@ class RunConfig:
     def widths(self) -> tuple[int, ...]:
         """The widths to choose from, ascending."""
         return (self.low, *self.between, self.high)
+
+    @property
+    def quantized_widths(self) -> tuple[int, ...]:
+        """Those that weights are quantized to."""
+        return tuple(width for width in self.widths if width != UNTOUCHED)
 
     @property
     def widths_text(self) -> str:

@@ -17,7 +17,7 @@ Losses: TypeAlias = npt.NDArray[np.float64]
 """Mean negative log-likelihood of each assignment, shape (n_assignments,), nats per token."""
 
 UNTOUCHED = 16
-"""The bit-width that stands for a player's original weights."""
+"""The bit-width that stands for a player's original weights, of which 16 bits are stored; all backends have it."""
 
 REMOVED = 0
 """The bit-width of a player that is left out: its block hands on what it gets. The pruning game's low width."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coopq.backends import Backend, get_backend
-from coopq.bank import WeightBank
+from coopq.bank import WeightBank, round_untouched
 from coopq.calibration import TokenSet, calibration_set, check_calibration
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
@@ -130,7 +130,12 @@ def open_workbench(
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)
         footprint = Footprint.of(
-            skeleton, players, config.calibration, device.type, len(config.widths), diverges=config.loss == "kl"
+            skeleton,
+            players,
+            config.calibration,
+            device.type,
+            len(config.quantized_widths),
+            diverges=config.loss == "kl",
         )
         free = free_memory(config.device)
         footprint.check(free)
@@ -156,6 +161,8 @@ def open_workbench(
         }
         if backend.calibrated:
             weights["fitted to"] = calibration.fingerprint
+        if round_untouched(loaded, players, config.widths):
+            weights["rounded to"] = "float16"
         fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": config.loss}
         # What belongs to another model refuses before anything is written over.
         with Journal(folder.journal, fingerprint):

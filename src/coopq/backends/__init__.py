@@ -4,6 +4,7 @@ import importlib
 
 from coopq.backends.base import Backend, Packed
 from coopq.errors import BackendError, UnsupportedBits, hint
+from coopq.types import UNTOUCHED
 
 __all__ = ["BACKENDS", "Backend", "Packed", "get_backend"]
 
@@ -42,9 +43,10 @@ def get_backend(
     module, _, attribute = BACKENDS[name].partition(":")
     backend_class: type[Backend] = getattr(importlib.import_module(module), attribute)
     for width in bits:
-        if width not in backend_class.bits:
+        if width not in (*backend_class.bits, UNTOUCHED):
             raise UnsupportedBits(
-                f"backend {name!r} has no {width} bits; it has {', '.join(map(str, backend_class.bits))}"
+                f"backend {name!r} has no {width} bits; it has {', '.join(map(str, backend_class.bits))}, and "
+                f"{UNTOUCHED} for what stays as it is"
             )
     given = {"act_order": act_order, "symmetric": symmetric}
     options = {option: value for option, value in given.items() if value is not None}

@@ -34,6 +34,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     bits: ClassVar[tuple[int, ...]]
+    """Widths that it quantizes to; `UNTOUCHED` is none of them, and needs no backend."""
     whole_model: ClassVar[bool] = False
     """Whether a layer's result depends on the others, so that all are quantized together."""
     calibrated: ClassVar[bool] = False
@@ -66,7 +67,7 @@ class Backend(ABC):
         Args:
             model: The model, in full precision.
             tokenizer: Its tokenizer.
-            bits: Width of each linear layer, by name.
+            bits: Width of each linear layer that is quantized, by name; all others stay as they are.
             tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
         Yields:
             Name and packed tensors of each layer, in the order of `bits`.
@@ -75,7 +76,11 @@ class Backend(ABC):
             yield name, self.quantize(weight_of(model, name).data.flatten(0, -2), width)
 
     def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
-        """Configuration that the library's own loader wants beside the weights; None where it has no such format."""
+        """Configuration that the library's own loader wants beside the weights; None where it has no such format.
+
+        Args:
+            bits: Width of each linear layer by name, those that stay `UNTOUCHED` included.
+        """
         return None
 
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from coopq.backends.base import Backend, Packed, PackedLinear
 from coopq.errors import BackendError
 from coopq.players import weight_of
+from coopq.types import UNTOUCHED
 
 _BATCH_SEQUENCES = 2
 
@@ -110,6 +111,8 @@ class GGMLBackend(Backend):
         """
         from gguf import GGMLQuantizationType
 
+        if bits == UNTOUCHED:
+            return GGMLQuantizationType.F16
         if columns % 32:
             raise BackendError(
                 f"backend {self.name!r} has no types for rows of {columns} weights: they come in blocks of 32 or 256"

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from coopq.backends.base import Backend, Packed, PackedLinear, check_group_size
 from coopq.errors import BackendError
+from coopq.players import find_players
 from coopq.tensors import load_tensors
+from coopq.types import UNTOUCHED
 
 _DEFAULT_GROUP_SIZE = 128
 _WORD = 32
@@ -81,7 +83,9 @@ class GPTQBackend(Backend):
             model.save_pretrained(folder / "model")
             tokenizer.save_pretrained(folder / "model")
             (folder / "tokens.json").write_text(json.dumps(tokens.tolist()), encoding="utf-8")
-            (folder / "settings.json").write_text(json.dumps(self._quantize_config(bits)), encoding="utf-8")
+            every = [linear.name for player in find_players(model) for linear in player.linears]
+            settings = self._quantize_config({name: bits.get(name, UNTOUCHED) for name in every})
+            (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
             request = {name: str(folder / name) for name in ("model", "out")}
             request |= {name: str(folder / f"{name}.json") for name in ("tokens", "settings")}
             request["dtype"] = str(model.dtype).removeprefix("torch.")
@@ -127,15 +131,21 @@ class GPTQBackend(Backend):
         words = -(-columns * bits // _WORD) * rows + groups * -(-rows * bits // _WORD)
         return 4 * words + 2 * groups * rows + 4 * columns
 
-    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
+    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
         """See `Backend.native_config`."""
+        if set(bits.values()) == {UNTOUCHED}:
+            return None
         form = {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False}
         return {**form, **self._quantize_config(bits)}
 
     def _quantize_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
-        """The library's configuration: the commonest width, and a rule for each module of another one."""
-        (common, _), *_ = Counter(bits.values()).most_common()
-        rules = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in bits.items() if width != common}
+        """The library's configuration: the commonest width, and a rule for each module of another one, or of none."""
+        (common, _), *_ = Counter(width for width in bits.values() if width != UNTOUCHED).most_common()
+        rules: dict[str, dict[str, int]] = {}
+        for name, width in bits.items():
+            if width != common:
+                whether, settings = ("-", {}) if width == UNTOUCHED else ("+", {"bits": width})
+                rules[f"{whether}:^{re.escape(name)}$"] = settings
         return {
             "bits": common,
             "group_size": self.group_size,

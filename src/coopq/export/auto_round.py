@@ -33,7 +33,7 @@ def export_auto_round(saved: Path, out: Path, *, progress: ProgressCallback = si
         # Groups are in order, so that their indices, which the form does not know, say nothing.
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if part != "g_idx"}
     progress("packing", len(packed), len(packed))
-    (common, _), *_ = Counter(plan.modules.values()).most_common()
+    (common, _), *_ = Counter(plan.quantized.values()).most_common()
     of_module = {"group_size": backend.group_size, "sym": True, "data_type": "int"}
     others = {name: {"bits": bits, **of_module} for name, bits in plan.modules.items() if bits != common}
     form = {"quant_method": _FORM, "packing_format": "auto_round:auto_gptq", "bits": common, **of_module}

@@ -15,6 +15,7 @@ from coopq.backends.gptq import GPTQBackend
 from coopq.checkpoint import read_saved
 from coopq.errors import ExportError
 from coopq.export.folder import begin, check_columns, write_folder
+from coopq.plan import Plan
 from coopq.players import fused_groups
 from coopq.types import ProgressCallback, silent
 
@@ -36,11 +37,11 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
     plan, backend = begin(saved, out, _FORM)
     check_fused(plan.modules)
     packed, tensors = read_saved(saved)
-    for done, (name, bits) in enumerate(plan.modules.items()):
-        progress("packing", done, len(plan.modules))
+    for done, (name, bits) in enumerate(plan.quantized.items()):
+        progress("packing", done, len(plan.quantized))
         tensors |= {f"{name}.{key}": tensor for key, tensor in _pack(backend, packed.pop(name), bits, name).items()}
-    progress("packing", len(plan.modules), len(plan.modules))
-    return write_folder(saved, out, tensors, _configuration(plan.modules, backend))
+    progress("packing", len(plan.quantized), len(plan.quantized))
+    return write_folder(saved, out, tensors, _configuration(plan, backend))
 
 
 def check_fused(widths: Mapping[str, int]) -> None:
@@ -71,21 +72,22 @@ def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: int, name: str)
     }
 
 
-def _configuration(modules: dict[str, int], backend: GPTQBackend) -> dict[str, Any]:
+def _configuration(plan: Plan, backend: GPTQBackend) -> dict[str, Any]:
     """What loaders read: the modules of each width, and everything else left as it is."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
     groups = {
         f"bits_{width}": QuantizationScheme(
-            targets=[name for name, bits in modules.items() if bits == width],
+            targets=[name for name, bits in plan.quantized.items() if bits == width],
             weights=QuantizationArgs(
                 num_bits=width, type="int", symmetric=True, strategy="group", group_size=backend.group_size
             ),
         )
-        for width in sorted(set(modules.values()))
+        for width in sorted(set(plan.quantized.values()))
     }
+    kept = [name for name in plan.modules if name not in plan.quantized]
     config = QuantizationConfig(
-        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=["lm_head"]
+        config_groups=groups, format="pack-quantized", quantization_status="compressed", ignore=["lm_head", *kept]
     )
     written: dict[str, Any] = config.model_dump(mode="json")
     return {"quant_method": _FORM, **written}

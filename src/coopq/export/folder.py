@@ -49,6 +49,8 @@ def begin(saved: Path, out: Path, form: str) -> tuple[Plan, GPTQBackend]:
     """
     plan = saved_plan(saved)
     backend = check_backend(get_backend(**plan.quantizer), form)
+    if not plan.quantized:
+        raise ExportError(f"{saved} has no quantized weights; engines load the model as it is")
     require_new_folder(out)
     return plan, backend
 

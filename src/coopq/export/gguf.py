@@ -81,9 +81,11 @@ def export_gguf(
             data, kind = tensor.data, tensor.tensor_type
             if tensor.name in modules:
                 name = modules[tensor.name]
-                order = _row_order(tensor, weight_of(loaded.model, name).data.flatten(0, -2), name)
-                data = packed[name]["blocks"].numpy()[order]
+                weight = weight_of(loaded.model, name).data.flatten(0, -2)
+                order = _row_order(tensor, weight, name)
                 kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
+                rows = packed[name]["blocks"] if name in packed else weight.half()
+                data = rows.cpu().numpy()[order]
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
