@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
+import openvino
 from coopq.backends import Backend, get_backend
 from coopq.backends.ggml import GGMLBackend, IQuants, column_importance
 from coopq.calibration import calibration_set
@@ -28,10 +29,12 @@ from coopq.export import export_model
 from coopq.export.gguf import predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
+from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
 from tests.llama_cpp import llama_cpp_text
+from tests.openvino import EXACT, openvino_nll, save_openvino
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -217,13 +220,17 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         predicted_bytes(plan)
 
 
+def random_llama() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
+
+
 @pytest.fixture(scope="module")
 def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     """A small random model saved by gptq; its rows are whole groups, as those of the story model are not."""
     folder = tmp_path_factory.mktemp("gptq")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
+    model = random_llama()
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(STORIES), torch.float32)
     plan = plan_for(model, "gptq", 32, [2, 4, 16, 2, 4, 16, 2, 4], "fused")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 64))
@@ -278,6 +285,75 @@ save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})
     with torch.no_grad():
         ours = coopq.load(saved, device="cpu")(tokens).logits
     torch.testing.assert_close(load_file(tmp_path / "theirs.safetensors")["logits"], ours, rtol=0.01, atol=0.01)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
+    """The reference Llama, and as OpenVINO has it in full precision."""
+    loaded, base = load_model(str(BENCHMARKS / "data" / "llama"), device="cpu"), tmp_path_factory.mktemp("openvino")
+    save_openvino(loaded.model, base)
+    (base / "tokenizer.json").write_text("as the base has it")
+    return loaded, base
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("backend", ["rtn", "hqq"])
+def test_openvino_computes_the_same_loss_at_every_width(
+    backend: str, llama: tuple[LoadedModel, Path], tmp_path: Path
+) -> None:
+    (loaded, base), (saved, out) = llama, (tmp_path / "saved", tmp_path / "out")
+    tokens = calibration_set(CalibrationConfig(sequences=2, length=64), loaded.tokenizer).tokens
+    plan = plan_for(loaded.model, backend, 64, [8, 2, 3, 4, 8, 16, 8, 2, 3, 4, 8, 16, 8], embeddings=True)
+    plan = replace(
+        plan,
+        config={**plan.config, "model": str(BENCHMARKS / "data" / "llama")},
+        fingerprint={**plan.fingerprint, "weights": fingerprint_weights(loaded.model)},
+    )
+    save_model(loaded, plan, get_backend(backend, group_size=64), None, saved)
+    n_bytes = export_model(saved, "openvino", out, base=base)
+    assert n_bytes == (out / "openvino_model.bin").stat().st_size
+    assert (out / "tokenizer.json").read_text() == "as the base has it"
+    ours, whole = (
+        np.concatenate(list(model_nll(of, tokens))) for of in (coopq.load(saved, device="cpu"), loaded.model)
+    )
+    np.testing.assert_allclose(openvino_nll(out, tokens, **EXACT), ours, atol=1e-4)
+    np.testing.assert_allclose(openvino_nll(out, tokens), ours, atol=0.03)
+    assert np.abs(ours - whole).min() > 0.03
+    graph = openvino.Core().read_model(out / "openvino_model.xml")
+    codes: dict[str, int] = {}
+    for node in graph.get_ops():
+        if node.get_type_name() == "Constant" and len(node.shape) == 3 and node.shape[2] == 64:
+            kind = node.get_element_type().to_string()
+            codes[kind] = codes.get(kind, 0) + int(np.prod(node.shape))
+    players = find_players(loaded.model, embeddings=True)
+    expected: dict[str, int] = {}
+    for player, bits in zip(players, plan.assignment, strict=True):
+        if bits != 16:
+            expected[f"u{bits}"] = expected.get(f"u{bits}", 0) + player.n_weights
+    assert codes == expected
+    with pytest.raises(ExportError, match=r"has no constant with the weights of model\..*cannot be the base"):
+        export_model(saved, "openvino", tmp_path / "other", base=out)
+    with pytest.raises(ExportError, match="--base: optimum-cli export openvino --model"):
+        export_model(saved, "openvino", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
+    saved, source, base = tmp_path / "saved", tmp_path / "model", tmp_path / "base"
+    random_llama().save_pretrained(source)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    loaded = load_model(str(source), device="cpu")
+    shutil.copytree(gptq[1], saved)
+    fingerprint = {**gptq[0].fingerprint, "weights": fingerprint_weights(loaded.model)}
+    replace(gptq[0], fingerprint=fingerprint).save(saved / "plan.json")
+    base.mkdir()
+    save_openvino(loaded.model, base)
+    with pytest.raises(Mismatch, match="was made for another model"):
+        export_model(saved, "openvino", tmp_path / "out", base=base, model=str(STORIES))
+    export_model(saved, "openvino", tmp_path / "out", base=base, model=str(source))
+    tokens = np.random.default_rng(0).integers(3, 500, size=(2, 32))
+    ours = np.concatenate(list(model_nll(coopq.load(saved, device="cpu"), tokens)))
+    np.testing.assert_allclose(openvino_nll(tmp_path / "out", tokens, **EXACT), ours, atol=1e-4)
 
 
 def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:

@@ -276,19 +276,23 @@ def apply(
 def export(
     saved: Annotated[Path, typer.Argument(help="A saved model.")],
     to: Annotated[
-        str, typer.Option(help="gguf (from ggml, ggml-iq), compressed-tensors, auto-round (both from gptq).")
+        str,
+        typer.Option(
+            help="gguf (from ggml, ggml-iq), openvino (rtn, hqq, gptq), compressed-tensors, auto-round (both gptq)."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The GGUF file to write, or the folder of another form.")],
     base: Annotated[
         Path | None,
         typer.Option(
-            help="gguf: the model in full precision, by llama.cpp's converter. (default: the model, if it is a .gguf)"
+            help="The model in full precision: for gguf, by llama.cpp's converter (default: the model, if it is a "
+            ".gguf); for openvino, a folder of optimum-cli."
         ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="gguf: where the plan's model is now.")] = None,
+    model: Annotated[str | None, typer.Option(help="gguf, openvino: where the plan's model is now.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a saved model in the form of an engine: for llama.cpp, or for vLLM and transformers."""
+    """Write a saved model in the form of an engine: llama.cpp, OpenVINO, vLLM or transformers."""
     from coopq.export import export_model
 
     quiet_libraries()

@@ -26,8 +26,8 @@ Embeddings = Annotated[
 Target = Annotated[
     str | None,
     typer.Option(
-        help="Form that the model will be exported to (gguf, compressed-tensors, auto-round): what that cannot hold is "
-        "refused at once; with gguf, a budget in bytes is that of the file."
+        help="Form that the model will be exported to (gguf, openvino, compressed-tensors, auto-round): what that "
+        "cannot hold is refused at once; with gguf, a budget in bytes is that of the file."
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="For --target gguf: the model in full precision as GGUF.")]

@@ -6,6 +6,7 @@ truth: the bank holds their dequantised form, a saved model holds them as they a
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -20,6 +21,21 @@ from coopq.players import weight_of
 
 Packed: TypeAlias = Mapping[str, Tensor]
 """The tensors that store one quantized weight, by their names in a saved model."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A weight as integers in groups along its rows: (codes - zeros) * scales.
+
+    Attributes:
+        codes: uint8, shape (out, groups, group_size).
+        zeros: uint8, or float16 where they are not whole, shape (out, groups, 1).
+        scales: Of 16 bits, shape (out, groups, 1).
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
 
 
 class Backend(ABC):
@@ -86,6 +102,14 @@ class Backend(ABC):
     @abstractmethod
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """The weight of shape (out, in) that `packed` stands for; `linear` computes with exactly this."""
+
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+        """The integers of a packed weight of shape (out, in), whose rows are whole groups.
+
+        Raises:
+            BackendError: If the backend's weights are of another form.
+        """
+        raise BackendError(f"weights of backend {self.name!r} are no integers in groups along rows")
 
     @abstractmethod
     def linear(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from coopq.backends.base import Backend, Packed, PackedLinear, check_group_size
+from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
 from coopq.errors import BackendError
 from coopq.players import find_players
 from coopq.tensors import load_tensors
@@ -117,6 +117,12 @@ class GPTQBackend(Backend):
         codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
         # The format stores zero points less one.
         return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
+
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+        """See `Backend.affine`; groups must be in order, as they are without act-order."""
+        codes, zeros = self.codes(packed, shape, bits)
+        groups = codes.T.reshape(shape[0], -1, self.group_size)
+        return Affine(groups.to(torch.uint8), zeros.T.unsqueeze(-1).to(torch.uint8), packed["scales"].T.unsqueeze(-1))
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coopq.backends.base import Backend, Packed, check_group_size
+from coopq.backends.base import Affine, Backend, Packed, check_group_size
 from coopq.errors import BackendError
 
 _DEFAULT_GROUP_SIZE = 64
@@ -60,6 +60,17 @@ class HQQBackend(Backend):
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         return self._quantizer.dequantize(packed["W_q"], self._meta(packed, shape, bits, dtype))
+
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+        """See `Backend.affine`."""
+        packing = self._quantizer.bit_to_packing[bits]
+        words = packed["W_q"].view(self._quantizer.unpack_view_dtype[packing])
+        n_groups = shape[0] * shape[1] // self.group_size  # 3 bits are padded
+        codes = self._quantizer.unpack[packing](words, dtype=torch.uint8)[:n_groups]
+        of_row = (shape[0], -1, 1)
+        return Affine(
+            codes.reshape(shape[0], -1, self.group_size), packed["zero"].view(of_row), packed["scale"].view(of_row)
+        )
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coopq.backends.base import Backend, Packed, PackedLinear, check_group_size
+from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
 
 _DEFAULT_GROUP_SIZE = 64
 _SMALLEST_SCALE = 2.0**-24
@@ -56,12 +56,16 @@ class RTNBackend(Backend):
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
-        scale = packed["weight_scale"].float().unsqueeze(-1)
-        n_groups = scale.numel()
-        zero = unpack_bits(packed["weight_zero"], bits, n_groups).reshape(scale.shape)
-        codes = unpack_bits(packed["weight_codes"], bits, n_groups * self.group_size)
-        groups = (codes.reshape(*scale.shape[:2], self.group_size).float() - zero.float()) * scale
+        of = self.affine(packed, shape, bits)
+        groups = (of.codes.float() - of.zeros.float()) * of.scales.float()
         return groups.reshape(shape[0], -1)[:, : shape[1]].to(dtype).contiguous()
+
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+        """See `Backend.affine`; here rows may be padded."""
+        scales = packed["weight_scale"].unsqueeze(-1)
+        zeros = unpack_bits(packed["weight_zero"], bits, scales.numel()).reshape(scales.shape)
+        codes = unpack_bits(packed["weight_codes"], bits, scales.numel() * self.group_size)
+        return Affine(codes.reshape(*scales.shape[:2], self.group_size), zeros, scales)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

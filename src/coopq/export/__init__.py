@@ -12,7 +12,7 @@ from coopq.run import RunConfig
 from coopq.storage import Storage
 from coopq.types import Player, ProgressCallback, silent
 
-FORMS = ("gguf", "compressed-tensors", "auto-round")
+FORMS = ("gguf", "openvino", "compressed-tensors", "auto-round")
 
 
 def export_model(
@@ -30,8 +30,8 @@ def export_model(
         saved: Folder of the saved model.
         form: One of `FORMS`.
         out: The file, or for the others the folder.
-        base: For "gguf": see `coopq.export.gguf.export_gguf`; so is `model`.
-        model: Where the plan's model is now.
+        base: For "gguf" and "openvino": the model in full precision in that form.
+        model: For these: where the plan's model is now.
         progress: Told of every step.
     Returns:
         Bytes of the file that holds the weights.
@@ -42,10 +42,14 @@ def export_model(
         from coopq.export.gguf import export_gguf
 
         return export_gguf(saved, out, base=base, model=model, progress=progress)
+    if form == "openvino":
+        from coopq.export.openvino import export_openvino
+
+        return export_openvino(saved, out, base=base, model=model, progress=progress)
     if form not in FORMS:
         raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
     if base is not None or model is not None:
-        raise ExportError(f"--base and --model are for gguf; {form} takes all from the saved model")
+        raise ExportError(f"--base and --model are for gguf and openvino; {form} takes all from the saved model")
     if form == "compressed-tensors":
         from coopq.export.compressed_tensors import export_compressed_tensors
 
@@ -72,6 +76,13 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
         from coopq.export.gguf import fixed_bytes
 
         fixed = fixed_bytes(config, [linear.name for player in players for linear in player.linears])
+    elif config.target == "openvino":
+        from coopq.export.folder import check_columns
+        from coopq.export.openvino import check_affine
+
+        group_size = check_affine(backend).settings["group_size"]
+        for linear in (linear for player in players for linear in player.linears):
+            check_columns(linear.name, linear.shape[1], group_size, config.target)
     elif config.target in FORMS:
         from coopq.export.compressed_tensors import check_fused
         from coopq.export.folder import check_backend, check_columns
