@@ -208,6 +208,8 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         ),
         ("ggfu", {}, "target 'ggfu' is unknown; did you mean 'gguf'"),
         ("compressed-tensors", {}, "--backend gptq --symmetric"),
+        ("openvino", {"backend": "quanto", "low": 2}, "not what backend 'quanto' makes"),
+        ("openvino", {}, "no whole groups of 64, as openvino wants"),
         ("compressed-tensors", {"backend": "gptq", "low": 2, "group_size": 4}, "--granularity fused, or block"),
         ("compressed-tensors", {"backend": "gptq", "low": 2, "granularity": "block"}, "no whole groups of 128"),
     ]

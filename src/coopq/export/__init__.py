@@ -76,22 +76,19 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
         from coopq.export.gguf import fixed_bytes
 
         fixed = fixed_bytes(config, [linear.name for player in players for linear in player.linears])
-    elif config.target == "openvino":
-        from coopq.export.folder import check_columns
-        from coopq.export.openvino import check_affine
-
-        group_size = check_affine(backend).settings["group_size"]
-        for linear in (linear for player in players for linear in player.linears):
-            check_columns(linear.name, linear.shape[1], group_size, config.target)
     elif config.target in FORMS:
         from coopq.export.compressed_tensors import check_fused
         from coopq.export.folder import check_backend, check_columns
+        from coopq.export.openvino import check_affine
 
-        backend = check_backend(backend, config.target)
+        if config.target == "openvino":
+            check_affine(backend)
+        else:
+            check_backend(backend, config.target)
         if config.target == "compressed-tensors":
             check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
         for linear in (linear for player in players for linear in player.linears):
-            check_columns(linear.name, linear.shape[1], backend.group_size, config.target)
+            check_columns(linear.name, linear.shape[1], backend.settings["group_size"], config.target)
     elif config.target is not None:
         raise ExportError(f"target {config.target!r} is unknown; {hint(config.target, FORMS)}")
     return replace(storage, fixed=fixed + cache_bytes(model, config.context or 0))
