@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
+from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.estimators import SPQE
 from coopq.forecast import works
 from coopq.memory import Footprint
 from coopq.models import LoadedModel
 from coopq.players import find_blocks, find_players
+from coopq.replay import batch_size
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.terminal import progress_bars
 

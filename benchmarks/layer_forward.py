@@ -24,10 +24,11 @@ from torch.nn import functional
 from by_cpu import write_section
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine, batch_size
+from coopq.engine import PrefixEngine
 from coopq.estimators import SPQE
 from coopq.models import load_model
 from coopq.players import find_players
+from coopq.replay import batch_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "layer_forward.md"
 LENGTH = 256

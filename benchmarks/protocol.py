@@ -23,10 +23,11 @@ from rich.progress import Progress
 from by_cpu import write_section
 from coopq.backends import get_backend
 from coopq.calibration import calibration_set
-from coopq.engine import BATCH_TOKENS, model_nll
+from coopq.engine import model_nll
 from coopq.estimators import SPQE
 from coopq.models import load_model, load_skeleton
 from coopq.players import find_players
+from coopq.replay import BATCH_TOKENS
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.workbench import open_workbench
 from main_job import bars_for

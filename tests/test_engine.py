@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from coopq import engine as engine_module
+from coopq import replay
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
@@ -279,6 +279,6 @@ def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkey
     bank = build(model, tmp_path)
     point = np.array([[2, 4, 2]], dtype=np.int8)
     ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
-    monkeypatch.setitem(engine_module.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
+    monkeypatch.setitem(replay.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)

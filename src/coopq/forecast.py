@@ -11,7 +11,7 @@ import torch
 
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine, batch_size, prefix_tree_size
+from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.estimators import SPQE, Search, Setting, run_search
 from coopq.estimators.active import descent, most_points
 from coopq.estimators.exact import MOST_PLAYERS
@@ -21,6 +21,7 @@ from coopq.methods import OF_TWO_WIDTHS, SEARCHES
 from coopq.models import load_model, pick_device
 from coopq.players import find_players
 from coopq.program import random_fill
+from coopq.replay import batch_size
 from coopq.run import RunConfig
 from coopq.testing import SteppedGame, SyntheticGame
 from coopq.types import Player

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from coopq.engine import batch_size, logit_bytes
 from coopq.errors import OutOfMemory
 from coopq.models import SHARDED, load_skeleton, pick_device
 from coopq.players import find_blocks
+from coopq.replay import batch_size, logit_bytes
 from coopq.run import CalibrationConfig
 from coopq.types import Player
 
