@@ -159,7 +159,7 @@ def check_schemes(interpreter: str, name: str) -> str:
     """Ask vLLM for its scheme of each fused layer of a model of 2, 4 and 8 bits."""
     form = "compressed-tensors"
     saved, plan = saved_model(name, "4avg", config_of(name, "gptq", (2, 4, 8), "fused", form))
-    chosen = asked(interpreter, SCHEMES, WORK / f"{name}-schemes.json", exported(saved, form))
+    chosen = asked(interpreter, SCHEMES, WORK / f"{name}-vllm-schemes.json", exported(saved, form))
     for layer, scheme in chosen.items():
         parent, _, last = layer.rpartition(".")
         bits = plan.modules[f"{parent}.{FUSED.get(last, last)}"]
@@ -173,7 +173,7 @@ def run_in_vllm(interpreter: str, name: str) -> tuple[list[str], str]:
     tokens, ours, whole = judged(name, saved)
     lines, version = [], ""
     for form, folder in (("compressed-tensors", exported(saved, "compressed-tensors")), ("gptq", saved)):
-        found = asked(interpreter, VLLM, WORK / f"{name}-{form}.json", folder, DTYPE, tokens, PROMPT)
+        found = asked(interpreter, VLLM, WORK / f"{name}-vllm-{form}.json", folder, DTYPE, tokens, PROMPT)
         theirs, version = np.array(found["nll"]).mean(axis=1), found["version"]
         apart = float(np.abs(theirs - ours).max())
         assert apart < min(0.01, np.abs(whole - ours).max() / 2), (theirs, ours, whole)
@@ -227,7 +227,7 @@ def openvino(interpreter: str) -> list[str]:
             saved, plan = saved_model(name, "4avg", config)
             folder = exported(saved, "openvino", base)
             tokens, ours, whole = judged(name, saved)
-            found = asked(interpreter, OPENVINO, WORK / f"{name}-{backend}.json", folder, tokens, PROMPT)
+            found = asked(interpreter, OPENVINO, WORK / f"{name}-openvino-{backend}.json", folder, tokens, PROMPT)
             version = found["version"]
             exact, plain = (float(np.abs(np.array(found[how]) - ours).max()) for how in ("exact", "plain"))
             assert exact < 1e-3, (found, ours)
