@@ -289,7 +289,7 @@ def _references(bench: Workbench, budgets: Sequence[Budget]) -> Iterator[tuple[s
     """What has no method: full precision, uniform widths, and random assignments that use up each budget."""
     config, n = bench.config, len(bench.players)
     yield "full precision", None, 0, uniform_assignment(n, UNTOUCHED)[None]
-    for bits in reversed(config.widths):
+    for bits in reversed(config.quantized_widths):
         yield "uniform", None, 0, uniform_assignment(n, bits)[None]
     for budget in budgets:
         limit = bench.storage.limit(budget, config.low, config.high)
