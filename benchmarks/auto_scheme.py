@@ -1,12 +1,13 @@
 """AutoRound's AutoScheme and the active search on the same models, budgets, tokens and weights.
 
-    python benchmarks/auto_scheme.py            # not run to its end yet; resumes
+    python benchmarks/auto_scheme.py            # an hour and a half on one core; resumes
 
 Players are linear layers, 2 or 4 bits, groups of 64. AutoScheme scores a layer by the gradient times the change of its
 output, and chooses under an average width; it runs in a process of its own. Ours gets what its choice came to as its
 budget. Both are deployed alike, by the backend rtn, and judged on WikiText-2. Writes docs/results/auto_scheme.md.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -119,10 +120,13 @@ def run(name: str, bars: Progress) -> list[str]:
 
 
 def main() -> None:
-    """All models."""
+    """Some models, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; all unless named")
+    models = parser.parse_args().models or MODELS
     WORK.mkdir(parents=True, exist_ok=True)
     with Progress() as bars:
-        rows = [row for name in MODELS for row in run(name, bars)]
+        rows = [row for name in models for row in run(name, bars)]
     lines = [
         "# AutoScheme and the active search",
         "",
