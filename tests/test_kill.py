@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from coopq import tensors
 from coopq.plan import Plan
 from tests.command_line import interruptible
 
@@ -81,12 +83,32 @@ def test_a_second_process_on_a_run_is_refused(stories: str, tmp_path: Path) -> N
     assert "is in use by another process" in errors
 
 
+def test_an_interrupt_waits_for_a_file_that_is_read(stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of it safetensors would make another error of the interrupt."""
+    finished: list[str] = []
+
+    def load_file(*_: object, **__: object) -> dict[str, torch.Tensor]:
+        signal.raise_signal(signal.SIGINT)
+        finished.append("read")
+        return {}
+
+    monkeypatch.setattr(tensors, "load_file", load_file)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tensors.load_tensors(Path(stories), way_out="")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert finished == ["read"]
+
+
 def test_an_interrupt_says_how_to_go_on(stories: str, tmp_path: Path) -> None:
     process = start(stories, tmp_path / "out")
     while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "run the same command again to go on" in errors
     assert "Traceback" not in errors

@@ -1,7 +1,11 @@
 """Tensors in safetensors files, with errors that say what to do."""
 
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +40,24 @@ def load_tensors(path: Path, device: str = "cpu", *, way_out: str) -> dict[str, 
         OutputError: If the file is damaged.
     """
     try:
-        return load_file(path, device=device)
+        with _interrupts_wait():
+            return load_file(path, device=device)
     except (SafetensorError, FileNotFoundError) as error:
         raise OutputError(f"{path} is damaged or missing ({error}); {way_out}") from error
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait until a file is read: safetensors turns it into errors that say nothing of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # it comes to the main thread alone, if at all
+        return
+    waiting: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            before(*waiting[0])
