@@ -52,8 +52,9 @@ def export_openvino(
     backend = check_affine(get_backend(**plan.quantizer))
     require_new_folder(out)
     if base is None or not (base / f"{_FILE}.xml").is_file():
+        lacking = "no base is given" if base is None else f"there is no {_FILE}.xml in {base}"
         raise ExportError(
-            f"there is no {_FILE}.xml in {base}; name a folder of the model in full precision with --base: "
+            f"{lacking}; name a folder of the model in full precision with --base: "
             f"optimum-cli export openvino --model {RunConfig.from_json(plan.config).model} --weight-format fp16 FOLDER"
         )
     library = _library()
