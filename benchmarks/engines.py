@@ -75,7 +75,7 @@ json.dump(chosen, open(out, "w"))
 """
 OPENVINO = """
 import json, sys
-import numpy, openvino_genai, torch
+import openvino_genai, torch
 from optimum.intel import OVModelForCausalLM
 folder, tokens, prompt, out = sys.argv[1:]
 tokens = torch.tensor(json.load(open(tokens)))

@@ -17,8 +17,9 @@ from coopq.backends import get_backend
 from coopq.backends.ggml import GGMLBackend
 from coopq.checkpoint import read_saved, saved_plan
 from coopq.errors import ExportError, Mismatch
+from coopq.export.source import load_source
 from coopq.files import atomic_file, require_space
-from coopq.models import fingerprint_weights, gguf_file, load_model
+from coopq.models import gguf_file
 from coopq.plan import Plan
 from coopq.players import weight_of
 from coopq.run import RunConfig
@@ -49,21 +50,12 @@ def export_gguf(
     plan = _plan(saved)
     backend = _ggml(plan.quantizer)
     assert backend is not None
-    source = model or RunConfig.from_json(plan.config).model
     reader = _reader(plan, base, model)
     modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
     size = predicted_bytes(plan, base=base, model=model)
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, size, str(out))
-    progress("loading the model", 0, 1)
-    loaded = load_model(source, dtype=plan.fingerprint["dtype"], device="cpu")
-    ours, theirs = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
-    if ours != theirs:
-        way_out = "name the plan's model with --model"
-        raise Mismatch(
-            f"the plan was made for another model than {source!r}", {"weights": ours}, {"weights": theirs}, way_out
-        )
-    progress("loading the model", 1, 1)
+    loaded = load_source(plan, model, progress)
     packed, _ = read_saved(saved)
     with atomic_file(out) as temporary:
         writer = gguf.GGUFWriter(temporary, _text(reader, "general.architecture"))
