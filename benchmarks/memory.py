@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from coopq.memory import Footprint
-from coopq.methods import terms_on
+from coopq.methods.scores import terms_on
 from coopq.models import load_skeleton
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig

@@ -8,7 +8,8 @@ import pytest
 
 from coopq.checkpoint import saved_bytes
 from coopq.estimators import Setting, run_estimator
-from coopq.methods import BELIEVERS, METHODS, SEARCHES, measure, plans_on
+from coopq.methods import METHODS, SEARCHES, measure, plans_on
+from coopq.methods.searches import BELIEVERS
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.testing import HIGH, LOW, SyntheticGame

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from coopq.backends import Backend, get_backend
 from coopq.bank import WeightBank, round_untouched
@@ -27,6 +28,7 @@ from coopq.sweep import LayerMajorEngine
 from coopq.types import Player, ProgressCallback, silent
 
 _log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,13 @@ class Workbench(Subject):
         """The game that searches play."""
         with self.game(self.calibration, self.folder.journal, stage, self.config.loss) as game:
             yield game
+
+    def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
+        """The items, with progress."""
+        for done, item in enumerate(items):
+            self.progress(stage, done, len(items))
+            yield item
+        self.progress(stage, len(items), len(items))
 
     @property
     def n_screening(self) -> int:
