@@ -7,13 +7,13 @@
 llama.cpp's mixes are made by its own llama-quantize, with an importance matrix of the same calibration tokens that ours
 is made from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and
 measured by the same engine on the same windows of WikiText-2. Writes docs/results/llama_mixes-MODEL-GRANULARITY.md.
+`demo` wants llama.cpp's own bindings (pip install llama-cpp-python): the fork errs on rows of 576 weights.
 """
 
 import argparse
 import struct
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -28,7 +28,7 @@ from coopq.calibration import calibration_set, wikitext2
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.engine import model_nll
 from coopq.export import export_model
-from coopq.export.llama_cpp import llama_cpp_nll
+from coopq.export.llama_cpp import llama_cpp_nll, llama_cpp_package
 from coopq.methods import measure, plans_on
 from coopq.models import gguf_file, load_model
 from coopq.players import GRANULARITIES, find_players
@@ -131,14 +131,15 @@ def run(name: str, granularity: str) -> list[str]:
         write_importance(importance, source, base, subject.calibration)
     loaded = load_model(source, device="cpu")
     tokens = wikitext2(loaded.tokenizer, WINDOW, subject.judge_tokens).tokens
-    # On some processors the fork multiplies some types wrongly in long batches: such numbers would be worth nothing.
+    # Where the engine computes some types wrongly, numbers would be worth nothing.
     own, theirs_own = (
         float(next(model_nll(loaded.model, tokens[:1]))[0]),
         llama_cpp_nll(base, tokens[:1], threads).mean(),
     )
     if abs(own - theirs_own) > 0.05:
         raise SystemExit(
-            f"error: of {base} llama.cpp computes a loss of {theirs_own:.3f} here, transformers of {own:.3f}"
+            f"error: of {base} {llama_cpp_package()} computes a loss of {theirs_own:.3f}, transformers of {own:.3f}; "
+            "run: pip install llama-cpp-python"
         )
     theirs = {kind: work / f"{kind}.gguf" for kind in subject.mixes}
     for kind, file in theirs.items():
@@ -174,7 +175,7 @@ def run(name: str, granularity: str) -> list[str]:
         f"active search by divergence on {subject.calibration.sequences} x {subject.calibration.length} tokens of",
         f"{Path(subject.calibration.source).name}, for all sizes together, as much work as",
         f"{plans[0].layer_forwards / n_blocks:,.0f} forwards of the model. Perplexities by llama.cpp",
-        f"(ik-llama-cpp-python {version('ik-llama-cpp-python')}) on {len(tokens)} windows of {WINDOW} tokens of",
+        f"({llama_cpp_package()}) on {len(tokens)} windows of {WINDOW} tokens of",
         f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
         f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}.",
         "",

@@ -46,9 +46,14 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.parametrize("granularity", ["block", "fused", "linear"])
+@pytest.mark.parametrize(
+    ("granularity", "quantizer"),
+    [("block", ("rtn", 16, 3)), ("fused", ("quanto", None, 2)), ("linear", ("hqq", 16, 3))],
+)
 @pytest.mark.parametrize("name", EXPERTS)
-def test_experts_are_measured_and_saved_as_they_are_quantized(name: str, granularity: str, tmp_path: Path) -> None:
+def test_experts_are_measured_and_saved_as_they_are_quantized(
+    name: str, granularity: str, quantizer: tuple[str, int | None, int], tmp_path: Path
+) -> None:
     model = tiny(name)
     players = find_players(model, granularity)
     inside = [linear.name.rpartition("layers.0.")[2] for p in players if p.block == 0 for linear in p.linears]
@@ -59,19 +64,20 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(name: str, granula
     assert sum(of.n_weights for p in players if p.block == 0 for of in p.linears) >= experts.numel()
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 97, size=(3, 16))
-    loaded, backend = LoadedModel(model, Tokenizer(), torch.float32), get_backend("rtn", group_size=16)
+    backend_name, group_size, low = quantizer
+    loaded, backend = LoadedModel(model, Tokenizer(), torch.float32), get_backend(backend_name, group_size=group_size)
     assert round_untouched(loaded, players, (UNTOUCHED,))
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
-    bank.build((3, 8))
-    points = rng.choice([3, 8, UNTOUCHED], size=(6, len(players))).astype(np.int8)
-    points[0] = [(3, UNTOUCHED, 8)[player.block] for player in players]
+    bank.build((low, 8))
+    points = rng.choice([low, 8, UNTOUCHED], size=(6, len(players))).astype(np.int8)
+    points[0] = [(low, UNTOUCHED, 8)[player.block] for player in players]
     measured = {point.tobytes(): losses for point, losses, _ in PrefixEngine(model, bank, tokens).evaluate(points)}
     for point in points:
         for index, bits in enumerate(point):
             bank.set_player(index, int(bits))
         np.testing.assert_allclose(measured[point.tobytes()], np.concatenate(list(model_nll(model, tokens))), rtol=1e-5)
     bank.restore()
-    plan = plan_for(model, "rtn", 16, points[0].tolist(), granularity)
+    plan = plan_for(model, backend_name, group_size, points[0].tolist(), granularity)
     save_model(loaded, plan, backend, None, tmp_path / "saved")
     assert saved_bytes(tmp_path / "saved") == plan.bytes
     again = coopq.load(tmp_path / "saved", device="cpu")

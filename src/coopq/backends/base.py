@@ -29,7 +29,7 @@ class Affine:
 
     Attributes:
         codes: uint8, shape (out, groups, group_size).
-        zeros: uint8, or float16 where they are not whole, shape (out, groups, 1).
+        zeros: uint8, or floats where they are not whole, shape (out, groups, 1).
         scales: Of 16 bits, shape (out, groups, 1).
     """
 
@@ -57,6 +57,8 @@ class Backend(ABC):
     """Whether weights are fitted to the calibration tokens."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights; not one that transformers would load by mistake."""
+    is_affine: bool = False
+    """Whether `affine` gives the integers of what it makes."""
 
     @abstractmethod
     def __init__(self, group_size: int | None = None, **options: Any) -> None: ...
@@ -130,7 +132,21 @@ class Backend(ABC):
         return {"name": self.name, "version": self.version, "settings": self.settings}
 
 
-class PackedLinear(nn.Module):
+class _PackedModule(nn.Module):
+    """A module that keeps a weight packed, as buffers."""
+
+    def __init__(self, backend: Backend, packed: Packed, bits: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._backend, self._bits, self._dtype = backend, bits, dtype
+        for name, tensor in packed.items():
+            self.register_buffer(name.replace(".", "/"), tensor)  # names of buffers have no dots
+
+    def _weight(self, shape: tuple[int, int]) -> Tensor:
+        packed = {name.replace("/", "."): tensor for name, tensor in self.named_buffers(recurse=False)}
+        return self._backend.dequantize(packed, shape, self._bits, self._dtype)
+
+
+class PackedLinear(_PackedModule):
     """A linear layer that dequantises its weight in each forward, for backends without a module of their own."""
 
     def __init__(
@@ -142,25 +158,20 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__()
-        self._backend, self._shape, self._bits, self._dtype = backend, shape, bits, dtype
+        super().__init__(backend, packed, bits, dtype)
         self.out_features, self.in_features = shape
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs W' + bias."""
-        packed = dict(self.named_buffers(recurse=False))
-        weight = self._backend.dequantize(packed, self._shape, self._bits, self._dtype)
-        return functional.linear(inputs, weight, self.bias)
+        return functional.linear(inputs, self._weight((self.out_features, self.in_features)), self.bias)
 
     def extra_repr(self) -> str:
         """Shape and width, for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self._bits}"
 
 
-class PackedEmbedding(nn.Module):
+class PackedEmbedding(_PackedModule):
     """An embedding that dequantises its weight in each forward.
 
     Args:
@@ -174,23 +185,19 @@ class PackedEmbedding(nn.Module):
     def __init__(
         self, embedding: nn.Embedding, backend: Backend, packed: Packed, bits: int, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        super().__init__(backend, packed, bits, dtype)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self._backend, self._bits, self._dtype = backend, bits, dtype
         embedding.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
         self._own = embedding
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of the weight, as the model's own embedding makes them."""
-        shape = (self.num_embeddings, self.embedding_dim)
-        weight = self._backend.dequantize(dict(self.named_buffers(recurse=False)), shape, self._bits, self._dtype)
+        weight = self._weight((self.num_embeddings, self.embedding_dim))
         rows: Tensor = functional_call(self._own, {"weight": weight}, (ids,))
         return rows
 
 
-class PackedExperts(nn.Module):
+class PackedExperts(_PackedModule):
     """Experts that are kept in one tensor, dequantised while their module computes.
 
     Args:
@@ -202,10 +209,8 @@ class PackedExperts(nn.Module):
     """
 
     def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._backend, self._shape, self._bits, self._dtype = backend, shape, bits, dtype
-        for name, tensor in packed.items():
-            self.register_buffer(name, tensor)
+        super().__init__(backend, packed, bits, dtype)
+        self._shape = shape
 
     def serve(self, module: nn.Module, attribute: str) -> None:
         """Let a module have its experts from here: its own tensor is let go."""
@@ -213,8 +218,7 @@ class PackedExperts(nn.Module):
         matrix = (self._shape[0] * self._shape[1], self._shape[2])
 
         def arrive(*_: Any) -> None:
-            packed = dict(self.named_buffers(recurse=False))
-            parameter.data = self._backend.dequantize(packed, matrix, self._bits, self._dtype).view(self._shape)
+            parameter.data = self._weight(matrix).view(self._shape)
 
         def leave(*_: Any) -> None:
             parameter.data = torch.empty(0, dtype=self._dtype)

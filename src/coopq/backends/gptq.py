@@ -53,6 +53,7 @@ class GPTQBackend(Backend):
             raise BackendError("backend 'gptq' needs the package gptqmodel; run: pip install 'coopq[gptq]'")
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
         self.act_order = act_order
+        self.is_affine = not act_order  # which puts groups out of order
         self.symmetric = symmetric
 
     @property
@@ -119,7 +120,7 @@ class GPTQBackend(Backend):
         return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
 
     def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
-        """See `Backend.affine`; groups must be in order, as they are without act-order."""
+        """See `Backend.affine`."""
         codes, zeros = self.codes(packed, shape, bits)
         groups = codes.T.reshape(shape[0], -1, self.group_size)
         return Affine(groups.to(torch.uint8), zeros.T.unsqueeze(-1).to(torch.uint8), packed["scales"].T.unsqueeze(-1))

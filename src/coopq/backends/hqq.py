@@ -26,6 +26,7 @@ class HQQBackend(Backend):
 
     name: ClassVar[str] = "hqq"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
         try:

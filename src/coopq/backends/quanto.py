@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coopq.backends.base import Backend, Packed
+from coopq.backends.base import Affine, Backend, Packed
 from coopq.errors import BackendError
 
 
@@ -25,6 +25,7 @@ class QuantoBackend(Backend):
 
     name: ClassVar[str] = "quanto"
     bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
         try:
@@ -74,6 +75,17 @@ class QuantoBackend(Backend):
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         return self._weight(packed, shape, bits, dtype).dequantize()
+
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+        """See `Backend.affine`."""
+        of_row = (shape[0], -1, 1)
+        scales = packed["weight._scale"].view(of_row)
+        if bits == 8:  # signed, and a row is a group
+            codes = packed["weight._data"].short() + 128
+            return Affine(codes.to(torch.uint8).unsqueeze(1), torch.full_like(scales, 128, dtype=torch.uint8), scales)
+        codes = self._weight(packed, shape, bits, torch.float32)._data.unpack().reshape(*scales.shape[:2], -1)
+        # It subtracts zero points times scales.
+        return Affine(codes, packed["weight._shift"].view(of_row).float() / scales.float(), scales)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

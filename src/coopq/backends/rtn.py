@@ -22,6 +22,7 @@ class RTNBackend(Backend):
 
     name: ClassVar[str] = "rtn"
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)

@@ -69,13 +69,13 @@ def check_backend(backend: Backend, form: str) -> GPTQBackend:
     return backend
 
 
-def check_columns(name: str, columns: int, group_size: int, form: str) -> None:
-    """Check that rows of a layer are whole groups.
+def check_columns(name: str, columns: int, group_size: int | str, form: str) -> None:
+    """Check that rows of a layer are whole groups; "auto" are whatever divides them.
 
     Raises:
         ExportError: If not.
     """
-    if columns % group_size:
+    if isinstance(group_size, int) and columns % group_size:
         raise ExportError(
             f"rows of {name} hold {columns} weights, no whole groups of {group_size}, as {form} wants; "
             "search with a --group-size that divides them"

@@ -1,11 +1,36 @@
-"""Losses of GGUF files by llama.cpp: by its fork in the package ik-llama-cpp-python, whose wheel needs no compiler."""
+"""Losses of GGUF files by llama.cpp: by its own bindings, or by those of a fork, whose wheel needs no compiler."""
 
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.errors import BackendError
+
+_OWN, _FORK = "llama-cpp-python", "ik-llama-cpp-python"
+_Logits = Callable[[list[int]], npt.NDArray[np.float32]]
+"""Of the tokens of a sequence, shape (length, vocabulary)."""
+
+
+def llama_cpp_package() -> str:
+    """Name and version of the package that computes: llama.cpp's own where it is installed.
+
+    The fork (0.1.5) was seen to err with Q4_1 and Q5_1 in rows of 576 weights.
+
+    Raises:
+        BackendError: If there is none.
+    """
+    for name in (_OWN, _FORK):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    raise BackendError(
+        f"losses by llama.cpp need a package; run: pip install {_OWN} (which is compiled), or {_FORK} (a fork)"
+    )
 
 
 def llama_cpp_nll(file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1) -> npt.NDArray[np.float64]:
@@ -22,29 +47,52 @@ def llama_cpp_nll(file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1)
     Raises:
         BackendError: If the package is missing.
     """
-    try:
-        from ik_llama_cpp import _ctypes_api as api
-        from ik_llama_cpp._internals import IkContext, IkModel
-    except ImportError as error:
-        raise BackendError(
-            f"losses by llama.cpp need a package ({error}); run: pip install ik-llama-cpp-python"
-        ) from error
-    n_sequences, length = tokens.shape
-    model = IkModel(str(file))
+    is_own = llama_cpp_package().startswith(_OWN)
+    logits_of = (_own if is_own else _fork)(str(file), tokens.shape[1], n_threads)
+    return np.stack([_losses(logits_of(sequence.tolist()), sequence) for sequence in tokens])
+
+
+def _losses(logits: npt.NDArray[np.float32], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    scores = logits[:-1].astype(np.float64)
+    most = scores.max(axis=1)
+    whole = most + np.log(np.exp(scores - most[:, None]).sum(axis=1))
+    of_next: npt.NDArray[np.float64] = scores[np.arange(len(scores)), sequence[1:]]
+    return whole - of_next
+
+
+def _own(file: str, length: int, n_threads: int) -> _Logits:
+    from llama_cpp import Llama
+
+    of_threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    model = Llama(file, n_ctx=length, n_batch=length, n_ubatch=length, **of_threads, logits_all=True, verbose=False)
+
+    def logits_of(sequence: list[int]) -> npt.NDArray[np.float32]:
+        model.reset()
+        model.eval(sequence)
+        logits: npt.NDArray[np.float32] = model.scores
+        return logits
+
+    return logits_of
+
+
+def _fork(file: str, length: int, n_threads: int) -> _Logits:
+    from ik_llama_cpp import _ctypes_api as api
+    from ik_llama_cpp._internals import IkContext, IkModel
+
+    model = IkModel(file)
     context = IkContext(model, n_ctx=length, n_threads=n_threads, flash_attn=False)
-    batch = api.llama_batch_init(length, 0, 1)
-    batch.n_tokens = length
-    losses = np.empty((n_sequences, length - 1))
-    for index, sequence in enumerate(tokens):
+
+    def logits_of(sequence: list[int]) -> npt.NDArray[np.float32]:
+        batch: Any = api.llama_batch_init(length, 0, 1)
+        batch.n_tokens = length
         context.kv_cache_clear()
         for position, token in enumerate(sequence):
-            batch.token[position], batch.pos[position], batch.logits[position] = int(token), position, 1
+            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
             batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
         assert context.decode(batch) == 0
-        for position in range(length - 1):
-            pointer = api.llama_get_logits_ith(context.ctx, position)
-            logits = np.ctypeslib.as_array(pointer, (model.n_vocab,)).astype(np.float64)
-            most = logits.max()
-            losses[index, position] = most + np.log(np.exp(logits - most).sum()) - logits[sequence[position + 1]]
-    api.llama_batch_free(batch)
-    return losses
+        rows = [api.llama_get_logits_ith(context.ctx, position) for position in range(length)]
+        logits = np.stack([np.ctypeslib.as_array(row, (model.n_vocab,)) for row in rows])
+        api.llama_batch_free(batch)
+        return logits
+
+    return logits_of

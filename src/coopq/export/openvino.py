@@ -14,9 +14,6 @@ from torch import Tensor
 
 from coopq.backends import Backend, get_backend
 from coopq.backends.base import Affine
-from coopq.backends.gptq import GPTQBackend
-from coopq.backends.hqq import HQQBackend
-from coopq.backends.rtn import RTNBackend
 from coopq.checkpoint import read_saved, saved_plan
 from coopq.errors import ExportError
 from coopq.export.folder import check_columns
@@ -84,11 +81,10 @@ def check_affine(backend: Backend) -> Backend:
     Raises:
         ExportError: If not.
     """
-    is_ordered = not isinstance(backend, GPTQBackend) or not backend.act_order
-    if not isinstance(backend, RTNBackend | HQQBackend | GPTQBackend) or not is_ordered:
+    if not backend.is_affine:
         raise ExportError(
             f"{_FORM} holds integers in groups along the rows, and not what backend {backend.name!r} makes with "
-            f"{backend.settings}; search with --backend rtn, hqq, or gptq --no-act-order"
+            f"{backend.settings}; search with --backend rtn, hqq, quanto, or gptq --no-act-order"
         )
     return backend
 
@@ -151,7 +147,8 @@ def _packed(weight: Affine, bits: int, name: str) -> Any:
     kind = getattr(types, f"u{bits}")
     # Whole zero points of 2 bits have no kernel on CPUs that compute in bfloat16 (seen in OpenVINO 2026.4).
     is_whole = weight.zeros.dtype == torch.uint8 and bits != 2
-    zeros = constant(weight.zeros, kind) if is_whole else constant(weight.zeros.half())
+    as_floats = weight.zeros if weight.zeros.dtype == torch.float32 else weight.zeros.half()
+    zeros = constant(weight.zeros, kind) if is_whole else constant(as_floats)
     codes, scales = constant(weight.codes, kind), constant(weight.scales.half())
     shifted = ops.subtract(ops.convert(codes, "f32"), ops.convert(zeros, "f32"))
     groups = ops.multiply(shifted, ops.convert(scales, "f32"))
