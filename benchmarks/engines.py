@@ -123,7 +123,8 @@ def config_of(name: str, backend: str, widths: tuple[int, ...], granularity: str
     low, *between, high = widths
     text = CalibrationConfig(sequences=4, length=256)
     settings: dict[str, Any] = {"granularity": granularity, "target": target, "calibration": text}
-    return RunConfig(str(DATA / name), backend, GROUP, low, high, between=tuple(between), **settings)
+    group_size = None if backend == "quanto" else GROUP  # which chooses its own
+    return RunConfig(str(DATA / name), backend, group_size, low, high, between=tuple(between), **settings)
 
 
 def exported(saved: Path, form: str, base: Path | None = None) -> Path:
@@ -222,7 +223,7 @@ def openvino(interpreter: str) -> list[str]:
             program = Path(interpreter).with_name("optimum-cli")
             task = ["--task", "text-generation-with-past", "--weight-format", "fp16"]
             run([program, "export", "openvino", "--model", DATA / name, *task, base])
-        for backend in ("rtn", "hqq", "gptq"):
+        for backend in ("rtn", "hqq", "quanto", "gptq"):
             config = config_of(name, backend, (2, 4, 8, 16), "linear", "openvino")
             saved, plan = saved_model(name, "4avg", config)
             folder = exported(saved, "openvino", base)
@@ -242,7 +243,7 @@ def openvino(interpreter: str) -> list[str]:
         "# Saved models in OpenVINO",
         "",
         f"Written by `python benchmarks/engines.py openvino PYTHON`: OpenVINO GenAI {version} on a CPU; reference",
-        f"models quantized in groups of {GROUP}, linear layers as players, by the scores of AutoQuantize; the base by",
+        f"models quantized in groups of {GROUP} (quanto: 128), linear layers as players, by the scores of AutoQuantize; the base by",
         f"Optimum. Losses of {WINDOWS} windows of {LENGTH} tokens of WikiText-2, nats per token: ours by `coopq.load`",
         "in float32; OpenVINO's by Optimum's OVModelForCausalLM in float32, and as OpenVINO computes by itself, in",
         "bfloat16 with activations of eight bits. Text by OpenVINO GenAI.",
