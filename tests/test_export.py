@@ -25,8 +25,7 @@ from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
 from coopq.engine import model_nll
 from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
-from coopq.export import export_model
-from coopq.export.gguf import predicted_bytes
+from coopq.export import export_model, predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
 from coopq.players import find_players
@@ -106,7 +105,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path, Pa
 def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq.Plan, Path, Path]) -> None:
     plan, _, file = demo
     assert set(plan.assignment) == {4, 8}
-    assert predicted_bytes(plan) == file.stat().st_size
+    assert predicted_bytes(plan, "gguf") == file.stat().st_size
     assert FILE - 2_000_000 < file.stat().st_size <= FILE, "less than raising a block further takes is left"
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     for player, bits in enumerate(plan.assignment):
@@ -164,7 +163,7 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
     save_model(loaded, plan, get_backend(backend), tokens, saved)
     file = tmp_path / "small.gguf"
     export_model(saved, "gguf", file, base=base)
-    assert file.stat().st_size == predicted_bytes(plan, base=base)
+    assert file.stat().st_size == predicted_bytes(plan, "gguf", base=base)
     with torch.no_grad():
         ours = np.concatenate(list(model_nll(coopq.load(saved, device="cpu"), tokens)))
     theirs, whole = (llama_cpp_nll(of, tokens).mean(axis=1) for of in (file, base))
@@ -223,13 +222,13 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
             coopq.quantize(other, "3.5avg", tmp_path / "other")
     plan = coopq.Plan.load(tmp_path / "saved" / "plan.json")
     with pytest.raises(ExportError, match=r"is no GGUF file.*--base: llama.cpp's convert_hf_to_gguf.py"):
-        predicted_bytes(plan)
+        predicted_bytes(plan, "gguf")
 
 
-def random_llama() -> Any:
+def random_llama(**settings: Any) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape, **settings)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +240,22 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     plan = plan_for(model, "gptq", 32, [2, 4, 16, 2, 4, 16, 2, 4], "fused")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 64))
     return save_model(loaded, plan, get_backend("gptq", group_size=32), tokens, folder / "saved"), folder / "saved"
+
+
+@pytest.mark.parametrize(
+    ("form", "tied", "limit"), [("compressed-tensors", False, 225_000), ("auto-round", True, 115_000)]
+)
+def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool, limit: int, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    random_llama(tie_word_embeddings=tied).to(torch.float16).save_pretrained(source)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    calibration = CalibrationConfig(sequences=1, length=32)
+    settings: dict[str, Any] = {"low": 2, "between": (4,), "high": 16, "group_size": 32, "granularity": "fused"}
+    config = RunConfig(str(source), "gptq", calibration=calibration, target=form, **settings)
+    plan = coopq.quantize(config, f"{limit}B", tmp_path / "saved", run=tmp_path / "run", method="auto-quantize")
+    n_bytes = export_model(tmp_path / "saved", form, tmp_path / "out")
+    assert n_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size == predicted_bytes(plan, form)
+    assert limit - 8_000 < n_bytes <= limit, "less than raising a player further takes is left"
 
 
 def test_transformers_loads_compressed_tensors_with_the_same_weights(

@@ -132,6 +132,16 @@ def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, 
     return folder, config, pick_dtype(dtype, device, _checkpoint_dtype(config))
 
 
+def checkpoint_dtype(source: str) -> torch.dtype:
+    """The dtype of a model's checkpoint, as its configuration says.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    with _naming(source):
+        return _checkpoint_dtype(AutoConfig.from_pretrained(_local_folder(source), trust_remote_code=False))
+
+
 def _checkpoint_dtype(config: Any) -> torch.dtype:
     dtype: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
     return dtype

@@ -8,6 +8,8 @@ from typing import Any
 from coopq.backends import Backend
 from coopq.bank import measure_storage
 from coopq.errors import ExportError, hint
+from coopq.export.folder import Layout, check_backend, check_columns, fixed_bytes
+from coopq.plan import Plan
 from coopq.run import RunConfig
 from coopq.storage import Storage
 from coopq.types import Player, ProgressCallback, silent
@@ -59,6 +61,33 @@ def export_model(
     return export_auto_round(saved, out, progress=progress)
 
 
+def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: str | None = None) -> int:
+    """Bytes of the file that holds the weights of a plan in the form of an engine, before it is written.
+
+    Args: as for `export_model`.
+    Raises:
+        ExportError: If the form is unknown, cannot hold the model, or its sizes are not foretold: OpenVINO stores equal
+            constants once.
+    """
+    if form == "gguf":
+        from coopq.export import gguf
+
+        return gguf.predicted_bytes(plan, base=base, model=model)
+    from coopq.export import folder
+
+    return folder.predicted_bytes(plan, form, _layout(form), model=model)
+
+
+def _layout(form: str) -> Layout:
+    """Shapes of the tensors of a form."""
+    from coopq.export import auto_round, compressed_tensors
+
+    layouts = {"compressed-tensors": compressed_tensors.layout, "auto-round": auto_round.layout}
+    if form not in layouts:
+        raise ExportError(f"sizes of form {form!r} are not foretold, those of gguf, {', '.join(layouts)} are")
+    return layouts[form]
+
+
 def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backend: Backend) -> Storage:
     """Sizes of the players, and what else budgets in bytes have to hold; what the target cannot hold is refused.
 
@@ -73,18 +102,18 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
     """
     storage, fixed = measure_storage(players, backend, config.widths), 0
     if config.target == "gguf":
-        from coopq.export.gguf import fixed_bytes
+        from coopq.export import gguf
 
-        fixed = fixed_bytes(config, [linear.name for player in players for linear in player.linears])
+        fixed = gguf.fixed_bytes(config, [linear.name for player in players for linear in player.linears])
     elif config.target in FORMS:
         from coopq.export.compressed_tensors import check_fused
-        from coopq.export.folder import check_backend, check_columns
         from coopq.export.openvino import check_affine
 
         if config.target == "openvino":
             check_affine(backend)
         else:
-            check_backend(backend, config.target)
+            gptq = check_backend(backend, config.target)
+            fixed = fixed_bytes(config, model, players, gptq, _layout(config.target))
         if config.target == "compressed-tensors":
             check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
         for linear in (linear for player in players for linear in player.linears):

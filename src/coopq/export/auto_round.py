@@ -6,6 +6,9 @@ transformers reads GPTQ's own configuration as if all modules had one width.
 from collections import Counter
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from coopq.checkpoint import read_saved
 from coopq.export.folder import begin, check_columns, write_folder
 from coopq.types import ProgressCallback, silent
@@ -38,3 +41,14 @@ def export_auto_round(saved: Path, out: Path, *, progress: ProgressCallback = si
     others = {name: {"bits": bits, **of_module} for name, bits in plan.modules.items() if bits != common}
     form = {"quant_method": _FORM, "packing_format": "auto_round:auto_gptq", "bits": common, **of_module}
     return write_folder(saved, out, tensors, form | {"extra_config": others})
+
+
+def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
+    """A module's tensors without storage."""
+    rows, columns = shape
+    groups = columns // group_size
+    return {
+        "qweight": torch.empty(-(-columns * bits // 32), rows, dtype=torch.int32, device="meta"),
+        "qzeros": torch.empty(groups, -(-rows * bits // 32), dtype=torch.int32, device="meta"),
+        "scales": torch.empty(groups, rows, dtype=torch.float16, device="meta"),
+    }

@@ -58,6 +58,16 @@ def check_fused(widths: Mapping[str, int]) -> None:
             )
 
 
+def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
+    """A module's tensors without storage; their shapes and dtypes are those of `_pack`."""
+    rows, columns = shape
+    return {
+        "weight_packed": torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32, device="meta"),
+        "weight_scale": torch.empty(rows, columns // group_size, dtype=torch.float16, device="meta"),
+        "weight_shape": torch.empty(2, dtype=torch.int64, device="meta"),
+    }
+
+
 def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: int, name: str) -> dict[str, Tensor]:
     """One module's tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
