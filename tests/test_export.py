@@ -32,6 +32,7 @@ from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
+from tests.command_line import coopq as command
 from tests.llama_cpp import llama_cpp_text
 from tests.openvino import EXACT, openvino_nll, save_openvino
 
@@ -249,12 +250,14 @@ def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool
     source = tmp_path / "model"
     random_llama(tie_word_embeddings=tied).to(torch.float16).save_pretrained(source)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
-    calibration = CalibrationConfig(sequences=1, length=32)
-    settings: dict[str, Any] = {"low": 2, "between": (4,), "high": 16, "group_size": 32, "granularity": "fused"}
-    config = RunConfig(str(source), "gptq", calibration=calibration, target=form, **settings)
-    plan = coopq.quantize(config, f"{limit}B", tmp_path / "saved", run=tmp_path / "run", method="auto-quantize")
+    tokens = ["--tokens", "32", "--sequence-length", "32"]
+    quantizer = ["--backend", "gptq", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
+    what = ["--budget", f"{limit}B", "--target", form, "--method", "auto-quantize", "--json"]
+    where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
+    code, out, _ = command("quantize", source, *quantizer, *tokens, *what, *where)
+    assert code == 0
     n_bytes = export_model(tmp_path / "saved", form, tmp_path / "out")
-    assert n_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size == predicted_bytes(plan, form)
+    assert n_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size == json.loads(out)["exported_bytes"]
     assert limit - 8_000 < n_bytes <= limit, "less than raising a player further takes is left"
 
 

@@ -135,6 +135,7 @@ def quantize(
     )
     config = screened(config, screen_tokens)
     from coopq import pipeline
+    from coopq.export import FORETOLD, predicted_bytes
 
     quiet_libraries()
     with progress_bars() as progress:
@@ -151,7 +152,12 @@ def quantize(
             ray=ray_config(ray_address, workers),
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
-    print_result(plan_data(plan) | {"out": str(out)}, text, as_json)
+    data = plan_data(plan) | {"out": str(out)}
+    if target in FORETOLD:
+        exported = predicted_bytes(plan, target, base=None if base is None else Path(base))
+        text += f"; {exported:,} bytes once exported to {target}"
+        data["exported_bytes"] = exported
+    print_result(data, text, as_json)
 
 
 @app.command()

@@ -8,13 +8,15 @@ from typing import Any
 from coopq.backends import Backend
 from coopq.bank import measure_storage
 from coopq.errors import ExportError, hint
-from coopq.export.folder import Layout, check_backend, check_columns, fixed_bytes
+from coopq.export.folder import Layout, check_backend, check_columns, fixed_bytes, folder_bytes
 from coopq.plan import Plan
 from coopq.run import RunConfig
 from coopq.storage import Storage
 from coopq.types import Player, ProgressCallback, silent
 
-FORMS = ("gguf", "openvino", "compressed-tensors", "auto-round")
+FORETOLD = ("gguf", "compressed-tensors", "auto-round")
+"""Forms whose sizes are known before they are written; OpenVINO stores equal constants once."""
+FORMS = (*FORETOLD, "openvino")
 
 
 def export_model(
@@ -66,16 +68,13 @@ def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: s
 
     Args: as for `export_model`.
     Raises:
-        ExportError: If the form is unknown, cannot hold the model, or its sizes are not foretold: OpenVINO stores equal
-            constants once.
+        ExportError: If the form is none of `FORETOLD`, or cannot hold the model.
     """
     if form == "gguf":
         from coopq.export import gguf
 
         return gguf.predicted_bytes(plan, base=base, model=model)
-    from coopq.export import folder
-
-    return folder.predicted_bytes(plan, form, _layout(form), model=model)
+    return folder_bytes(plan, form, _layout(form), model=model)
 
 
 def _layout(form: str) -> Layout:
@@ -84,7 +83,7 @@ def _layout(form: str) -> Layout:
 
     layouts = {"compressed-tensors": compressed_tensors.layout, "auto-round": auto_round.layout}
     if form not in layouts:
-        raise ExportError(f"sizes of form {form!r} are not foretold, those of gguf, {', '.join(layouts)} are")
+        raise ExportError(f"sizes of form {form!r} are not foretold; {hint(form, FORETOLD)}")
     return layouts[form]
 
 

@@ -49,7 +49,7 @@ Layout: TypeAlias = Callable[[tuple[int, int], int, int], dict[str, Tensor]]
 """Tensors without storage of a module of shape (out, in), of its bits and group size."""
 
 
-def predicted_bytes(plan: Plan, form: str, layout: Layout, *, model: str | None = None) -> int:
+def folder_bytes(plan: Plan, form: str, layout: Layout, *, model: str | None = None) -> int:
     """Bytes of the weights' file that a plan will be exported to, from the plan and the model's configuration alone.
 
     Args:
