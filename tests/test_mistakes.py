@@ -92,6 +92,12 @@ def test_bad_options(options: list[str], message: str, tmp_path: Path, stories: 
     assert not (tmp_path / "out-run" / "journal.jsonl").exists(), "refused before anything is measured"
 
 
+def test_judging_windows_that_are_too_long(tmp_path: Path, stories: str) -> None:
+    said = refused("compare", stories, "--judge-length", "600", "--budget", "3avg", "--run", tmp_path / "run", *FAST)
+    assert "sequences of 600 tokens exceed the model's 512 positions" in said
+    assert not (tmp_path / "run" / "bank").exists(), "refused before anything is quantized"
+
+
 def test_after_a_mistake_the_same_folder_works(tmp_path: Path, stories: str) -> None:
     out = tmp_path / "out"
     refused("quantize", "no-such/model", "--budget", "3avg", "--out", out, *FAST)

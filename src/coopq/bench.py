@@ -217,7 +217,12 @@ def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCa
     bank = None if calibrated else folder / "bank"
     stage = f"{case.name}, seed {seed}: "
     with open_workbench(
-        config, folder / f"seed{seed}", lambda what, *counts: progress(stage + what, *counts), check=check, bank=bank
+        config,
+        folder / f"seed{seed}",
+        lambda what, *counts: progress(stage + what, *counts),
+        check=check,
+        bank=bank,
+        judge_length=bench.judge_length,
     ) as bench_:
         result = _compare(bench_, bench, case, seed)
     file.parent.mkdir(exist_ok=True)

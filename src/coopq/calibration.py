@@ -201,9 +201,18 @@ def _bos(tokenizer: Any) -> int | None:
     return bos if bos is not None and tokenizer.encode("a")[0] == bos else None
 
 
-def _content_length(length: int, bos: int | None, max_length: int | None) -> int:
+def check_length(length: int, max_length: int | None) -> None:
+    """Check the tokens of a sequence against the positions that a model has, if it has a limit.
+
+    Raises:
+        CalibrationError: If there are too few.
+    """
     if max_length is not None and length > max_length:
         raise CalibrationError(f"sequences of {length} tokens exceed the model's {max_length} positions; shorten them")
+
+
+def _content_length(length: int, bos: int | None, max_length: int | None) -> int:
+    check_length(length, max_length)
     return length - (bos is not None)
 
 

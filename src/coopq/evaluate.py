@@ -18,7 +18,7 @@ from coopq.hosting import HostedBlocks
 from coopq.journal import Journal
 from coopq.memory import weights_fit
 from coopq.methods import check_method, check_players, measure, plans_on
-from coopq.models import load_model, pick_device
+from coopq.models import load_model, max_positions, pick_device
 from coopq.plan import Plan
 from coopq.players import find_players
 from coopq.run import RunConfig
@@ -58,7 +58,7 @@ def evaluate_model(
     if is_hosted:
         HostedBlocks(loaded.model, pick_device(device))
     players = find_players(loaded.model)
-    text = wikitext2(loaded.tokenizer, length, max_tokens, _max_length(loaded.model))
+    text = wikitext2(loaded.tokenizer, length, max_tokens, max_positions(loaded.model))
     losses: list[float] = []
     for batch in model_nll(loaded.model, text.tokens):
         losses.extend(batch)
@@ -90,7 +90,7 @@ def evaluate_saved(
 
     plan = Plan.load(folder / "plan.json")
     model = load(folder, device=device)
-    text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, _max_length(model))
+    text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, max_positions(model))
     assignment = np.array(plan.assignment, dtype=np.int8)
     weights = fingerprint_saved(folder)
     total, done = 0.0, 0
@@ -140,7 +140,7 @@ def compare_plan(
         backend=quantizer.pop("name"),
         **quantizer,
     )
-    with open_workbench(config, run, progress) as bench:
+    with open_workbench(config, run, progress, judge_length=length) as bench:
         return compare_on(bench, [plan], length=length, max_tokens=max_tokens)
 
 
@@ -168,9 +168,8 @@ def compare(
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
         check_method(method)
-    with open_workbench(
-        config, run, progress, *parsed, check=partial(check_players, methods, n_widths=len(config.widths))
-    ) as bench:
+    check = partial(check_players, methods, n_widths=len(config.widths))
+    with open_workbench(config, run, progress, *parsed, check=check, judge_length=length) as bench:
         _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
         return compare_on(bench, plans, length=length, max_tokens=max_tokens)
@@ -231,7 +230,7 @@ def judge_windows(
 
 
 def _judging_text(bench: Workbench, length: int, max_tokens: int | None) -> TokenSet:
-    return wikitext2(bench.loaded.tokenizer, length, max_tokens, _max_length(bench.loaded.model))
+    return wikitext2(bench.loaded.tokenizer, length, max_tokens, max_positions(bench.loaded.model))
 
 
 def _average_bits(bench: Workbench, assignment: Assignment) -> float:
@@ -255,8 +254,3 @@ def _portions(model: Any, text: TokenSet, folder: Path, name: str) -> Iterator[t
     for start in range(0, len(text.tokens), windows):
         portion = replace(text, tokens=text.tokens[start : start + windows])
         yield portion, folder / f"{name}-{portion.fingerprint[:16]}.jsonl"
-
-
-def _max_length(model: Any) -> int | None:
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length

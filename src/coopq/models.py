@@ -132,6 +132,12 @@ def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, 
     return folder, config, pick_dtype(dtype, device, _checkpoint_dtype(config))
 
 
+def max_positions(model: Any) -> int | None:
+    """Positions that a model has; None for no limit."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def checkpoint_dtype(source: str) -> torch.dtype:
     """The dtype of a model's checkpoint, as its configuration says.
 

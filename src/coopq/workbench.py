@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from coopq.backends import Backend, get_backend
 from coopq.bank import WeightBank, round_untouched
-from coopq.calibration import TokenSet, calibration_set, check_calibration
+from coopq.calibration import TokenSet, calibration_set, check_calibration, check_length
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
 from coopq.errors import CalibrationError, EstimationError, OutOfMemory, hint
@@ -20,7 +20,7 @@ from coopq.hosting import HostedBlocks
 from coopq.journal import Journal
 from coopq.losses import LOSSES
 from coopq.memory import Footprint, free_memory, gib
-from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, pick_device
+from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
 from coopq.players import check_granularity, find_players
 from coopq.run import RunConfig, RunFolder, Subject
 from coopq.storage import Budget
@@ -112,6 +112,7 @@ def open_workbench(
     check: Callable[[Sequence[Player]], None] = lambda _: None,
     ray: RayConfig | None = None,
     bank: Path | None = None,
+    judge_length: int = 0,
 ) -> Iterator[Workbench]:
     """Check the request, load the model and lock the run folder; cheap checks come first.
 
@@ -123,6 +124,7 @@ def open_workbench(
         check: Raises if the players are not what the caller can do with.
         ray: Where workers are that measure; None measures here.
         bank: Folder of the weight bank, which several runs may share; None keeps it in the run folder.
+        judge_length: Tokens of the windows that assignments will be judged on, if they will be.
     """
     check_config(config)
     backend = get_backend(**config.quantizer, bits=config.widths)
@@ -132,6 +134,7 @@ def open_workbench(
         folder.check(config)
         progress("loading the model", 0, 1)
         skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
+        check_length(max(config.calibration.length, judge_length), max_positions(skeleton))
         players = find_players(skeleton, config.granularity, config.embeddings)
         check(players)
         storage = storage_for(config, skeleton, players, backend)
@@ -159,8 +162,7 @@ def open_workbench(
             raise OutOfMemory(f"{footprint}, and {gib(free)} are free: workers need a GPU each that holds the model")
         loaded = load_model(config.model, dtype=config.dtype, device=config.device, on_host=is_hosted)
         progress("loading the model", 1, 1)
-        max_length = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        calibration = calibration_set(config.calibration, loaded.tokenizer, max_length)
+        calibration = calibration_set(config.calibration, loaded.tokenizer, max_positions(loaded.model))
         weights = {
             "weights": fingerprint_weights(loaded.model),
             "players": config.granularity + (" and embeddings" if config.embeddings else ""),
