@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 import coopq
 from coopq.backends import get_backend
+from coopq.calibration import calibration_set
 from coopq.checkpoint import saved_bytes
+from coopq.engine import model_nll
 from coopq.errors import BackendError
 from coopq.models import load_model
 from coopq.run import CalibrationConfig, RunConfig
@@ -23,25 +25,34 @@ from coopq.run import CalibrationConfig, RunConfig
 PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
+STORIES = str(Path(__file__).parent / "data" / "stories260k")
+TEXT = CalibrationConfig(sequences=4, length=128)
+
+
+@pytest.fixture(scope="module", params=["gptq", "gptq-static"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     """The main job with GPTQ: bank at 2 and 4 bits, some players as they are, a saved checkpoint."""
-    stories = str(Path(__file__).parent / "data" / "stories260k")
     out = tmp_path_factory.mktemp("gptq") / "out"
-    text = CalibrationConfig(sequences=4, length=128)
-    settings: dict[str, Any] = {"backend": "gptq", "group_size": 32, "calibration": text, "device": "cpu"}
-    config = RunConfig(stories, **settings, between=(4,), high=16)
+    settings: dict[str, Any] = {"backend": request.param, "group_size": 32, "calibration": TEXT, "device": "cpu"}
+    config = RunConfig(STORIES, **settings, between=(4,), high=16)
     return coopq.quantize(config, "6avg", out, method="first-last"), out
 
 
-def test_the_saved_model_is_mixed_and_its_own_loss_is_reported(job: tuple[coopq.Plan, Path]) -> None:
+def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Plan, Path]) -> None:
     plan, out = job
     assert set(plan.assignment) == {2, 4, 16}
     assert plan.measured_loss is not None
-    assert plan.saved_loss is not None
     assert coopq.Plan.load(out / "plan.json") == plan
-    # The bank's weights were made with uniform inputs, the saved ones with mixed inputs: near, not equal.
-    assert plan.saved_loss == pytest.approx(plan.measured_loss, rel=0.1)
+    tokens = calibration_set(TEXT, load_model(STORIES, device="cpu").tokenizer).tokens
+    loss = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
+    if plan.config["backend"] == "gptq":
+        # The bank's weights were made with uniform inputs, the saved ones with mixed inputs: near, not equal.
+        assert plan.saved_loss == pytest.approx(loss, rel=1e-6)
+        assert loss == pytest.approx(plan.measured_loss, rel=0.1)
+        assert loss != pytest.approx(plan.measured_loss, rel=1e-4)
+    else:
+        assert plan.saved_loss is None
+        assert loss == pytest.approx(plan.measured_loss, rel=1e-5)
     assert saved_bytes(out) == plan.bytes
     rules = json.loads((out / "quantize_config.json").read_text())
     others = [bits for bits in plan.assignment if bits != rules["bits"]]
@@ -114,8 +125,16 @@ def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
             "mlp.down_proj",
         )
     }
-    backend = get_backend("gptq", group_size=32, act_order=True, symmetric=False)
+    settings: dict[str, Any] = {"group_size": 32, "act_order": True, "symmetric": False}
+    backend = get_backend("gptq", **settings)
     packed = dict(backend.quantize_model(loaded.model, loaded.tokenizer, bits, tokens))[name]
+    # Nothing is before the first layers, so that both ways solve the same: the library packed one, we the other.
+    by_itself = get_backend("gptq-static", **settings)
+    ((_, ours),) = by_itself.quantize_model(loaded.model, loaded.tokenizer, {name: 4}, tokens)
+    assert ours.keys() == packed.keys()
+    for part, tensor in ours.items():
+        assert tensor.dtype == packed[part].dtype
+        assert torch.equal(tensor, packed[part]), part
     assert not torch.equal(packed["g_idx"], torch.arange(64, dtype=torch.int32) // 32)
     assert len(set(packed["qzeros"].flatten().tolist())) > 1
     weight = loaded.model.get_submodule(name).weight.detach()

@@ -129,12 +129,11 @@ class WeightBank:
         needed = sum(self.players[player].n_weights for of in missing.values() for player in of) * itemsize
         require_space(self._folder, needed, "the weight bank")
         done = 0
-        for width, players in missing.items():
-            for player, weights in self._quantize(players, width, tokens):
-                progress("quantizing", done, total)
-                with atomic_file(self._path(player, width)) as temporary:
-                    save_tensors(weights, temporary)
-                done += 1
+        for player, width, weights in self._quantize(missing, tokens) if total else ():
+            progress("quantizing", done, total)
+            with atomic_file(self._path(player, width)) as temporary:
+                save_tensors(weights, temporary)
+            done += 1
         if done:
             progress("quantizing", total, total)
 
@@ -191,22 +190,27 @@ class WeightBank:
             self.set_player(player, UNTOUCHED)
 
     def _quantize(
-        self, players: Sequence[int], bits: int, tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Dequantised weights of players at a width, one player after the other."""
-        linears = [(player, linear) for player in players for linear in self.players[player].linears]
-        for _, linear in linears:
-            if not torch.isfinite(self._originals[linear.name]).all():
-                raise ModelError(f"weight {linear.name} holds values that are not finite; the checkpoint is damaged")
-        widths = {linear.name: bits for _, linear in linears}
-        packed = self._backend.quantize_model(self._loaded.model, self._loaded.tokenizer, widths, tokens)
+        self, players: Mapping[int, Sequence[int]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        """Dequantised weights of players at widths, one player after the other: player, width, weights by name."""
+        linears = {
+            width: [(player, linear) for player in of for linear in self.players[player].linears]
+            for width, of in players.items()
+            if of
+        }
+        for name in {linear.name for of in linears.values() for _, linear in of}:
+            if not torch.isfinite(self._originals[name]).all():
+                raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
+        layers = {width: [linear.name for _, linear in of] for width, of in linears.items()}
+        packed = self._backend.quantize_widths(self._loaded.model, self._loaded.tokenizer, layers, tokens)
+        every = [(player, width, linear) for width, of in linears.items() for player, linear in of]
         weights: dict[str, Tensor] = {}
-        for (player, linear), (name, tensors) in zip(linears, packed, strict=True):
+        for (player, width, linear), (_, name, tensors) in zip(every, packed, strict=True):
             assert linear.name == name
             dtype = self._originals[name].dtype
-            weights[name] = self._backend.dequantize(tensors, linear.shape, bits, dtype).contiguous()
+            weights[name] = self._backend.dequantize(tensors, linear.shape, width, dtype).contiguous()
             if len(weights) == len(self.players[player].linears):
-                yield player, weights
+                yield player, width, weights
                 weights = {}
 
     def _path(self, player: int, bits: int) -> Path:

@@ -51,7 +51,7 @@ class RunConfig:
 
     Attributes:
         model: Hub id, local folder, GGUF file, or "demo".
-        backend: "rtn", "quanto", "hqq", "gptq", "ggml" or "ggml-iq".
+        backend: "rtn", "quanto", "hqq", "gptq", "gptq-static", "ggml" or "ggml-iq".
         group_size: Weights that share a scale; None takes the backend's default.
         act_order: For gptq; None takes its default.
         symmetric: For gptq; None takes its default.

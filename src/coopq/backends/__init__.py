@@ -13,6 +13,7 @@ BACKENDS = {
     "quanto": "coopq.backends.quanto:QuantoBackend",
     "hqq": "coopq.backends.hqq:HQQBackend",
     "gptq": "coopq.backends.gptq:GPTQBackend",
+    "gptq-static": "coopq.backends.gptq:GPTQStatic",
     "ggml": "coopq.backends.ggml:GGMLBackend",
     "ggml-iq": "coopq.backends.ggml:IQuants",
 }
@@ -50,6 +51,6 @@ def get_backend(
             )
     given = {"act_order": act_order, "symmetric": symmetric}
     options = {option: value for option, value in given.items() if value is not None}
-    if options and name != "gptq":
-        raise BackendError(f"backend {name!r} has no option {', '.join(options)}; only gptq has")
+    if options and not name.startswith("gptq"):
+        raise BackendError(f"backend {name!r} has no option {', '.join(options)}; only gptq and gptq-static have")
     return backend_class(group_size, **options)

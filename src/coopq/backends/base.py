@@ -5,7 +5,7 @@ truth: the bank holds their dequantised form, a saved model holds them as they a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -92,6 +92,23 @@ class Backend(ABC):
         """
         for name, width in bits.items():
             yield name, self.quantize(weight_of(model, name).data.flatten(0, -2), width)
+
+    def quantize_widths(
+        self, model: Any, tokenizer: Any, layers: Mapping[int, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[int, str, Packed]]:
+        """Quantize linear layers of a model at several widths; backends that can share work between widths do.
+
+        Args:
+            model: The model, in full precision.
+            tokenizer: Its tokenizer.
+            layers: Names of the layers for each width.
+            tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
+        Yields:
+            Width, name and packed tensors of each layer, in the order of `layers`.
+        """
+        for width, names in layers.items():
+            for name, packed in self.quantize_model(model, tokenizer, dict.fromkeys(names, width), tokens):
+                yield width, name, packed
 
     def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
         """Configuration that the library's own loader wants beside the weights; None where it has no such format.

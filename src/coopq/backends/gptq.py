@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
 from coopq.errors import BackendError
@@ -78,28 +80,11 @@ class GPTQBackend(Backend):
         Raises:
             BackendError: If the library fails, with its last words.
         """
-        assert tokens is not None, "Hessians need calibration tokens"
-        with tempfile.TemporaryDirectory(prefix="coopq-gptq-") as place:
-            folder = Path(place)
-            model.save_pretrained(folder / "model")
-            tokenizer.save_pretrained(folder / "model")
-            (folder / "tokens.json").write_text(json.dumps(tokens.tolist()), encoding="utf-8")
-            every = [linear.name for player in find_players(model) for linear in player.linears]
-            settings = self._quantize_config({name: bits.get(name, UNTOUCHED) for name in every})
-            (folder / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-            request = {name: str(folder / name) for name in ("model", "out")}
-            request |= {name: str(folder / f"{name}.json") for name in ("tokens", "settings")}
-            request["dtype"] = str(model.dtype).removeprefix("torch.")
-            command = [sys.executable, "-m", "coopq.backends.gptq_worker", json.dumps(request)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
-            if done.returncode != 0:
-                words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-                raise BackendError(
-                    f"GPTQModel failed ({words[-1] if words else done.returncode}); it may lack this architecture "
-                    "or this group size: try another one, or another backend"
-                )
-            tensors: dict[str, Tensor] = {}
-            for file in sorted((folder / "out").glob("*.safetensors")):
+        every = [linear.name for player in find_players(model) for linear in player.linears]
+        settings = self._quantize_config({name: bits.get(name, UNTOUCHED) for name in every})
+        tensors: dict[str, Tensor] = {}
+        with _worked(model, tokenizer, tokens, {"settings": settings}) as out:
+            for file in sorted(out.glob("*.safetensors")):
                 tensors |= load_tensors(file, model.device.type, way_out="run the same command again")
         for name in bits:
             if f"{name}.qweight" not in tensors:
@@ -160,6 +145,90 @@ class GPTQBackend(Backend):
             "sym": self.symmetric,
             **({"dynamic": rules} if rules else {}),
         }
+
+
+class GPTQStatic(GPTQBackend):
+    """The same with inputs as the full-precision model has them, so that a layer's weights depend on nothing else.
+
+    What is measured is then what is saved, and Hessians are collected once for all widths.
+    """
+
+    name: ClassVar[str] = "gptq-static"
+    whole_model: ClassVar[bool] = False
+
+    def quantize_model(
+        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[str, Packed]]:
+        """See `Backend.quantize_model`."""
+        layers = {width: [name for name in bits if bits[name] == width] for width in set(bits.values())}
+        packed = {name: of for _, name, of in self.quantize_widths(model, tokenizer, layers, tokens)}
+        for name in bits:
+            yield name, packed[name]
+
+    def quantize_widths(
+        self, model: Any, tokenizer: Any, layers: Mapping[int, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[int, str, Packed]]:
+        """See `Backend.quantize_widths`.
+
+        Raises:
+            BackendError: If the library fails, with its last words.
+        """
+        settings = {"group_size": self.group_size, "desc_act": self.act_order, "sym": self.symmetric}
+        job = {"layers": {str(width): list(names) for width, names in layers.items()}, "settings": settings}
+        with _worked(model, tokenizer, tokens, job) as out:
+            for width, names in layers.items():
+                for name in names:
+                    solved = load_tensors(
+                        out / f"{name}-{width}.safetensors", model.device.type, way_out="run the same command again"
+                    )
+                    yield width, name, _packed(solved, width)
+
+
+@contextmanager
+def _worked(model: Any, tokenizer: Any, tokens: npt.NDArray[np.int64] | None, job: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder with what the library made of a job, in a process of its own.
+
+    Raises:
+        BackendError: If it failed, with its last words.
+    """
+    assert tokens is not None, "Hessians need calibration tokens"
+    with tempfile.TemporaryDirectory(prefix="coopq-gptq-") as place:
+        folder = Path(place)
+        model.save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+        request = {"tokens": tokens.tolist(), "dtype": str(model.dtype).removeprefix("torch."), **job}
+        request |= {"device": model.device.type}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        command = [sys.executable, "-m", "coopq.backends.gptq_worker", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
+        if done.returncode != 0:
+            words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+            raise BackendError(
+                f"GPTQModel failed ({words[-1] if words else done.returncode}); it may lack this architecture "
+                "or this group size: try another one, or another backend"
+            )
+        yield folder / "out"
+
+
+def _packed(solved: Packed, bits: int) -> Packed:
+    """GPTQ's tensors of a weight that is solved: "weight", (out, in), with "scales" and "zeros", (out, groups)."""
+    group, scales = solved["g_idx"].long(), solved["scales"].float()
+    zeros = solved["zeros"].round().int()
+    codes = (solved["weight"].float() / scales[:, group] + zeros[:, group]).round().int().clamp(0, 2**bits - 1)
+    return {
+        "qweight": _pack(codes, bits).T.contiguous(),
+        "qzeros": _pack((zeros.T - 1) & (2**bits - 1), bits),
+        "scales": scales.T.half().contiguous(),
+        "g_idx": solved["g_idx"].int(),
+    }
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """int32 words of codes along the last axis, the first code lowest; shape (..., ceil(n * bits / 32))."""
+    per_word = _WORD // bits
+    padded = functional.pad(codes, (0, -codes.shape[-1] % per_word)).long().unflatten(-1, (-1, per_word))
+    words = (padded << torch.arange(0, _WORD, bits, device=codes.device)).sum(dim=-1)
+    return words.to(torch.int32)  # the highest bit becomes the sign
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
