@@ -134,6 +134,7 @@ class WeightBank:
             with atomic_file(self._path(player, width)) as temporary:
                 save_tensors(weights, temporary)
             done += 1
+        assert done == total, (done, total)
         if done:
             progress("quantizing", total, total)
 
@@ -203,15 +204,15 @@ class WeightBank:
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
         layers = {width: [linear.name for _, linear in of] for width, of in linears.items()}
         packed = self._backend.quantize_widths(self._loaded.model, self._loaded.tokenizer, layers, tokens)
-        every = [(player, width, linear) for width, of in linears.items() for player, linear in of]
-        weights: dict[str, Tensor] = {}
-        for (player, width, linear), (_, name, tensors) in zip(every, packed, strict=True):
-            assert linear.name == name
-            dtype = self._originals[name].dtype
-            weights[name] = self._backend.dequantize(tensors, linear.shape, width, dtype).contiguous()
+        place = {linear.name: (player, linear.shape) for of in linears.values() for player, linear in of}
+        made: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for width, name, tensors in packed:
+            (player, shape), dtype = place[name], self._originals[name].dtype
+            weights = made.setdefault((player, width), {})
+            weights[name] = self._backend.dequantize(tensors, shape, width, dtype).contiguous()
             if len(weights) == len(self.players[player].linears):
-                yield player, width, weights
-                weights = {}
+                yield player, width, made.pop((player, width))
+        assert not made, list(made)
 
     def _path(self, player: int, bits: int) -> Path:
         return self._folder / f"player{player:03d}-{bits}bit.safetensors"

@@ -104,7 +104,7 @@ class Backend(ABC):
             layers: Names of the layers for each width.
             tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
         Yields:
-            Width, name and packed tensors of each layer, in the order of `layers`.
+            Width, name and packed tensors of each layer, in any order.
         """
         for width, names in layers.items():
             for name, packed in self.quantize_model(model, tokenizer, dict.fromkeys(names, width), tokens):

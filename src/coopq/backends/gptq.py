@@ -6,8 +6,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
+from coopq.backends.gptq_worker import DONE
 from coopq.errors import BackendError
 from coopq.players import find_players
 from coopq.tensors import load_tensors
@@ -83,8 +85,8 @@ class GPTQBackend(Backend):
         every = [linear.name for player in find_players(model) for linear in player.linears]
         settings = self._quantize_config({name: bits.get(name, UNTOUCHED) for name in every})
         tensors: dict[str, Tensor] = {}
-        with _worked(model, tokenizer, tokens, {"settings": settings}) as out:
-            for file in sorted(out.glob("*.safetensors")):
+        with _working(model, tokenizer, tokens, {"settings": settings}) as made:
+            for file in sorted(made(DONE).parent.glob("*.safetensors")):
                 tensors |= load_tensors(file, model.device.type, way_out="run the same command again")
         for name in bits:
             if f"{name}.qweight" not in tensors:
@@ -175,22 +177,21 @@ class GPTQStatic(GPTQBackend):
         """
         settings = {"group_size": self.group_size, "desc_act": self.act_order, "sym": self.symmetric}
         job = {"layers": {str(width): list(names) for width, names in layers.items()}, "settings": settings}
-        with _worked(model, tokenizer, tokens, job) as out:
-            for width, names in layers.items():
-                for name in names:
-                    solved = load_tensors(
-                        out / f"{name}-{width}.safetensors", model.device.type, way_out="run the same command again"
-                    )
+        order = dict.fromkeys(name for names in layers.values() for name in names)
+        with _working(model, tokenizer, tokens, job) as made:
+            for name in order:  # as they are made: whoever keeps them loses nothing
+                for width in (width for width, names in layers.items() if name in names):
+                    file = made(f"{name}-{width}.safetensors")
+                    solved = load_tensors(file, model.device.type, way_out="run the same command again")
+                    file.unlink()
                     yield width, name, _packed(solved, width)
 
 
 @contextmanager
-def _worked(model: Any, tokenizer: Any, tokens: npt.NDArray[np.int64] | None, job: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder with what the library made of a job, in a process of its own.
-
-    Raises:
-        BackendError: If it failed, with its last words.
-    """
+def _working(
+    model: Any, tokenizer: Any, tokens: npt.NDArray[np.int64] | None, job: Mapping[str, Any]
+) -> Iterator[Callable[[str], Path]]:
+    """The library at a job, in a process of its own: a function that waits for a file that it makes, by name."""
     assert tokens is not None, "Hessians need calibration tokens"
     with tempfile.TemporaryDirectory(prefix="coopq-gptq-") as place:
         folder = Path(place)
@@ -200,14 +201,28 @@ def _worked(model: Any, tokenizer: Any, tokens: npt.NDArray[np.int64] | None, jo
         request |= {"device": model.device.type}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "coopq.backends.gptq_worker", place]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
-        if done.returncode != 0:
-            words = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-            raise BackendError(
-                f"GPTQModel failed ({words[-1] if words else done.returncode}); it may lack this architecture "
-                "or this group size: try another one, or another backend"
-            )
-        yield folder / "out"
+        with (
+            (folder / "log").open("w+", encoding="utf-8", errors="replace") as log,
+            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=place) as process,
+        ):
+
+            def made(name: str) -> Path:
+                file = folder / "out" / name
+                while not file.exists():
+                    if process.poll() is not None and not file.exists():
+                        log.seek(0)
+                        words = [line for line in log.read().splitlines() if line.strip()]
+                        raise BackendError(
+                            f"GPTQModel failed ({words[-1] if words else process.returncode}); it may lack this "
+                            "architecture or this group size: try another one, or another backend"
+                        )
+                    time.sleep(0.05)
+                return file
+
+            try:
+                yield made
+            finally:
+                process.kill()
 
 
 def _packed(solved: Packed, bits: int) -> Packed:

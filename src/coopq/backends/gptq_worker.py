@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+DONE = "done"
+"""File that says that all is made."""
 _HESSIAN_BYTES = 4 * 2**30
 """What Hessians may take together before the model runs again for the others."""
 
@@ -25,6 +27,7 @@ def main(folder: Path) -> None:
         statically(request, folder / "model", out)
     else:
         sequentially(request, folder / "model", out)
+    (out / DONE).touch()
 
 
 def sequentially(request: dict[str, Any], source: Path, out: Path) -> None:
@@ -76,8 +79,8 @@ def statically(request: dict[str, Any], source: Path, out: Path) -> None:
                     task.adopt_hessian_from(leader)
                     weight, scales, zeros, g_idx, *_ = task.quantize()
                     solved = {"weight": weight, "scales": scales, "zeros": zeros, "g_idx": g_idx}
-                    file = out / f"{name}-{bits}.safetensors"
-                    save_file({part: tensor.contiguous().cpu() for part, tensor in solved.items()}, file)
+                    save_file({part: tensor.contiguous().cpu() for part, tensor in solved.items()}, out / "part")
+                    (out / "part").rename(out / f"{name}-{bits}.safetensors")
                 leader.free()
 
 
