@@ -210,11 +210,11 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         ("compressed-tensors", {}, "--backend gptq --symmetric"),
         (
             "openvino",
-            {"backend": "gptq", "low": 2, "group_size": 4, "act_order": True},
+            {"backend": "gptq", "low": 2, "group_size": 32, "act_order": True},
             "not what backend 'gptq' makes",
         ),
         ("openvino", {}, "no whole groups of 64, as openvino wants"),
-        ("compressed-tensors", {"backend": "gptq", "low": 2, "group_size": 4}, "--granularity fused, or block"),
+        ("compressed-tensors", {"backend": "gptq", "low": 2, "group_size": 32}, "--granularity fused, or block"),
         ("compressed-tensors", {"backend": "gptq", "low": 2, "granularity": "block"}, "no whole groups of 128"),
     ]
     for target, changes, message in cases:
@@ -251,7 +251,7 @@ def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool
     random_llama(tie_word_embeddings=tied).to(torch.float16).save_pretrained(source)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
     tokens = ["--tokens", "32", "--sequence-length", "32"]
-    quantizer = ["--backend", "gptq", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
+    quantizer = ["--backend", "gptq-static", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
     what = ["--budget", f"{limit}B", "--target", form, "--method", "auto-quantize", "--json"]
     where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
     code, out, _ = command("quantize", source, *quantizer, *tokens, *what, *where)

@@ -28,6 +28,7 @@ from coopq.tensors import load_tensors
 from coopq.types import UNTOUCHED
 
 _DEFAULT_GROUP_SIZE = 128
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _WORD = 32
 """Bits of the words that codes are packed into."""
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -56,6 +57,10 @@ class GPTQBackend(Backend):
         if importlib.util.find_spec("gptqmodel") is None:
             raise BackendError("backend 'gptq' needs the package gptqmodel; run: pip install 'coopq[gptq]'")
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
+        if self.group_size not in _GROUP_SIZES:
+            raise BackendError(
+                f"GPTQModel's layers take no group size {group_size}; choose from {', '.join(map(str, _GROUP_SIZES))}"
+            )
         self.act_order = act_order
         self.is_affine = not act_order  # which puts groups out of order
         self.symmetric = symmetric
