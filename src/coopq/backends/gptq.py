@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,7 +56,7 @@ class GPTQBackend(Backend):
 
     def __init__(self, group_size: int | None = None, *, act_order: bool = False, symmetric: bool = True) -> None:
         if importlib.util.find_spec("gptqmodel") is None:
-            raise BackendError("backend 'gptq' needs the package gptqmodel; run: pip install 'coopq[gptq]'")
+            raise BackendError(f"backend {self.name!r} needs the package gptqmodel; run: pip install 'coopq[gptq]'")
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
         if self.group_size not in _GROUP_SIZES:
             raise BackendError(
@@ -77,7 +78,7 @@ class GPTQBackend(Backend):
 
     def quantize(self, weight: Tensor, bits: int) -> Packed:
         """Not to be had: see `quantize_model`."""
-        raise BackendError("backend 'gptq' quantizes whole models, not single weights")
+        raise BackendError(f"backend {self.name!r} quantizes whole models, not single weights")
 
     def quantize_model(
         self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
@@ -178,11 +179,14 @@ class GPTQStatic(GPTQBackend):
         """See `Backend.quantize_widths`.
 
         Raises:
-            BackendError: If the library fails, with its last words.
+            BackendError: If a layer is not linear, or the library fails, with its last words.
         """
+        order, modules = dict.fromkeys(chain.from_iterable(layers.values())), dict(model.named_modules())
+        for name in order:
+            if not isinstance(modules.get(name), nn.Linear):
+                raise BackendError(f"backend {self.name!r} has no way with {name}, which is no linear layer")
         settings = {"group_size": self.group_size, "desc_act": self.act_order, "sym": self.symmetric}
         job = {"layers": {str(width): list(names) for width, names in layers.items()}, "settings": settings}
-        order = dict.fromkeys(name for names in layers.values() for name in names)
         with _working(model, tokenizer, tokens, job) as made:
             for name in order:  # as they are made: whoever keeps them loses nothing
                 for width in (width for width, names in layers.items() if name in names):
