@@ -39,10 +39,8 @@ from coopq.options import (
     TimeLimit,
     Tokens,
     Workers,
-    calibration_config,
     ray_config,
-    screened,
-    widths_of,
+    run_config,
 )
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
@@ -55,7 +53,7 @@ from coopq.report import (
     show_plan,
     show_run,
 )
-from coopq.run import RunConfig, RunFolder
+from coopq.run import RunFolder
 from coopq.storage import Budget
 from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries, show_log
 
@@ -110,30 +108,29 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
-    texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    low, between, high = widths_of(bits)
-    config = RunConfig(
+    config = run_config(
         model,
-        backend,
-        group_size,
-        low,
-        high,
-        permutations,
-        seed,
-        texts,
-        dtype,
-        device,
-        act_order,
-        symmetric,
-        granularity,
-        between=between,
+        backend=backend,
+        group_size=group_size,
+        bits=bits,
+        granularity=granularity,
         embeddings=embeddings,
+        permutations=permutations,
+        seed=seed,
+        calibration=calibration,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        calibration_seed=calibration_seed,
+        screen_tokens=screen_tokens,
+        loss=loss,
+        dtype=dtype,
+        device=device,
+        act_order=act_order,
+        symmetric=symmetric,
         target=target,
         base=base,
         context=context,
-        loss=loss,
     )
-    config = screened(config, screen_tokens)
     from coopq import pipeline
     from coopq.export import FORETOLD, predicted_bytes
 
@@ -188,25 +185,24 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    low, between, high = widths_of(bits)
-    config = RunConfig(
+    config = run_config(
         model,
-        backend,
-        group_size,
-        low,
-        high,
-        permutations,
-        seed,
-        texts,
-        dtype,
-        device,
-        act_order,
-        symmetric,
-        granularity,
-        between=between,
+        backend=backend,
+        group_size=group_size,
+        bits=bits,
+        granularity=granularity,
         embeddings=embeddings,
+        permutations=permutations,
+        seed=seed,
+        calibration=calibration,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        calibration_seed=calibration_seed,
         loss=loss,
+        dtype=dtype,
+        device=device,
+        act_order=act_order,
+        symmetric=symmetric,
     )
     if dry_run:
         from coopq.forecast import forecast

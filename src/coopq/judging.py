@@ -30,13 +30,10 @@ from coopq.options import (
     Seed,
     Symmetric,
     Tokens,
-    calibration_config,
-    screened,
-    widths_of,
+    run_config,
 )
 from coopq.plan import Plan
 from coopq.report import accuracy_table, comparison_table, evaluation_data
-from coopq.run import RunConfig
 from coopq.terminal import print_result, progress_bars, quiet_libraries
 
 
@@ -69,27 +66,26 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Searches and baselines at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
-    texts = calibration_config(calibration, tokens, sequence_length, calibration_seed)
-    low, between, high = widths_of(bits)
-    config = RunConfig(
+    config = run_config(
         model,
-        backend,
-        group_size,
-        low,
-        high,
-        permutations,
-        seed,
-        texts,
-        dtype,
-        device,
-        act_order,
-        symmetric,
-        granularity,
-        between=between,
+        backend=backend,
+        group_size=group_size,
+        bits=bits,
+        granularity=granularity,
         embeddings=embeddings,
+        permutations=permutations,
+        seed=seed,
+        calibration=calibration,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        calibration_seed=calibration_seed,
+        screen_tokens=screen_tokens,
         loss=loss,
+        dtype=dtype,
+        device=device,
+        act_order=act_order,
+        symmetric=symmetric,
     )
-    config = screened(config, screen_tokens)
     from coopq import evaluate as work
     from coopq.figure import check_plotting, save_comparison
 

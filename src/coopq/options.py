@@ -1,8 +1,7 @@
 """What several commands ask for: types of arguments and options with their help, and what their values mean."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,21 +83,36 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
 
 
-def calibration_config(source: str, tokens: int, length: int, seed: int) -> CalibrationConfig:
-    """Calibration text of whole sequences."""
-    if length < 1 or tokens % length:
-        raise CalibrationError(
-            f"--tokens {tokens} is not a multiple of --sequence-length {length}; sequences are never padded"
-        )
-    return CalibrationConfig(source=source, sequences=tokens // length, length=length, seed=seed)
-
-
-def screened(config: RunConfig, tokens: int | None) -> RunConfig:
-    """The same run, with a search that looks at some of the tokens."""
-    length = config.calibration.length
-    if tokens is not None and tokens % length:
-        raise CalibrationError(f"--screen-tokens {tokens} is not a multiple of --sequence-length {length}")
-    return replace(config, screening=None if tokens is None else tokens // length)
+def run_config(
+    model: str,
+    *,
+    bits: str,
+    calibration: str,
+    tokens: int,
+    sequence_length: int,
+    calibration_seed: int,
+    screen_tokens: int | None = None,
+    **settings: Any,
+) -> RunConfig:
+    """What a command is asked to measure: `settings` as `RunConfig` has them, the others as they are written."""
+    for option, n in (("--tokens", tokens), ("--screen-tokens", screen_tokens)):
+        if sequence_length < 1 or (n is not None and n % sequence_length):
+            raise CalibrationError(
+                f"{option} {n} is not a multiple of --sequence-length {sequence_length}; sequences are never padded"
+            )
+    try:
+        low, *between, high = sorted(int(part) for part in bits.split(","))
+    except ValueError as error:
+        raise EstimationError(f"--bits {bits!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
+    return RunConfig(
+        model,
+        low=low,
+        between=tuple(between),
+        high=high,
+        calibration=CalibrationConfig(calibration, tokens // sequence_length, sequence_length, calibration_seed),
+        screening=None if screen_tokens is None else screen_tokens // sequence_length,
+        **settings,
+    )
 
 
 def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
@@ -110,12 +124,3 @@ def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
     from coopq.distributed import RayConfig
 
     return RayConfig(address, workers)
-
-
-def widths_of(text: str) -> tuple[int, tuple[int, ...], int]:
-    """The lowest, the others and the highest of some widths with commas between them."""
-    try:
-        low, *between, high = sorted(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise EstimationError(f"--bits {text!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
-    return low, tuple(between), high
