@@ -4,24 +4,25 @@
     python benchmarks/llama_mixes.py demo --granularity fused      # hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
 
-llama.cpp's mixes are made by its own llama-quantize, with an importance matrix of the same calibration tokens that ours
-is made from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and
-measured by the same engine on the same windows of WikiText-2. Writes docs/results/llama_mixes-MODEL-GRANULARITY.md.
-`demo` wants llama.cpp's own bindings (pip install llama-cpp-python): the fork errs on rows of 576 weights.
+llama.cpp's mixes are made by llama.cpp itself (pip install llama-cpp-python, which is compiled; the fork whose wheel is
+at hand has types and mixes of its own), with an importance matrix of the same calibration tokens that ours is made
+from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and measured by
+the same engine on the same windows of WikiText-2. Writes docs/results/llama_mixes-MODEL-GRANULARITY.md.
 """
 
 import argparse
-import struct
-import subprocess
+import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import ik_llama_cpp
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.progress import Progress
 
+import llama_cpp
 from convert import DATA, convert
 from coopq.backends.ggml import column_importance
 from coopq.calibration import calibration_set, wikitext2
@@ -94,8 +95,8 @@ def source_of(name: str, work: Path) -> tuple[str, Path]:
     return str(folder), file
 
 
-def write_importance(file: Path, source: str, base: Path, calibration: CalibrationConfig) -> None:
-    """The importance matrix of our calibration tokens in llama.cpp's form."""
+def tensor_importance(source: str, base: Path, calibration: CalibrationConfig) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance matrix of our calibration tokens, by the names of the base's tensors."""
     loaded = load_model(source, device="cpu")
     names = [linear.name for player in find_players(loaded.model) for linear in player.linears]
     tokens = calibration_set(calibration, loaded.tokenizer).tokens
@@ -104,21 +105,20 @@ def write_importance(file: Path, source: str, base: Path, calibration: Calibrati
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     there = gguf.get_tensor_name_map(kinds[architecture], int(of_file.fields[f"{architecture}.block_count"].contents()))
     importance = column_importance(loaded.model, names, tokens)
-    with file.open("wb") as handle:
-        handle.write(struct.pack("<i", len(importance)))
-        for name, values in importance.items():
-            tensor = f"{there.get_name(name)}.weight".encode()
-            handle.write(struct.pack("<i", len(tensor)) + tensor + struct.pack("<ii", 1, len(values)))
-            handle.write(values.numpy().astype("<f4").tobytes())
+    return {f"{there.get_name(name)}.weight": values.numpy() for name, values in importance.items()}
 
 
-def mix(base: Path, kind: str, importance: Path, out: Path) -> None:
+def mix(base: Path, kind: str, importance: Mapping[str, npt.NDArray[np.float32]], out: Path) -> None:
     """One of llama.cpp's own mixes."""
-    program = ik_llama_cpp.find_quantize_bin()
-    assert program is not None
-    command = [program, "--allow-requantize", "--imatrix", importance, base, out, kind]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    data = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # the last one, empty, ends it
+    pointer = ctypes.POINTER(ctypes.c_float)
+    for entry, (name, values) in zip(data, importance.items(), strict=False):
+        entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(pointer), len(values)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    params.allow_requantize, params.imatrix = True, data
+    failed = llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params))
+    assert not failed, kind
 
 
 def run(name: str, granularity: str) -> list[str]:
@@ -126,10 +126,7 @@ def run(name: str, granularity: str) -> list[str]:
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
     subject, (source, base) = SUBJECTS[name], source_of(name, work)
-    importance, threads = work / "importance.dat", torch.get_num_threads()
-    if not importance.exists():
-        write_importance(importance, source, base, subject.calibration)
-    loaded = load_model(source, device="cpu")
+    threads, loaded = torch.get_num_threads(), load_model(source, device="cpu")
     tokens = wikitext2(loaded.tokenizer, WINDOW, subject.judge_tokens).tokens
     # Where the engine computes some types wrongly, numbers would be worth nothing.
     own, theirs_own = (
@@ -138,12 +135,12 @@ def run(name: str, granularity: str) -> list[str]:
     )
     if abs(own - theirs_own) > 0.05:
         raise SystemExit(
-            f"error: of {base} {llama_cpp_package()} computes a loss of {theirs_own:.3f}, transformers of {own:.3f}; "
-            "run: pip install llama-cpp-python"
+            f"error: of {base} {llama_cpp_package()} computes a loss of {theirs_own:.3f}, transformers of {own:.3f}"
         )
     theirs = {kind: work / f"{kind}.gguf" for kind in subject.mixes}
-    for kind, file in theirs.items():
-        if not file.exists():
+    if not all(file.exists() for file in theirs.values()):
+        importance = tensor_importance(source, base, subject.calibration)
+        for kind, file in theirs.items():
             mix(base, kind, importance, file)
     low, *between, high = subject.widths
     config = RunConfig(
