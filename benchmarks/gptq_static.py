@@ -105,7 +105,7 @@ def main() -> None:
         "",
         "Written by `python benchmarks/gptq_static.py`: 2 and 4 bits by block, groups of",
         f"{GROUP}, active search on {TEXT.sequences} x {TEXT.length} tokens of C4, saved models judged on the first",
-        f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}; at 2avg and 4avg all blocks have one width.",
+        f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}; at 2avg all blocks have 2 bits.",
         "Measured: the loss on the calibration tokens of the weights that were searched; saved: of those that the",
         "saved model has. Differences: `gptq-static` less `gptq`, nats per token, 95 %, paired bootstrap over windows.",
         *rows,
