@@ -159,7 +159,6 @@ def run(name: str, granularity: str) -> list[str]:
     budgets = [Budget.parse(f"{file.stat().st_size}B") for file in theirs.values()]
     with Progress() as bars, open_workbench(config, work / granularity, bars_for(bars, name)) as bench:
         plans = [measure(bench, plan) for plan in plans_on(bench, "active", budgets)]
-        n_blocks = bench.players[-1].block + 1
         for kind, plan in zip(theirs, plans, strict=True):
             if not is_saved_model(saved := work / f"{granularity}-{kind}"):
                 save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, saved)
@@ -170,8 +169,7 @@ def run(name: str, granularity: str) -> list[str]:
         f"Written by `python benchmarks/llama_mixes.py {name} --granularity {granularity}`: {subject.backend},",
         f"{config.widths_text} bits,",
         f"active search by divergence on {subject.calibration.sequences} x {subject.calibration.length} tokens of",
-        f"{Path(subject.calibration.source).name}, for all sizes together, as much work as",
-        f"{plans[0].layer_forwards / n_blocks:,.0f} forwards of the model. Perplexities by llama.cpp",
+        f"{Path(subject.calibration.source).name}, for all sizes together. Perplexities by llama.cpp",
         f"({llama_cpp_package()}) on {len(tokens)} windows of {WINDOW} tokens of",
         f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
         f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}.",
