@@ -331,7 +331,7 @@ def test_every_baseline_does_the_main_job(
     def not_again(_: str) -> None:
         raise AssertionError("the scores are kept in the run folder")
 
-    monkeypatch.setattr("coopq.methods.get_baseline", lambda name: not_again)
+    monkeypatch.setattr("coopq.methods.scores.get_baseline", lambda name: not_again)
     again = coopq.quantize(config, "3.5avg", tmp_path / "other", run=tmp_path / "out-run", method=method)
     assert [p.score for p in again.players] == [p.score for p in plan.players]
 
