@@ -199,12 +199,12 @@ class WeightBank:
             for width, of in players.items()
             if of
         }
-        for name in {linear.name for of in linears.values() for _, linear in of}:
+        place = {linear.name: (player, linear.shape) for of in linears.values() for player, linear in of}
+        for name in place:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
         layers = {width: [linear.name for _, linear in of] for width, of in linears.items()}
         packed = self._backend.quantize_widths(self._loaded.model, self._loaded.tokenizer, layers, tokens)
-        place = {linear.name: (player, linear.shape) for of in linears.values() for player, linear in of}
         made: dict[tuple[int, int], dict[str, Tensor]] = {}
         for width, name, tensors in packed:
             (player, shape), dtype = place[name], self._originals[name].dtype

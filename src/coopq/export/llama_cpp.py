@@ -69,7 +69,7 @@ def _own(file: str, length: int, n_threads: int) -> _Logits:
     def logits_of(sequence: list[int]) -> npt.NDArray[np.float32]:
         model.reset()
         model.eval(sequence)
-        logits: npt.NDArray[np.float32] = model.scores
+        logits: npt.NDArray[np.float32] = model.scores[: len(sequence)]  # its context may be longer
         return logits
 
     return logits_of
