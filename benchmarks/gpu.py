@@ -1,7 +1,7 @@
 """An 8B model on one GPU: the time of a layer forward, its share of the GPU's peak, and of whole searches.
 
     python benchmarks/gpu.py                   # minutes on one GPU of 80 GB
-    python benchmarks/gpu.py --run             # also measures every walk of SPQE, M = 25, not only what it would take
+    python benchmarks/gpu.py --run             # also measures all of SPQE, M = 25, and of an active search
     python benchmarks/gpu.py --tokens 4096 --layers 4      # seconds: a few blocks, from which the rest is foreseen
 
 The shape of Llama-3.1-8B with random weights in bfloat16, made on the device: shapes decide speed. Weights at both
@@ -11,29 +11,33 @@ widths are rounded by torch on the device, as `rtn` does, and stay there. What s
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
-from rich.progress import Progress
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.estimators import SPQE
+from coopq.estimators import SPQE, ActiveSearch, Setting, run_search
 from coopq.forecast import works
+from coopq.game import Meters, QuantizationGame
+from coopq.journal import Journal
 from coopq.memory import Footprint
 from coopq.models import LoadedModel
-from coopq.players import find_blocks, find_players
-from coopq.replay import batch_size
+from coopq.players import find_players
+from coopq.replay import Replay, batch_size
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.terminal import progress_bars
+from coopq.testing import SteppedGame, SyntheticGame
+from coopq.types import Assignment, Assignments, Game, Player, ProgressCallback
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 LENGTH, WALKS = 2048, 25
@@ -60,15 +64,51 @@ def product(n: int, into: int, out: int) -> Callable[[], object]:
     return lambda: torch.mm(a, b)
 
 
-def with_compiled(block: Any, engine: PrefixEngine, plain: torch.Tensor) -> tuple[float, float]:
-    """Seconds of a forward of the first block when it is compiled, and how far its states are from the plain ones."""
-    block.compile()
-    try:
-        seconds, _ = engine.timed(clock)
-        states = torch.cat(engine.forward_block(0, engine.embedded))
-    finally:
-        block._compiled_call_impl = None
-    return seconds, float((states.float() - plain.float()).norm() / plain.float().norm())
+def off(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Norm of a difference as a share of the norm."""
+    ours, theirs = (torch.cat(states).float() for states in (found, expected))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def in_float32(model: Any, ids: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+    """States after the first block, computed in 32 bits from the same weights."""
+    with torch.device("cuda"):
+        first = AutoModelForCausalLM.from_config(shape_of(1), dtype=torch.float32).eval()
+    first.load_state_dict(model.state_dict(), strict=False)
+    replay = Replay(first, ids)
+    replay.record()
+    return replay.forward_block(0, replay.embedded)
+
+
+def losses_of(engine: PrefixEngine, points: Assignments) -> npt.NDArray[np.float64]:
+    """Mean losses of distinct assignments, nats per token, in lexicographic order."""
+    return np.array([losses.mean() for _, losses, _ in engine.evaluate(points)])
+
+
+class Paid:
+    """Measures every assignment, and answers with the loss of a synthetic game: random weights make no game."""
+
+    def __init__(self, engine: PrefixEngine, game: Game) -> None:
+        self._engine = engine
+        self._game = game
+
+    def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
+        """See `coopq.game.Engine`."""
+        for assignment, _, spent in self._engine.evaluate(assignments):
+            yield assignment, self._game(assignment[None]), spent
+
+
+def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, progress: ProgressCallback) -> Meters:
+    """An active search for one budget halfway between the widths, journalled as ever; what it took."""
+    costs = np.array([2 * player.n_weights for player in players])
+    setting = Setting((2, 4), costs, (int(costs.sum()) // 2,))
+    paid = Paid(engine, SteppedGame(SyntheticGame(len(players), "quadratic", 0), setting))
+    nothing = np.zeros((0, len(players)), dtype=np.int8)
+    with Journal(folder / "journal.jsonl", {}) as journal:
+        game = QuantizationGame(paid, journal, len(players), progress, "active")
+        meters = Meters(lambda _: game, 1, [player.block for player in players], nothing)
+        run_search(ActiveSearch(setting, None, nothing), meters)
+    return meters
 
 
 def main() -> None:
@@ -81,74 +121,115 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: nothing was measured")
-    shape = LlamaConfig(num_hidden_layers=arguments.layers, vocab_size=VOCABULARY, **SHAPE)
+    with TemporaryDirectory(dir=arguments.folder) as folder, torch.no_grad(), progress_bars() as progress:
+        measure(arguments, Path(folder), progress)
+
+
+def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallback) -> None:
+    """All of it, with the bank in a folder; what is known is written as soon as it is."""
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(shape_of(arguments.layers), dtype=torch.bfloat16).eval()
     players = find_players(model)
     text = CalibrationConfig(sequences=arguments.tokens // LENGTH, length=LENGTH)
     config = RunConfig("random", low=2, high=4, permutations=WALKS, calibration=text)
     ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.sequences, LENGTH))
-    batch = min(batch_size("cuda", LENGTH), text.sequences) * LENGTH
     points = SPQE(len(players), low=2, high=4, permutations=WALKS, seed=0).points
-    blocks = [player.block for player in players]
-    with TemporaryDirectory(dir=arguments.folder) as folder, torch.no_grad():
-        bank = WeightBank(Path(folder), LoadedModel(model, None, torch.bfloat16), players, get_backend("rtn"), {})
-        with progress_bars() as progress:
-            bank.build((2, 4), progress=progress)
-        engine = PrefixEngine(model, bank, ids)
-        list(engine.evaluate(np.full((1, len(players)), 2, dtype=np.int8)))  # reads the bank
-        list(engine.evaluate(np.full((1, len(players)), 4, dtype=np.int8)))
-        layer, head = engine.timed(clock)
-        plain = torch.cat(engine.forward_block(0, engine.embedded))
-        compiled, difference = with_compiled(find_blocks(model)[1][0], engine, plain)
-        peak = 2 * 8192**3 / clock(product(8192, 8192, 8192))
-        products = sum(
-            clock(partial(product(batch, into, out))) * arguments.tokens / batch
-            for out, into in (linear.shape for linear in players[0].linears)
-        )
-        flops = 2 * arguments.tokens * players[0].n_weights
-        scale = TOKENS / arguments.tokens
-        with torch.device("meta"):
-            whole = find_players(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **SHAPE)))
-        found = works(whole, config)
-        lines = [
-            "# An 8B model on one GPU",
+    ends = np.array([[2] * len(players), [4] * len(players)], dtype=np.int8)
+    bank = WeightBank(folder, LoadedModel(model, None, torch.bfloat16), players, get_backend("rtn"), {})
+    bank.build((2, 4), progress=progress)
+
+    torch.cuda.reset_peak_memory_stats()
+    engine = PrefixEngine(model, bank, ids)
+    start = time.perf_counter()
+    losses_of(engine, ends)  # compiles, checks, reads the bank
+    opening = time.perf_counter() - start
+    layer, head = engine.timed(clock)
+    held = torch.cuda.max_memory_allocated()
+    with engine.fast(0):
+        states = [batch.clone() for batch in engine.forward_block(0, engine.embedded)]
+    some = points[:: max(1, len(points) // 8)]
+    losses = losses_of(engine, some)
+    with torch.compiler.set_stance("force_eager"):
+        plain_layer, plain_head = engine.timed(clock)
+        plain_states = engine.forward_block(0, engine.embedded)
+        plain_losses = losses_of(engine, some)
+    exact = in_float32(model, ids)
+    torch.cuda.empty_cache()
+
+    batch = min(batch_size("cuda", LENGTH), text.sequences) * LENGTH
+    peak = 2 * 8192**3 / clock(product(8192, 8192, 8192))
+    shapes = [linear.shape for linear in players[0].linears]
+    products = sum(clock(partial(product(batch, into, out))) for out, into in shapes) * arguments.tokens / batch
+    flops = 2 * arguments.tokens * players[0].n_weights
+    of_head = 2 * arguments.tokens * SHAPE["hidden_size"] * VOCABULARY
+    with torch.device("meta"):
+        whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
+    foreseen, scale = works(whole, config), TOKENS / arguments.tokens
+    lines = [
+        "# An 8B model on one GPU",
+        "",
+        "Written by `python benchmarks/gpu.py"
+        + ("" if arguments.layers == BLOCKS else f" --layers {arguments.layers}")
+        + ("" if arguments.tokens == TOKENS else f" --tokens {arguments.tokens}")
+        + (" --run" if arguments.run else "")
+        + f"`: {arguments.layers} blocks of",
+        f"Llama-3.1-8B's shape, random weights, bfloat16, {arguments.tokens:,} tokens in sequences of {LENGTH:,},",
+        f"batches of {batch:,}; {torch.cuda.get_device_name()}, torch {torch.__version__},",
+        f"transformers {transformers.__version__}. Medians of five.",
+        "",
+        f"* Peak, a product of 8192 x 8192 matrices: {peak / 1e12:.0f} TFLOP/s. The products of a block alone take",
+        f"  {products * 1e3:.1f} ms.",
+        "",
+        "| | ms | TFLOP/s in its products | share of the peak | by torch's own operations, ms |",
+        "| --- | --- | --- | --- | --- |",
+        f"| layer forward | {layer * 1e3:.1f} | {flops / layer / 1e12:.0f} | {flops / layer / peak:.0%} "
+        f"| {plain_layer * 1e3:.1f} ({flops / plain_layer / peak:.0%}) |",
+        f"| head with the loss | {head * 1e3:.1f} | {of_head / head / 1e12:.0f} | {of_head / head / peak:.0%} "
+        f"| {plain_head * 1e3:.1f} ({of_head / plain_head / peak:.0%}) |",
+        "",
+        f"* States after the first block, off those in float32 by {off(states, exact):.1e} of their norm; by torch's",
+        f"  own operations by {off(plain_states, exact):.1e}.",
+        f"* Losses of {len(losses)} assignments: {np.abs(losses - plain_losses).mean():.1e} nats from those by torch's",
+        f"  own operations, in the mean, of {losses.mean():.2f}; they differ among themselves by {losses.std():.1e}.",
+        f"* Compiling, the check and reading the bank, with the first two losses: {opening:.0f} s.",
+        f"* Memory: {held / 2**30:.1f} GiB at the peak,",
+        f"  {Footprint.of(model, players, text, 'cuda').total / 2**30:.1f} GiB foreseen.",
+        "",
+        f"Foreseen for {BLOCKS} blocks and {TOKENS:,} tokens:",
+        "",
+        "| | layer forwards | losses | minutes |",
+        "| --- | --- | --- | --- |",
+        *(
+            f"| {name} | {'up to ' * work.is_bound}{work.layer_forwards:,} | {work.evaluations:,} "
+            f"| {scale * (work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
+            for name, work in foreseen.items()
+            if name == "active" or name.startswith("coopq")
+        ),
+    ]
+    report(lines)
+    if arguments.run:
+        lines += [
             "",
-            "Written by `python benchmarks/gpu.py"
-            + (" --run" if arguments.run else "")
-            + f"`: {arguments.layers} blocks of",
-            f"Llama-3.1-8B's shape, random weights, bfloat16, {arguments.tokens:,} tokens in sequences of {LENGTH:,},",
-            f"batches of {batch:,}; {torch.cuda.get_device_name()}, torch {torch.__version__},",
-            f"transformers {transformers.__version__}.",
-            "",
-            f"* Peak, a product of 8192 x 8192 matrices: {peak / 1e12:.0f} TFLOP/s.",
-            f"* A layer forward: {layer * 1e3:.1f} ms, {flops / layer / 1e12:.0f} TFLOP/s in its linear layers,",
-            f"  {flops / layer / peak:.0%} of the peak; their products alone {products * 1e3:.1f} ms.",
-            f"* With the block compiled by torch.compile: {compiled * 1e3:.1f} ms, {flops / compiled / peak:.0%};",
-            f"  its states differ by {difference:.1e} of their norm.",
-            f"* The head with the loss: {head * 1e3:.1f} ms.",
-            f"* Memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at the peak,",
-            f"  {Footprint.of(model, players, text, 'cuda').total / 2**30:.1f} GiB foreseen.",
-            "",
-            f"Foreseen for {BLOCKS} blocks and {TOKENS:,} tokens:",
+            "Measured, the active search on the synthetic game of the forecast:",
             "",
             "| | layer forwards | losses | minutes |",
             "| --- | --- | --- | --- |",
-            *(
-                f"| {name} | {work.layer_forwards:,} | {work.evaluations:,} "
-                f"| {scale * (work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
-                for name, work in found.items()
-                if name == "active" or name.startswith("coopq")
-            ),
         ]
+        start, blocks = time.perf_counter(), [player.block for player in players]
+        for done, _ in enumerate(engine.evaluate(points)):
+            progress("SPQE", done + 1, len(np.unique(points, axis=0)))
+        minutes = (time.perf_counter() - start) / 60
+        lines.append(f"| coopq, M = {WALKS} | {prefix_tree_size(points, blocks):,} | {done + 1:,} | {minutes:.1f} |")
         report(lines)
-        if arguments.run:
-            start = time.perf_counter()
-            with Progress() as bars:
-                for _ in bars.track(engine.evaluate(points), total=len(np.unique(points, axis=0)), description="SPQE"):
-                    pass
-            minutes, forwards = (time.perf_counter() - start) / 60, prefix_tree_size(points, blocks)
-            report([*lines, "", f"SPQE, M = {WALKS}, measured: {minutes:.1f} minutes, {forwards:,} layer forwards."])
+        start = time.perf_counter()
+        meters = active(engine, players, folder, progress)
+        minutes = (time.perf_counter() - start) / 60
+        report([*lines, f"| active | {meters.layer_forwards:,.0f} | {meters.evaluations:,.0f} | {minutes:.1f} |"])
+
+
+def shape_of(n_blocks: int) -> LlamaConfig:
+    """Of the model."""
+    return LlamaConfig(num_hidden_layers=n_blocks, vocab_size=VOCABULARY, **SHAPE)
 
 
 def report(lines: list[str]) -> None:

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from torch._dynamo.utils import counters
 
-from coopq import replay
+import coopq.engine as engine_module
+from coopq import compiled, replay
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
+from coopq.compiled import Compiled
 from coopq.engine import PrefixEngine, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
 from coopq.models import LoadedModel
@@ -282,3 +286,71 @@ def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkey
     monkeypatch.setitem(replay.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+class Doubled(Compiled):
+    """A compiler that is wrong."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__(block)
+        forward = self._forward
+        self._forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile for the CPU too, into torch's own operations: without Triton or a C compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(engine_module, "_fast", lambda block, device: Compiled(block))
+    torch.compiler.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_compiled_blocks_share_one_graph_and_give_the_same_losses(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = tiny_model(name)
+    bank = build(model, tmp_path)
+    points = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.int8)
+    expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS[:12]).evaluate(points)]
+    request.getfixturevalue("traced")
+    engine = PrefixEngine(model, bank, TOKENS[:12])
+    found = [losses for _, losses, _ in engine.evaluate(points)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not any("forward" in vars(block) for block in find_blocks(model)[1])
+
+
+def test_a_compiled_block_that_computes_something_else_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traced: None
+) -> None:
+    model = tiny_model("llama")
+    bank = build(model, tmp_path)
+    monkeypatch.setattr(engine_module, "_fast", lambda block, device: Doubled(block))
+    with pytest.raises(ModelError, match=r"model\.layers\.0 is off by .* TORCH_COMPILE_DISABLE=1"):
+        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.int8)))
+
+
+def test_only_what_computes_on_a_gpu_by_its_own_forward_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, gpu = torch.nn.Linear(2, 2), torch.device("cuda")
+    monkeypatch.setattr(compiled, "_works_on", lambda device: True)
+    assert compiled.is_compilable(block, gpu)
+    assert not compiled.is_compilable(block, torch.device("cpu"))
+    vars(block)["forward"] = block.forward  # as accelerate's hooks do
+    assert not compiled.is_compilable(block, gpu)
+
+
+def test_where_torch_cannot_compile_it_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("Failed to find C compiler\nthe rest")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    compiled._works_on.cache_clear()
+    for _ in range(2):
+        assert not compiled.is_compilable(torch.nn.Linear(2, 2), torch.device("cuda"))
+    compiled._works_on.cache_clear()
+    (record,) = caplog.records
+    assert record.message.endswith("uncompiled and slower: Failed to find C compiler")

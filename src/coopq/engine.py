@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from coopq.bank import WeightBank
+from coopq.compiled import Compiled, is_compilable
 from coopq.errors import EstimationError, ModelError
 from coopq.losses import Reference, portions_divergence, portions_nll, sequence_means, sequence_nll
 from coopq.onednn import ByOneDNN
-from coopq.replay import Replay, batch_size
+from coopq.replay import Replay, whole_size
 from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
 
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
+_ROUNDING = 0.05
+"""Share of their norm by which states after a compiled block may differ: 16 bits are rounded in other places."""
 
 
 def prefix_tree_size(assignments: Assignments, blocks: Sequence[int] | None = None) -> int:
@@ -57,7 +60,7 @@ class PrefixEngine(Replay):
         # Blocks that only visit the device where the model computes are no matter for a CPU.
         on_cpu = model.device.type == "cpu"
         self._fast_model: AbstractContextManager[None] = ByOneDNN(model) if on_cpu else nullcontext()
-        self._fast_blocks = [ByOneDNN(block) if on_cpu else nullcontext() for block in self._blocks]
+        self._fast_blocks = [_fast(block, model.device) for block in self._blocks]
         self.layer_forwards = 0
         self.members: list[list[int]] = [[] for _ in self._blocks]
         for index, player in enumerate(bank.players):
@@ -163,11 +166,19 @@ class PrefixEngine(Replay):
 
         They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
         """
-        found = self._scores(hidden[:1], None)
-        for d in np.flatnonzero(~left_out):
-            self._set(int(d), assignment[self.members[d]])
-        batch = self.batches[0]
+        kept = np.flatnonzero(~left_out).tolist()
+        for d in kept:
+            self._set(d, assignment[self.members[d]])
+        states = hidden[0]
+        if any(isinstance(fast, Compiled) for fast in self._fast_blocks):
+            # They round otherwise, and an assignment that breaks the model makes much of that.
+            states = self.entering(assignment)[0]
+            for d in kept:
+                states = self.call_block(d, 0, states)
+        length, vocabulary = self.batches[0].shape[1], self._model.config.get_text_config().vocab_size
+        batch = self.batches[0][: whole_size(states.device.type, length, vocabulary)]
         own = sequence_nll(self.own_logits(batch, np.flatnonzero(left_out).tolist()), batch)
+        found = self._scores([states], None)[: len(batch)]
         if not np.allclose(own, found, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
                 f"{type(self._model).__name__}: block by block its loss is {found.mean():.5f}, by its own "
@@ -196,11 +207,30 @@ class PrefixEngine(Replay):
             return np.concatenate(found)
 
     def record(self) -> bool:
-        """See `Replay.record`; what the full-precision model predicts is kept then, if need be."""
+        """See `Replay.record`; what the full-precision model predicts is kept then, if need be.
+
+        Raises:
+            ModelError: If a compiled block computes something else than the block.
+        """
         is_new = super().record()
+        if is_new and isinstance(self._fast_blocks[0], Compiled):
+            self._check_compiled()
         if is_new and self._diverges:
             self._reference = self._refer()
         return is_new
+
+    @torch.no_grad()
+    def _check_compiled(self) -> None:
+        """Compare the first block with what torch compiles of it, on the first batch."""
+        plain = self.call_block(0, 0, self.embedded[0]).float()
+        with self.fast(0):
+            compiled = self.call_block(0, 0, self.embedded[0]).float()
+        off = float((compiled - plain).norm() / plain.norm())
+        if not off <= _ROUNDING:
+            raise ModelError(
+                f"compiled by torch, block {self._prefix}.0 is off by {off:.3g} of its norm, and {_ROUNDING} are "
+                "allowed; set TORCH_COMPILE_DISABLE=1 to run uncompiled"
+            )
 
     @torch.no_grad()
     def _refer(self) -> list[Reference]:
@@ -220,10 +250,18 @@ class PrefixEngine(Replay):
         return block, clock(lambda: self.losses(self.embedded))
 
 
+def _fast(block: Any, device: torch.device) -> AbstractContextManager[None]:
+    """Lets a block compute as fast as it can on its device."""
+    if device.type == "cpu":
+        return ByOneDNN(block)
+    return Compiled(block) if is_compilable(block, device) else nullcontext()
+
+
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
     """Loss of each sequence by the model's plain forward, a batch at a time; see `sequence_nll`."""
     ids = torch.from_numpy(tokens).to(model.device)
-    for batch in ids.split(batch_size(model.device.type, tokens.shape[1])):
+    vocabulary = model.config.get_text_config().vocab_size
+    for batch in ids.split(whole_size(model.device.type, tokens.shape[1], vocabulary)):
         with torch.no_grad():
             logits = model(input_ids=batch, use_cache=False).logits
         losses = sequence_nll(logits, batch)

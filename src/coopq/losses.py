@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coopq.compiled import log_total
+
 Portions = Iterable[tuple[int, Tensor]]
-"""The first token of a portion of the vocabulary, and the logits of some positions, shape (n, size), float32."""
+"""The first token of a portion of the vocabulary, and the logits of some positions, shape (n, size)."""
 LOSSES = {
     "nll": "negative log-likelihood of the next token, the paper's loss",
     "kl": "Kullback-Leibler divergence of the next token's distribution from that in full precision",
@@ -49,11 +51,13 @@ def portions_nll(portions: Portions, targets: Tensor) -> Tensor:
         portions: The logits.
         targets: The next tokens, shape (n,).
     """
-    totals, of_target = [], torch.empty(len(targets), device=targets.device)
+    totals, of_target = [], torch.zeros(len(targets), device=targets.device)
     for first, logits in portions:
-        totals.append(_log_total(logits))
-        inside = ((targets >= first) & (targets < first + logits.shape[1])).nonzero()[:, 0]
-        of_target[inside] = logits[inside, targets[inside] - first]
+        totals.append(log_total(logits))
+        size = logits.shape[1]
+        inside = (targets >= first) & (targets < first + size)
+        found = logits.gather(1, (targets - first).clamp(0, size - 1)[:, None])[:, 0]
+        of_target = torch.where(inside, found.float(), of_target)
     return torch.logsumexp(torch.stack(totals), dim=0) - of_target
 
 
@@ -72,7 +76,7 @@ class Reference:
     @classmethod
     def of(cls, portions: Portions) -> "Reference":
         """From logits."""
-        log_probabilities = functional.log_softmax(torch.cat([logits for _, logits in portions], dim=1), dim=1)
+        log_probabilities = functional.log_softmax(torch.cat([logits for _, logits in portions], dim=1).float(), dim=1)
         probabilities = log_probabilities.exp()
         return cls(probabilities, -torch.linalg.vecdot(probabilities, log_probabilities))
 
@@ -81,11 +85,6 @@ def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
     """Kullback-Leibler divergence from the reference at each position, in nats, shape (n,)."""
     totals, crossed = [], torch.zeros_like(reference.entropy)
     for first, logits in portions:
-        totals.append(_log_total(logits))
-        crossed += torch.linalg.vecdot(reference.probabilities[:, first : first + logits.shape[1]], logits)
+        totals.append(log_total(logits))
+        crossed += torch.linalg.vecdot(reference.probabilities[:, first : first + logits.shape[1]], logits.float())
     return torch.logsumexp(torch.stack(totals), dim=0) - crossed - reference.entropy
-
-
-def _log_total(logits: Tensor) -> Tensor:
-    """Logarithm of the sum of exponentials; one pass of a softmax costs less than a sum that torch composes."""
-    return logits[:, 0] - functional.log_softmax(logits, dim=1)[:, 0]

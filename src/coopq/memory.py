@@ -10,12 +10,12 @@ import torch
 from coopq.errors import OutOfMemory
 from coopq.models import SHARDED, load_skeleton, pick_device
 from coopq.players import find_blocks
-from coopq.replay import batch_size, logit_bytes
+from coopq.replay import batch_size, logit_bytes, whole_size
 from coopq.run import CalibrationConfig
 from coopq.types import Player
 
 _LOGIT_COPIES = 4
-"""Of a batch, where the model is watched and checked: logits, their log-softmax; and as much that allocators keep."""
+"""In float32, where the model is checked on a CPU: logits, their log-softmax; and as much that allocators keep."""
 _STATE_COPIES = 12
 """Arrays of the width of the states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
 _INNER_COPIES = 3
@@ -81,7 +81,14 @@ class Footprint:
         batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
         widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
-        logits = _LOGIT_COPIES * max(batch * text.vocab_size * 4, logit_bytes(device))
+        whole = min(whole_size(device, calibration.length, text.vocab_size), calibration.sequences)
+        positions = batch if diverges else whole * calibration.length
+        n_logits = max(positions * text.vocab_size, logit_bytes(device) // 4)
+        if device == "cpu":
+            working = inside + 4 * _LOGIT_COPIES * n_logits
+        else:
+            # Its allocator returns what a block held before the head wants it: as they are, in float32, and softmax.
+            working = max(inside, (itemsize + 4 + 4) * n_logits)
         of_width = sum(player.n_weights for player in players) * itemsize
         of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         return cls(
@@ -91,7 +98,7 @@ class Footprint:
             bank=n_widths * of_width,
             one_width=of_width,
             states=per_sequence * calibration.sequences,
-            working=inside + logits + _SCRATCH,
+            working=working + _SCRATCH,
             device=device,
             per_sequence=per_sequence,
             length=calibration.length,

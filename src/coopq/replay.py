@@ -15,7 +15,9 @@ from coopq.players import find_blocks
 
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster, and take more."""
-LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**28}
+WHOLE_LOGIT_BYTES = 2**30
+"""Logits that a forward of the whole model may make at once, in float32."""
+LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
 """Logits that are held at once, by device: on CPUs about what the cache holds. Half as much is slower (the C library
 then returns the memory of each batch to the system, and every page of the next one is a fault), and so is twice."""
 
@@ -23,6 +25,11 @@ then returns the memory of each batch to the system, and every page of the next 
 def batch_size(device: str, length: int) -> int:
     """Sequences of a length that go through a block together, on a type of device."""
     return max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"]) // length)
+
+
+def whole_size(device: str, length: int, vocabulary: int) -> int:
+    """Sequences of a length that go through a whole model together, head and all."""
+    return max(1, min(batch_size(device, length), WHOLE_LOGIT_BYTES // (4 * length * vocabulary)))
 
 
 def logit_bytes(device: str) -> int:
@@ -85,7 +92,7 @@ class Replay:
 
         handles = [block.register_forward_hook(record, with_kwargs=True) for block in self._blocks]
         try:
-            self._model(input_ids=batch, use_cache=False)
+            self._model.base_model(input_ids=batch, use_cache=False)  # no logits
         finally:
             for handle in handles:
                 handle.remove()
@@ -150,7 +157,7 @@ class Replay:
         Args:
             states: After the last block, shape (n, length, width).
         Yields:
-            The first token of the portion, and its logits in float32, shape (n * (length - 1), size).
+            The first token of the portion, and its logits, shape (n * (length - 1), size).
         """
         positions = states[:, :-1].flatten(0, 1).unsqueeze(1)
         head = self._model.get_output_embeddings()
@@ -161,7 +168,7 @@ class Replay:
                 head.weight.data = weight[first : first + size]
                 if bias is not None:
                     head.bias.data = bias[first : first + size]
-                yield first, self.head(positions).float()[:, 0]
+                yield first, self.head(positions)[:, 0]
         finally:
             head.weight.data = weight
             if bias is not None:
