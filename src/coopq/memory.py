@@ -83,7 +83,7 @@ class Footprint:
         inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
         whole = min(whole_size(device, calibration.length, text.vocab_size), calibration.sequences)
         positions = batch if diverges else whole * calibration.length
-        n_logits = max(positions * text.vocab_size, logit_bytes(device) // 4)
+        n_logits = text.vocab_size * min(batch, max(positions, logit_bytes(device) // (4 * text.vocab_size)))
         if device == "cpu":
             working = inside + 4 * _LOGIT_COPIES * n_logits
         else:

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,7 @@ def quiet_libraries() -> None:
 
     library.set_verbosity_error()
     library.disable_progress_bar()
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # they would round what is asked for in 32 bits
 
 
 def print_result(data: Any, text: RenderableType, as_json: bool) -> None:

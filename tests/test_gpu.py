@@ -1,0 +1,63 @@
+"""On a GPU, in 32 bits, the same losses and plans as on the CPU; skipped where there is none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coopq.compiled import Compiled
+from coopq.engine import PrefixEngine
+from coopq.hosting import HostedBlocks
+from coopq.methods import plans_on
+from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
+from coopq.sweep import LayerMajorEngine
+from coopq.types import REMOVED, UNTOUCHED
+from coopq.workbench import open_workbench
+from tests.architectures import CONFIGS, tiny_model
+from tests.conftest import STORIES
+from tests.test_engine import TOKENS, build
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+POINTS = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.int8)
+
+
+@pytest.mark.parametrize("loss", ["nll", "kl"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_on_a_gpu_are_those_on_the_cpu(name: str, loss: str, tmp_path: Path) -> None:
+    expected, found = (
+        np.array([losses for _, losses, _ in engine.evaluate(POINTS)])
+        for engine in (
+            PrefixEngine(model, build(model, tmp_path / model.device.type), TOKENS, loss)
+            for model in (tiny_model(name), tiny_model(name).cuda())
+        )
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_on_a_gpu_are_compiled(tmp_path: Path) -> None:
+    model = tiny_model("llama").cuda()
+    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
+    assert all(isinstance(engine.fast(d), Compiled) for d in range(3))
+
+
+def test_blocks_that_visit_a_gpu_give_the_losses_of_the_cpu(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    bank = build(model, tmp_path)
+    expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(POINTS)]
+    engine = LayerMajorEngine(model, bank, TOKENS, HostedBlocks(model, torch.device("cuda")))
+    np.testing.assert_allclose([losses for _, losses, _ in engine.evaluate(POINTS)], expected, rtol=1e-4)
+    assert {tensor.device.type for tensor in model.model.layers.parameters()} == {"cpu"}
+
+
+def test_a_search_on_a_gpu_ends_with_the_plan_of_the_cpu(tmp_path: Path) -> None:
+    plans = []
+    for device in ("cpu", "cuda"):
+        text = CalibrationConfig(sequences=4, length=64)
+        config = RunConfig(str(STORIES), backend="rtn", device=device, calibration=text)
+        with open_workbench(config, tmp_path / device) as bench:
+            plans += plans_on(bench, "active", [Budget.parse("3avg")])
+    ours, theirs = plans
+    assert ours.assignment == theirs.assignment
+    assert ours.measured_loss == pytest.approx(theirs.measured_loss, abs=1e-5)
