@@ -307,7 +307,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
-def test_compiled_blocks_share_one_graph_and_give_the_same_losses(
+def test_compiled_blocks_of_a_kind_share_a_graph_and_give_the_same_losses(
     name: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     model = tiny_model(name)
@@ -318,7 +318,8 @@ def test_compiled_blocks_share_one_graph_and_give_the_same_losses(
     engine = PrefixEngine(model, bank, TOKENS[:12])
     found = [losses for _, losses, _ in engine.evaluate(points)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert counters["stats"]["unique_graphs"] == 1
+    kinds = 2 if name == "gemma2" else 1  # of attention: torch may tell them apart, or not
+    assert 1 <= counters["stats"]["unique_graphs"] <= kinds
     assert not any("forward" in vars(block) for block in find_blocks(model)[1])
 
 
