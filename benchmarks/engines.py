@@ -27,7 +27,7 @@ import coopq
 from coopq.calibration import wikitext2
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.engine import model_nll
-from coopq.export import export_model
+from coopq.export import export_model, predicted_bytes
 from coopq.methods import measure, plans_on
 from coopq.models import load_model
 from coopq.plan import Plan
@@ -234,6 +234,7 @@ def openvino(interpreter: str) -> list[str]:
             assert exact < 1e-3, (found, ours)
             assert plain < 0.02, (found, ours)
             sizes = [(of / "openvino_model.bin").stat().st_size for of in (folder, base)]
+            assert sizes[0] == predicted_bytes(plan, "openvino", base=base), sizes
             rows.append(
                 f"| {name} | {backend} | {counted(plan.modules)} | {sizes[0]:,} of {sizes[1]:,} | {ours.mean():.4f} "
                 f"| {np.mean(found['exact']):.4f} | {exact:.5f} | {np.mean(found['plain']):.4f} | {plain:.4f} "

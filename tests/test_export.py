@@ -339,7 +339,7 @@ def test_openvino_computes_the_same_loss_at_every_width(
     )
     save_model(loaded, plan, get_backend(backend, group_size=group_size), None, saved)
     n_bytes = export_model(saved, "openvino", out, base=base)
-    assert n_bytes == (out / "openvino_model.bin").stat().st_size
+    assert n_bytes == (out / "openvino_model.bin").stat().st_size == predicted_bytes(plan, "openvino", base=base)
     assert (out / "tokenizer.json").read_text() == "as the base has it"
     ours, whole = (
         np.concatenate(list(model_nll(of, tokens))) for of in (coopq.load(saved, device="cpu"), loaded.model)
@@ -366,6 +366,22 @@ def test_openvino_computes_the_same_loss_at_every_width(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.real
+@pytest.mark.parametrize(("backend", "bits"), [("rtn", "2,3,4"), ("quanto", "2,4,8")])
+def test_an_openvino_file_has_the_predicted_size_within_the_budget(
+    backend: str, bits: str, llama: tuple[LoadedModel, Path], tmp_path: Path
+) -> None:
+    limit, base = 9_000_000, llama[1]
+    where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
+    quantizer = ["--backend", backend, "--bits", bits, "--tokens", "64", "--sequence-length", "64"]
+    what = ["--budget", f"{limit}B", "--target", "openvino", "--base", str(base), "--method", "llm-mq", "--json"]
+    code, out, err = command("quantize", BENCHMARKS / "data" / "llama", *quantizer, *what, *where)
+    assert code == 0, err
+    n_bytes = export_model(tmp_path / "saved", "openvino", tmp_path / "out", base=base)
+    assert n_bytes == json.loads(out)["exported_bytes"]
+    assert 0.95 * limit < n_bytes <= limit
+
+
 def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     saved, source, base = tmp_path / "saved", tmp_path / "model", tmp_path / "base"
     random_llama().save_pretrained(source)
@@ -378,7 +394,8 @@ def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], 
     save_openvino(loaded.model, base)
     with pytest.raises(Mismatch, match="was made for another model"):
         export_model(saved, "openvino", tmp_path / "out", base=base, model=str(STORIES))
-    export_model(saved, "openvino", tmp_path / "out", base=base, model=str(source))
+    n_bytes = export_model(saved, "openvino", tmp_path / "out", base=base, model=str(source))
+    assert n_bytes == predicted_bytes(gptq[0], "openvino", base=base, model=str(source))
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 32))
     ours = np.concatenate(list(model_nll(coopq.load(saved, device="cpu"), tokens)))
     np.testing.assert_allclose(openvino_nll(tmp_path / "out", tokens, **EXACT), ours, atol=1e-4)

@@ -132,7 +132,7 @@ def quantize(
         context=context,
     )
     from coopq import pipeline
-    from coopq.export import FORETOLD, predicted_bytes
+    from coopq.export import predicted_bytes
 
     quiet_libraries()
     with progress_bars() as progress:
@@ -150,7 +150,7 @@ def quantize(
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
-    if target in FORETOLD:
+    if target is not None:
         exported = predicted_bytes(plan, target, base=None if base is None else Path(base))
         text += f"; {exported:,} bytes once exported to {target}"
         data["exported_bytes"] = exported

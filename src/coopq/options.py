@@ -29,7 +29,9 @@ Target = Annotated[
         "cannot hold is refused at once; with gguf, a budget in bytes is that of the file."
     ),
 ]
-Base = Annotated[str | None, typer.Option(help="For --target gguf: the model in full precision as GGUF.")]
+Base = Annotated[
+    str | None, typer.Option(help="For --target gguf or openvino: the model in full precision in that form.")
+]
 Context = Annotated[int | None, typer.Option(min=1, help="A budget in bytes holds the KV cache of so many tokens too.")]
 Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, ggml or ggml-iq.")]
 METHOD_HELP = (

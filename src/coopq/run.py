@@ -64,8 +64,9 @@ class RunConfig:
         device: "cpu", "cuda", ..., "sharded" (all GPUs), or "auto".
         between: Other widths between `low` and `high`, ascending.
         target: Form of an engine that the model will be exported to (`coopq.export.FORMS`): what it cannot hold is
-            refused before any work, and with "gguf", budgets in bytes are those of the file. None exports nowhere.
-        base: The model in full precision as GGUF, for the target "gguf"; None where the model is a GGUF file itself.
+            refused before any work, and budgets in bytes are those of the exported file. None exports nowhere.
+        base: The model in full precision in the form of the target "gguf" or "openvino"; None where the model is a
+            GGUF file itself, or for other targets.
         context: Tokens of a KV cache of 16 bits that budgets in bytes have to hold too.
         embeddings: Whether the embedding and the head are players too; one, where they are tied.
         granularity: What is a player: a "block", layers that engines fuse ("fused"), or each "linear" layer.

@@ -7,7 +7,7 @@ truth: the bank holds their dequantised form, a saved model holds them as they a
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,20 @@ class Affine:
     codes: Tensor
     zeros: Tensor
     scales: Tensor
+
+
+class AffineForm(NamedTuple):
+    """What is known of an `Affine` from the shape of its weight alone.
+
+    Attributes:
+        group_size: Weights in a group.
+        zeros: Type of the zero points.
+        symmetric: Whether they are all in the middle of the range.
+    """
+
+    group_size: int
+    zeros: torch.dtype
+    symmetric: bool
 
 
 class Backend(ABC):
@@ -128,6 +142,10 @@ class Backend(ABC):
         Raises:
             BackendError: If the backend's weights are of another form.
         """
+        raise BackendError(f"weights of backend {self.name!r} are no integers in groups along rows")
+
+    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+        """The form of what `affine` gives of a weight of shape (out, in), with the same errors."""
         raise BackendError(f"weights of backend {self.name!r} are no integers in groups along rows")
 
     @abstractmethod

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
+from coopq.backends.base import Affine, AffineForm, Backend, Packed, PackedLinear, check_group_size
 from coopq.backends.gptq_worker import DONE
 from coopq.errors import BackendError
 from coopq.players import find_players
@@ -117,6 +117,10 @@ class GPTQBackend(Backend):
         codes, zeros = self.codes(packed, shape, bits)
         groups = codes.T.reshape(shape[0], -1, self.group_size)
         return Affine(groups.to(torch.uint8), zeros.T.unsqueeze(-1).to(torch.uint8), packed["scales"].T.unsqueeze(-1))
+
+    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+        """See `Backend.affine_form`."""
+        return AffineForm(self.group_size, torch.uint8, self.symmetric)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coopq.backends.base import Affine, Backend, Packed, check_group_size
+from coopq.backends.base import Affine, AffineForm, Backend, Packed, check_group_size
 from coopq.errors import BackendError
 
 _DEFAULT_GROUP_SIZE = 64
@@ -72,6 +72,10 @@ class HQQBackend(Backend):
         return Affine(
             codes.reshape(shape[0], -1, self.group_size), packed["zero"].view(of_row), packed["scale"].view(of_row)
         )
+
+    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+        """See `Backend.affine_form`."""
+        return AffineForm(self.group_size, torch.float16, symmetric=False)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

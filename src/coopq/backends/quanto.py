@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from coopq.backends.base import Affine, Backend, Packed
+from coopq.backends.base import Affine, AffineForm, Backend, Packed
 from coopq.errors import BackendError
 
 
@@ -86,6 +86,12 @@ class QuantoBackend(Backend):
         codes = self._weight(packed, shape, bits, torch.float32)._data.unpack().reshape(*scales.shape[:2], -1)
         # It subtracts zero points times scales.
         return Affine(codes, packed["weight._shift"].view(of_row).float() / scales.float(), scales)
+
+    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+        """See `Backend.affine_form`."""
+        if bits == 8:
+            return AffineForm(shape[1], torch.uint8, symmetric=True)
+        return AffineForm(self._group_size(shape, bits) or shape[1], torch.float32, symmetric=False)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from coopq.backends.base import Affine, Backend, Packed, PackedLinear, check_group_size
+from coopq.backends.base import Affine, AffineForm, Backend, Packed, PackedLinear, check_group_size
 
 _DEFAULT_GROUP_SIZE = 64
 _SMALLEST_SCALE = 2.0**-24
@@ -67,6 +67,10 @@ class RTNBackend(Backend):
         zeros = unpack_bits(packed["weight_zero"], bits, scales.numel()).reshape(scales.shape)
         codes = unpack_bits(packed["weight_codes"], bits, scales.numel() * self.group_size)
         return Affine(codes.reshape(*scales.shape[:2], self.group_size), zeros, scales)
+
+    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+        """See `Backend.affine_form`."""
+        return AffineForm(self.group_size, torch.uint8, symmetric=False)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype

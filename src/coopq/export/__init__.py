@@ -14,9 +14,8 @@ from coopq.run import RunConfig
 from coopq.storage import Storage
 from coopq.types import Player, ProgressCallback, silent
 
-FORETOLD = ("gguf", "compressed-tensors", "auto-round")
-"""Forms whose sizes are known before they are written; OpenVINO stores equal constants once."""
-FORMS = (*FORETOLD, "openvino")
+FORMS = ("gguf", "openvino", "compressed-tensors", "auto-round")
+"""Their sizes are known before they are written."""
 
 
 def export_model(
@@ -68,12 +67,16 @@ def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: s
 
     Args: as for `export_model`.
     Raises:
-        ExportError: If the form is none of `FORETOLD`, or cannot hold the model.
+        ExportError: If the form is unknown, or cannot hold the model.
     """
     if form == "gguf":
         from coopq.export import gguf
 
         return gguf.predicted_bytes(plan, base=base, model=model)
+    if form == "openvino":
+        from coopq.export import openvino
+
+        return openvino.predicted_bytes(plan, base=base, model=model)
     return folder_bytes(plan, form, _layout(form), model=model)
 
 
@@ -83,7 +86,7 @@ def _layout(form: str) -> Layout:
 
     layouts = {"compressed-tensors": compressed_tensors.layout, "auto-round": auto_round.layout}
     if form not in layouts:
-        raise ExportError(f"sizes of form {form!r} are not foretold; {hint(form, FORETOLD)}")
+        raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
     return layouts[form]
 
 
@@ -104,22 +107,29 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
         from coopq.export import gguf
 
         fixed = gguf.fixed_bytes(config, [linear.name for player in players for linear in player.linears])
+    elif config.target == "openvino":
+        from coopq.export import openvino
+
+        openvino.check_affine(backend)
+        _check_columns(players, backend, config.target)
+        fixed = openvino.fixed_bytes(config, players, backend)
     elif config.target in FORMS:
         from coopq.export.compressed_tensors import check_fused
-        from coopq.export.openvino import check_affine
 
-        if config.target == "openvino":
-            check_affine(backend)
-        else:
-            gptq = check_backend(backend, config.target)
-            fixed = fixed_bytes(config, model, players, gptq, _layout(config.target))
+        gptq = check_backend(backend, config.target)
         if config.target == "compressed-tensors":
             check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
-        for linear in (linear for player in players for linear in player.linears):
-            check_columns(linear.name, linear.shape[1], backend.settings["group_size"], config.target)
+        _check_columns(players, backend, config.target)
+        fixed = fixed_bytes(config, model, players, gptq, _layout(config.target))
     elif config.target is not None:
         raise ExportError(f"target {config.target!r} is unknown; {hint(config.target, FORMS)}")
     return replace(storage, fixed=fixed + cache_bytes(model, config.context or 0))
+
+
+def _check_columns(players: Sequence[Player], backend: Backend, form: str) -> None:
+    """Check that rows of every layer are whole groups."""
+    for linear in (linear for player in players for linear in player.linears):
+        check_columns(linear.name, linear.shape[1], backend.settings["group_size"], form)
 
 
 def cache_bytes(model: Any, context: int) -> int:

@@ -4,9 +4,9 @@ Cache, tokenizer and all else come from that base as they are, so that every arc
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from coopq.errors import ExportError
 from coopq.export.folder import check_columns
 from coopq.export.source import load_source
 from coopq.files import atomic_folder, require_new_folder
-from coopq.models import LoadedModel
+from coopq.models import LoadedModel, load_skeleton
+from coopq.plan import Plan
 from coopq.players import weight_of
 from coopq.run import RunConfig
-from coopq.types import ProgressCallback, silent
+from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
 
 _FORM, _FILE = "openvino", "openvino_model"
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -41,7 +42,7 @@ def export_openvino(
         model: Where the plan's model is now; None takes the plan's word.
         progress: Told of every module.
     Returns:
-        Bytes of the weights' file.
+        Bytes of the weights' file, which are those that `predicted_bytes` foretells.
     Raises:
         ExportError: If the form cannot hold the model, OpenVINO is missing, or there is no base.
         Mismatch: If the base is not the plan's model.
@@ -49,14 +50,8 @@ def export_openvino(
     plan = saved_plan(saved)
     backend = check_affine(get_backend(**plan.quantizer))
     require_new_folder(out)
-    if base is None or not (base / f"{_FILE}.xml").is_file():
-        lacking = "no base is given" if base is None else f"there is no {_FILE}.xml in {base}"
-        raise ExportError(
-            f"{lacking}; name a folder of the model in full precision with --base: "
-            f"optimum-cli export openvino --model {RunConfig.from_json(plan.config).model} --weight-format fp16 FOLDER"
-        )
-    library = _library()
-    graph = library.Core().read_model(base / f"{_FILE}.xml")
+    base = _base(base, RunConfig.from_json(plan.config))
+    library, graph = _library(), _graph(base)
     constants = _constants_of(plan.quantized, load_source(plan, model, progress), base, graph)
     packed, _ = read_saved(saved)
     for done, (name, bits) in enumerate(plan.quantized.items()):
@@ -89,6 +84,108 @@ def check_affine(backend: Backend) -> Backend:
     return backend
 
 
+def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None = None) -> int:
+    """Bytes of the weights' file that a plan will be exported to, from the base and the plan alone.
+
+    The library stores constants once that have the same bytes. So zero points in the middle are stored once for each of
+    their shapes; that others should agree is a chance that is not counted on.
+
+    Args and errors: as for `export_openvino`.
+    """
+    config, backend = RunConfig.from_json(plan.config), check_affine(get_backend(**plan.quantizer))
+    base = _base(base, config)
+    skeleton = load_skeleton(model or config.model)
+    shapes = {name: _shape(weight_of(skeleton, name)) for name in plan.quantized}
+    parts = {name: _sizes(backend, shapes[name], bits) for name, bits in plan.quantized.items()}
+    alike = {size for of in parts.values() for size in of.alike}
+    beside = _beside(base, _itemsizes(base), shapes)
+    return beside + sum(of.own for of in parts.values()) + sum(size for size, _ in alike)
+
+
+def fixed_bytes(config: RunConfig, players: Sequence[Player], backend: Backend) -> int:
+    """Bytes of that file beside what the backend's tensors of the players take, at most.
+
+    Raises:
+        ExportError: If there is no base, or it has no constant of a player's shape.
+    """
+    base = _base(None, config)
+    shapes = {linear.name: linear.shape for player in players for linear in player.linears}
+    itemsizes = _itemsizes(base)
+    n_bytes = _beside(base, itemsizes, shapes)
+    for shape in shapes.values():
+        apart = [
+            own + sum(size for size, _ in alike) - backend.storage_bytes(shape, bits)
+            for bits in config.quantized_widths
+            for own, alike in [_sizes(backend, shape, bits)]
+        ]
+        if UNTOUCHED in config.widths:
+            apart.append((itemsizes[shape] - 2) * shape[0] * shape[1])
+        n_bytes += max(apart)
+    return n_bytes
+
+
+class _Sizes(NamedTuple):
+    """Bytes of a weight's constants: of those that are its own, and of each that others may have too."""
+
+    own: int
+    alike: list[tuple[int, int]]  # with the bits of the weight, which tell their bytes apart
+
+
+def _sizes(backend: Backend, shape: tuple[int, int], bits: int) -> _Sizes:
+    form = backend.affine_form(shape, bits)
+    n_groups = shape[0] * shape[1] // form.group_size
+    of_zero = bits if _is_whole(form.zeros, bits) else max(form.zeros.itemsize * 8, 16)
+    zeros = _packed_bytes(n_groups, of_zero)
+    own = _packed_bytes(shape[0] * shape[1], bits) + 2 * n_groups
+    return _Sizes(own, [(zeros, bits)]) if form.symmetric else _Sizes(own + zeros, [])
+
+
+def _packed_bytes(n: int, bits: int) -> int:
+    """Bytes of n numbers: three bits come by eights."""
+    return -(-n // 8) * 3 if bits == 3 else -(-n * bits // 8)
+
+
+def _beside(base: Path, itemsizes: Mapping[tuple[int, ...], int], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of the base's weights without those of some modules, and of what tells new ones their shapes."""
+    if lacking := next((name for name, shape in shapes.items() if shape not in itemsizes), None):
+        raise ExportError(f"{base} has no constant of the shape of {lacking}, {shapes[lacking]}; is it of this model?")
+    old = sum(itemsizes[shape] * shape[0] * shape[1] for shape in shapes.values())
+    return (base / f"{_FILE}.bin").stat().st_size - old + 16 * len(set(shapes.values()))
+
+
+def _itemsizes(base: Path) -> dict[tuple[int, ...], int]:
+    """Bytes of a number in the base's constants of each shape."""
+    return {tuple(node.shape): _DTYPES[node.get_element_type().to_string()].itemsize for node in _weights(_graph(base))}
+
+
+def _shape(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
+
+
+def _base(base: Path | None, config: RunConfig) -> Path:
+    """The folder to start from: what is named, or what the plan's search was told."""
+    found = base or (None if config.base is None else Path(config.base))
+    if found is None or not (found / f"{_FILE}.xml").is_file():
+        lacking = "no base is given" if found is None else f"there is no {_FILE}.xml in {found}"
+        raise ExportError(
+            f"{lacking}; name a folder of the model in full precision with --base: "
+            f"optimum-cli export openvino --model {config.model} --weight-format fp16 FOLDER"
+        )
+    return found
+
+
+def _graph(base: Path) -> Any:
+    """The base's graph, whose constants are mapped from its file."""
+    return _library().Core().read_model(base / f"{_FILE}.xml")
+
+
+def _weights(graph: Any) -> Iterator[Any]:
+    """Constants that may be weights."""
+    for node in graph.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type().to_string() in _DTYPES:
+            yield node
+
+
 def _library() -> Any:
     """OpenVINO."""
     try:
@@ -107,9 +204,8 @@ def _constants_of(modules: Iterable[str], loaded: LoadedModel, base: Path, graph
         ExportError: If a module has none.
     """
     of_shape: dict[tuple[int, ...], list[Any]] = {}
-    for node in graph.get_ops():
-        if node.get_type_name() == "Constant" and node.get_element_type().to_string() in _DTYPES:
-            of_shape.setdefault(tuple(node.shape), []).append(node)
+    for node in _weights(graph):
+        of_shape.setdefault(tuple(node.shape), []).append(node)
     found = {}
     for name in modules:
         weight = weight_of(loaded.model, name).data
@@ -145,15 +241,21 @@ def _packed(weight: Affine, bits: int, name: str) -> Any:
         return ops.constant(values.contiguous().numpy(), dtype=kind)
 
     kind = getattr(types, f"u{bits}")
-    # Whole zero points of 2 bits have no kernel on CPUs that compute in bfloat16 (seen in OpenVINO 2026.4).
-    is_whole = weight.zeros.dtype == torch.uint8 and bits != 2
     as_floats = weight.zeros if weight.zeros.dtype == torch.float32 else weight.zeros.half()
-    zeros = constant(weight.zeros, kind) if is_whole else constant(as_floats)
+    zeros = constant(weight.zeros, kind) if _is_whole(weight.zeros.dtype, bits) else constant(as_floats)
     codes, scales = constant(weight.codes, kind), constant(weight.scales.half())
     shifted = ops.subtract(ops.convert(codes, "f32"), ops.convert(zeros, "f32"))
     groups = ops.multiply(shifted, ops.convert(scales, "f32"))
     rows = ops.constant([weight.codes.shape[0], weight.codes[0].numel()], dtype=types.i64)
     return ops.reshape(groups, rows, special_zero=False, name=name)
+
+
+def _is_whole(zeros: torch.dtype, bits: int) -> bool:
+    """Whether zero points are stored as integers.
+
+    Those of 2 bits have no kernel then on CPUs that compute in bfloat16 (seen in OpenVINO 2026.4).
+    """
+    return zeros == torch.uint8 and bits != 2
 
 
 def _replace(constant: Any, by: Any) -> None:
