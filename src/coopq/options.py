@@ -26,7 +26,7 @@ Target = Annotated[
     str | None,
     typer.Option(
         help="Form that the model will be exported to (gguf, openvino, compressed-tensors, auto-round): what that "
-        "cannot hold is refused at once; with gguf, a budget in bytes is that of the file."
+        "cannot hold is refused at once, and a budget in bytes is that of the exported file."
     ),
 ]
 Base = Annotated[
