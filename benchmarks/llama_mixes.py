@@ -129,7 +129,8 @@ def unseen(subject: Subject, source: str, tokenizer: Any) -> npt.NDArray[np.int6
     drawn = calibration_set(CalibrationConfig(source, subject.n_windows + len(seen), WINDOW), tokenizer).tokens
     parts = np.lib.stride_tricks.sliding_window_view(drawn, seen.shape[1], axis=1)
     holds = [(parts == sequence).all(axis=2).any(axis=1) for sequence in seen]
-    return drawn[~np.any(holds, axis=0)][: subject.n_windows]
+    kept: npt.NDArray[np.int64] = drawn[~np.any(holds, axis=0)]
+    return kept[: subject.n_windows]
 
 
 def above(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> str:
@@ -192,11 +193,11 @@ def run(name: str, granularity: str) -> list[str]:
         f"{Path(subject.calibration.source).name}, for all sizes together. Perplexities by llama.cpp",
         f"({llama_cpp_package()}) on {len(tokens)} windows of {WINDOW} tokens of",
         f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
-        f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}. Beside them our loss above theirs, nats per token,",
-        "paired 95 %: there, and on as many windows of Wikipedia and of C4, none of them searched on. WikiText-2 sets",
-        "spaces around punctuation, which these texts do not.",
+        f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}. Beside them our loss above theirs, nats per",
+        "token, paired 95 %: there, and on as many windows of Wikipedia and of C4, none of them searched on.",
+        "WikiText-2 sets spaces around punctuation, which these texts do not.",
         "",
-        "| llama.cpp's mix | its bytes | our bytes | its perplexity | ours | our loss above its | on Wikipedia | on C4 |",
+        "| llama.cpp's mix | its bytes | our bytes | its perplexity | ours | our loss above | on Wikipedia | on C4 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for kind, file in theirs.items():
