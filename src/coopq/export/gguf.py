@@ -52,7 +52,7 @@ def export_gguf(
     assert backend is not None
     reader = _reader(plan, base, model)
     modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
-    size = predicted_bytes(plan, base=base, model=model)
+    size = _size(plan, reader)
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, size, str(out))
     loaded = load_source(plan, model, progress)
@@ -94,7 +94,12 @@ def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None =
 
     Args and errors: as for `export_gguf`.
     """
-    reader, backend = _reader(plan, base, model), get_backend(**plan.quantizer)
+    return _size(plan, _reader(plan, base, model))
+
+
+def _size(plan: Plan, reader: Any) -> int:
+    """Bytes of a plan's file over a base."""
+    backend = get_backend(**plan.quantizer)
     sizes = {
         name: backend.storage_bytes((int(tensor.shape[1]), int(tensor.shape[0])), plan.modules[name])
         for tensor, name in _tensors(reader, plan.modules)
