@@ -17,7 +17,7 @@ from coopq import compiled, replay
 from coopq.backends import get_backend
 from coopq.bank import WeightBank
 from coopq.compiled import Compiled
-from coopq.engine import PrefixEngine, prefix_tree_size
+from coopq.engine import PrefixEngine, model_nll, prefix_tree_size
 from coopq.errors import EstimationError, ModelError
 from coopq.models import LoadedModel
 from coopq.onednn import ByOneDNN
@@ -286,6 +286,23 @@ def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkey
     monkeypatch.setitem(replay.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+def test_whole_models_take_as_many_sequences_as_their_logits_have_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("qwen3")
+    bank = build(model, tmp_path)
+    point = np.array([[2, 4, 2]], dtype=np.int8)
+    ((_, expected, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    whole = list(model_nll(model, TOKENS))
+    assert [len(batch) for batch in whole] == [12, 8]
+    monkeypatch.setattr(replay, "WHOLE_LOGIT_BYTES", 5 * 4 * 40 * 97)
+    ((_, found, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    np.testing.assert_array_equal(found, expected)
+    parts = list(model_nll(model, TOKENS))
+    assert [len(batch) for batch in parts] == [5, 5, 5, 5]
+    np.testing.assert_allclose(np.concatenate(parts), np.concatenate(whole), rtol=1e-5)
 
 
 class Doubled(Compiled):
