@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-import openvino
 from coopq.backends import Backend, get_backend
 from coopq.backends.ggml import GGMLBackend, IQuants, column_importance
 from coopq.calibration import calibration_set
@@ -28,7 +27,6 @@ from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, Output
 from coopq.export import export_model, predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
-from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
@@ -309,77 +307,6 @@ save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})
     with torch.no_grad():
         ours = coopq.load(saved, device="cpu")(tokens).logits
     torch.testing.assert_close(load_file(tmp_path / "theirs.safetensors")["logits"], ours, rtol=0.01, atol=0.01)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
-    """The reference Llama, and as OpenVINO has it in full precision."""
-    loaded, base = load_model(str(BENCHMARKS / "data" / "llama"), device="cpu"), tmp_path_factory.mktemp("openvino")
-    save_openvino(loaded.model, base)
-    (base / "tokenizer.json").write_text("as the base has it")
-    return loaded, base
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(
-    ("backend", "group_size", "widths"),
-    [("rtn", 64, [8, 2, 3, 4, 16]), ("hqq", 64, [8, 2, 3, 4, 16]), ("quanto", None, [8, 2, 4, 16])],
-)
-def test_openvino_computes_the_same_loss_at_every_width(
-    backend: str, group_size: int | None, widths: list[int], llama: tuple[LoadedModel, Path], tmp_path: Path
-) -> None:
-    (loaded, base), (saved, out) = llama, (tmp_path / "saved", tmp_path / "out")
-    tokens = calibration_set(CalibrationConfig(sequences=2, length=64), loaded.tokenizer).tokens
-    assignment = (widths * 13)[:13]
-    plan = plan_for(loaded.model, backend, group_size, assignment, embeddings=True)
-    plan = replace(
-        plan,
-        config={**plan.config, "model": str(BENCHMARKS / "data" / "llama")},
-        fingerprint={**plan.fingerprint, "weights": fingerprint_weights(loaded.model)},
-    )
-    save_model(loaded, plan, get_backend(backend, group_size=group_size), None, saved)
-    n_bytes = export_model(saved, "openvino", out, base=base)
-    assert n_bytes == (out / "openvino_model.bin").stat().st_size == predicted_bytes(plan, "openvino", base=base)
-    assert (out / "tokenizer.json").read_text() == "as the base has it"
-    ours, whole = (
-        np.concatenate(list(model_nll(of, tokens))) for of in (coopq.load(saved, device="cpu"), loaded.model)
-    )
-    np.testing.assert_allclose(openvino_nll(out, tokens, **EXACT), ours, atol=1e-4)
-    np.testing.assert_allclose(openvino_nll(out, tokens), ours, atol=0.03)
-    assert np.abs(ours - whole).min() > 0.03
-    graph = openvino.Core().read_model(out / "openvino_model.xml")
-    codes: dict[str, int] = {}
-    for node in graph.get_ops():
-        kind = node.get_element_type().to_string() if node.get_type_name() == "Constant" else ""
-        if kind.startswith("u") and node.shape[2] > 1:
-            codes[kind] = codes.get(kind, 0) + int(np.prod(node.shape))
-    players = find_players(loaded.model, embeddings=True)
-    expected: dict[str, int] = {}
-    for player, bits in zip(players, plan.assignment, strict=True):
-        if bits != 16:
-            expected[f"u{bits}"] = expected.get(f"u{bits}", 0) + player.n_weights
-    assert codes == expected
-    with pytest.raises(ExportError, match=r"has no constant with the weights of model\..*cannot be the base"):
-        export_model(saved, "openvino", tmp_path / "other", base=out)
-    with pytest.raises(ExportError, match=r"no base is given.*--base: optimum-cli export openvino --model"):
-        export_model(saved, "openvino", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
-
-
-@pytest.mark.real
-@pytest.mark.parametrize(("backend", "bits"), [("rtn", "2,3,4"), ("quanto", "2,4,8")])
-def test_an_openvino_file_has_the_predicted_size_within_the_budget(
-    backend: str, bits: str, llama: tuple[LoadedModel, Path], tmp_path: Path
-) -> None:
-    limit, base = 9_000_000, llama[1]
-    where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
-    quantizer = ["--backend", backend, "--bits", bits, "--tokens", "64", "--sequence-length", "64"]
-    what = ["--budget", f"{limit}B", "--target", "openvino", "--base", str(base), "--method", "llm-mq", "--json"]
-    code, out, err = command("quantize", BENCHMARKS / "data" / "llama", *quantizer, *what, *where)
-    assert code == 0, err
-    n_bytes = export_model(tmp_path / "saved", "openvino", tmp_path / "out", base=base)
-    assert n_bytes == json.loads(out)["exported_bytes"]
-    assert 0.95 * limit < n_bytes <= limit
 
 
 def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
