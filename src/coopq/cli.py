@@ -10,37 +10,17 @@ from coopq.errors import BudgetError, CoopQError, RunError
 from coopq.journal import Journal
 from coopq.judging import bench, compare, evaluate
 from coopq.options import (
-    ActOrder,
     Alpha,
-    Backend,
-    Base,
-    Bits,
     Budget_,
-    Calibration,
-    CalibrationSeed,
-    Context,
-    Device,
-    Dtype,
-    Embeddings,
-    Granularity,
     GroupSize,
     Json,
-    Length,
-    Loss,
     Method,
-    Model,
-    Permutations,
     RayAddress,
     Run,
-    ScreenTokens,
-    Seed,
-    Symmetric,
-    Target,
     TimeLimit,
-    Tokens,
     Workers,
+    measures,
     ray_config,
-    run_config,
 )
 from coopq.plan import Plan, plan_budget
 from coopq.report import (
@@ -53,7 +33,7 @@ from coopq.report import (
     show_plan,
     show_run,
 )
-from coopq.run import RunFolder
+from coopq.run import RunConfig, RunFolder
 from coopq.storage import Budget
 from coopq.terminal import STDERR, fail, print_result, progress_bars, quiet_libraries, show_log
 
@@ -71,8 +51,9 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 
 @app.command()
+@measures()
 def quantize(
-    model: Model,
+    config: RunConfig,
     out: Annotated[Path, typer.Option(help="Folder of the quantized model; it appears whole, at the end.")],
     budget: Budget_ = None,
     max_loss: Annotated[
@@ -81,56 +62,13 @@ def quantize(
     ] = None,
     run: Run = None,
     method: Method = "active",
-    granularity: Granularity = "block",
-    embeddings: Embeddings = False,
-    target: Target = None,
-    base: Base = None,
-    context: Context = None,
-    backend: Backend = "rtn",
-    group_size: GroupSize = None,
-    act_order: ActOrder = None,
-    symmetric: Symmetric = None,
-    bits: Bits = "2,4",
-    permutations: Permutations = 25,
-    seed: Seed = 0,
-    calibration: Calibration = "c4",
-    calibration_seed: CalibrationSeed = 0,
-    tokens: Tokens = 8192,
-    sequence_length: Length = 512,
-    screen_tokens: ScreenTokens = None,
-    loss: Loss = "nll",
     alpha: Alpha = 0.5,
     time_limit: TimeLimit = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     ray_address: RayAddress = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """The one-shot job: search, quantize, save. Run it again and it goes on where it was."""
-    config = run_config(
-        model,
-        backend=backend,
-        group_size=group_size,
-        bits=bits,
-        granularity=granularity,
-        embeddings=embeddings,
-        permutations=permutations,
-        seed=seed,
-        calibration=calibration,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        calibration_seed=calibration_seed,
-        screen_tokens=screen_tokens,
-        loss=loss,
-        dtype=dtype,
-        device=device,
-        act_order=act_order,
-        symmetric=symmetric,
-        target=target,
-        base=base,
-        context=context,
-    )
     from coopq import pipeline
     from coopq.export import predicted_bytes
 
@@ -150,60 +88,26 @@ def quantize(
         )
     text = f"{provenance(config, plan.fingerprint, method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
-    if target is not None:
-        exported = predicted_bytes(plan, target, base=None if base is None else Path(base))
-        text += f"; {exported:,} bytes once exported to {target}"
+    if config.target is not None:
+        exported = predicted_bytes(plan, config.target)
+        text += f"; {exported:,} bytes once exported to {config.target}"
         data["exported_bytes"] = exported
     print_result(data, text, as_json)
 
 
 @app.command()
+@measures("target", "base", "context", "screen_tokens")
 def estimate(
-    model: Model,
+    config: RunConfig,
     run: Annotated[Path | None, typer.Option(help="Folder of the work; not with --dry-run.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what this and other methods would take, after two seconds.")
     ] = False,
-    granularity: Granularity = "block",
-    embeddings: Embeddings = False,
-    backend: Backend = "rtn",
-    group_size: GroupSize = None,
-    act_order: ActOrder = None,
-    symmetric: Symmetric = None,
-    bits: Bits = "2,4",
-    permutations: Permutations = 25,
-    seed: Seed = 0,
-    calibration: Calibration = "c4",
-    calibration_seed: CalibrationSeed = 0,
-    tokens: Tokens = 8192,
-    sequence_length: Length = 512,
-    loss: Loss = "nll",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     ray_address: RayAddress = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    config = run_config(
-        model,
-        backend=backend,
-        group_size=group_size,
-        bits=bits,
-        granularity=granularity,
-        embeddings=embeddings,
-        permutations=permutations,
-        seed=seed,
-        calibration=calibration,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        calibration_seed=calibration_seed,
-        loss=loss,
-        dtype=dtype,
-        device=device,
-        act_order=act_order,
-        symmetric=symmetric,
-    )
     if dry_run:
         from coopq.forecast import forecast
 

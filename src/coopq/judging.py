@@ -9,83 +9,26 @@ from rich.console import Group
 from rich.text import Text
 
 from coopq.files import write_json
-from coopq.options import (
-    METHOD_HELP,
-    ActOrder,
-    Backend,
-    Bits,
-    Calibration,
-    CalibrationSeed,
-    Device,
-    Dtype,
-    Embeddings,
-    Granularity,
-    GroupSize,
-    Json,
-    Length,
-    Loss,
-    Model,
-    Permutations,
-    ScreenTokens,
-    Seed,
-    Symmetric,
-    Tokens,
-    run_config,
-)
+from coopq.options import METHOD_HELP, Device, Json, measures
 from coopq.plan import Plan
 from coopq.report import accuracy_table, comparison_table, evaluation_data
+from coopq.run import RunConfig
 from coopq.terminal import print_result, progress_bars, quiet_libraries
 
 
+@measures("target", "base", "context")
 def compare(
-    model: Model,
+    config: RunConfig,
     budget: Annotated[list[str], typer.Option(help="As for quantize; may be given several times.")],
     run: Annotated[Path, typer.Option(help="Folder of the work; the figure and the numbers land there too.")],
     method: Annotated[
         list[str] | None, typer.Option(help=f"May be given several times. (default: the usual ones) {METHOD_HELP}")
     ] = None,
-    granularity: Granularity = "block",
-    embeddings: Embeddings = False,
-    backend: Backend = "rtn",
-    group_size: GroupSize = None,
-    act_order: ActOrder = None,
-    symmetric: Symmetric = None,
-    bits: Bits = "2,4",
-    permutations: Permutations = 25,
-    seed: Seed = 0,
-    calibration: Calibration = "c4",
-    calibration_seed: CalibrationSeed = 0,
-    tokens: Tokens = 8192,
-    sequence_length: Length = 512,
-    screen_tokens: ScreenTokens = None,
-    loss: Loss = "nll",
     judge_tokens: Annotated[int | None, typer.Option(help="Only the first tokens of WikiText-2 (default: all)")] = None,
     judge_length: Annotated[int, typer.Option(help="Tokens of a WikiText-2 window.")] = 2048,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Searches and baselines at several budgets, judged on WikiText-2: one table, one figure. Resumes."""
-    config = run_config(
-        model,
-        backend=backend,
-        group_size=group_size,
-        bits=bits,
-        granularity=granularity,
-        embeddings=embeddings,
-        permutations=permutations,
-        seed=seed,
-        calibration=calibration,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        calibration_seed=calibration_seed,
-        screen_tokens=screen_tokens,
-        loss=loss,
-        dtype=dtype,
-        device=device,
-        act_order=act_order,
-        symmetric=symmetric,
-    )
     from coopq import evaluate as work
     from coopq.figure import check_plotting, save_comparison
 
@@ -104,7 +47,7 @@ def compare(
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
     data = {"config": config.to_json(), "text": text, "comparison": [asdict(row) for row in rows]}
     write_json(run / "comparison.json", data)
-    title = f"{model}, {backend}, {config.widths_text} bits by {granularity}: {text}"
+    title = f"{config.model}, {config.backend}, {config.widths_text} bits by {config.granularity}: {text}"
     files = save_comparison(rows, title, run / "comparison")
     saved = ", ".join(map(str, [run / "comparison.json", *files]))
     print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)

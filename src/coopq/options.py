@@ -1,5 +1,8 @@
 """What several commands ask for: types of arguments and options with their help, and what their values mean."""
 
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,17 +89,30 @@ Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OU
 
 
 def run_config(
-    model: str,
     *,
-    bits: str,
-    calibration: str,
-    tokens: int,
-    sequence_length: int,
-    calibration_seed: int,
-    screen_tokens: int | None = None,
-    **settings: Any,
+    model: Model,
+    granularity: Granularity = "block",
+    embeddings: Embeddings = False,
+    target: Target = None,
+    base: Base = None,
+    context: Context = None,
+    backend: Backend = "rtn",
+    group_size: GroupSize = None,
+    act_order: ActOrder = None,
+    symmetric: Symmetric = None,
+    bits: Bits = "2,4",
+    permutations: Permutations = 25,
+    seed: Seed = 0,
+    calibration: Calibration = "c4",
+    calibration_seed: CalibrationSeed = 0,
+    tokens: Tokens = 8192,
+    sequence_length: Length = 512,
+    screen_tokens: ScreenTokens = None,
+    loss: Loss = "nll",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
 ) -> RunConfig:
-    """What a command is asked to measure: `settings` as `RunConfig` has them, the others as they are written."""
+    """What a command is asked to measure."""
     for option, n in (("--tokens", tokens), ("--screen-tokens", screen_tokens)):
         if sequence_length < 1 or (n is not None and n % sequence_length):
             raise CalibrationError(
@@ -108,13 +124,51 @@ def run_config(
         raise EstimationError(f"--bits {bits!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
     return RunConfig(
         model,
+        backend,
         low=low,
         between=tuple(between),
         high=high,
+        group_size=group_size,
+        act_order=act_order,
+        symmetric=symmetric,
+        granularity=granularity,
+        embeddings=embeddings,
+        target=target,
+        base=base,
+        context=context,
+        permutations=permutations,
+        seed=seed,
         calibration=CalibrationConfig(calibration, tokens // sequence_length, sequence_length, calibration_seed),
         screening=None if screen_tokens is None else screen_tokens // sequence_length,
-        **settings,
+        loss=loss,
+        dtype=dtype,
+        device=device,
     )
+
+
+def measures(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command, whose first parameter is a `RunConfig`, ask for the options that `run_config` makes one from.
+
+    Args:
+        without: Options that it does not need.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        asked = {name: of for name, of in signature(run_config).parameters.items() if name not in without}
+        own = [of.replace(kind=Parameter.KEYWORD_ONLY) for of in list(signature(command).parameters.values())[1:]]
+
+        @wraps(command)
+        def with_options(**values: Any) -> None:
+            command(run_config(**{name: values.pop(name) for name in asked}), **values)
+
+        # The model, then what is the command's own, then the rest.
+        model, *others = asked.values()
+        parameters = [model, *own, *others]
+        with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {of.name: of.annotation for of in parameters}
+        return with_options
+
+    return decorate
 
 
 def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
