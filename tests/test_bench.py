@@ -2,15 +2,17 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from coopq.bench import Result, Row, run_bench
-from coopq.bench_config import Bench, read_bench
+from coopq.bench_config import Bench, Case, read_bench
 from coopq.bench_report import cells, markdown, save_report, tidy, wins
 from coopq.errors import BudgetError, EstimationError, RunError
+from coopq.run import RunConfig
 from tests.command_line import in_process, refused
 from tests.conftest import STORIES
 
@@ -149,6 +151,26 @@ def test_who_wins_by_hand() -> None:
     assert "Lower in 1 of 1 cells (0 beyond the interval), higher in 0 (0 beyond)." in shown
     assert f"| toy | 3avg | {np.exp(2):.2f} | lim | {np.exp(2.5):.2f} | {np.expm1(-0.5) * 100:+.1f} % " in shown
     assert "| coopq | 1 of 1 | 0.0000 ± nan | 0.0000 | 0.0000 | 25 |" in shown
+
+
+def test_cases_that_share_budgets_in_bytes_stand_side_by_side() -> None:
+    blocks = RunConfig("m", "rtn")
+    fused = replace(blocks, granularity="fused")
+    cases = tuple(Case(config, ("3avg", "3bpw"), ("coopq", "lim"), (0,)) for config in (blocks, fused))
+    references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
+    results = [
+        toy(
+            [*references, *(row(method, budget, [nll, nll], 60) for method in ("coopq", "lim") for budget in budgets)],
+            case=case.name,
+        )
+        for case, nll, budgets in zip(cases, (2.0, 1.5), [case.budgets for case in cases], strict=True)
+    ]
+    shown = markdown(Bench("Toy", cases, None, 64), results)
+    assert "## m by rtn at equal bytes" in shown
+    assert "| case | method | 3bpw | cost |" in shown, "equal average bits may be other bytes"
+    assert f"| m-rtn-2-4 | lim | {np.exp(2):.2f} | 30 |" in shown
+    assert f"| m-rtn-2-4-fused | coopq | **{np.exp(1.5):.2f}** | 30 |" in shown
+    assert "equal bytes" not in markdown(Bench("Toy", cases[:1], None, 64), results[:1]), "there is nothing beside it"
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
     others = [method for method in methods if method != "active"]
     lines += ["", "## The active search against everything else", "", *_against(of_all, "active", others)]
     lines += ["", "## In the form of the paper's tables", "", *_paper_form(bench, of_all)]
+    lines += _equal_bytes(bench, of_all)
     lines += ["", "## Who beats whom", "", *_wins(of_all, methods)]
     for case in bench.cases:
         of_case = [result for result in results if result.case == case.name]
@@ -255,6 +256,34 @@ def _in_range(of_all: Sequence[Cell], case: str, method: str, bits: tuple[float,
         if bits[0] < float(cell.budget.removesuffix("avg")) <= bits[1]
     ]
     return float(np.mean(found)) if found else None
+
+
+def _equal_bytes(bench: Bench, of_all: Sequence[Cell]) -> Iterator[str]:
+    """Cases of one model and backend that share budgets which are bytes, whatever the players and widths are."""
+    sources = [(case.config.model, case.config.backend) for case in bench.cases]
+    for source in dict.fromkeys(sources):
+        cases = [case for case, of in zip(bench.cases, sources, strict=True) if of == source]
+        shared = [
+            budget
+            for budget in cases[0].budgets
+            if not budget.endswith("avg") and all(budget in case.budgets for case in cases)
+        ]
+        if len(cases) < 2 or not shared:
+            continue
+        found = {(cell.case, cell.budget): cell for cell in of_all}
+        lowest = [min((found[case.name, budget] for case in cases), key=lambda c: c.nll(c.best)) for budget in shared]
+        yield from ["", f"## {' by '.join(source)} at equal bytes", "", "Perplexity; cost as below.", ""]
+        yield f"| case | method | {' | '.join(shared)} | cost |"
+        yield f"| --- | --- |{' --- |' * len(shared)} --- |"
+        for case in cases:
+            of_case = [found[case.name, budget] for budget in shared]
+            for method in (method for method in case.methods if all(method in cell.windows for cell in of_case)):
+                perplexities = [f"{np.exp(cell.nll(method)):,.2f}" for cell in of_case]
+                shown = [
+                    f"**{text}**" if (cell, method) == (least, least.best) else text
+                    for text, cell, least in zip(perplexities, of_case, lowest, strict=True)
+                ]
+                yield f"| {case.name} | {method} | {' | '.join(shown)} | {of_case[0].cost[method]:,.0f} |"
 
 
 def wins(of_all: Sequence[Cell], methods: Sequence[str]) -> npt.NDArray[np.float64]:
