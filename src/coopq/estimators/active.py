@@ -1,5 +1,7 @@
 """Active search: a surrogate proposes, the true loss decides, and each answer teaches the surrogate."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from coopq.estimators.base import Known, Measured, Setting
@@ -19,8 +21,11 @@ _MOST_PER_PLAYER = 13
 """Points measured for each player at most: for blocks, they cost less than a tenth of the paper's hundred walks."""
 _MANY_PLAYERS = 64
 """Of more players than this, what each does alone says too little of the rest: the search descends to the budgets."""
+_DESCENT_STEPS, _DESCENT_CANDIDATES = 8, 4
+"""The descent lowers an eighth of the players a step, and measures a quarter of them: it is there to learn from, and
+finer ones took more than they taught (docs/decisions/0009-active-search.md)."""
 _MOST_AFTER_DESCENT = 6
-"""Points measured for each player at most after a descent: both together stay below the same tenth."""
+"""Points measured for each player at most after a descent."""
 _POOL = 2000
 """Of more assignments that a surrogate knows to be near, it looks closer at those which it says are best."""
 _INCUMBENTS = 3
@@ -29,7 +34,10 @@ _RANDOM_STARTS = 20
 
 def descent(setting: Setting) -> Greedy | None:
     """How the search of many players begins; None for few."""
-    return Greedy.paced(setting) if setting.n_steps > _MANY_PLAYERS else None
+    n = setting.n_steps
+    if n <= _MANY_PLAYERS:
+        return None
+    return Greedy(setting, per_step=n // _DESCENT_STEPS, candidates=n // _DESCENT_CANDIDATES)
 
 
 def most_points(n_steps: int) -> int:
@@ -51,17 +59,24 @@ class ActiveSearch:
         setting: Widths, sizes, budgets, seed.
         known: Points measured before the search began, with their losses.
         starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
+        descend: How it begins.
 
     Source: expected improvement, Jones et al., Efficient Global Optimization, 1998.
     """
 
-    def __init__(self, setting: Setting, known: Known | None = None, starts: Assignments | None = None) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        known: Known | None = None,
+        starts: Assignments | None = None,
+        descend: Callable[[Setting], Greedy | None] = descent,
+    ) -> None:
         self._setting = setting
         self._starts = np.zeros((0, setting.n_players), dtype=np.int8) if starts is None else starts
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)
-        self._descent = descent(setting)
+        self._descent = descend(setting)
         self._most = 0
         self._round = 0
 
