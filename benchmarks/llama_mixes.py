@@ -13,6 +13,7 @@ searched on. Writes docs/results/llama_mixes-MODEL-GRANULARITY.md.
 
 import argparse
 import ctypes
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,11 @@ import llama_cpp
 from convert import DATA, convert
 from coopq.backends.ggml import column_importance
 from coopq.calibration import calibration_set, wikitext2
-from coopq.checkpoint import is_saved_model, save_model
+from coopq.checkpoint import is_saved_model, save_model, saved_plan
 from coopq.engine import model_nll
 from coopq.export import export_model
 from coopq.export.llama_cpp import llama_cpp_nll, llama_cpp_package
-from coopq.methods import measure, plans_on
+from coopq.methods import begin_with_nothing, measure, plans_on
 from coopq.models import gguf_file, load_model
 from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
@@ -178,9 +179,13 @@ def run(name: str, granularity: str) -> list[str]:
     )
     budgets = [Budget.parse(f"{file.stat().st_size}B") for file in theirs.values()]
     with Progress() as bars, open_workbench(config, work / granularity, bars_for(bars, name)) as bench:
+        begin_with_nothing(bench, ["active"], budgets)  # as in a new folder, whatever was searched in this one
         plans = [measure(bench, plan) for plan in plans_on(bench, "active", budgets)]
         for kind, plan in zip(theirs, plans, strict=True):
-            if not is_saved_model(saved := work / f"{granularity}-{kind}"):
+            saved = work / f"{granularity}-{kind}"
+            if is_saved_model(saved) and saved_plan(saved).assignment != plan.assignment:
+                shutil.rmtree(saved)
+            if not is_saved_model(saved):
                 save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, saved)
             export_model(saved, "gguf", work / f"{granularity}-{kind}.gguf")
     texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (WIKIPEDIA, "c4"))]
