@@ -1,6 +1,6 @@
 """Results of a bench, measured again from nothing, against those that are published.
 
-    coopq bench my-part-of-small.toml --out build/again     # one model, one backend, one seed: half an hour of one core
+    coopq bench benchmarks/again.toml --out build/again     # one model, backend and seed: minutes
     python benchmarks/reproduced.py build/again docs/results/small
 
 Cases and seeds that both folders have: in how many rows a method chose the same assignment, and by how much losses
@@ -51,8 +51,8 @@ def main() -> None:
     lines = [
         "# Measured again from nothing",
         "",
-        "Written by `python benchmarks/reproduced.py`, from parts of `benchmarks/small.toml` run in new folders. Rows:",
-        "methods and budgets, full precision and uniform widths; losses on WikiText-2 in nats per token.",
+        "Written by `python benchmarks/reproduced.py`, from `benchmarks/again.toml`, a part of `small.toml`, run in a",
+        "new folder. Rows: methods and budgets, full precision and uniform widths; losses on WikiText-2 in nats per token.",
         "",
         "| case and seed | rows | same assignment | losses of these apart, at most | losses of the others, at most |",
         "| --- | --- | --- | --- | --- |",
