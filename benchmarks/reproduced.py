@@ -52,7 +52,7 @@ def main() -> None:
         "# Measured again from nothing",
         "",
         "Written by `python benchmarks/reproduced.py`, from `benchmarks/again.toml`, a part of `small.toml`, run in a",
-        "new folder. Rows: methods and budgets, full precision and uniform widths; losses on WikiText-2 in nats per token.",
+        "new folder. Rows: methods and budgets, full precision and uniform widths; WikiText-2 losses, nats/token.",
         "",
         "| case and seed | rows | same assignment | losses of these apart, at most | losses of the others, at most |",
         "| --- | --- | --- | --- | --- |",

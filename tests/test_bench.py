@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from coopq.bench import Result, Row, run_bench
+from coopq.bench_cells import cells, wins
 from coopq.bench_config import Bench, Case, read_bench
-from coopq.bench_report import cells, markdown, save_report, tidy, wins
+from coopq.bench_report import markdown, save_report, tidy
 from coopq.errors import BudgetError, EstimationError, RunError
 from coopq.run import RunConfig
 from tests.command_line import in_process, refused

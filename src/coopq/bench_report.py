@@ -3,20 +3,18 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from coopq.baselines import PAPER_BASELINES
-from coopq.bench import Result, mean_windows
+from coopq.bench import Result
+from coopq.bench_cells import REFERENCES, Cell, cells
 from coopq.bench_config import Bench
+from coopq.bench_figures import save_figures
 from coopq.evidence import Evidence
-from coopq.figure import save_bars, save_comparison, save_heatmap, save_scatter
 from coopq.files import atomic_file
-from coopq.scores import Comparison
 
 _COLUMNS = (
     "case",
@@ -34,43 +32,14 @@ _COLUMNS = (
     "nll",
     "perplexity",
 )
-_REFERENCES = ("full precision", "uniform", "random")
 _RANGES = ((2.0, 2.5), (2.5, 3.0), (3.0, 3.5), (3.5, 4.0))
 """Average bits as the paper's tables group them: above the first number, up to the second."""
 _PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "libggml-python")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A budget of a case, over its seeds.
-
-    Attributes:
-        case: Name of the case.
-        budget: The budget.
-        windows: Loss of each method on each judging window, averaged over seeds.
-        cost: Layer forwards of each method for all budgets of the case, in forwards of the whole model, likewise.
-        calibration: Loss of each method on the calibration text, which searches lower, likewise.
-    """
-
-    case: str
-    budget: str
-    windows: dict[str, npt.NDArray[np.float64]]
-    cost: dict[str, float]
-    calibration: dict[str, float]
-
-    def nll(self, method: str) -> float:
-        """Loss on the judging text."""
-        return float(self.windows[method].mean())
-
-    @property
-    def best(self) -> str:
-        """The method of lowest loss."""
-        return min(self.windows, key=self.nll)
-
-
 def save_report(bench: Bench, results: Sequence[Result], out: Path) -> list[Path]:
     """Write results.csv, report.md and the figures into a folder; the files written."""
-    figures = _figures(bench, results, out)
+    figures = save_figures(bench, results, out)
     files = [out / "results.csv", out / "report.md"]
     for path, text in zip(files, (tidy(results), markdown(bench, results, figures)), strict=True):
         with atomic_file(path) as temporary:
@@ -99,30 +68,6 @@ def tidy(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def cells(results: Sequence[Result]) -> list[Cell]:
-    """The budgets of every case."""
-    found = []
-    for name in dict.fromkeys(result.case for result in results):
-        of_case = [result for result in results if result.case == name]
-        rows = [(row, result.blocks) for result in of_case for row in result.rows]
-        for budget in dict.fromkeys(row.budget for row, _ in rows if row.budget is not None):
-            methods = dict.fromkeys(row.method for row, _ in rows if row.budget == budget)
-            windows = {method: mean_windows(of_case, method, budget) for method in methods}
-            cost = {
-                method: float(np.mean([row.layer_forwards / blocks for row, blocks in rows if row.method == method]))
-                for method in methods
-            }
-            calibration = {
-                method: float(
-                    np.mean([row.calibration_nll for row, _ in rows if (row.method, row.budget) == (method, budget)])
-                )
-                for method in methods
-            }
-            known = {m: of for m, of in windows.items() if of is not None}
-            found.append(Cell(name, budget, known, cost, calibration))
-    return found
-
-
 def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = ()) -> str:
     """The report.
 
@@ -132,7 +77,7 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
         figures: File names of figures to show.
     """
     of_all = cells(results)
-    methods = [m for m in dict.fromkeys(m for cell in of_all for m in cell.windows) if m not in _REFERENCES]
+    methods = [m for m in dict.fromkeys(m for cell in of_all for m in cell.windows) if m not in REFERENCES]
     lines = [f"# {bench.title}", "", *_provenance(bench), "", "## All cases", "", *_summary(of_all, methods)]
     lines += ["", "## The paper's method against its baselines", "", *_against(of_all, "coopq", PAPER_BASELINES)]
     others = [method for method in methods if method != "active"]
@@ -286,17 +231,6 @@ def _equal_bytes(bench: Bench, of_all: Sequence[Cell]) -> Iterator[str]:
                 yield f"| {case.name} | {method} | {' | '.join(shown)} | {of_case[0].cost[method]:,.0f} |"
 
 
-def wins(of_all: Sequence[Cell], methods: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Share of the cells in which the method of a row is lower than that of a column, half for ties; nan for none."""
-    matrix = np.full((len(methods), len(methods)), np.nan)
-    for i, row in enumerate(methods):
-        for j, column in enumerate(methods):
-            pairs = [(c.nll(row), c.nll(column)) for c in of_all if row in c.windows and column in c.windows]
-            if i != j and pairs:
-                matrix[i, j] = np.mean([0.5 if ours == theirs else float(ours < theirs) for ours, theirs in pairs])
-    return matrix
-
-
 def _wins(of_all: Sequence[Cell], methods: Sequence[str]) -> Iterator[str]:
     """Cells in which one method is lower than another, and in how many of them beyond the interval."""
     yield "Cells in which the method of the row is lower than that of the column, and those beyond the interval."
@@ -344,67 +278,3 @@ def _table(of_case: Sequence[Cell], results: Sequence[Result]) -> Iterator[str]:
             shown.append(f"**{value}**{spread}" if method == cell.best else value + spread)
         cost = next(cell.cost[method] for cell in of_case if method in cell.cost)
         yield f"| {method} | {cost:,.0f} | {' | '.join(shown)} |"
-
-
-def _figures(bench: Bench, results: Sequence[Result], out: Path) -> list[str]:
-    """Draw everything; the file names."""
-    of_all = cells(results)
-    methods = [m for m in dict.fromkeys(m for cell in of_all for m in cell.windows) if m not in _REFERENCES]
-    files = [save_heatmap(wins(of_all, methods), methods, methods, "share of cells won", out / "wins")]
-    lowest = [min(cell.nll(m) for m in methods if m in cell.windows) for cell in of_all]
-    points = {
-        method: (
-            float(np.median([cell.cost[method] for cell in of_all if method in cell.cost])),
-            float(np.mean([c.nll(method) - low for c, low in zip(of_all, lowest, strict=True) if method in c.windows])),
-        )
-        for method in methods
-    }
-    files.append(save_scatter(points, "cost, forwards of the model", "NLL above the lowest", bench.title, out / "cost"))
-    for case in bench.cases:
-        of_case = [result for result in results if result.case == case.name]
-        files.append(save_comparison(_comparison(of_case), case.name, out / f"perplexity-{case.name}"))
-        first = of_case[0]
-        n = len(first.players)
-        rows = [row for row in first.rows if row.budget is not None and row.assignment is not None]
-        for budget in dict.fromkeys(row.budget for row in rows):
-            chosen = [row for row in rows if row.budget == budget]
-            bits = np.array([row.assignment for row in chosen], dtype=np.float64)
-            title = f"{case.name}, {budget}: bits by player"
-            path = out / f"bits-{case.name}-{budget}"
-            files.append(save_heatmap(bits, [row.method for row in chosen], [str(i) for i in range(n)], title, path))
-        above = np.array(first.interactions)
-        numbers = [str(i) for i in range(n)]
-        title = f"{case.name}: fitted interactions, nats"
-        files.append(save_heatmap(above, numbers, numbers, title, out / f"interactions-{case.name}", diverging=True))
-        if first.shapley is not None:
-            values, errors = first.shapley
-            title = f"{case.name}: Shapley values, nats"
-            files.append(save_bars(values, errors, numbers, title, out / f"shapley-{case.name}"))
-    return [path.name for of_figure in files for path in of_figure]
-
-
-def _comparison(of_case: Sequence[Result]) -> list[Comparison]:
-    """What the figure of perplexity against bits takes, averaged over seeds."""
-    rows = of_case[0].rows
-    found = []
-    for row in rows:
-        same = [
-            (of.nll, of.calibration_nll)
-            for result in of_case
-            for of in result.rows
-            if (of.method, of.budget, of.average_bits) == (row.method, row.budget, row.average_bits)
-        ] or [(row.nll, row.calibration_nll)]
-        nll, calibration = np.mean(same, axis=0).tolist()
-        found.append(
-            Comparison(
-                method=row.method,
-                budget=row.budget,
-                n=1 if row.assignment is not None else 5,
-                average_bits=row.average_bits,
-                bits_per_weight=row.bits_per_weight,
-                calibration_nll=calibration,
-                nll=nll,
-                perplexity=float(np.exp(nll)),
-            )
-        )
-    return found
