@@ -69,6 +69,8 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
         (["--backend", "gptq-static", "--bits", "2,4", "--group-size", "48"], "no group size 48; choose from 16, 32"),
         (["--act-order"], "'rtn' has no option act_order"),
+        (["--backend", "autoround", "--act-order"], "'autoround' has no option act_order"),
+        (["--backend", "autoround", "--group-size", "32"], "weights as they are, for it wants multiples of 32"),
         (["--bits", "4"], "is not two widths"),
         (["--loss", "kld"], "loss 'kld' is unknown; did you mean 'kl'"),
         (["--bits", "4,4"], "must be different widths"),
@@ -106,7 +108,9 @@ def test_after_a_mistake_the_same_folder_works(tmp_path: Path, stories: str) -> 
     assert coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)[0] == 0
 
 
-@pytest.mark.parametrize(("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum"), ("gptq", "gptqmodel")])
+@pytest.mark.parametrize(
+    ("backend", "package"), [("hqq", "hqq"), ("quanto", "optimum"), ("gptq", "gptqmodel"), ("autoround", "auto_round")]
+)
 def test_a_missing_extra_names_the_command_that_installs_it(
     backend: str, package: str, tmp_path: Path, stories: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

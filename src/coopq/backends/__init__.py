@@ -1,6 +1,7 @@
 """Quantization backends behind one contract, imported only when asked for."""
 
 import importlib
+from inspect import signature
 
 from coopq.backends.base import Backend, Packed
 from coopq.errors import BackendError, UnsupportedBits, hint
@@ -14,9 +15,12 @@ BACKENDS = {
     "hqq": "coopq.backends.hqq:HQQBackend",
     "gptq": "coopq.backends.gptq:GPTQBackend",
     "gptq-static": "coopq.backends.gptq:GPTQStatic",
+    "autoround": "coopq.backends.autoround:AutoRoundBackend",
     "ggml": "coopq.backends.ggml:GGMLBackend",
     "ggml-iq": "coopq.backends.ggml:IQuants",
 }
+
+_OPTIONS = "gptq and gptq-static have act_order and symmetric, autoround has symmetric"
 
 
 def get_backend(
@@ -32,8 +36,8 @@ def get_backend(
     Args:
         name: A key of `BACKENDS`.
         group_size: Weights that share a scale; None takes the backend's default.
-        act_order: For gptq; None takes its default.
-        symmetric: For gptq; None takes its default.
+        act_order: For gptq and gptq-static; None takes their default.
+        symmetric: For these and autoround; None takes their default.
         bits: Widths that it must have.
     Raises:
         BackendError: If the name is unknown, the backend lacks an option, or its library is not installed.
@@ -51,6 +55,7 @@ def get_backend(
             )
     given = {"act_order": act_order, "symmetric": symmetric}
     options = {option: value for option, value in given.items() if value is not None}
-    if options and not name.startswith("gptq"):
-        raise BackendError(f"backend {name!r} has no option {', '.join(options)}; only gptq and gptq-static have")
+    unknown = [option for option in options if option not in signature(backend_class.__init__).parameters]
+    if unknown:
+        raise BackendError(f"backend {name!r} has no option {', '.join(unknown)}; {_OPTIONS}")
     return backend_class(group_size, **options)

@@ -1,18 +1,11 @@
 """GPTQ (Frantar et al., 2023) by the library GPTQModel, which runs in a process of its own."""
 
 import importlib.util
-import json
 import re
-import subprocess
-import sys
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coopq.backends.base import Affine, AffineForm, Backend, Packed, PackedLinear, check_group_size
-from coopq.backends.gptq_worker import DONE
+from coopq.backends.process import DONE, working
 from coopq.errors import BackendError
 from coopq.players import find_players
 from coopq.tensors import load_tensors
@@ -33,6 +26,7 @@ _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _WORD = 32
 """Bits of the words that codes are packed into."""
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_WORKER = "coopq.backends.gptq_worker"
 
 
 class GPTQBackend(Backend):
@@ -53,10 +47,14 @@ class GPTQBackend(Backend):
     whole_model: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     weights_file: ClassVar[str] = "model.safetensors"
+    package: ClassVar[str] = "gptqmodel"
+    extra: ClassVar[str] = "gptq"
 
     def __init__(self, group_size: int | None = None, *, act_order: bool = False, symmetric: bool = True) -> None:
-        if importlib.util.find_spec("gptqmodel") is None:
-            raise BackendError(f"backend {self.name!r} needs the package gptqmodel; run: pip install 'coopq[gptq]'")
+        if importlib.util.find_spec(self.package) is None:
+            raise BackendError(
+                f"backend {self.name!r} needs the package {self.package}; run: pip install 'coopq[{self.extra}]'"
+            )
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
         if self.group_size not in _GROUP_SIZES:
             raise BackendError(
@@ -91,7 +89,7 @@ class GPTQBackend(Backend):
         every = [linear.name for player in find_players(model) for linear in player.linears]
         settings = self._quantize_config({name: bits.get(name, UNTOUCHED) for name in every})
         tensors: dict[str, Tensor] = {}
-        with _working(model, tokenizer, tokens, {"settings": settings}) as made:
+        with working("GPTQModel", _WORKER, model, tokenizer, tokens, {"settings": settings}) as made:
             for file in sorted(made(DONE).parent.glob("*.safetensors")):
                 tensors |= load_tensors(file, model.device.type, way_out="run the same command again")
         for name in bits:
@@ -191,54 +189,16 @@ class GPTQStatic(GPTQBackend):
                 raise BackendError(f"backend {self.name!r} has no way with {name}, which is no linear layer")
         settings = {"group_size": self.group_size, "desc_act": self.act_order, "sym": self.symmetric}
         job = {"layers": {str(width): list(names) for width, names in layers.items()}, "settings": settings}
-        with _working(model, tokenizer, tokens, job) as made:
+        with working("GPTQModel", _WORKER, model, tokenizer, tokens, job) as made:
             for name in order:  # as they are made: whoever keeps them loses nothing
                 for width in (width for width, names in layers.items() if name in names):
                     file = made(f"{name}-{width}.safetensors")
                     solved = load_tensors(file, model.device.type, way_out="run the same command again")
                     file.unlink()
-                    yield width, name, _packed(solved, width)
+                    yield width, name, packed_form(solved, width)
 
 
-@contextmanager
-def _working(
-    model: Any, tokenizer: Any, tokens: npt.NDArray[np.int64] | None, job: Mapping[str, Any]
-) -> Iterator[Callable[[str], Path]]:
-    """The library at a job, in a process of its own: a function that waits for a file that it makes, by name."""
-    assert tokens is not None, "Hessians need calibration tokens"
-    with tempfile.TemporaryDirectory(prefix="coopq-gptq-") as place:
-        folder = Path(place)
-        model.save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
-        request = {"tokens": tokens.tolist(), "dtype": str(model.dtype).removeprefix("torch."), **job}
-        request |= {"device": model.device.type}
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "coopq.backends.gptq_worker", place]
-        with (
-            (folder / "log").open("w+", encoding="utf-8", errors="replace") as log,
-            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=place) as process,
-        ):
-
-            def made(name: str) -> Path:
-                file = folder / "out" / name
-                while not file.exists():
-                    if process.poll() is not None and not file.exists():
-                        log.seek(0)
-                        words = [line for line in log.read().splitlines() if line.strip()]
-                        raise BackendError(
-                            f"GPTQModel failed ({words[-1] if words else process.returncode}); it may lack this "
-                            "architecture or this group size: try another one, or another backend"
-                        )
-                    time.sleep(0.05)
-                return file
-
-            try:
-                yield made
-            finally:
-                process.kill()
-
-
-def _packed(solved: Packed, bits: int) -> Packed:
+def packed_form(solved: Packed, bits: int) -> Packed:
     """GPTQ's tensors of a weight that is solved: "weight", (out, in), with "scales" and "zeros", (out, groups)."""
     group, scales = solved["g_idx"].long(), solved["scales"].float()
     zeros = solved["zeros"].round().int()

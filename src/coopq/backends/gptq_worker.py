@@ -1,7 +1,6 @@
-"""Quantizes a model with GPTQModel, in a process of its own: python -m coopq.backends.gptq_worker FOLDER.
+"""Quantizes a model with GPTQModel, as `coopq.backends.process` has it.
 
-The library prints a banner, takes over logging and sets environment variables; all of that ends with this process. The
-folder holds the model and request.json; what is made comes into its folder "out".
+python -m coopq.backends.gptq_worker FOLDER
 """
 
 import json
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-DONE = "done"
-"""File that says that all is made."""
+from coopq.backends.process import DONE
+
 _HESSIAN_BYTES = 4 * 2**30
 """What Hessians may take together before the model runs again for the others."""
 
