@@ -34,7 +34,7 @@ _COLUMNS = (
 )
 _RANGES = ((2.0, 2.5), (2.5, 3.0), (3.0, 3.5), (3.5, 4.0))
 """Average bits as the paper's tables group them: above the first number, up to the second."""
-_PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "libggml-python")
+_PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "auto-round", "libggml-python")
 
 
 def save_report(bench: Bench, results: Sequence[Result], out: Path) -> list[Path]:

@@ -36,7 +36,7 @@ Base = Annotated[
     str | None, typer.Option(help="For --target gguf or openvino: the model in full precision in that form.")
 ]
 Context = Annotated[int | None, typer.Option(min=1, help="A budget in bytes holds the KV cache of so many tokens too.")]
-Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, ggml or ggml-iq.")]
+Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, autoround, ggml or ggml-iq.")]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
     "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "
@@ -48,7 +48,9 @@ GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale.
 ActOrder = Annotated[
     bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
 ]
-Symmetric = Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="gptq: zero points in the middle.")]
+Symmetric = Annotated[
+    bool | None, typer.Option("--symmetric/--asymmetric", help="gptq, autoround: zero points in the middle.")
+]
 Bits = Annotated[str, typer.Option(help="The widths to choose from, two or more.")]
 Permutations = Annotated[
     int, typer.Option(help="Random walks to measure, for methods that walk; more can be added to a run later.")

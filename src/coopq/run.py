@@ -51,10 +51,10 @@ class RunConfig:
 
     Attributes:
         model: Hub id, local folder, GGUF file, or "demo".
-        backend: "rtn", "quanto", "hqq", "gptq", "gptq-static", "ggml" or "ggml-iq".
+        backend: "rtn", "quanto", "hqq", "gptq", "gptq-static", "autoround", "ggml" or "ggml-iq".
         group_size: Weights that share a scale; None takes the backend's default.
-        act_order: For gptq; None takes its default.
-        symmetric: For gptq; None takes its default.
+        act_order: For gptq and gptq-static; None takes their default.
+        symmetric: For these and autoround; None takes their default.
         low: Bit-width that players are lowered to.
         high: Bit-width that players start from.
         permutations: Number of walks, M.

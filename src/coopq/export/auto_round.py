@@ -20,7 +20,7 @@ def export_auto_round(saved: Path, out: Path, *, progress: ProgressCallback = si
     """Write a saved model in AutoRound's form; the folder appears whole or not at all.
 
     Args:
-        saved: A model saved with the backend gptq, symmetric and without act-order.
+        saved: A model saved with GPTQ's tensors, symmetric and without act-order.
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
     Returns:

@@ -26,7 +26,7 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
     """Write a saved model in the form of compressed-tensors; the folder appears whole or not at all.
 
     Args:
-        saved: A model saved with the backend gptq, symmetric and without act-order.
+        saved: A model saved with GPTQ's tensors, symmetric and without act-order.
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
     Returns:

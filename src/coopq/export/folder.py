@@ -53,7 +53,7 @@ def folder_bytes(plan: Plan, form: str, layout: Layout, *, model: str | None = N
     """Bytes of the weights' file that a plan will be exported to, from the plan and the model's configuration alone.
 
     Args:
-        plan: A plan of the backend gptq.
+        plan: A plan of a backend with GPTQ's tensors.
         form: Its name, for errors.
         layout: Of the form.
         model: Where the plan's model is now; None takes the plan's word.
@@ -130,7 +130,7 @@ def check_backend(backend: Backend, form: str) -> GPTQBackend:
     if not isinstance(backend, GPTQBackend) or not backend.symmetric or backend.act_order:
         raise ExportError(
             f"{form} holds symmetric integers in groups along the rows, and not what backend {backend.name!r} makes "
-            f"with {backend.settings}; search with --backend gptq --symmetric --no-act-order"
+            f"with {backend.settings}; search with --backend gptq --symmetric --no-act-order, or autoround --symmetric"
         )
     return backend
 

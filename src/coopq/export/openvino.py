@@ -79,7 +79,7 @@ def check_affine(backend: Backend) -> Backend:
     if not backend.is_affine:
         raise ExportError(
             f"{_FORM} holds integers in groups along the rows, and not what backend {backend.name!r} makes with "
-            f"{backend.settings}; search with --backend rtn, hqq, quanto, or gptq --no-act-order"
+            f"{backend.settings}; search with --backend rtn, hqq, quanto, autoround, or gptq --no-act-order"
         )
     return backend
 
