@@ -42,7 +42,7 @@ GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
 QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"backend": "rtn"},
     "hqq": {"backend": "hqq"},
-    "quanto": {"backend": "quanto"},
+    "quanto": {"backend": "quanto", "group_size": None},  # its own: 128
     "gptq": {"backend": "gptq"},
     "gptq --asymmetric": {"backend": "gptq", "symmetric": False},
     "gptq-static --asymmetric": {"backend": "gptq-static", "symmetric": False},
@@ -75,7 +75,7 @@ class Found:
 def found_by(name: str, quantizer: str, bars: Progress) -> Found:
     """Weights of both widths, judged; and plans of the active search on them."""
     folder = WORK / f"{name}-{quantizer.replace(' ', '')}"
-    config = RunConfig(str(DATA / name), group_size=GROUP, calibration=TEXT, **QUANTIZERS[quantizer])
+    config = RunConfig(str(DATA / name), calibration=TEXT, **{"group_size": GROUP, **QUANTIZERS[quantizer]})
     timed = folder / "seconds.json"
     start = spent()
     with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:

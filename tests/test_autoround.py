@@ -86,6 +86,10 @@ def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, 
     assert packed.keys() == plan.quantized.keys()
 
 
-def test_layers_that_the_library_leaves_are_refused() -> None:
+def test_layers_that_the_library_leaves_are_refused(source: Path) -> None:
     with pytest.raises(BackendError, match="leaves layers of 172 x 64 weights as they are"):
         get_backend("autoround").storage_bytes((172, 64), 4)
+    loaded = load_model(str(source), device="cpu")
+    tokens = np.zeros((1, 8), dtype=np.int64)
+    with pytest.raises(BackendError, match=r"no way with model\.embed_tokens, which is no linear layer"):
+        next(get_backend("autoround").quantize_model(loaded.model, loaded.tokenizer, {"model.embed_tokens": 4}, tokens))
