@@ -128,15 +128,16 @@ class WeightBank:
         itemsize = next(iter(self._originals.values())).dtype.itemsize
         needed = sum(self.players[player].n_weights for of in missing.values() for player in of) * itemsize
         require_space(self._folder, needed, "the weight bank")
+        if not total:
+            return
         done = 0
-        for player, width, weights in self._quantize(missing, tokens) if total else ():
-            progress("quantizing", done, total)
+        progress("quantizing", done, total)  # the first one may be long in coming
+        for player, width, weights in self._quantize(missing, tokens):
             with atomic_file(self._path(player, width)) as temporary:
                 save_tensors(weights, temporary)
             done += 1
+            progress("quantizing", done, total)
         assert done == total, (done, total)
-        if done:
-            progress("quantizing", total, total)
 
     def set_player(self, player: int, bits: int) -> None:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""

@@ -72,11 +72,11 @@ def save_model(
             f"the plan and the model differ in {', '.join(sorted(set(modules) ^ known))}; allocate it again"
         )
     quantized = plan.quantized
+    progress("packing", 0, len(quantized))
     packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, tokens) if quantized else ()
-    for done, (name, packed) in enumerate(packed_modules):
-        progress("packing", done, len(quantized))
+    for done, (name, packed) in enumerate(packed_modules, start=1):
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
-    progress("packing", len(quantized), len(quantized))
+        progress("packing", done, len(quantized))
     kept = {name for name in modules if name not in quantized}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())
     n_bytes += sum(2 * weight_of(loaded.model, name).numel() for name in kept)
