@@ -2,8 +2,8 @@
 
     python benchmarks/quantizers.py            # two hours on one core, nearly all of them AutoRound's; resumes
 
-Reference models with every layer at 2 or at 4 bits; then plans of one of them at 2.5 and 3 average bits, searched on
-the weights of a cheap backend or on AutoRound's own, and saved by AutoRound. Judged on WikiText-2. Writes
+Reference models with every layer at 2 or at 4 bits; then plans of one of them at 2.5 average bits, searched on the
+weights of a cheap backend or on AutoRound's own, and saved by AutoRound. Judged on WikiText-2. Writes
 docs/results/quantizers.md.
 """
 
@@ -51,8 +51,8 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "autoround --asymmetric": {"backend": "autoround", "symmetric": False},
 }
 STRONG, CHEAP = "autoround", "hqq"
-SEARCHED, BUDGETS = ("llama",), ("2.5avg", "3avg")
-"""Models that plans are searched and saved for: each is another quarter of an hour or two of AutoRound."""
+SEARCHED, BUDGETS = ("llama",), ("2.5avg",)
+"""What plans are searched and saved for: each is two passes of AutoRound more."""
 
 
 def spent() -> float:

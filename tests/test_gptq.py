@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,37 @@ def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
 def test_options_of_gptq_are_refused_elsewhere() -> None:
     with pytest.raises(BackendError, match="backend 'rtn' has no option act_order"):
         get_backend("rtn", act_order=True)
+
+
+def test_a_worker_ends_when_its_parent_is_killed() -> None:
+    worker = """
+import time
+from coopq.backends.process import end_with_parent
+end_with_parent()
+time.sleep(1)
+print("alive", flush=True)
+time.sleep(300)
+"""
+    parent = f"""
+import subprocess, sys
+started = subprocess.Popen([sys.executable, "-c", {worker!r}], stdin=subprocess.PIPE)
+print(started.pid, flush=True)
+started.wait()
+"""
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        assert process.stdout.readline() == "alive\n"
+        process.kill()
+    for _ in range(300):
+        if not _is_running(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it goes on alone")
+
+
+def _is_running(pid: int) -> bool:
+    """Whether it is, and is no zombie that whoever adopted it has yet to bury."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return state.strip() not in ("", "Z")

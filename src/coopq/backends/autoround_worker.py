@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coopq.backends.process import DONE
+from coopq.backends.process import DONE, end_with_parent
 from coopq.types import UNTOUCHED
 
 _BATCH = 8
@@ -71,4 +71,5 @@ def _solved(module: Any, group_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from coopq.backends.process import DONE
+from coopq.backends.process import DONE, end_with_parent
 
 _HESSIAN_BYTES = 4 * 2**30
 """What Hessians may take together before the model runs again for the others."""
@@ -97,4 +97,5 @@ def _portions(columns: dict[str, int]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]))

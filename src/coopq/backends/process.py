@@ -4,9 +4,12 @@ They print banners, take over logging and set environment variables; all of that
 """
 
 import json
+import os
+import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +25,17 @@ DONE = "done"
 """File that says that all is made."""
 
 
+def end_with_parent() -> None:
+    """Let a worker end when the process that wants its work is gone, however that was killed: nobody else stops it."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()  # a pipe, which ends when its other end does
+        os._exit(1)
+
+    if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):  # by hand it is something else
+        threading.Thread(target=wait, daemon=True).start()
+
+
 @contextmanager
 def working(
     library: str,
@@ -35,8 +49,8 @@ def working(
 
     Args:
         library: Its name, for errors.
-        worker: The module to run; it finds the model and request.json in the folder that it is given, and makes files
-            in the folder "out" there.
+        worker: The module to run; it finds the model and request.json in the folder that it is given, makes files in
+            the folder "out" there, and calls `end_with_parent`.
         model: The model, in full precision.
         tokenizer: Its tokenizer.
         tokens: Calibration tokens, shape (n_sequences, length).
@@ -55,7 +69,9 @@ def working(
         command = [sys.executable, "-m", worker, place]
         with (
             (folder / "log").open("w+", encoding="utf-8", errors="replace") as log,
-            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=place) as process,
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=place
+            ) as process,
         ):
 
             def made(name: str) -> Path:
