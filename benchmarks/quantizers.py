@@ -66,12 +66,12 @@ class Found:
 
     Attributes:
         losses: On windows of WikiText-2 with every layer at 2 bits, at 4, and untouched, shape (3, n_windows).
-        seconds: Of the processor, for the weights of both widths.
+        seconds: Of the processor, for the weights of both widths; None where that was interrupted.
         plans: By budget: the plan, and its losses on the windows with the weights that were searched.
     """
 
     losses: Losses
-    seconds: float
+    seconds: float | None
     plans: Mapping[str, tuple[Plan, Losses]]
 
 
@@ -79,11 +79,10 @@ def found_by(name: str, quantizer: str, bars: Progress) -> Found:
     """Weights of both widths, judged; and plans of the active search on them."""
     folder = WORK / f"{name}-{quantizer.replace(' ', '')}"
     config = RunConfig(str(DATA / name), calibration=TEXT, **{"group_size": GROUP, **QUANTIZERS[quantizer]})
-    timed = folder / "seconds.json"
-    start = spent()
+    timed, is_new, start = folder / "seconds.json", not folder.exists(), spent()
     with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
-        if not timed.exists():  # an interrupted bank is counted in part: delete the folder
-            write_json(timed, spent() - start)
+        if not timed.exists():
+            write_json(timed, spent() - start if is_new else None)
         plans = []
         if name in SEARCHED and quantizer in (STRONG, CHEAP):
             plans = [measure(bench, p) for p in plans_on(bench, "active", [Budget.parse(of) for of in BUDGETS])]
@@ -136,7 +135,8 @@ def run(name: str, bars: Progress) -> list[str]:
     for quantizer, found in every.items():
         two, four, _ = found.losses
         cells = [perplexity(two), above(two, full), perplexity(four), above(four, full)]
-        lines.append(f"| {' | '.join([quantizer, f'{found.seconds:.0f}', *cells])} |")
+        seconds = "" if found.seconds is None else f"{found.seconds:.0f}"
+        lines.append(f"| {' | '.join([quantizer, seconds, *cells])} |")
     if name not in SEARCHED:
         return lines
     lines += [
