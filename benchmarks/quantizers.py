@@ -1,35 +1,26 @@
-"""What each quantizer loses by itself, what it takes, and whether a cheap one may search for a strong one.
+"""What each quantizer loses by itself, and what it takes.
 
-    python benchmarks/quantizers.py            # two hours on one core, nearly all of them AutoRound's; resumes
+    python benchmarks/quantizers.py            # three quarters of an hour on one core, nearly all AutoRound's; resumes
 
-Reference models with every layer at 2 or at 4 bits; then plans of one of them at 2.5 average bits, searched on the
-weights of a cheap backend or on AutoRound's own, and saved by AutoRound. Judged on WikiText-2. Writes
+A reference model with every layer at 2, and at 4 bits, on the calibration tokens and on WikiText-2. Writes
 docs/results/quantizers.md.
 """
 
 import argparse
 import resource
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-import coopq
-from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model
-from coopq.engine import model_nll
+from coopq.calibration import calibration_set
 from coopq.evaluate import judge_windows
 from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
-from coopq.methods import measure, plans_on
-from coopq.models import load_model
-from coopq.pipeline import apply
-from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
 from coopq.types import UNTOUCHED, Losses
 from coopq.workbench import open_workbench
 from main_job import bars_for
@@ -37,9 +28,8 @@ from main_job import bars_for
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "quantizers", ROOT / "docs" / "results" / "quantizers.md"
 DATA = ROOT / "benchmarks" / "data"
-MODELS = ("llama", "qwen")
 TEXT = CalibrationConfig(sequences=8, length=512)
-GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
+WIDTHS, GROUP, JUDGE_TOKENS, WINDOW = (2, 4), 64, 32768, 512
 QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"backend": "rtn"},
     "hqq": {"backend": "hqq"},
@@ -48,11 +38,7 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "gptq --asymmetric": {"backend": "gptq", "symmetric": False},
     "gptq-static --asymmetric": {"backend": "gptq-static", "symmetric": False},
     "autoround": {"backend": "autoround"},
-    "autoround --asymmetric": {"backend": "autoround", "symmetric": False},
 }
-STRONG, CHEAP = "autoround", "hqq"
-SEARCHED, BUDGETS = ("llama",), ("2.5avg",)
-"""What plans are searched and saved for: each is two passes of AutoRound more."""
 
 
 def spent() -> float:
@@ -62,50 +48,37 @@ def spent() -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """What one quantizer comes to on one model.
+    """What a model is worth with every layer at one width.
 
     Attributes:
-        losses: On windows of WikiText-2 with every layer at 2 bits, at 4, and untouched, shape (3, n_windows).
-        seconds: Of the processor, for the weights of both widths; None where that was interrupted.
-        plans: By budget: the plan, and its losses on the windows with the weights that were searched.
+        text: Loss on the calibration tokens, and on as many others of the same text.
+        losses: On windows of WikiText-2, and the same of the untouched model, shape (2, n_windows).
+        seconds: Of the processor, for the weights; None where they were interrupted.
     """
 
+    text: tuple[float, float]
     losses: Losses
     seconds: float | None
-    plans: Mapping[str, tuple[Plan, Losses]]
 
 
-def found_by(name: str, quantizer: str, bars: Progress) -> Found:
-    """Weights of both widths, judged; and plans of the active search on them."""
-    folder = WORK / f"{name}-{quantizer.replace(' ', '')}"
-    config = RunConfig(str(DATA / name), calibration=TEXT, **{"group_size": GROUP, **QUANTIZERS[quantizer]})
+def found_by(name: str, quantizer: str, width: int, bars: Progress) -> Found:
+    """One model, quantizer and width."""
+    folder = WORK / f"{name}-{quantizer.replace(' ', '')}-{width}"
+    settings = {"group_size": GROUP, "low": width, "high": UNTOUCHED, **QUANTIZERS[quantizer]}
+    config = RunConfig(str(DATA / name), calibration=TEXT, **settings)
     timed, is_new, start = folder / "seconds.json", not folder.exists(), spent()
     with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
         if not timed.exists():
             write_json(timed, spent() - start if is_new else None)
-        plans = []
-        if name in SEARCHED and quantizer in (STRONG, CHEAP):
-            plans = [measure(bench, p) for p in plans_on(bench, "active", [Budget.parse(of) for of in BUDGETS])]
-        uniform = [[width] * len(bench.players) for width in (2, 4, UNTOUCHED)]
-        points = np.array([*uniform, *(plan.assignment for plan in plans)], dtype=np.int8)
+        points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.int8)
+        both = calibration_set(replace(TEXT, sequences=2 * TEXT.sequences), bench.loaded.tokenizer)
+        others = replace(both, tokens=both.tokens[TEXT.sequences :])
+        text = []
+        for tokens, journal in ((bench.calibration, "calibration.jsonl"), (others, "others.jsonl")):
+            with bench.game(tokens, folder / journal, "measuring") as game:
+                text.append(float(game(points[:1])[0]))
         losses = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
-    by_budget = {budget: (plan, of) for budget, plan, of in zip(BUDGETS, plans, losses[3:], strict=False)}
-    return Found(losses[:3], read_json(timed), by_budget)
-
-
-def saved_by_autoround(name: str, plan: Plan) -> Losses:
-    """Losses on the windows of WikiText-2 of a plan that AutoRound saves."""
-    widths = "".join(map(str, plan.assignment))
-    folder = WORK / f"{name}-saved-{widths}"
-    file = folder.with_suffix(".json")
-    if not file.exists():
-        if not is_saved_model(folder):
-            apply(plan, folder, backend=None if plan.quantizer["name"] == STRONG else STRONG, group_size=GROUP)
-        tokenizer = load_model(str(DATA / name), device="cpu").tokenizer
-        text = wikitext2(tokenizer, WINDOW, JUDGE_TOKENS).tokens
-        model = coopq.load(folder, device="cpu")
-        write_json(file, np.concatenate(list(model_nll(model, text))).tolist())
-    return np.array(read_json(file))
+    return Found((text[0], text[1]), losses, read_json(timed))
 
 
 def perplexity(losses: Losses) -> str:
@@ -121,52 +94,44 @@ def above(losses: Losses, others: Losses) -> str:
 
 def run(name: str, bars: Progress) -> list[str]:
     """The report of a model."""
-    every = {quantizer: found_by(name, quantizer, bars) for quantizer in QUANTIZERS}
-    *_, full = every[STRONG].losses
+    every = {of: {width: found_by(name, of, width, bars) for width in WIDTHS} for of in QUANTIZERS}
+    full = every["rtn"][WIDTHS[0]].losses[1]
+    columns = "first sequences | next ones | perplexity | loss above full precision | seconds"
+    header = [f"{width} bits: {columns}" for width in WIDTHS]
     lines = [
         "",
         f"## {name}",
         "",
         f"In full precision {perplexity(full)}.",
         "",
-        "| backend | seconds | 2 bits: perplexity | loss above full precision | 4 bits: perplexity | loss above |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| backend | {' | '.join(header)} |",
+        "| --- |" + " --- |" * 5 * len(WIDTHS),
     ]
-    for quantizer, found in every.items():
-        two, four, _ = found.losses
-        cells = [perplexity(two), above(two, full), perplexity(four), above(four, full)]
-        seconds = "" if found.seconds is None else f"{found.seconds:.0f}"
-        lines.append(f"| {' | '.join([quantizer, seconds, *cells])} |")
-    if name not in SEARCHED:
-        return lines
-    lines += [
-        "",
-        "| searched with | budget | perplexity with these weights | saved by autoround | loss above its own plan |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for budget in BUDGETS:
-        served = {backend: saved_by_autoround(name, every[backend].plans[budget][0]) for backend in (STRONG, CHEAP)}
-        for backend, losses in served.items():
-            searched = perplexity(every[backend].plans[budget][1])
-            difference = "" if backend == STRONG else above(losses, served[STRONG])
-            lines.append(f"| {backend} | {budget} | {searched} | {perplexity(losses)} | {difference} |")
+    for quantizer, by_width in every.items():
+        cells = [quantizer]
+        for found in by_width.values():
+            seconds = "" if found.seconds is None else f"{found.seconds:.0f}"
+            cells += [f"{loss:.4f}" for loss in found.text]
+            cells += [perplexity(found.losses[0]), above(found.losses[0], full), seconds]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def main() -> None:
     """Some models, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; all unless named")
-    models = parser.parse_args().models or MODELS
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="of benchmarks/data; llama unless named")
+    models = parser.parse_args().models or ["llama"]
     with Progress() as bars:
         rows = [row for name in models for row in run(name, bars)]
     lines = [
         "# Quantizers",
         "",
-        f"Written by `python benchmarks/quantizers.py`: groups of {GROUP}, fitted to {TEXT.sequences} x {TEXT.length}",
-        f"tokens of C4 where a backend fits; judged on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of",
-        f"{WINDOW}. Seconds of the processor for the weights of both widths. Plans are of the active search by block",
-        "on the same tokens. Losses in nats per token, differences with 95 %, paired bootstrap over windows.",
+        "Written by `python benchmarks/quantizers.py`: every layer of the blocks at one width, groups of",
+        f"{GROUP} (quanto: 128). Losses on the first {TEXT.sequences} sequences of {TEXT.length} tokens of C4,",
+        f"and on the next {TEXT.sequences}: gptq and gptq-static are fitted to the first ones, autoround to the next.",
+        f"Perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. Losses in nats per",
+        "token, differences with 95 %, paired bootstrap over windows; seconds of the processor for the weights.",
         *rows,
     ]
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")

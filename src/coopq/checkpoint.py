@@ -47,6 +47,8 @@ def save_model(
     tokens: npt.NDArray[np.int64] | None,
     out: Path,
     progress: ProgressCallback = silent,
+    *,
+    fitting: npt.NDArray[np.int64] | None = None,
 ) -> Plan:
     """Quantize a model by a plan and save it; `out` appears whole or not at all.
 
@@ -55,6 +57,7 @@ def save_model(
         plan: Bits of each module.
         backend: What quantizes.
         tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
+        fitting: Others that weights are fitted to, of the same shape; None takes the calibration tokens.
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
     Returns:
@@ -73,7 +76,8 @@ def save_model(
         )
     quantized = plan.quantized
     progress("packing", 0, len(quantized))
-    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, tokens) if quantized else ()
+    fitted = tokens if fitting is None else fitting
+    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, fitted) if quantized else ()
     for done, (name, packed) in enumerate(packed_modules, start=1):
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
         progress("packing", done, len(quantized))

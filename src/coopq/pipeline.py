@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from coopq.backends import get_backend
-from coopq.bank import measure_storage, round_untouched
+from coopq.bank import fitting_set, measure_storage, round_untouched
 from coopq.calibration import calibration_set
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.distributed import RayConfig
@@ -105,7 +105,9 @@ def quantize(
         else:
             plan = smallest_on(bench, max_loss, time_limit=time_limit)
         plan = measure(bench, plan)
-        return save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out, progress)
+        fitting = None if bench.fitting is None else bench.fitting.tokens
+        calibrated = bench.calibration.tokens
+        return save_model(bench.loaded, plan, bench.backend, calibrated, out, progress, fitting=fitting)
 
 
 def apply(
@@ -160,8 +162,11 @@ def apply(
     round_untouched(loaded, players, config.widths)
     if plan.deployment is not None:
         plan = _resized(plan, measure_storage(players, quantizer, config.widths))
-    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens if quantizer.calibrated else None
-    return save_model(loaded, plan, quantizer, tokens, out, progress)
+    fitting = fitting_set(config.calibration, loaded.tokenizer, quantizer)
+    if fitting is None:
+        return save_model(loaded, plan, quantizer, None, out, progress)
+    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens
+    return save_model(loaded, plan, quantizer, tokens, out, progress, fitting=fitting.tokens)
 
 
 def _resized(plan: Plan, storage: Storage) -> Plan:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from coopq.backends import Backend, get_backend
-from coopq.bank import WeightBank, round_untouched
+from coopq.bank import WeightBank, fitting_set, round_untouched
 from coopq.calibration import TokenSet, calibration_set, check_calibration, check_length
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
@@ -40,6 +40,7 @@ class Workbench(Subject):
     backend: Backend
     bank: WeightBank
     calibration: TokenSet
+    fitting: TokenSet | None
     progress: ProgressCallback
     hosted: HostedBlocks | None = None
     cluster: Cluster | None = None
@@ -170,8 +171,9 @@ def open_workbench(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
         }
-        if backend.calibrated:
-            weights["fitted to"] = calibration.fingerprint
+        fitting = fitting_set(config.calibration, loaded.tokenizer, backend, max_positions(loaded.model))
+        if fitting is not None:
+            weights["fitted to"] = fitting.fingerprint
         if round_untouched(loaded, players, config.widths):
             weights["rounded to"] = "float16"
         fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": config.loss}
@@ -182,7 +184,7 @@ def open_workbench(
         resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
         weight_bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
-        weight_bank.build(config.widths, calibration.tokens, progress)
+        weight_bank.build(config.widths, None if fitting is None else fitting.tokens, progress)
         hosted = HostedBlocks(loaded.model, device) if is_hosted else None
         with ExitStack() as stack:
             cluster = None
@@ -199,6 +201,7 @@ def open_workbench(
                 backend,
                 weight_bank,
                 calibration,
+                fitting,
                 progress,
                 hosted,
                 cluster,

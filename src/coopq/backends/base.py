@@ -68,7 +68,10 @@ class Backend(ABC):
     whole_model: ClassVar[bool] = False
     """Whether a layer's result depends on the others, so that all are quantized together."""
     calibrated: ClassVar[bool] = False
-    """Whether weights are fitted to the calibration tokens."""
+    """Whether weights are fitted to calibration tokens."""
+    fits_closely: ClassVar[bool] = False
+    """Whether so closely that the loss on those tokens says little of others: then they are not those that a search
+    sees."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights; not one that transformers would load by mistake."""
     is_affine: bool = False
