@@ -152,11 +152,14 @@ def test_options_of_gptq_are_refused_elsewhere() -> None:
 
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
     worker = """
-import time
+import multiprocessing, time
 from coopq.backends.process import end_with_parent
 end_with_parent()
 time.sleep(1)
-print("alive", flush=True)
+child = multiprocessing.get_context("fork").Process(target=int)  # libraries have such
+child.start()
+child.join(20)
+print(child.exitcode, flush=True)
 time.sleep(300)
 """
     parent = f"""
@@ -168,8 +171,10 @@ started.wait()
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        assert process.stdout.readline() == "alive\n"
-        process.kill()
+        try:
+            assert process.stdout.readline() == "0\n"
+        finally:
+            process.kill()
     for _ in range(300):
         if not _is_running(pid):
             return

@@ -27,7 +27,7 @@ class AutoRoundBackend(GPTQBackend):
 
     It takes many times the time of GPTQ, and loses far less at 2 bits. What it makes has the form of GPTQ's tensors. As
     there, a block's result depends on the blocks before it, and a saved mixed model is quantized anew. The tokens that
-    it learns from would tell a search nothing: on those, 2 bits lose as little as 4.
+    it learns from would tell a search nothing: on those, 2 bits lose no more than 4.
 
     Args:
         group_size: Weights along a row that share a scale.

@@ -28,11 +28,14 @@ DONE = "done"
 def end_with_parent() -> None:
     """Let a worker end when the process that wants its work is gone, however that was killed: nobody else stops it."""
 
+    pipe = sys.stdin.fileno()
+
     def wait() -> None:
-        sys.stdin.buffer.read()  # a pipe, which ends when its other end does
+        while os.read(pipe, 1):  # it ends when its other end does; sys.stdin itself would be locked for forks
+            pass
         os._exit(1)
 
-    if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):  # by hand it is something else
+    if stat.S_ISFIFO(os.fstat(pipe).st_mode):  # by hand it is something else
         threading.Thread(target=wait, daemon=True).start()
 
 
