@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -160,30 +159,18 @@ child = multiprocessing.get_context("fork").Process(target=int)  # libraries hav
 child.start()
 child.join(20)
 print(child.exitcode, flush=True)
-time.sleep(300)
+time.sleep(60)
 """
     parent = f"""
 import subprocess, sys
-started = subprocess.Popen([sys.executable, "-c", {worker!r}], stdin=subprocess.PIPE)
-print(started.pid, flush=True)
-started.wait()
+subprocess.Popen([sys.executable, "-c", {worker!r}], stdin=subprocess.PIPE).wait()
 """
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        pid = int(process.stdout.readline())
         try:
             assert process.stdout.readline() == "0\n"
         finally:
             process.kill()
-    for _ in range(300):
-        if not _is_running(pid):
-            return
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("it goes on alone")
-
-
-def _is_running(pid: int) -> bool:
-    """Whether it is, and is no zombie that whoever adopted it has yet to bury."""
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
-    return state.strip() not in ("", "Z")
+        killed = time.monotonic()
+        process.stdout.read()  # the worker holds it open too
+        assert time.monotonic() - killed < 30, "it went on alone"

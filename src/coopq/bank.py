@@ -223,7 +223,7 @@ class WeightBank:
 
 
 def fitting_set(
-    config: CalibrationConfig, tokenizer: Any, backend: Backend, max_length: int | None = None
+    config: CalibrationConfig, tokenizer: Any, backend: Backend, calibration: TokenSet, max_length: int | None = None
 ) -> TokenSet | None:
     """Tokens that a backend fits its weights to; None where it fits to none.
 
@@ -233,6 +233,7 @@ def fitting_set(
         config: Of the calibration set.
         tokenizer: The model's.
         backend: What quantizes.
+        calibration: The calibration set itself.
         max_length: Positions that the model has; None for no limit.
     Raises:
         CalibrationError: If the text cannot be read or is too short.
@@ -240,6 +241,6 @@ def fitting_set(
     if not backend.calibrated:
         return None
     if not backend.fits_closely:
-        return calibration_set(config, tokenizer, max_length)
+        return calibration
     both = calibration_set(replace(config, sequences=2 * config.sequences), tokenizer, max_length)
     return replace(both, tokens=both.tokens[config.sequences :])

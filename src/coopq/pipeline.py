@@ -162,11 +162,12 @@ def apply(
     round_untouched(loaded, players, config.widths)
     if plan.deployment is not None:
         plan = _resized(plan, measure_storage(players, quantizer, config.widths))
-    fitting = fitting_set(config.calibration, loaded.tokenizer, quantizer)
-    if fitting is None:
+    if not quantizer.calibrated:
         return save_model(loaded, plan, quantizer, None, out, progress)
-    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens
-    return save_model(loaded, plan, quantizer, tokens, out, progress, fitting=fitting.tokens)
+    calibration = calibration_set(config.calibration, loaded.tokenizer)
+    fitting = fitting_set(config.calibration, loaded.tokenizer, quantizer, calibration)
+    fitted = None if fitting is None else fitting.tokens
+    return save_model(loaded, plan, quantizer, calibration.tokens, out, progress, fitting=fitted)
 
 
 def _resized(plan: Plan, storage: Storage) -> Plan:

@@ -171,7 +171,7 @@ def open_workbench(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
         }
-        fitting = fitting_set(config.calibration, loaded.tokenizer, backend, max_positions(loaded.model))
+        fitting = fitting_set(config.calibration, loaded.tokenizer, backend, calibration, max_positions(loaded.model))
         if fitting is not None:
             weights["fitted to"] = fitting.fingerprint
         if round_untouched(loaded, players, config.widths):
