@@ -40,6 +40,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.workbench import open_workbench
 from main_job import bars_for
+from quantizers import above
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "llama_mixes", ROOT / "docs" / "results"
@@ -132,14 +133,6 @@ def unseen(subject: Subject, source: str, tokenizer: Any) -> npt.NDArray[np.int6
     holds = [(parts == sequence).all(axis=2).any(axis=1) for sequence in seen]
     kept: npt.NDArray[np.int64] = drawn[~np.any(holds, axis=0)]
     return kept[: subject.n_windows]
-
-
-def above(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> str:
-    """Mean difference of the losses of windows with its interval, for people."""
-    difference = ours - theirs
-    drawn = difference[np.random.default_rng(0).integers(0, len(difference), size=(10_000, len(difference)))]
-    least, most = np.quantile(drawn.mean(axis=1), [0.025, 0.975])
-    return f"{difference.mean():+.4f} ({least:+.4f} to {most:+.4f})"
 
 
 def run(name: str, granularity: str) -> list[str]:

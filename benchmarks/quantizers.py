@@ -1,13 +1,12 @@
 """What each quantizer loses by itself, and what it takes.
 
-    python benchmarks/quantizers.py            # three quarters of an hour on one core, nearly all AutoRound's; resumes
+    python benchmarks/quantizers.py            # half an hour on one core, nearly all of it AutoRound's; resumes
 
 A reference model with every layer at 2, and at 4 bits, on the calibration tokens and on WikiText-2. Writes
 docs/results/quantizers.md.
 """
 
 import argparse
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from coopq.files import read_json, write_json
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.types import UNTOUCHED, Losses
 from coopq.workbench import open_workbench
+from gptq_static import spent
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +39,6 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "gptq-static --asymmetric": {"backend": "gptq-static", "symmetric": False},
     "autoround": {"backend": "autoround"},
 }
-
-
-def spent() -> float:
-    """Seconds of the processor by this process and those that it waited for."""
-    return sum(of.ru_utime + of.ru_stime for of in map(resource.getrusage, (0, resource.RUSAGE_CHILDREN)))
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,10 @@ class GPTQBackend(Backend):
         modules = dict(model.named_modules())
         for name in names:
             if not isinstance(modules.get(name), nn.Linear):
-                raise BackendError(f"backend {self.name!r} has no way with {name}, which is no linear layer")
+                raise BackendError(
+                    f"backend {self.name!r} has no way with {name}, which is no linear layer; leave --embeddings out, "
+                    "or take another backend"
+                )
 
     def _quantize_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
         """The library's configuration: the commonest width, and a rule for each module of another one, or of none."""
