@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 import coopq
 from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model, save_model
+from coopq.checkpoint import is_saved_model
 from coopq.engine import model_nll
 from coopq.export import export_model, predicted_bytes
 from coopq.methods import measure, plans_on
@@ -114,7 +114,7 @@ def saved_model(name: str, budget: str, config: RunConfig) -> tuple[Path, Plan]:
     if not is_saved_model(folder):
         with open_workbench(config, folder.with_name(f"{folder.name}-run")) as bench:
             (plan,) = plans_on(bench, "auto-quantize", [Budget.parse(budget)])
-            save_model(bench.loaded, measure(bench, plan), bench.backend, bench.calibration.tokens, folder)
+            bench.save(measure(bench, plan), folder)
     return folder, Plan.load(folder / "plan.json")
 
 

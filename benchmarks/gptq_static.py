@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 import coopq
 from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model, save_model
+from coopq.checkpoint import is_saved_model
 from coopq.engine import model_nll
 from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
@@ -54,7 +54,7 @@ def served(name: str, backend: str, bars: Progress) -> tuple[float, dict[str, tu
         parsed = [Budget.parse(budget) for budget in BUDGETS]
         for budget, plan in zip(BUDGETS, plans_on(bench, "active", parsed), strict=True):
             if not is_saved_model(folder / budget):
-                save_model(bench.loaded, measure(bench, plan), bench.backend, bench.calibration.tokens, folder / budget)
+                bench.save(measure(bench, plan), folder / budget)
         text = wikitext2(bench.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
     results = {}
     for budget in BUDGETS:

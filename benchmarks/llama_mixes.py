@@ -28,8 +28,8 @@ from rich.progress import Progress
 import llama_cpp
 from convert import DATA, convert
 from coopq.backends.ggml import column_importance
-from coopq.calibration import calibration_set, wikitext2
-from coopq.checkpoint import is_saved_model, save_model, saved_plan
+from coopq.calibration import calibration_set, fitting_set, wikitext2
+from coopq.checkpoint import is_saved_model, saved_plan
 from coopq.engine import model_nll
 from coopq.export import export_model
 from coopq.export.llama_cpp import llama_cpp_nll, llama_cpp_package
@@ -100,10 +100,10 @@ def source_of(name: str, work: Path) -> tuple[str, Path]:
 
 
 def tensor_importance(source: str, base: Path, calibration: CalibrationConfig) -> dict[str, npt.NDArray[np.float32]]:
-    """The importance matrix of our calibration tokens, by the names of the base's tensors."""
+    """The importance matrix of the tokens that our weights are fitted to, by the names of the base's tensors."""
     loaded = load_model(source, device="cpu")
     names = [linear.name for player in find_players(loaded.model) for linear in player.linears]
-    tokens = calibration_set(calibration, loaded.tokenizer).tokens
+    tokens = fitting_set(calibration, loaded.tokenizer).tokens
     of_file = gguf.GGUFReader(base)
     architecture = str(of_file.fields["general.architecture"].contents())
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -126,8 +126,8 @@ def mix(base: Path, kind: str, importance: Mapping[str, npt.NDArray[np.float32]]
 
 
 def unseen(subject: Subject, source: str, tokenizer: Any) -> npt.NDArray[np.int64]:
-    """Windows of a text that hold none of the calibration's sequences, shape (n_windows, WINDOW)."""
-    seen = calibration_set(subject.calibration, tokenizer).tokens
+    """Windows of a text with no sequence that was searched on or fitted to, shape (n_windows, WINDOW)."""
+    seen = np.concatenate([of(subject.calibration, tokenizer).tokens for of in (calibration_set, fitting_set)])
     drawn = calibration_set(CalibrationConfig(source, subject.n_windows + len(seen), WINDOW), tokenizer).tokens
     parts = np.lib.stride_tricks.sliding_window_view(drawn, seen.shape[1], axis=1)
     holds = [(parts == sequence).all(axis=2).any(axis=1) for sequence in seen]
@@ -179,7 +179,7 @@ def run(name: str, granularity: str) -> list[str]:
             if is_saved_model(saved) and saved_plan(saved).assignment != plan.assignment:
                 shutil.rmtree(saved)
             if not is_saved_model(saved):
-                save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, saved)
+                bench.save(plan, saved)
             export_model(saved, "gguf", work / f"{granularity}-{kind}.gguf")
     texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (WIKIPEDIA, "c4"))]
     lines = [

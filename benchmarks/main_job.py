@@ -21,7 +21,7 @@ from rich.progress import Progress
 import coopq
 from coopq.baselines import PAPER_BASELINES
 from coopq.calibration import calibration_set, wikitext2
-from coopq.checkpoint import save_model, saved_bytes
+from coopq.checkpoint import saved_bytes
 from coopq.engine import model_nll
 from coopq.evaluate import compare_on
 from coopq.figure import save_comparison
@@ -103,7 +103,7 @@ def bars_for(bars: Progress, name: str) -> ProgressCallback:
 def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:
     """Save a plan, load it again, and compare its loss and bytes with what the search believed."""
     shutil.rmtree(out, ignore_errors=True)
-    save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out)
+    bench.save(plan, out)
     tokens = calibration_set(bench.config.calibration, bench.loaded.tokenizer).tokens
     nll = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
     assert plan.measured_loss is not None
@@ -131,7 +131,7 @@ def saved_losses(bench: Workbench, plans: list[Plan]) -> dict[str, list[float]]:
         if key not in known:
             with TemporaryDirectory(dir=bench.folder.path) as folder:
                 out = Path(folder) / "model"
-                loss = save_model(bench.loaded, plan, bench.backend, bench.calibration.tokens, out).saved_loss
+                loss = bench.save(plan, out).saved_loss
                 judged = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), text.tokens)))
             assert loss is not None
             known[key] = [loss, float(judged.mean())]

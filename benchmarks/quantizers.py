@@ -8,14 +8,14 @@ docs/results/quantizers.md.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import Progress
 
-from coopq.calibration import calibration_set
+from coopq.calibration import fitting_set
 from coopq.evaluate import judge_windows
 from coopq.evidence import Evidence
 from coopq.files import read_json, write_json
@@ -38,6 +38,7 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "gptq --asymmetric": {"backend": "gptq", "symmetric": False},
     "gptq-static --asymmetric": {"backend": "gptq-static", "symmetric": False},
     "autoround": {"backend": "autoround"},
+    "autoround --asymmetric": {"backend": "autoround", "symmetric": False},
 }
 
 
@@ -46,7 +47,7 @@ class Found:
     """What a model is worth with every layer at one width.
 
     Attributes:
-        text: Loss on the calibration tokens, and on as many others of the same text.
+        text: Loss on the calibration tokens, and on those that weights are fitted to where they are.
         losses: On windows of WikiText-2, and the same of the untouched model, shape (2, n_windows).
         seconds: Of the processor, for the weights; None where they were interrupted.
     """
@@ -66,10 +67,9 @@ def found_by(name: str, quantizer: str, width: int, bars: Progress) -> Found:
         if not timed.exists():
             write_json(timed, spent() - start if is_new else None)
         points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.int8)
-        both = calibration_set(replace(TEXT, sequences=2 * TEXT.sequences), bench.loaded.tokenizer)
-        others = replace(both, tokens=both.tokens[TEXT.sequences :])
         text = []
-        for tokens, journal in ((bench.calibration, "calibration.jsonl"), (others, "others.jsonl")):
+        fitted = fitting_set(TEXT, bench.loaded.tokenizer)
+        for tokens, journal in ((bench.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):
             with bench.game(tokens, folder / journal, "measuring") as game:
                 text.append(float(game(points[:1])[0]))
         losses = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
@@ -91,7 +91,7 @@ def run(name: str, bars: Progress) -> list[str]:
     """The report of a model."""
     every = {of: {width: found_by(name, of, width, bars) for width in WIDTHS} for of in QUANTIZERS}
     full = every["rtn"][WIDTHS[0]].losses[1]
-    columns = "first sequences | next ones | perplexity | loss above full precision | seconds"
+    columns = "calibration | fitted to | perplexity | loss above full precision | seconds"
     header = [f"{width} bits: {columns}" for width in WIDTHS]
     lines = [
         "",
@@ -123,8 +123,8 @@ def main() -> None:
         "# Quantizers",
         "",
         "Written by `python benchmarks/quantizers.py`: every layer of the blocks at one width, groups of",
-        f"{GROUP} (quanto: 128). Losses on the first {TEXT.sequences} sequences of {TEXT.length} tokens of C4,",
-        f"and on the next {TEXT.sequences}: gptq and gptq-static are fitted to the first ones, autoround to the next.",
+        f"{GROUP} (quanto: 128). Losses on {TEXT.sequences} sequences of {TEXT.length} tokens of C4, as a search would",
+        "see them, and on the 64 others that gptq, gptq-static and autoround are fitted to.",
         f"Perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. Losses in nats per",
         "token, differences with 95 %, paired bootstrap over windows; seconds of the processor for the weights.",
         *rows,

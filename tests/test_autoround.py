@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +14,15 @@ import coopq.backends.autoround as autoround
 from coopq.backends import get_backend
 from coopq.backends.base import Packed
 from coopq.backends.gptq import packed_form
-from coopq.bank import fitting_set
-from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, saved_bytes
 from coopq.engine import model_nll
-from coopq.errors import BackendError, CalibrationError
+from coopq.errors import BackendError
 from coopq.export import export_model, predicted_bytes
 from coopq.models import load_model
 from coopq.run import CalibrationConfig, RunConfig
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
-TEXT = CalibrationConfig(sequences=2, length=64)
+TEXT = CalibrationConfig(sequences=2, length=64, fitting=2)
 
 
 @pytest.fixture(scope="module")
@@ -88,19 +85,6 @@ def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, 
     np.testing.assert_allclose(np.concatenate(list(model_nll(theirs, tokens))), loss, atol=1e-3)
     packed, _ = read_saved(tmp_path / "out")
     assert packed.keys() == plan.quantized.keys()
-
-
-def test_it_is_fitted_to_other_tokens_than_the_search_sees() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    seen = calibration_set(TEXT, tokenizer)
-    assert fitting_set(TEXT, tokenizer, get_backend("rtn"), seen) is None
-    assert fitting_set(TEXT, tokenizer, get_backend("gptq"), seen) is seen
-    others = fitting_set(TEXT, tokenizer, get_backend("autoround"), seen)
-    assert others is not None
-    assert others.tokens.shape == seen.tokens.shape
-    assert not (others.tokens[:, None] == seen.tokens).all(axis=2).any()
-    with pytest.raises(CalibrationError, match="sequences of 64 tokens, and 200000 are wanted"):
-        fitting_set(replace(TEXT, sequences=100_000), tokenizer, get_backend("autoround"), seen)
 
 
 def test_layers_that_the_library_leaves_are_refused(source: Path) -> None:

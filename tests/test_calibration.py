@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from coopq.calibration import TokenSet, calibration_set, wikitext2
+from coopq.calibration import TokenSet, calibration_set, fitting_set, wikitext2
 from coopq.errors import CalibrationError
 from coopq.run import CalibrationConfig
 
@@ -38,6 +39,28 @@ def test_the_seed_decides_and_the_fingerprint_tells(tokenizer: Any) -> None:
     )
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert TokenSet(first.tokens.reshape(2, 64), "c4", True).fingerprint != first.fingerprint
+
+
+def test_weights_are_fitted_to_what_searches_do_not_see(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(str(number) for number in range(400)))
+    length = 20 + with_bos(tokenizer)
+    windows = len(tokenizer.encode(path.read_text(), add_special_tokens=False)) // 20
+    config = CalibrationConfig(str(path), 4, length, seed=3, fitting=5)
+    seen, fitted = (of(config, tokenizer).tokens for of in (calibration_set, fitting_set))
+    assert fitted.shape == (5, length)
+    assert len(np.unique(np.concatenate([seen, fitted]), axis=0)) == 9
+    left = fitting_set(replace(config, fitting=None), tokenizer).tokens
+    assert left.shape == (windows - 4, length), "what the text has left"
+    np.testing.assert_array_equal(left[:5], fitted)
+    with pytest.raises(CalibrationError, match=f"and {windows + 1} are wanted, 1 of them to fit weights to; use fewer"):
+        fitting_set(replace(config, sequences=windows, fitting=None), tokenizer)
+    with pytest.raises(CalibrationError, match="cannot be fitted to 0 sequences; take at least 1"):
+        fitting_set(replace(config, fitting=0), tokenizer)
+
+
+def test_as_many_as_make_32768_tokens_unless_told(tokenizer: Any) -> None:
+    assert fitting_set(CalibrationConfig(sequences=3, length=128), tokenizer).tokens.shape == (256, 128)
 
 
 def test_windows_do_not_overlap_and_cover_a_text_file(tmp_path: Path, tokenizer: Any) -> None:

@@ -36,7 +36,9 @@ from tests.openvino import EXACT, openvino_nll, save_openvino
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-DEMO = RunConfig("demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128), target="gguf")
+DEMO = RunConfig(
+    "demo", "ggml", low=4, high=8, calibration=CalibrationConfig(sequences=1, length=128, fitting=1), target="gguf"
+)
 FILE = 100_000_000
 
 
@@ -238,7 +240,8 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     loaded = LoadedModel(model, AutoTokenizer.from_pretrained(STORIES), torch.float32)
     plan = plan_for(model, "gptq", 32, [2, 4, 16, 2, 4, 16, 2, 4], "fused")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 64))
-    return save_model(loaded, plan, get_backend("gptq", group_size=32), tokens, folder / "saved"), folder / "saved"
+    backend, saved = get_backend("gptq", group_size=32), folder / "saved"
+    return save_model(loaded, plan, backend, tokens, saved, calibration=tokens), saved
 
 
 @pytest.mark.parametrize(
@@ -248,9 +251,9 @@ def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool
     source = tmp_path / "model"
     random_llama(tie_word_embeddings=tied).to(torch.float16).save_pretrained(source)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
-    tokens = ["--tokens", "32", "--sequence-length", "32"]
+    tokens = ["--tokens", "32", "--sequence-length", "32", "--fit-tokens", "32"]
     quantizer = ["--backend", "gptq-static", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
-    what = ["--budget", f"{limit}B", "--target", form, "--method", "auto-quantize", "--json"]
+    what = ["--budget", f"{limit}B", "--target", form, "--method", "first-last", "--json"]
     where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
     code, out, _ = command("quantize", source, *quantizer, *tokens, *what, *where)
     assert code == 0

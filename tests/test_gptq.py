@@ -27,7 +27,7 @@ PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
 
 STORIES = str(Path(__file__).parent / "data" / "stories260k")
-TEXT = CalibrationConfig(sequences=4, length=128)
+TEXT = CalibrationConfig(sequences=4, length=128, fitting=4)
 
 
 @pytest.fixture(scope="module", params=["gptq", "gptq-static"])

@@ -69,6 +69,7 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
         (["--backend", "gptq-static", "--bits", "2,4", "--group-size", "48"], "no group size 48; choose from 16, 32"),
         (["--act-order"], "'rtn' has no option act_order"),
+        (["--backend", "hqq", "--fit-tokens", "512"], "'hqq' fits its weights to no text; leave --fit-tokens out"),
         (["--backend", "autoround", "--act-order"], "'autoround' has no option act_order"),
         (["--backend", "autoround", "--group-size", "32"], "weights as they are, for it wants multiples of 32"),
         (["--bits", "4"], "is not two widths"),

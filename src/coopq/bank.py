@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from coopq.backends import Backend
-from coopq.calibration import TokenSet, calibration_set
 from coopq.errors import EstimationError, Mismatch, ModelError
 from coopq.files import atomic_file, read_json, require_space, write_json
 from coopq.models import LoadedModel
 from coopq.players import weight_of
-from coopq.run import CalibrationConfig
 from coopq.storage import Storage
 from coopq.tensors import load_tensors, save_tensors
 from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
@@ -115,7 +112,7 @@ class WeightBank:
 
         Args:
             bits: The widths; there is nothing to do for `UNTOUCHED`.
-            tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
+            tokens: What backends fit weights to that do, shape (n_sequences, length).
             progress: Told of every player.
         Raises:
             OutputError: If the disk has no room for them.
@@ -220,27 +217,3 @@ class WeightBank:
 
     def _path(self, player: int, bits: int) -> Path:
         return self._folder / f"player{player:03d}-{bits}bit.safetensors"
-
-
-def fitting_set(
-    config: CalibrationConfig, tokenizer: Any, backend: Backend, calibration: TokenSet, max_length: int | None = None
-) -> TokenSet | None:
-    """Tokens that a backend fits its weights to; None where it fits to none.
-
-    They are the calibration set, or, where that would then judge no more, as many other sequences of the same text.
-
-    Args:
-        config: Of the calibration set.
-        tokenizer: The model's.
-        backend: What quantizes.
-        calibration: The calibration set itself.
-        max_length: Positions that the model has; None for no limit.
-    Raises:
-        CalibrationError: If the text cannot be read or is too short.
-    """
-    if not backend.calibrated:
-        return None
-    if not backend.fits_closely:
-        return calibration
-    both = calibration_set(replace(config, sequences=2 * config.sequences), tokenizer, max_length)
-    return replace(both, tokens=both.tokens[config.sequences :])

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from coopq.errors import BackendError, CalibrationError
 from coopq.run import CalibrationConfig
 
+_FITTING_TOKENS = 32_768
 _HUB_DOCUMENTS = 2000
 """Documents read from a hub data set; a calibration set needs no more, and some data sets have no end."""
 
@@ -65,19 +66,47 @@ def calibration_set(config: CalibrationConfig, tokenizer: Any, max_length: int |
     Raises:
         CalibrationError: If the text cannot be read or is too short.
     """
+    every = _drawn(config, tokenizer, max_length)
+    return replace(every, tokens=every.tokens[: config.sequences])
+
+
+def fitting_set(config: CalibrationConfig, tokenizer: Any, max_length: int | None = None) -> TokenSet:
+    """Tokens to fit weights to: the next windows after those of the calibration set, which say more of fitted weights.
+
+    Args:
+        config: As for `calibration_set`.
+        tokenizer: The model's.
+        max_length: Positions that the model has; None for no limit.
+    Raises:
+        CalibrationError: If the text cannot be read or is too short.
+    """
+    every = _drawn(config, tokenizer, max_length)
+    n = config.fitting or max(1, min(_FITTING_TOKENS // config.length, len(every.tokens) - config.sequences))
+    _require(config, len(every.tokens), config.sequences + n)
+    return replace(every, tokens=every.tokens[config.sequences :][:n])
+
+
+def _drawn(config: CalibrationConfig, tokenizer: Any, max_length: int | None) -> TokenSet:
+    """All windows of a text, in the order in which they are drawn."""
     check_calibration(config)
     bos = _bos(tokenizer)
     content = _content_length(config.length, bos, max_length)
     windows = [
         window for document in _documents(config.source) for window in _windows(_encode(tokenizer, document), content)
     ]
-    if len(windows) < config.sequences:
+    _require(config, len(windows), config.sequences)
+    order = np.random.default_rng(config.seed).permutation(len(windows))
+    return TokenSet(_stack([windows[i] for i in order], bos), config.source, bos is not None)
+
+
+def _require(config: CalibrationConfig, n: int, wanted: int) -> None:
+    """Raise a CalibrationError where a text gives fewer sequences than are wanted."""
+    if n < wanted:
+        fitted = "" if wanted == config.sequences else f", {wanted - config.sequences} of them to fit weights to"
         raise CalibrationError(
-            f"calibration text {config.source!r} gives {len(windows)} sequences of {config.length} tokens, and "
-            f"{config.sequences} are wanted; use fewer tokens, shorter sequences or more text"
+            f"calibration text {config.source!r} gives {n} sequences of {config.length} tokens, and "
+            f"{wanted} are wanted{fitted}; use fewer tokens, shorter sequences or more text"
         )
-    chosen = np.random.default_rng(config.seed).permutation(len(windows))[: config.sequences]
-    return TokenSet(_stack([windows[i] for i in chosen], bos), config.source, bos is not None)
 
 
 def check_calibration(config: CalibrationConfig) -> None:
@@ -92,6 +121,8 @@ def check_calibration(config: CalibrationConfig) -> None:
             f"{config.sequences} sequences of {config.length} tokens cannot be scored; "
             "take at least 1 sequence of at least 2 tokens"
         )
+    if config.fitting is not None and config.fitting < 1:
+        raise CalibrationError(f"weights cannot be fitted to {config.fitting} sequences; take at least 1")
     if config.source.startswith("hub:"):
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")

@@ -44,11 +44,11 @@ def save_model(
     loaded: LoadedModel,
     plan: Plan,
     backend: Backend,
-    tokens: npt.NDArray[np.int64] | None,
+    fitting: npt.NDArray[np.int64] | None,
     out: Path,
     progress: ProgressCallback = silent,
     *,
-    fitting: npt.NDArray[np.int64] | None = None,
+    calibration: npt.NDArray[np.int64] | None = None,
 ) -> Plan:
     """Quantize a model by a plan and save it; `out` appears whole or not at all.
 
@@ -56,12 +56,13 @@ def save_model(
         loaded: The full-precision model that the plan was made for.
         plan: Bits of each module.
         backend: What quantizes.
-        tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
-        fitting: Others that weights are fitted to, of the same shape; None takes the calibration tokens.
+        fitting: Tokens that weights are fitted to, by backends that do, shape (n_sequences, length).
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
+        calibration: Tokens that searches see, shape (n_sequences, length).
     Returns:
-        The plan as saved: for backends whose mixed weights are not the bank's, with the loss of what was saved.
+        The plan as saved: for backends whose mixed weights are not the bank's, with the loss of what was saved on the
+        calibration tokens.
     Raises:
         PlanError: If the plan names other modules than the model has, or other sizes than they take.
     """
@@ -76,8 +77,7 @@ def save_model(
         )
     quantized = plan.quantized
     progress("packing", 0, len(quantized))
-    fitted = tokens if fitting is None else fitting
-    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, fitted) if quantized else ()
+    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, fitting) if quantized else ()
     for done, (name, packed) in enumerate(packed_modules, start=1):
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
         progress("packing", done, len(quantized))
@@ -97,8 +97,8 @@ def save_model(
         _add_native_config(folder, backend.native_config(modules))
         plan.save(folder / "plan.json")
         if backend.whole_model:
-            assert tokens is not None
-            losses = np.concatenate(list(model_nll(load(folder, device=loaded.model.device.type), tokens)))
+            assert calibration is not None
+            losses = np.concatenate(list(model_nll(load(folder, device=loaded.model.device.type), calibration)))
             plan = dataclasses.replace(plan, saved_loss=float(losses.mean()))
             plan.save(folder / "plan.json")
     return plan

@@ -59,6 +59,13 @@ Seed = Annotated[int, typer.Option(help="Seed of the walks, or of the search.")]
 Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, hub:NAME or hub:NAME:CONFIG.")]
 CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
 Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
+FitTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="gptq, autoround, ggml: further tokens of the text that weights are fitted to. (default: 32768, or what "
+        "it has left)"
+    ),
+]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
 ScreenTokens = Annotated[
     int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
@@ -109,17 +116,22 @@ def run_config(
     calibration_seed: CalibrationSeed = 0,
     tokens: Tokens = 8192,
     sequence_length: Length = 512,
+    fit_tokens: FitTokens = None,
     screen_tokens: ScreenTokens = None,
     loss: Loss = "nll",
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> RunConfig:
     """What a command is asked to measure."""
-    for option, n in (("--tokens", tokens), ("--screen-tokens", screen_tokens)):
+    for option, n in (("--tokens", tokens), ("--screen-tokens", screen_tokens), ("--fit-tokens", fit_tokens)):
         if sequence_length < 1 or (n is not None and n % sequence_length):
             raise CalibrationError(
                 f"{option} {n} is not a multiple of --sequence-length {sequence_length}; sequences are never padded"
             )
+
+    def in_sequences(n: int | None) -> int | None:
+        return None if n is None else n // sequence_length
+
     try:
         low, *between, high = sorted(int(part) for part in bits.split(","))
     except ValueError as error:
@@ -140,8 +152,10 @@ def run_config(
         context=context,
         permutations=permutations,
         seed=seed,
-        calibration=CalibrationConfig(calibration, tokens // sequence_length, sequence_length, calibration_seed),
-        screening=None if screen_tokens is None else screen_tokens // sequence_length,
+        calibration=CalibrationConfig(
+            calibration, tokens // sequence_length, sequence_length, calibration_seed, in_sequences(fit_tokens)
+        ),
+        screening=in_sequences(screen_tokens),
         loss=loss,
         dtype=dtype,
         device=device,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from coopq.backends import get_backend
-from coopq.bank import fitting_set, measure_storage, round_untouched
-from coopq.calibration import calibration_set
+from coopq.bank import measure_storage, round_untouched
+from coopq.calibration import calibration_set, fitting_set
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.distributed import RayConfig
 from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
@@ -105,9 +105,7 @@ def quantize(
         else:
             plan = smallest_on(bench, max_loss, time_limit=time_limit)
         plan = measure(bench, plan)
-        fitting = None if bench.fitting is None else bench.fitting.tokens
-        calibrated = bench.calibration.tokens
-        return save_model(bench.loaded, plan, bench.backend, calibrated, out, progress, fitting=fitting)
+        return bench.save(plan, out)
 
 
 def apply(
@@ -164,10 +162,8 @@ def apply(
         plan = _resized(plan, measure_storage(players, quantizer, config.widths))
     if not quantizer.calibrated:
         return save_model(loaded, plan, quantizer, None, out, progress)
-    calibration = calibration_set(config.calibration, loaded.tokenizer)
-    fitting = fitting_set(config.calibration, loaded.tokenizer, quantizer, calibration)
-    fitted = None if fitting is None else fitting.tokens
-    return save_model(loaded, plan, quantizer, calibration.tokens, out, progress, fitting=fitted)
+    fitting, seen = (of(config.calibration, loaded.tokenizer).tokens for of in (fitting_set, calibration_set))
+    return save_model(loaded, plan, quantizer, fitting, out, progress, calibration=seen)
 
 
 def _resized(plan: Plan, storage: Storage) -> Plan:

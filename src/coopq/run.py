@@ -37,12 +37,15 @@ class CalibrationConfig:
         sequences: Number of sequences.
         length: Tokens of each sequence.
         seed: Seed of the choice of sequences.
+        fitting: Number of further sequences, which searches do not see: backends that fit weights fit them to these.
+            None takes 32,768 tokens, or what the text has left.
     """
 
     source: str = "c4"
     sequences: int = 16
     length: int = 512
     seed: int = 0
+    fitting: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from coopq.backends import Backend, get_backend
-from coopq.bank import WeightBank, fitting_set, round_untouched
-from coopq.calibration import TokenSet, calibration_set, check_calibration, check_length
+from coopq.bank import WeightBank, round_untouched
+from coopq.calibration import TokenSet, calibration_set, check_calibration, check_length, fitting_set
+from coopq.checkpoint import save_model
 from coopq.distributed import Cluster, ClusterEngine, RayConfig
 from coopq.engine import PrefixEngine
-from coopq.errors import CalibrationError, EstimationError, OutOfMemory, hint
+from coopq.errors import BackendError, CalibrationError, EstimationError, OutOfMemory, hint
 from coopq.export import storage_for
 from coopq.files import locked, require_writable
 from coopq.game import Engine, QuantizationGame
@@ -21,6 +22,7 @@ from coopq.journal import Journal
 from coopq.losses import LOSSES
 from coopq.memory import Footprint, free_memory, gib
 from coopq.models import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
+from coopq.plan import Plan
 from coopq.players import check_granularity, find_players
 from coopq.run import RunConfig, RunFolder, Subject
 from coopq.storage import Budget
@@ -68,6 +70,12 @@ class Workbench(Subject):
         """The game that searches play."""
         with self.game(self.calibration, self.folder.journal, stage, self.config.loss) as game:
             yield game
+
+    def save(self, plan: Plan, out: Path) -> Plan:
+        """Quantize the model by a plan and save it in `out`; see `save_model`."""
+        fitting = None if self.fitting is None else self.fitting.tokens
+        seen = self.calibration.tokens
+        return save_model(self.loaded, plan, self.backend, fitting, out, self.progress, calibration=seen)
 
     def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
         """The items, with progress."""
@@ -129,6 +137,8 @@ def open_workbench(
     """
     check_config(config)
     backend = get_backend(**config.quantizer, bits=config.widths)
+    if config.calibration.fitting is not None and not backend.calibrated:
+        raise BackendError(f"backend {config.backend!r} fits its weights to no text; leave --fit-tokens out")
     require_writable(run)
     folder = RunFolder(run, bank)
     with locked(run):
@@ -171,8 +181,9 @@ def open_workbench(
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "device": device.type,
         }
-        fitting = fitting_set(config.calibration, loaded.tokenizer, backend, calibration, max_positions(loaded.model))
-        if fitting is not None:
+        fitting = None
+        if backend.calibrated:
+            fitting = fitting_set(config.calibration, loaded.tokenizer, max_positions(loaded.model))
             weights["fitted to"] = fitting.fingerprint
         if round_untouched(loaded, players, config.widths):
             weights["rounded to"] = "float16"

@@ -26,8 +26,8 @@ class AutoRoundBackend(GPTQBackend):
     """Signed gradient descent on how each weight rounds and how far its group reaches, for the block's output.
 
     It takes many times the time of GPTQ, and loses far less at 2 bits. What it makes has the form of GPTQ's tensors. As
-    there, a block's result depends on the blocks before it, and a saved mixed model is quantized anew. The tokens that
-    it learns from would tell a search nothing: on those, 2 bits lose no more than 4.
+    there, a block's result depends on the blocks before it, and a saved mixed model is quantized anew. On the tokens
+    that it learns from, 2 bits lose no more than 4.
 
     Args:
         group_size: Weights along a row that share a scale.
@@ -37,7 +37,6 @@ class AutoRoundBackend(GPTQBackend):
     name: ClassVar[str] = "autoround"
     package: ClassVar[str] = "auto_round"
     extra: ClassVar[str] = "autoround"
-    fits_closely: ClassVar[bool] = True
 
     def __init__(self, group_size: int | None = None, *, symmetric: bool = True) -> None:
         super().__init__(group_size, symmetric=symmetric)

@@ -68,10 +68,7 @@ class Backend(ABC):
     whole_model: ClassVar[bool] = False
     """Whether a layer's result depends on the others, so that all are quantized together."""
     calibrated: ClassVar[bool] = False
-    """Whether weights are fitted to calibration tokens."""
-    fits_closely: ClassVar[bool] = False
-    """Whether so closely that the loss on those tokens says little of others: then they are not those that a search
-    sees."""
+    """Whether weights are fitted to tokens."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights; not one that transformers would load by mistake."""
     is_affine: bool = False
@@ -103,7 +100,7 @@ class Backend(ABC):
             model: The model, in full precision.
             tokenizer: Its tokenizer.
             bits: Width of each linear layer that is quantized, by name; all others stay as they are.
-            tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
+            tokens: What weights are fitted to, shape (n_sequences, length); None where they are not.
         Yields:
             Name and packed tensors of each layer, in the order of `bits`.
         """
@@ -119,7 +116,7 @@ class Backend(ABC):
             model: The model, in full precision.
             tokenizer: Its tokenizer.
             layers: Names of the layers for each width.
-            tokens: Calibration tokens, shape (n_sequences, length); None where none are used.
+            tokens: What weights are fitted to, shape (n_sequences, length); None where they are not.
         Yields:
             Width, name and packed tensors of each layer, in any order.
         """
