@@ -11,6 +11,7 @@ import resource
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from rich.progress import Progress
 
 import coopq
@@ -56,14 +57,16 @@ def served(name: str, backend: str, bars: Progress) -> tuple[float, dict[str, tu
             if not is_saved_model(folder / budget):
                 bench.save(measure(bench, plan), folder / budget)
         text = wikitext2(bench.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
-    results = {}
-    for budget in BUDGETS:
-        file = folder / f"{budget}.json"
-        if not file.exists():
-            model = coopq.load(folder / budget, device="cpu")
-            write_json(file, np.concatenate(list(model_nll(model, text))).tolist())
-        results[budget] = Plan.load(folder / budget / "plan.json"), np.array(read_json(file))
-    return read_json(timed), results
+    return read_json(timed), {budget: judged(folder / budget, text) for budget in BUDGETS}
+
+
+def judged(saved: Path, text: npt.NDArray[np.int64]) -> tuple[Plan, Losses]:
+    """The plan of a saved model, and its losses on tokens."""
+    file = saved.with_name(f"{saved.name}.json")
+    if not file.exists():
+        model = coopq.load(saved, device="cpu")
+        write_json(file, np.concatenate(list(model_nll(model, text))).tolist())
+    return Plan.load(saved / "plan.json"), np.array(read_json(file))
 
 
 def run(name: str, bars: Progress) -> list[str]:
