@@ -8,7 +8,7 @@ docs/results/quantizers.md.
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,25 @@ class Found:
     seconds: float | None
 
 
-def found_by(name: str, quantizer: str, width: int, bars: Progress) -> Found:
-    """One model, quantizer and width."""
-    folder = WORK / f"{name}-{quantizer.replace(' ', '')}-{width}"
-    settings = {"group_size": GROUP, "low": width, "high": UNTOUCHED, **QUANTIZERS[quantizer]}
-    config = RunConfig(str(DATA / name), calibration=TEXT, **settings)
+def found_by(
+    folder: Path, name: str, quantizer: Mapping[str, Any], width: int, fitting: int | None, bars: Progress
+) -> Found:
+    """One model, quantizer and width, fitted to so many sequences; the work is kept in a folder."""
+    settings = {"group_size": GROUP, "low": width, "high": UNTOUCHED, **quantizer}
+    text = replace(TEXT, fitting=fitting)
+    config = RunConfig(str(DATA / name), calibration=text, **settings)
     timed, is_new, start = folder / "seconds.json", not folder.exists(), spent()
     with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
         if not timed.exists():
             write_json(timed, spent() - start if is_new else None)
         points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.int8)
-        text = []
-        fitted = fitting_set(TEXT, bench.loaded.tokenizer)
+        seen = []
+        fitted = fitting_set(text, bench.loaded.tokenizer)
         for tokens, journal in ((bench.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):
             with bench.game(tokens, folder / journal, "measuring") as game:
-                text.append(float(game(points[:1])[0]))
+                seen.append(float(game(points[:1])[0]))
         losses = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
-    return Found((text[0], text[1]), losses, read_json(timed))
+    return Found((seen[0], seen[1]), losses, read_json(timed))
 
 
 def perplexity(losses: Losses) -> str:
@@ -89,7 +91,13 @@ def above(losses: Losses, others: Losses) -> str:
 
 def run(name: str, bars: Progress) -> list[str]:
     """The report of a model."""
-    every = {of: {width: found_by(name, of, width, bars) for width in WIDTHS} for of in QUANTIZERS}
+    every = {
+        of: {
+            width: found_by(WORK / f"{name}-{of.replace(' ', '')}-{width}", name, settings, width, None, bars)
+            for width in WIDTHS
+        }
+        for of, settings in QUANTIZERS.items()
+    }
     full = every["rtn"][WIDTHS[0]].losses[1]
     columns = "calibration | fitted to | perplexity | loss above full precision | seconds"
     header = [f"{width} bits: {columns}" for width in WIDTHS]
