@@ -1,6 +1,6 @@
 """Searched with a cheap quantizer, deployed by a strong one: what is lost to searching with the strong one.
 
-    python benchmarks/deployed.py            # an hour and a half on one core, nearly all of it AutoRound's; resumes
+    python benchmarks/deployed.py            # two hours on one core, nearly all of it AutoRound's; resumes
 
 Plans of the active search on the banks of `hqq` and `autoround`, 2 and 4 bits by block; both saved by `autoround`, the
 first by `hqq` too; the saved models judged on WikiText-2. And how alike the two banks order random assignments.
@@ -35,7 +35,7 @@ WORK, RESULTS = ROOT / "build" / "deployed", ROOT / "docs" / "results" / "deploy
 DATA = ROOT / "benchmarks" / "data"
 CHEAP, STRONG = "hqq", "autoround"
 TEXT = CalibrationConfig(sequences=8, length=512)
-BUDGETS = ("2.25avg", "2.5avg", "3avg", "3.5avg")
+BUDGETS = ("2.25avg", "2.5avg", "3avg")
 GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
 RANDOM, SEED = 100, 0
 

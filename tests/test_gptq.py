@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import coopq
 from coopq.backends import get_backend
-from coopq.calibration import calibration_set
+from coopq.calibration import calibration_set, fitting_set
 from coopq.checkpoint import saved_bytes
 from coopq.engine import model_nll
 from coopq.errors import BackendError
@@ -44,7 +44,9 @@ def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Pla
     assert set(plan.assignment) == {2, 4, 16}
     assert plan.measured_loss is not None
     assert coopq.Plan.load(out / "plan.json") == plan
-    tokens = calibration_set(TEXT, load_model(STORIES, device="cpu").tokenizer).tokens
+    tokenizer = load_model(STORIES, device="cpu").tokenizer
+    assert plan.fingerprint["fitted to"] == fitting_set(TEXT, tokenizer).fingerprint != plan.fingerprint["tokens"]
+    tokens = calibration_set(TEXT, tokenizer).tokens
     loss = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
     if plan.config["backend"] == "gptq":
         # The bank's weights were made with uniform inputs, the saved ones with mixed inputs: near, not equal.

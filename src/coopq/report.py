@@ -140,14 +140,18 @@ def plan_summary(plan: Plan) -> str:
     if plan.saved_loss is not None:  # always a likelihood
         what = "" if loss == "nll" else "negative log-likelihood "
         measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
-    predicted = "not predicted" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted"
+    predicted = "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted, "
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
-        f"{_LOSS_NAMES[loss]} {predicted}, {measured} (nats per token); "
-        f"{'surrogate' if plan.fidelity else 'solver'}: {plan.solver.status}, gap {plan.solver.gap:.2%}{deployed}"
-        f"{_evidence(plan)}{_fidelity(plan)}"
+        f"{_LOSS_NAMES[loss]} {predicted}{measured} (nats per token)"
+        f"{'' if plan.fidelity else f'; solver: {_proof(plan)}'}{deployed}{_evidence(plan)}{_fidelity(plan)}"
     )
+
+
+def _proof(plan: Plan) -> str:
+    """How well the program of a plan is solved."""
+    return f"{plan.solver.status}, gap {plan.solver.gap:.2%}"
 
 
 def _evidence(plan: Plan) -> str:
@@ -176,7 +180,7 @@ def _fidelity(plan: Plan) -> str:
     warning = "" if fidelity.is_trusted else "; trust what was measured, not what it predicts"
     return (
         f"\nsurrogate of {fidelity.n_points} points: left-out error {fidelity.error:.4f}, "
-        f"rank correlation within equal sizes {rank}{warning}"
+        f"rank correlation within equal sizes {rank}; its program: {_proof(plan)}{warning}"
     )
 
 
