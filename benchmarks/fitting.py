@@ -1,6 +1,6 @@
 """How many tokens should weights be fitted to?
 
-    python benchmarks/fitting.py            # half an hour on one core; resumes
+    python benchmarks/fitting.py            # a quarter of an hour on one core; resumes
 
 A reference model with every layer at 2, and at 4 bits, by quantizers that fit their weights, to more and more sequences
 of C4 that are not those of the search. Writes docs/results/fitting.md.
@@ -17,9 +17,8 @@ from quantizers import DATA, GROUP, JUDGE_TOKENS, QUANTIZERS, ROOT, TEXT, WIDTHS
 WORK, RESULTS = ROOT / "build" / "fitting", ROOT / "docs" / "results" / "fitting.md"
 SEQUENCES = (8, 32, 64, 128)
 FITTED: Mapping[str, Mapping[str, Any]] = {
-    **{name: QUANTIZERS[name] for name in ("gptq", "gptq --asymmetric", "gptq-static --asymmetric")},
+    **{name: QUANTIZERS[name] for name in ("gptq --asymmetric", "gptq-static --asymmetric")},
     "ggml": {"backend": "ggml", "group_size": None},
-    "ggml-iq": {"backend": "ggml-iq", "group_size": None},
 }
 
 
