@@ -221,8 +221,11 @@ def _read_text(path: Path) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text and nothing else: what looks like a special token in it stays text."""
-    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Tokens of a text and nothing else: what looks like a special token in it stays text.
+
+    Documents may be longer than the model's positions, of which the tokenizer would warn; windows are not.
+    """
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return tokens
 
 
