@@ -38,7 +38,6 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "gptq --asymmetric": {"backend": "gptq", "symmetric": False},
     "gptq-static --asymmetric": {"backend": "gptq-static", "symmetric": False},
     "autoround": {"backend": "autoround"},
-    "autoround --asymmetric": {"backend": "autoround", "symmetric": False},
 }
 
 
