@@ -7,7 +7,6 @@ first by `hqq` too; the saved models judged on WikiText-2. And how alike the two
 Writes docs/results/deployed.md.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from coopq.types import Losses
 from coopq.workbench import open_workbench
 from gptq_static import judged
 from main_job import bars_for
-from quantizers import above, perplexity
+from quantizers import above, perplexity, write_report
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "deployed", ROOT / "docs" / "results" / "deployed.md"
@@ -107,12 +106,7 @@ def run(name: str, bars: Progress) -> list[str]:
 
 def main() -> None:
     """Some models, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="of benchmarks/data; llama unless named")
-    models = parser.parse_args().models or ["llama"]
-    with Progress() as bars:
-        rows = [row for name in models for row in run(name, bars)]
-    lines = [
+    head = [
         "# Searched with one quantizer, deployed by another",
         "",
         "Written by `python benchmarks/deployed.py`: 2 and 4 bits by block, groups of",
@@ -123,10 +117,8 @@ def main() -> None:
         f"Measured: the loss on the calibration tokens of the weights that {STRONG}'s search saw; saved: of those that",
         f"the saved model has. Order: the rank correlation of both quantizers' losses of {RANDOM} random assignments",
         "of the budget.",
-        *rows,
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_report(__doc__, RESULTS, head, run)
 
 
 if __name__ == "__main__":

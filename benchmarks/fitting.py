@@ -6,13 +6,12 @@ A reference model with every layer at 2, and at 4 bits, by quantizers that fit t
 of C4 that are not those of the search. Writes docs/results/fitting.md.
 """
 
-import argparse
 from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import Progress
 
-from quantizers import DATA, GROUP, JUDGE_TOKENS, QUANTIZERS, ROOT, TEXT, WIDTHS, WINDOW, found_by, perplexity
+from quantizers import GROUP, JUDGE_TOKENS, QUANTIZERS, ROOT, TEXT, WIDTHS, WINDOW, found_by, perplexity, write_report
 
 WORK, RESULTS = ROOT / "build" / "fitting", ROOT / "docs" / "results" / "fitting.md"
 SEQUENCES = (8, 32, 64, 128)
@@ -44,22 +43,15 @@ def run(name: str, bars: Progress) -> list[str]:
 
 def main() -> None:
     """Some models, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {DATA.relative_to(ROOT)}; llama unless named")
-    models = parser.parse_args().models or ["llama"]
-    with Progress() as bars:
-        rows = [row for name in models for row in run(name, bars)]
-    lines = [
+    head = [
         "# Tokens that weights are fitted to",
         "",
         f"Written by `python benchmarks/fitting.py`: every layer of the blocks at one width, groups of {GROUP}",
         f"(ggml: its own), fitted to sequences of {TEXT.length} tokens of C4; perplexity on the first",
         f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. In brackets the loss on {TEXT.sequences} other",
         "sequences of C4, that on those that weights are fitted to, and seconds of the processor for the weights.",
-        *rows,
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_report(__doc__, RESULTS, head, run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ docs/results/quantizers.md.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,22 @@ def run(name: str, bars: Progress) -> list[str]:
     return lines
 
 
-def main() -> None:
-    """Some models, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_report(
+    description: str | None, results: Path, head: list[str], run: Callable[[str, Progress], list[str]]
+) -> None:
+    """Ask for models, llama unless named, and write what a bench says of them under a head."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="of benchmarks/data; llama unless named")
     models = parser.parse_args().models or ["llama"]
     with Progress() as bars:
-        rows = [row for name in models for row in run(name, bars)]
-    lines = [
+        text = "\n".join([*head, *(row for name in models for row in run(name, bars))])
+    results.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def main() -> None:
+    """Some models, or all."""
+    head = [
         "# Quantizers",
         "",
         "Written by `python benchmarks/quantizers.py`: every layer of the blocks at one width, groups of",
@@ -134,10 +142,8 @@ def main() -> None:
         "see them, and on the 64 others that gptq, gptq-static and autoround are fitted to.",
         f"Perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. Losses in nats per",
         "token, differences with 95 %, paired bootstrap over windows; seconds of the processor for the weights.",
-        *rows,
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_report(__doc__, RESULTS, head, run)
 
 
 if __name__ == "__main__":
