@@ -1,23 +1,22 @@
 """Zero-shot accuracy of what a bench chose, beside full precision and uniform widths.
 
-    coopq bench benchmarks/small.toml --out build/small
-    python benchmarks/downstream.py demo-hqq-3-4 --budgets 3.25avg 3.5avg --methods active coopq greedy-down lim
+    coopq bench benchmarks/downstream.toml --out build/downstream
+    python benchmarks/downstream.py build/downstream
 
-PIQA, ARC-Easy, WinoGrande, LAMBADA and COPA from benchmarks/data/tasks, by lm-eval, no examples in the prompt. Takes
-the assignments of seed 0 and measures the bank's weights. Whatever was measured is kept: it resumes, and more budgets
-and methods can be added. Writes docs/results/downstream.json and downstream.md.
+PIQA, ARC-Easy, WinoGrande, LAMBADA and COPA from benchmarks/data/tasks, by lm-eval, no examples in the prompt. Measures
+the bank's weights. Whatever was measured is kept in the bench's folder: it resumes. Writes docs/results/downstream.md.
 """
 
 import argparse
-import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coopq.bench import Result, Row
-from coopq.bench_config import read_bench
+from coopq.bench import Result
+from coopq.bench_config import Case, read_bench
 from coopq.downstream import zero_shot
 from coopq.files import read_json, write_json
 from coopq.terminal import progress_bars
@@ -31,15 +30,14 @@ TASKS = [
 ]
 NORMALIZED = ("piqa", "arc_easy")
 """Tasks of which the accuracy normalized by length is shown, as is usual."""
-RESULTS = ROOT / "docs" / "results" / "downstream.json"
-REFERENCES = ("full precision", "uniform")
+LIMIT = 300
+REPORT = ROOT / "docs" / "results" / "downstream.md"
 
 
-def measured(bench: Workbench, row: Row, limit: int | None) -> list[dict[str, Any]]:
+def measured(bench: Workbench, assignment: tuple[int, ...], limit: int) -> list[dict[str, Any]]:
     """Accuracies of one assignment."""
-    assert row.assignment is not None
     try:
-        for player, bits in enumerate(row.assignment):
+        for player, bits in enumerate(assignment):
             if bits != UNTOUCHED:
                 bench.bank.set_player(player, bits)
         tasks = [str(task) for task in TASKS]
@@ -57,68 +55,61 @@ def shown(accuracies: list[dict[str, Any]]) -> tuple[list[str], str]:
     return [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in pairs], f"{100 * mean:.1f} ± {100 * error:.1f}"
 
 
-def markdown(cases: dict[str, dict[str, Any]]) -> str:
-    """A table for each case."""
+def markdown(case: Case, rows: list[dict[str, Any]]) -> str:
+    """The report."""
+    tasks = rows[0]["accuracies"]
+    questions = ", ".join(f"{of['task']} {of['questions']:,}" for of in tasks)
     lines = [
         "# Zero-shot accuracy",
         "",
-        "Written by `python benchmarks/downstream.py CASE`: per cent right, ± standard error over questions, by",
-        "lm-eval, no examples in the prompt; PIQA and ARC-Easy normalized by length. The mean weighs tasks equally.",
+        "Written by `python benchmarks/downstream.py build/downstream`: per cent right, ± standard error over the",
+        f"questions, by lm-eval {version('lm-eval')}, no examples in the prompt; PIQA and ARC-Easy normalized by",
+        f"length. The mean weighs tasks equally. {case.name}, seed {case.seeds[0]}; the first questions of each task:",
+        f"{questions}.",
+        "",
+        f"| method | budget | WikiText-2 perplexity | {' | '.join(of['task'] for of in tasks)} | mean |",
+        f"| --- | --- | --- |{' --- |' * (len(tasks) + 1)}",
     ]
-    for name, case in cases.items():
-        rows = case["rows"].values()
-        tasks = next(iter(rows))["accuracies"]
-        questions = ", ".join(f"{of['task']} {of['questions']:,}" for of in tasks)
-        lines += ["", f"## {name}", "", f"Questions: {questions}.", ""]
-        lines += [f"| method | budget | WikiText-2 perplexity | {' | '.join(of['task'] for of in tasks)} | mean |"]
-        lines += [f"| --- | --- | --- |{' --- |' * (len(tasks) + 1)}"]
-        for row in rows:
-            cells, mean = shown(row["accuracies"])
-            lines.append(
-                f"| {row['method']} | {row['budget']} | {row['perplexity']:,.1f} | {' | '.join(cells)} | {mean} |"
-            )
+    for row in rows:
+        cells, mean = shown(row["accuracies"])
+        lines.append(f"| {row['method']} | {row['budget']} | {row['perplexity']:,.1f} | {' | '.join(cells)} | {mean} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Measure what is not measured yet, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", help="name of a case of the bench")
-    parser.add_argument("--budgets", nargs="+", required=True)
-    parser.add_argument("--methods", nargs="+", required=True)
-    parser.add_argument("--limit", type=int, default=500, help="questions of each task")
-    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "small.toml")
-    parser.add_argument("--bench", type=Path, default=ROOT / "build" / "small", help="where that bench has its results")
+    parser.add_argument("bench", type=Path, help="where the bench has its results")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="questions of each task (default: %(default)s)")
     arguments = parser.parse_args()
-    case = next(case for case in read_bench(arguments.config).cases if case.name == arguments.case)
-    result = Result.from_json(read_json(arguments.bench / "results" / f"{case.name}-seed0.json"))
-    cases = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    kept = cases.setdefault(case.name, {"limit": arguments.limit, "rows": {}})
-    if kept["limit"] != arguments.limit:
-        raise SystemExit(f"error: {case.name} was measured with --limit {kept['limit']}; use that")
+    (case,) = read_bench(ROOT / "benchmarks" / "downstream.toml").cases
+    (seed,) = case.seeds
+    result = Result.from_json(read_json(arguments.bench / "results" / f"{case.name}-seed{seed}.json"))
+    journal = arguments.bench / f"accuracies-{arguments.limit}.json"
+    kept = read_json(journal) if journal.exists() else {}
     folder = arguments.bench / "runs" / case.name
+    rows = []
     with (
         progress_bars() as progress,
-        open_workbench(case.seeded(0), folder / "seed0", progress, bank=folder / "bank") as bench,
+        open_workbench(case.seeded(seed), folder / f"seed{seed}", progress, bank=folder / "bank") as bench,
     ):
         for row in result.rows:
-            asked = row.method in arguments.methods and row.budget in arguments.budgets
-            key = ",".join(map(str, row.assignment or ()))
-            if not (asked or row.method in REFERENCES):
+            if row.assignment is None:
                 continue
-            same = next((of for of in kept["rows"].values() if of["assignment"] == key), None)
-            accuracies = same["accuracies"] if same else measured(bench, row, arguments.limit)
-            budget = row.budget or f"{row.average_bits:g} bits"
-            kept["rows"][f"{row.method} {budget}"] = {
-                "method": row.method,
-                "budget": budget,
-                "assignment": key,
-                "perplexity": row.perplexity,
-                "accuracies": accuracies,
-            }
-            write_json(RESULTS, cases)
-    RESULTS.with_suffix(".md").write_text(markdown(cases))
-    print(markdown(cases))
+            key = ",".join(map(str, row.assignment))
+            if key not in kept:
+                kept[key] = measured(bench, row.assignment, arguments.limit)
+                write_json(journal, kept)
+            rows.append(
+                {
+                    "method": row.method,
+                    "budget": row.budget or f"{row.average_bits:g} bits",
+                    "perplexity": row.perplexity,
+                    "accuracies": kept[key],
+                }
+            )
+    REPORT.write_text(markdown(case, rows))
+    print(REPORT.read_text())
 
 
 if __name__ == "__main__":
