@@ -1,6 +1,8 @@
 import dataclasses
+import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -157,21 +159,32 @@ def test_many_large_unequal_players_keep_the_budget_exactly() -> None:
 
 def test_an_interrupt_is_not_a_solution() -> None:
     code = """
-import os, signal, sys, threading
-import numpy as np
+import sys
+import time
 from tests.test_allocate import random_program
 from coopq.allocate import allocate
-threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+program = random_program(7, 60, 1.0)
+print("ready", flush=True)
 try:
-    allocate(random_program(7, 60, 1.0))
+    allocate(program)
 except KeyboardInterrupt:
     sys.exit(42)
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, timeout=60, check=False, preexec_fn=interruptible
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=interruptible,
     )
-    assert done.returncode == 42, done.stderr
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 42, errors
 
 
 def test_a_time_limit_is_a_normal_outcome_with_a_bound_and_a_gap() -> None:

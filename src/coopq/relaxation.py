@@ -60,14 +60,13 @@ def _project(x: Floats, costs: Floats, kept: float) -> Floats:
     q: Floats = np.clip(x, 0, 1)
     if costs @ q >= kept:
         return q
-    low, high = 0.0, float((np.abs(x).max() + 2) / costs.min())
-    for _ in range(50):
-        middle = (low + high) / 2
-        if costs @ np.clip(x + middle * costs, 0, 1) >= kept:
-            high = middle
-        else:
-            low = middle
-    return np.clip(x + high * costs, 0, 1)
+    # It is clip(x + t costs, 0, 1) for some t, and its cost is linear in t between the t where a player leaves 0 or
+    # reaches 1.
+    turns = np.concatenate([-x / costs, (1 - x) / costs])
+    order = np.argsort(turns)
+    turns, slopes = turns[order], np.cumsum(np.repeat([1.0, -1.0], len(x))[order] * np.tile(costs**2, 2)[order])
+    reached = np.concatenate([[0.0], np.cumsum(slopes[:-1] * np.diff(turns))])
+    return np.clip(x + np.interp(kept, reached, turns) * costs, 0, 1)
 
 
 def _cheapest(gradient: Floats, costs: Floats, kept: float) -> Floats:
