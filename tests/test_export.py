@@ -294,7 +294,6 @@ def test_transformers_loads_auto_round_with_the_same_logits(gptq: tuple[coopq.Pl
     code = f"""
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(out)!r}, dtype=torch.float16).eval()
 widths = {{name: module.bits for name, module in model.named_modules() if hasattr(module, "qweight")}}
