@@ -44,8 +44,8 @@ def main() -> None:
     bench, results = finished(read_bench(Path("benchmarks") / "calibration.toml"), arguments.bench)
     cases = [case for case in bench.cases if case.seeds]
     budgets, methods = cases[0].budgets, ("random", *cases[0].methods)
-    by_case = {case.name: [result for result in results if result.case == case.name] for case in cases}
-    reference = over_budgets(by_case[cases[0].name], "active", budgets)
+    by_text = {case.label: [result for result in results if result.case == case.name] for case in cases}
+    reference = over_budgets(by_text[cases[0].label], "active", budgets)
     assert reference is not None
     lines = [
         "# Calibration tokens and text",
@@ -53,31 +53,31 @@ def main() -> None:
         "Written by `python benchmarks/calibration.py build/calibration`, from what `coopq bench` measured for",
         f"benchmarks/calibration.toml: the reference Llama, hqq, 2 and 4 bits; the loss on {len(reference)} windows of",
         f"WikiText-2, mean over {len(budgets)} budgets and the seeds, less that of the active search on",
-        f"{cases[0].name}, {reference.mean():.4f}. Nats per token; 95 %, paired bootstrap over windows. A seed draws",
+        f"{cases[0].label}, {reference.mean():.4f}. Nats per token; 95 %, paired bootstrap over windows. A seed draws",
         "other sequences.",
         "",
-        f"| method | {' | '.join(f'{name} ({len(of)})' for name, of in by_case.items())} |",
-        f"| --- |{' --- |' * len(by_case)}",
+        f"| method | {' | '.join(f'{text} ({len(of)})' for text, of in by_text.items())} |",
+        f"| --- |{' --- |' * len(by_text)}",
     ]
     for method in methods:
-        found = [over_budgets(of, method, budgets) for of in by_case.values()]
+        found = [over_budgets(of, method, budgets) for of in by_text.values()]
         lines.append(f"| {method} | {' | '.join('' if of is None else above(of, reference) for of in found)} |")
     lines += [
         "",
         "In brackets: seeds. Standard deviation of these means between seeds:",
         "",
-        f"| method | {' | '.join(by_case)} |",
-        f"| --- |{' --- |' * len(by_case)}",
+        f"| method | {' | '.join(by_text)} |",
+        f"| --- |{' --- |' * len(by_text)}",
     ]
     for method in methods:
-        lines.append(f"| {method} | {' | '.join(spread(of, method, budgets) for of in by_case.values())} |")
+        lines.append(f"| {method} | {' | '.join(spread(of, method, budgets) for of in by_text.values())} |")
     lines += ["", "Forwards of the model over the calibration tokens, for all budgets, a bench's first seed:", ""]
-    lines += [f"| method | {' | '.join(by_case)} |", f"| --- |{' --- |' * len(by_case)}"]
+    lines += [f"| method | {' | '.join(by_text)} |", f"| --- |{' --- |' * len(by_text)}"]
     for method in methods[1:]:
-        spent = [[row for row in of[0].rows if row.method == method] for of in by_case.values()]
+        spent = [[row for row in of[0].rows if row.method == method] for of in by_text.values()]
         cells = [
             f"{rows[0].layer_forwards / of[0].blocks:.0f}" if rows else ""
-            for rows, of in zip(spent, by_case.values(), strict=True)
+            for rows, of in zip(spent, by_text.values(), strict=True)
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
