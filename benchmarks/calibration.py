@@ -1,6 +1,6 @@
 """What the calibration text decides: how many tokens, and of what, from what a bench measured.
 
-    coopq bench benchmarks/calibration.toml --out build/calibration      # an hour and a half on one core
+    coopq bench benchmarks/calibration.toml --out build/calibration      # two hours and a half on one core
     python benchmarks/calibration.py build/calibration
 
 Losses on WikiText-2, mean over budgets and seeds, of what each method chose on each text, against what the active
