@@ -8,7 +8,7 @@ search chose on the fewest tokens, paired over windows. Writes docs/results/cali
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,18 @@ def spread(results: Sequence[Result], method: str, budgets: Sequence[str]) -> st
     return f"{np.std(means, ddof=1):.4f}" if len(means) > 1 else ""
 
 
+def table(
+    by_text: Mapping[str, list[Result]], methods: Sequence[str], cell: Callable[[list[Result], str], str]
+) -> list[str]:
+    """Lines of a table, with a row for each method and a column for each text."""
+    lines = [f"| method | {' | '.join(f'{text} ({len(of)})' for text, of in by_text.items())} |"]
+    lines += [f"| --- |{' --- |' * len(by_text)}"]
+    return [
+        *lines,
+        *(f"| {method} | {' | '.join(cell(of, method) for of in by_text.values())} |" for method in methods),
+    ]
+
+
 def main() -> None:
     """Read and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,39 +59,34 @@ def main() -> None:
     by_text = {case.label: [result for result in results if result.case == case.name] for case in cases}
     reference = over_budgets(by_text[cases[0].label], "active", budgets)
     assert reference is not None
+
+    def against(of: list[Result], method: str) -> str:
+        found = over_budgets(of, method, budgets)
+        return "" if found is None else above(found, reference)
+
+    def forwards(of: list[Result], method: str) -> str:
+        rows = [row for row in of[0].rows if row.method == method]
+        return f"{rows[0].layer_forwards / of[0].blocks:.0f}" if rows else ""
+
     lines = [
         "# Calibration tokens and text",
         "",
         "Written by `python benchmarks/calibration.py build/calibration`, from what `coopq bench` measured for",
         f"benchmarks/calibration.toml: the reference Llama, hqq, 2 and 4 bits; the loss on {len(reference)} windows of",
-        f"WikiText-2, mean over {len(budgets)} budgets and the seeds, less that of the active search on",
-        f"{cases[0].label}, {reference.mean():.4f}. Nats per token; 95 %, paired bootstrap over windows. A seed draws",
-        "other sequences.",
+        f"WikiText-2, mean over {len(budgets)} budgets and the seeds (their number in brackets), less that of the",
+        f"active search on {cases[0].label}, {reference.mean():.4f}. Nats per token; 95 %, paired bootstrap over",
+        "windows. A seed draws other sequences.",
         "",
-        f"| method | {' | '.join(f'{text} ({len(of)})' for text, of in by_text.items())} |",
-        f"| --- |{' --- |' * len(by_text)}",
+        *table(by_text, methods, against),
+        "",
+        "Standard deviation of these means between seeds:",
+        "",
+        *table(by_text, methods, lambda of, method: spread(of, method, budgets)),
+        "",
+        "Forwards of the model over the calibration tokens, for all budgets, of the first seed:",
+        "",
+        *table(by_text, methods[1:], forwards),
     ]
-    for method in methods:
-        found = [over_budgets(of, method, budgets) for of in by_text.values()]
-        lines.append(f"| {method} | {' | '.join('' if of is None else above(of, reference) for of in found)} |")
-    lines += [
-        "",
-        "In brackets: seeds. Standard deviation of these means between seeds:",
-        "",
-        f"| method | {' | '.join(by_text)} |",
-        f"| --- |{' --- |' * len(by_text)}",
-    ]
-    for method in methods:
-        lines.append(f"| {method} | {' | '.join(spread(of, method, budgets) for of in by_text.values())} |")
-    lines += ["", "Forwards of the model over the calibration tokens, for all budgets, a bench's first seed:", ""]
-    lines += [f"| method | {' | '.join(by_text)} |", f"| --- |{' --- |' * len(by_text)}"]
-    for method in methods[1:]:
-        spent = [[row for row in of[0].rows if row.method == method] for of in by_text.values()]
-        cells = [
-            f"{rows[0].layer_forwards / of[0].blocks:.0f}" if rows else ""
-            for rows, of in zip(spent, by_text.values(), strict=True)
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
     REPORT.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
