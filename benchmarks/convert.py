@@ -1,4 +1,4 @@
-"""GGUF files in float16 of the reference models, by llama.cpp's own converter.
+"""GGUF files in float16 of the reference models, or of a folder of their tokenizer, by llama.cpp's own converter.
 
     python benchmarks/convert.py llama build/llama.gguf
 
@@ -34,11 +34,12 @@ def converter() -> ModuleType:
 
     def settings(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = read(folder)
-        return {**found, "rope_theta": found["rope_parameters"]["rope_theta"]}
+        now = {"rope_theta": found["rope_parameters"]["rope_theta"], "num_experts": found.get("num_local_experts")}
+        return {**found, **now}
 
     module.Model.load_hparams = staticmethod(settings)
     module.Model.get_vocab_base_pre = lambda *_: "gpt-2"
-    for name in "LlamaModel", "Gemma2Model", "Qwen2Model":  # Qwen3's is Qwen2's
+    for name in "LlamaModel", "Gemma2Model", "Qwen2Model", "Qwen2MoeModel":  # Qwen3's are Qwen2's
         getattr(module, name).set_vocab = module.Model._set_vocab_gpt2
     return module
 
@@ -56,10 +57,10 @@ def convert(folder: Path, out: Path) -> None:
 def main() -> None:
     """One model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("llama", "gemma", "qwen"))
+    parser.add_argument("model", help="llama, gemma or qwen, or a folder")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    convert(DATA / arguments.name, arguments.out)
+    convert(DATA / arguments.model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,32 @@
-"""Text by xllamacpp, llama.cpp itself in a wheel."""
+"""xllamacpp, llama.cpp itself in a wheel: it answers requests."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xllamacpp
+
+
+def _server(file: Path) -> Any:
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx = 256
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    return xllamacpp.Server(parameters)
 
 
 def llama_cpp_text(file: Path, prompt: str) -> str:
     """Some tokens after a prompt, the likeliest ones."""
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(file)
-    parameters.n_ctx = 256
-    server = xllamacpp.Server(parameters)
-    answer = server.handle_completions({"prompt": prompt, "max_tokens": 8, "temperature": 0.0})
+    answer = _server(file).handle_completions({"prompt": prompt, "max_tokens": 8, "temperature": 0.0})
     return str(answer["choices"][0]["text"])
+
+
+def llama_cpp_nll_of_last(file: Path, tokens: npt.NDArray[np.int64], vocabulary: int) -> npt.NDArray[np.float64]:
+    """Loss of the last token of each sequence, shape (n_sequences,), of tokens of shape (n_sequences, length)."""
+    server, losses = _server(file), []
+    for sequence in tokens.tolist():
+        answer = server.handle_completions({"prompt": sequence[:-1], "max_tokens": 1, "logprobs": vocabulary})
+        scores = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        losses.append(-next(of["logprob"] for of in scores if of["id"] == sequence[-1]))
+    return np.array(losses)

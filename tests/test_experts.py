@@ -1,5 +1,7 @@
 """Mixtures of experts: all experts of a block are quantized together."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from coopq.backends import get_backend
 from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
+from coopq.export import predicted_bytes
 from coopq.models import LoadedModel
 from coopq.players import find_players
 from coopq.types import UNTOUCHED
@@ -20,20 +23,18 @@ from tests.architectures import GROUPED
 from tests.checkpoints import plan_for
 from tests.command_line import in_process, refused
 from tests.conftest import STORIES
+from tests.llama_cpp import llama_cpp_nll_of_last
 
 EXPERTS: dict[str, Any] = {
-    "mixtral": lambda vocabulary: hf.MixtralConfig(
-        **{**GROUPED, "vocab_size": vocabulary}, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "qwen3_moe": lambda vocabulary: hf.Qwen3MoeConfig(
-        **{**GROUPED, "vocab_size": vocabulary}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    ),
+    "mixtral": lambda of: hf.MixtralConfig(**of, num_local_experts=4),
+    "qwen3_moe": lambda of: hf.Qwen3MoeConfig(**of, num_experts=4, moe_intermediate_size=32),
 }
 
 
-def tiny(name: str, vocabulary: int = 97) -> Any:
+def tiny(name: str, vocabulary: int = 97, chosen: int = 2) -> Any:
     torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(EXPERTS[name](vocabulary), dtype=torch.float32).eval()
+    config = EXPERTS[name]({**GROUPED, "vocab_size": vocabulary, "num_experts_per_tok": chosen})
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
@@ -101,3 +102,33 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
     assert "holds experts, whose outputs cannot be seen; take another method" in line
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_llama_cpp_computes_the_same_loss(name: str, tmp_path: Path) -> None:
+    """It keeps gates and ups of experts apart, and orders the rows of Mixtral's queries anew."""
+    model = tiny(name, 512, chosen=4)  # all: rounding chooses no others
+    model.save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    base, saved, file = (tmp_path / of for of in ("base.gguf", "saved", "small.gguf"))
+    convert = Path(__file__).parents[1] / "benchmarks" / "convert.py"
+    done = subprocess.run([sys.executable, convert, tmp_path / "model", base], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    arguments: list[str | Path] = ["quantize", tmp_path / "model", "--bits", "4,8", "--granularity", "linear"]
+    arguments += ["--tokens", "128", "--fit-tokens", "256", "--sequence-length", "32"]
+    arguments += ["--backend", "ggml", "--target", "gguf", "--base", base]
+    limit = base.stat().st_size * 2 // 3
+    code, _, err = in_process(*arguments, "--budget", f"{limit}B", "--method", "first-last", "--out", saved)
+    assert code == 0, err
+    plan = coopq.Plan.load(saved / "plan.json")
+    assert {plan.modules[of] for of in plan.modules if "experts" in of} == {4, 8}
+    code, _, err = in_process("export", saved, "--to", "gguf", "--out", file)
+    assert code == 0, err
+    assert file.stat().st_size == predicted_bytes(plan, "gguf") <= limit
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 512, size=(16, 24)))
+    with torch.no_grad():
+        logits = [of(input_ids=tokens).logits[:, -2] for of in (coopq.load(saved, device="cpu"), model)]
+    ours, whole = (torch.nn.functional.cross_entropy(of, tokens[:, -1], reduction="none").numpy() for of in logits)
+    theirs = llama_cpp_nll_of_last(file, tokens.numpy(), 512)
+    assert np.abs(theirs - ours).mean() < 0.05, "llama.cpp rounds activations to eight bits"
+    assert np.abs(ours - whole).mean() > 0.1

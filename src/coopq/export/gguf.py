@@ -4,6 +4,7 @@ What is not a player, tokenizer and settings come from that base as they are, so
 llama.cpp's own converter writes can be exported.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def export_gguf(
     assert backend is not None
     reader = _reader(plan, base, model)
     modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
+    n_tensors = Counter(modules.values())
     size = _size(plan, reader)
     out.parent.mkdir(parents=True, exist_ok=True)
     require_space(out.parent, size, str(out))
@@ -74,10 +76,10 @@ def export_gguf(
             if tensor.name in modules:
                 name = modules[tensor.name]
                 weight = weight_of(loaded.model, name).data.flatten(0, -2)
-                order = _row_order(tensor, weight, name)
+                order = _row_order(tensor, weight, name, n_tensors[name])
                 kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
                 rows = packed[name]["blocks"] if name in packed else weight.half()
-                data = rows.cpu().numpy()[order]
+                data = rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1)
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -101,7 +103,7 @@ def _size(plan: Plan, reader: Any) -> int:
     """Bytes of a plan's file over a base."""
     backend = get_backend(**plan.quantizer)
     sizes = {
-        name: backend.storage_bytes((int(tensor.shape[1]), int(tensor.shape[0])), plan.modules[name])
+        tensor.name: backend.storage_bytes((int(np.prod(tensor.shape[1:])), int(tensor.shape[0])), plan.modules[name])
         for tensor, name in _tensors(reader, plan.modules)
     }
     return _beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
@@ -120,11 +122,11 @@ def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
             f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, or ggml-iq"
         )
     reader = gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
-    _tensors(reader, modules)
-    return _beside(reader, modules) + len(modules) * (reader.alignment - 1)
+    tensors = [tensor.name for tensor, _ in _tensors(reader, modules)]
+    return _beside(reader, tensors) + len(tensors) * (reader.alignment - 1)
 
 
-def _beside(reader: Any, modules: Collection[str]) -> int:
+def _beside(reader: Any, quantized: Collection[str]) -> int:
     """Bytes of the head of the file and of the tensors that stay as they are."""
     head = 24  # magic, version, and the numbers of tensors and keys
     for key in (_TYPE_KEY, _VERSION_KEY):
@@ -133,7 +135,6 @@ def _beside(reader: Any, modules: Collection[str]) -> int:
         if not field.name.startswith("GGUF.") and field.name not in (_TYPE_KEY, _VERSION_KEY):
             head += sum(part.nbytes for part in field.parts)
     head += sum(part.nbytes for tensor in reader.tensors for part in tensor.field.parts)
-    quantized = {tensor.name for tensor, _ in _tensors(reader, modules)}
     others = (tensor for tensor in reader.tensors if tensor.name not in quantized)
     return _padded(head, reader.alignment) + sum(_padded(int(tensor.n_bytes), reader.alignment) for tensor in others)
 
@@ -184,6 +185,8 @@ def _reader(plan: Plan, base: Path | None, model: str | None) -> Any:
 def _tensors(reader: Any, modules: Collection[str]) -> list[tuple[Any, str]]:
     """The tensors of modules in the file, each with the name of its module.
 
+    Experts have one, or two where transformers keeps gates and ups together and llama.cpp does not.
+
     Raises:
         ExportError: If a module has none of its own.
     """
@@ -196,38 +199,45 @@ def _tensors(reader: Any, modules: Collection[str]) -> list[tuple[Any, str]]:
     there = {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for module in modules:
-        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
-        if name not in there:
-            raise ExportError(
-                f"{module} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
-                "that llama.cpp stores in another form cannot be exported"
-            )
-        found.append((there[name], module))
+        experts = module.removesuffix(".gate_up_proj") if module.endswith(".experts.gate_up_proj") else None
+        for part in (module,) if experts is None else (f"{experts}.gate_proj", f"{experts}.up_proj"):
+            name = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
+            if name not in there:
+                raise ExportError(
+                    f"{part} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
+                    "that llama.cpp stores in another form cannot be exported"
+                )
+            found.append((there[name], module))
     return found
 
 
-def _row_order(tensor: Any, weight: Tensor, name: str) -> npt.NDArray[np.intp]:
+def _row_order(tensor: Any, weight: Tensor, name: str, n_tensors: int) -> npt.NDArray[np.intp]:
     """Which row of a weight each row of the base's tensor is: llama.cpp orders those of some projections anew.
 
+    Equal rows have equal blocks: any of them will do.
+
+    Args:
+        tensor: The base's.
+        weight: The model's, shape (rows, columns).
+        name: Of its module.
+        n_tensors: How many of the base hold the module, each with as many rows.
     Raises:
         Mismatch: If the rows are others.
     """
     import gguf
 
     theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type) + np.float32(0)  # no negative zeros
+    theirs = theirs.reshape(-1, theirs.shape[-1])
     narrow = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
     dtype = narrow.get(tensor.tensor_type, torch.float32)
     ours = weight.detach().cpu().to(dtype).float().numpy() + np.float32(0)
-    if ours.shape == theirs.shape:
-        if np.array_equal(ours, theirs):
-            return np.arange(len(ours))
-        places: dict[bytes, list[int]] = {}
-        for index, row in enumerate(ours):
-            places.setdefault(row.tobytes(), []).append(index)
-        found = [places.get(row.tobytes()) for row in theirs]
-        order = [of.pop() if of else -1 for of in found]
-        if min(order) >= 0:
-            return np.array(order)
+    if np.array_equal(ours, theirs):
+        return np.arange(len(ours))
+    if ours.shape == (n_tensors * len(theirs), theirs.shape[1]):
+        places = {row.tobytes(): index for index, row in enumerate(ours)}
+        order = np.array([places.get(row.tobytes(), -1) for row in theirs])
+        if order.min() >= 0:
+            return order
     raise Mismatch(
         f"{tensor.name} of the GGUF file is not {name} of the model",
         {"rows": ours.shape},

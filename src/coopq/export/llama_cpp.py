@@ -18,7 +18,7 @@ _Logits = Callable[[list[int]], npt.NDArray[np.float32]]
 def llama_cpp_package() -> str:
     """Name and version of the package that computes: llama.cpp's own where it is installed.
 
-    The fork (0.1.5) was seen to err with Q4_1 and Q5_1 in rows of 576 weights.
+    The fork (0.1.5) was seen to err with Q4_1 and Q5_1 in rows of 576 weights, and with experts of Mixtral's form.
 
     Raises:
         BackendError: If there is none.
