@@ -12,6 +12,7 @@ import transformers as hf
 
 import coopq
 from coopq.backends import get_backend
+from coopq.backends.ggml import GGMLBackend, column_importance
 from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
@@ -102,6 +103,42 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
     assert "holds experts, whose outputs cannot be seen; take another method" in line
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_each_expert_has_the_importance_of_its_own_inputs(name: str) -> None:
+    model = tiny(name, chosen=1)
+    experts, of_module = model.model.layers[1].mlp.experts, "model.layers.1.mlp.experts"
+    seen: list[tuple[torch.Tensor, ...]] = []
+    handle = experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    tokens = np.random.default_rng(2).integers(3, 97, size=(1, 4))
+    names = [f"{of_module}.gate_up_proj", f"{of_module}.down_proj"]
+    before = model.get_experts_implementation()
+    found = column_importance(model, names, tokens)
+    handle.remove()
+    assert model.get_experts_implementation() == before != {"": "eager"}
+    ((inputs, chosen, _),) = seen
+    reached = [(chosen == expert).any(dim=1) for expert in range(4)]
+    expected: dict[str, list[torch.Tensor]] = {of: [] for of in names}
+    for expert, rows in enumerate(reached):
+        gates, ups = (inputs[rows] @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
+        for of, values in zip(names, (inputs[rows], torch.nn.functional.silu(gates) * ups), strict=True):
+            expected[of].append(values.square().mean(dim=0))
+    for of, rows_of in expected.items():
+        hit = [row for row in rows_of if not row.isnan().any()]
+        assert 1 < len(hit) < 4
+        others = torch.stack(hit).mean(dim=0)
+        wanted = torch.stack([others if row.isnan().any() else row for row in rows_of])
+        torch.testing.assert_close(found[of], wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_experts_are_rounded_by_their_own_importance() -> None:
+    backend, weight = GGMLBackend(), torch.randn(3 * 24, 256)
+    importance = torch.rand(3, 256) ** 8
+    together = backend.quantize(weight, 3, importance)["blocks"]
+    alone = [backend.quantize(part, 3, of)["blocks"] for part, of in zip(weight.chunk(3), importance, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together, backend.quantize(weight, 3, importance[0])["blocks"])
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -2,8 +2,9 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from coopq.backends.base import Backend, Packed, PackedLinear
 from coopq.errors import BackendError
@@ -58,21 +61,34 @@ class GGMLBackend(Backend):
         return {"long_rows": _by_name(self.long_rows), "short_rows": _by_name(self.short_rows)}
 
     def quantize(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Packed:
-        """Quantize a weight of shape (out, in), with the importance of its columns, shape (in,), if given."""
+        """Quantize a weight of shape (out, in), with the importance of its columns if given.
+
+        Args:
+            weight: Of a linear layer, or of experts, one after the other.
+            bits: The width.
+            importance: Shape (in,), or (n_experts, in).
+        """
         kind = self.tensor_type(weight.shape[1], bits)
         source = weight.detach().float().cpu().contiguous()
-        columns = None if importance is None else importance.float().cpu().contiguous()
+        columns = [None] if importance is None else importance.float().cpu().reshape(-1, weight.shape[1]).contiguous()
         blocks = torch.empty(weight.shape[0], self._row_bytes(weight.shape[1], bits), dtype=torch.uint8)
         n_threads = torch.get_num_threads()
         rows = -(-len(source) // n_threads)
 
-        def quantize_rows(part: Tensor, into: Tensor) -> int:
-            pointer = None if columns is None else columns.data_ptr()
+        def quantize_rows(part: Tensor, into: Tensor, of_columns: Tensor | None) -> int:
+            pointer = None if of_columns is None else of_columns.data_ptr()
             given = int(kind), part.data_ptr(), into.data_ptr(), 0, *part.shape, pointer
             return int(_library().ggml_quantize_chunk(*given))
 
+        parts = [
+            (part, into, of_columns)
+            for expert, into_expert, of_columns in zip(
+                source.chunk(len(columns)), blocks.chunk(len(columns)), columns, strict=True
+            )
+            for part, into in zip(expert.split(rows), into_expert.split(rows), strict=True)
+        ]
         with ThreadPoolExecutor(n_threads) as threads:  # each row by itself, outside of Python
-            written = sum(threads.map(quantize_rows, source.split(rows), blocks.split(rows)))
+            written = sum(threads.map(quantize_rows, *zip(*parts, strict=True)))
         assert written == blocks.nbytes, (written, blocks.nbytes)
         return {"blocks": blocks.to(weight.device)}
 
@@ -142,30 +158,83 @@ class IQuants(GGMLBackend):
 
 @torch.no_grad()
 def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Mean squares of the inputs of linear layers, by name and column; what no token reaches as that is left out."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    """Mean squares of the inputs of linear layers and experts, by column.
 
-    def keep(name: str, inputs: Tensor) -> None:
+    Args:
+        model: A model of transformers.
+        names: Of linear layers, and of experts that are kept in one tensor.
+        tokens: Shape (n_sequences, length).
+    Returns:
+        Shape (in,) for a linear layer, (n_experts, in) for experts, of which those that no token reaches have the mean
+        of the others. What no token reaches as one of these is left out.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    counts: dict[tuple[str, int], int] = {}
+
+    def keep(name: str, expert: int, inputs: Tensor) -> None:
         rows = inputs.detach().flatten(0, -2)
         squares = rows.float().square().sum(dim=0, dtype=torch.float64)
-        sums[name] = sums[name] + squares if name in sums else squares
-        counts[name] = counts.get(name, 0) + len(rows)
+        key = name, expert
+        sums[key] = sums[key] + squares if key in sums else squares
+        counts[key] = counts.get(key, 0) + len(rows)
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     handles = [
-        linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, inputs[0]))
+        linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, 0, inputs[0]))
         for name in names
         if name in linears
     ]
+    experts = {name: weight for name in names if (weight := weight_of(model, name).data).dim() == 3}
     try:
-        for start in range(0, len(tokens), _BATCH_SEQUENCES):
-            batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
-            model.base_model(input_ids=batch, use_cache=False)
+        with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
+            for start in range(0, len(tokens), _BATCH_SEQUENCES):
+                batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
+                model.base_model(input_ids=batch, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / counts[name]).float() for name, total in sums.items() if counts[name]}
+    means = {key: (total / counts[key]).float() for key, total in sums.items() if counts[key]}
+    found = {name: means[name, 0] for name in names if (name, 0) in means and name not in experts}
+    for name, weight in experts.items():
+        reached = {expert: mean for (of, expert), mean in means.items() if of == name}
+        if reached:
+            others = torch.stack(list(reached.values())).mean(dim=0)
+            found[name] = torch.stack([reached.get(expert, others) for expert in range(len(weight))])
+    return found
+
+
+@contextmanager
+def _experts_one_by_one(model: Any) -> Iterator[None]:
+    """Let experts be multiplied by `functional.linear`, each by itself."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Tells of the inputs of experts that are kept in one tensor, whose modules cannot be hooked.
+
+    Args:
+        experts: Tensors of shape (n_experts, out, in), by name.
+        keep: Told of name, expert and inputs.
+    """
+
+    def __init__(self, experts: Mapping[str, Tensor], keep: Callable[[str, int, Tensor], None]) -> None:
+        super().__init__()
+        self._places = {
+            part.data_ptr(): (name, expert) for name, tensor in experts.items() for expert, part in enumerate(tensor)
+        }
+        self._keep = keep
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is functional.linear and args[1].data_ptr() in self._places:
+            self._keep(*self._places[args[1].data_ptr()], args[0])
+        return function(*args, **(kwargs or {}))
 
 
 def _by_name(types: Mapping[int, str]) -> dict[str, str]:
