@@ -14,11 +14,13 @@ import coopq.backends.autoround as autoround
 from coopq.backends import get_backend
 from coopq.backends.base import Packed
 from coopq.backends.gptq import packed_form
+from coopq.bank import measure_storage
 from coopq.checkpoint import read_saved, saved_bytes
 from coopq.engine import model_nll
 from coopq.errors import BackendError
 from coopq.export import export_model, predicted_bytes
 from coopq.models import load_model
+from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
@@ -90,7 +92,6 @@ def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, 
 def test_layers_that_the_library_leaves_are_refused(source: Path) -> None:
     with pytest.raises(BackendError, match="leaves layers of 172 x 64 weights as they are"):
         get_backend("autoround").storage_bytes((172, 64), 4)
-    loaded = load_model(str(source), device="cpu")
-    tokens = np.zeros((1, 8), dtype=np.int64)
-    with pytest.raises(BackendError, match=r"no way with model\.embed_tokens, which is no linear layer"):
-        next(get_backend("autoround").quantize_model(loaded.model, loaded.tokenizer, {"model.embed_tokens": 4}, tokens))
+    players = find_players(load_model(str(source), device="cpu").model, embeddings=True)
+    with pytest.raises(BackendError, match=r"linear layers alone, and model\.embed_tokens is an embedding or experts"):
+        measure_storage(players, get_backend("autoround"), (2, 4))

@@ -103,6 +103,8 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
     assert "holds experts, whose outputs cannot be seen; take another method" in line
+    line = refused(*arguments, "--budget", "4avg", "--backend", "gptq", "--out", tmp_path / "another")
+    assert "linear layers alone, and model.layers.0.mlp.experts.gate_up_proj is an embedding or experts" in line
 
 
 @pytest.mark.parametrize("name", EXPERTS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.backends import Backend
-from coopq.errors import EstimationError, Mismatch, ModelError
+from coopq.errors import BackendError, EstimationError, Mismatch, ModelError
 from coopq.files import atomic_file, read_json, require_space, write_json
 from coopq.models import LoadedModel
 from coopq.players import weight_of
@@ -27,8 +27,14 @@ def measure_storage(players: Sequence[Player], backend: Backend, bits: Sequence[
     """Exact bytes of every player at every width, before anything is quantized.
 
     Raises:
-        BackendError: If a layer's shape cannot be quantized.
+        BackendError: If a layer cannot be quantized for its shape or its kind.
     """
+    others = [linear.name for player in players for linear in player.linears if not linear.is_plain]
+    if backend.only_plain and others:
+        raise BackendError(
+            f"backend {backend.name!r} quantizes linear layers alone, and {others[0]} is an embedding or experts in "
+            "one tensor; leave --embeddings out, or take another backend"
+        )
     return Storage(
         n_weights=tuple(player.n_weights for player in players),
         n_bytes={

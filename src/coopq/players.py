@@ -30,7 +30,7 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
         if not isinstance(module, nn.ModuleList) or len(module) != n_layers or inside_another:
             continue
-        if all(_shapes(block) for block in module):
+        if all(_linears(block) for block in module):
             found[name] = module
     if len(found) != 1:
         lists = [
@@ -70,7 +70,9 @@ def find_players(model: Any, granularity: str = "block", embeddings: bool = Fals
     prefix, blocks = find_blocks(model)
     players: list[Player] = []
     for index, block in enumerate(blocks):
-        linears = tuple(LinearLayer(f"{prefix}.{index}.{name}", shape) for name, shape in _shapes(block).items())
+        linears = tuple(
+            LinearLayer(f"{prefix}.{index}.{linear.name}", linear.shape, linear.is_plain) for linear in _linears(block)
+        )
         if granularity == "block":
             players.append(Player(f"{prefix}.{index}", linears, index))
         elif granularity == "fused":
@@ -104,7 +106,7 @@ def find_ends(model: Any) -> tuple[LinearLayer, ...]:
             f"{type(model).__name__} has no nn.Embedding with an nn.Linear head that could be players; leave them out"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    first = LinearLayer(names[id(embedding)], (embedding.num_embeddings, embedding.embedding_dim))
+    first = LinearLayer(names[id(embedding)], (embedding.num_embeddings, embedding.embedding_dim), is_plain=False)
     if head.weight is embedding.weight:
         return (first,)
     return first, LinearLayer(names[id(head)], (head.out_features, head.in_features))
@@ -128,13 +130,14 @@ def weight_of(model: nn.Module, name: str) -> nn.Parameter:
     return weight
 
 
-def _shapes(block: nn.Module) -> dict[str, tuple[int, int]]:
-    """Shapes (out, in) of linear layers, and of experts that are kept in one tensor, by their names in a block."""
-    shapes: dict[str, tuple[int, int]] = {}
+def _linears(block: nn.Module) -> list[LinearLayer]:
+    """Linear layers, and experts that are kept in one tensor, by their names in a block."""
+    found: list[LinearLayer] = []
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
+            found.append(LinearLayer(name, (module.out_features, module.in_features)))
         for attribute, tensor in module.named_parameters(recurse=False):
             if tensor.dim() == 3 and len(tensor) == getattr(module, "num_experts", None):
-                shapes[f"{name}.{attribute}"] = (tensor.shape[0] * tensor.shape[1], tensor.shape[2])
-    return shapes
+                shape = (tensor.shape[0] * tensor.shape[1], tensor.shape[2])
+                found.append(LinearLayer(f"{name}.{attribute}", shape, is_plain=False))
+    return found

@@ -269,7 +269,10 @@ def _estimation(data: Mapping[str, Any]) -> Estimation:
     players = tuple(
         Player(
             name=player["name"],
-            linears=tuple(LinearLayer(x["name"], (x["shape"][0], x["shape"][1])) for x in player["linears"]),
+            linears=tuple(
+                LinearLayer(x["name"], (x["shape"][0], x["shape"][1]), x.get("is_plain", True))
+                for x in player["linears"]
+            ),
             block=player.get("block", index),  # not written when every player was a block
             is_end=player.get("is_end", False),
         )

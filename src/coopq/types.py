@@ -49,10 +49,16 @@ class LinearLayer:
 
     It is the weight of the module of that name; or, where experts are kept in one tensor, that parameter, with the rows
     of all experts one after the other.
+
+    Attributes:
+        name: In the model.
+        shape: Outputs and inputs.
+        is_plain: Whether it is an `nn.Linear`'s, and neither an embedding nor experts.
     """
 
     name: str
     shape: tuple[int, int]
+    is_plain: bool = True
 
     @property
     def n_weights(self) -> int:

@@ -57,9 +57,8 @@ class AutoRoundBackend(GPTQBackend):
         """See `Backend.quantize_model`.
 
         Raises:
-            BackendError: If a layer is not linear, or left as it is, or the library fails, with its last words.
+            BackendError: If a layer is left as it is, or the library fails, with its last words.
         """
-        self.check_linear(model, bits)
         every = [linear.name for player in find_players(model) for linear in player.linears]
         widths = {name: bits.get(name, UNTOUCHED) for name in dict.fromkeys([*every, *bits])}
         settings = {"group_size": self.group_size, "sym": self.symmetric, "iters": _ITERATIONS}

@@ -69,6 +69,8 @@ class Backend(ABC):
     """Whether a layer's result depends on the others, so that all are quantized together."""
     calibrated: ClassVar[bool] = False
     """Whether weights are fitted to tokens."""
+    only_plain: ClassVar[bool] = False
+    """Whether it quantizes linear layers alone, and neither embeddings nor experts that are kept in one tensor."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights; not one that transformers would load by mistake."""
     is_affine: bool = False

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, ClassVar
@@ -46,6 +46,7 @@ class GPTQBackend(Backend):
     bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
     whole_model: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
+    only_plain: ClassVar[bool] = True
     weights_file: ClassVar[str] = "model.safetensors"
     package: ClassVar[str] = "gptqmodel"
     extra: ClassVar[str] = "gptq"
@@ -140,20 +141,6 @@ class GPTQBackend(Backend):
         form = {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False}
         return {**form, **self._quantize_config(bits)}
 
-    def check_linear(self, model: Any, names: Iterable[str]) -> None:
-        """Check that these are linear layers: no embeddings, and no experts that are kept in one tensor.
-
-        Raises:
-            BackendError: If not.
-        """
-        modules = dict(model.named_modules())
-        for name in names:
-            if not isinstance(modules.get(name), nn.Linear):
-                raise BackendError(
-                    f"backend {self.name!r} has no way with {name}, which is no linear layer; leave --embeddings out, "
-                    "or take another backend"
-                )
-
     def _quantize_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
         """The library's configuration: the commonest width, and a rule for each module of another one, or of none."""
         (common, _), *_ = Counter(width for width in bits.values() if width != UNTOUCHED).most_common()
@@ -195,10 +182,9 @@ class GPTQStatic(GPTQBackend):
         """See `Backend.quantize_widths`.
 
         Raises:
-            BackendError: If a layer is not linear, or the library fails, with its last words.
+            BackendError: If the library fails, with its last words.
         """
         order = dict.fromkeys(chain.from_iterable(layers.values()))
-        self.check_linear(model, order)
         settings = {"group_size": self.group_size, "desc_act": self.act_order, "sym": self.symmetric}
         job = {"layers": {str(width): list(names) for width, names in layers.items()}, "settings": settings}
         with working("GPTQModel", _WORKER, model, tokenizer, tokens, job) as made:
