@@ -70,7 +70,7 @@ REFERENCE = Subject(
     "ggml-iq",
     (2, 3, 4, 5, 6, 8),
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
-    CalibrationConfig(WIKIPEDIA, sequences=8, length=WINDOW),
+    CalibrationConfig(WIKIPEDIA, sequences=16, length=WINDOW),
     64,
 )
 """Calibrated in their own domain: they learnt from Wikipedia alone. No `gemma`: the engine knows Gemma-2 only at the
