@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,12 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match="the weight bank needs 0 MiB"):
         bank(tmp_path, tiny_model("llama")).build((2, 4))
+
+
+def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:
+    """torch waits for ever for a file that only its maker removes."""
+    code = (
+        "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; from coopq.backends import "
+        "get_backend; (Path(ext.build_directory) / 'lock').touch(); get_backend('quanto')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

@@ -6,9 +6,11 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from coopq.backends.base import Affine, AffineForm, Backend, Packed
@@ -145,9 +147,14 @@ def _build_extension() -> None:
     """Have the library compile its CPU kernels now, once per installation, rather than in the first forward."""
     from optimum.quanto.library.extensions.cpp import ext
 
+    folder = Path(ext.build_directory)
     with _ninja_on_path():
         try:
-            _ = ext.lib
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_suffix(".coopq.lock")):
+                # Whoever was killed while compiling left torch's own lock behind, for which all others wait for ever.
+                (folder / "lock").unlink(missing_ok=True)
+                _ = ext.lib
         except (OSError, RuntimeError, ImportError) as error:
             raise BackendError(
                 f"backend 'quanto' could not compile its CPU kernels ({str(error).strip().splitlines()[0]}); "
