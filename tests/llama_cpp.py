@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import xllamacpp
 
+END = 2  # </s> of the tests' tokenizers
+
 
 def _server(file: Path) -> Any:
     parameters = xllamacpp.CommonParams()
@@ -26,7 +28,10 @@ def llama_cpp_nll_of_last(file: Path, tokens: npt.NDArray[np.int64], vocabulary:
     """Loss of the last token of each sequence, shape (n_sequences,), of tokens of shape (n_sequences, length)."""
     server, losses = _server(file), []
     for sequence in tokens.tolist():
-        answer = server.handle_completions({"prompt": sequence[:-1], "max_tokens": 1, "logprobs": vocabulary})
+        # Scores are of the logits before the bias. The bias draws the end of the text; a token that is half a character
+        # would be answered without scores.
+        wanted = {"max_tokens": 1, "logprobs": vocabulary, "logit_bias": [[END, 1000.0]]}
+        answer = server.handle_completions({"prompt": sequence[:-1], **wanted})
         scores = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         losses.append(-next(of["logprob"] for of in scores if of["id"] == sequence[-1]))
     return np.array(losses)
