@@ -8,11 +8,15 @@ llama.cpp's mixes are made by llama.cpp itself (pip install llama-cpp-python, wh
 at hand has types and mixes of its own), with an importance matrix of the same calibration tokens that ours is made
 from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and measured by
 the same engine on the same windows of WikiText-2, and of Wikipedia and C4 as they are written, windows that nobody has
-searched on. Writes docs/results/llama_mixes-MODEL-GRANULARITY.md.
+searched on. Reference models are calibrated on articles of Wikipedia, half of them as they are written and half in the
+form of WikiText-2, which is another text to a model: spaces around punctuation, `@-@` within words. Writes
+docs/results/llama_mixes-MODEL-GRANULARITY.md.
 """
 
 import argparse
 import ctypes
+import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,7 +48,9 @@ from quantizers import above
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "llama_mixes", ROOT / "docs" / "results"
-WINDOW, WIKIPEDIA = 512, str(DATA / "wikipedia-held-out.jsonl")
+WINDOW = 512
+TO_CALIBRATE, TO_JUDGE = WORK / "wikipedia-two-forms.jsonl", WORK / "wikipedia-to-judge.jsonl"
+"""Halves of the articles of benchmarks/data that no model learnt from, written by `divide_wikipedia`."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ REFERENCE = Subject(
     "ggml-iq",
     (2, 3, 4, 5, 6, 8),
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
-    CalibrationConfig(WIKIPEDIA, sequences=16, length=WINDOW),
+    CalibrationConfig(str(TO_CALIBRATE), sequences=16, length=WINDOW),
     64,
 )
 """Calibrated in their own domain: they learnt from Wikipedia alone. No `gemma`: the engine knows Gemma-2 only at the
@@ -86,6 +92,22 @@ SUBJECTS = {
     "llama": REFERENCE,
     "qwen": REFERENCE,
 }
+
+
+def in_form_of_wikitext(text: str) -> str:
+    """A text with the spaces that WikiText-2 has around punctuation."""
+    text = re.sub(r"(\d)([,.])(?=\d)", r"\1 @\2@ ", text)
+    text = re.sub(r"(\w)-(?=\w)", r"\1 @-@ ", text)
+    return re.sub(" +", " ", re.sub(r"([^\w\s@-])", r" \1 ", text))
+
+
+def divide_wikipedia() -> None:
+    """Of four articles one to calibrate on as it is, one in the form of WikiText-2, and two to judge."""
+    rows = (DATA / "wikipedia-held-out.jsonl").read_text(encoding="utf-8").splitlines()
+    articles = [json.loads(row)["text"] for row in rows]
+    forms = [text if k % 2 else in_form_of_wikitext(text) for k, text in enumerate(articles[::2])]
+    for path, texts in ((TO_CALIBRATE, forms), (TO_JUDGE, articles[1::2])):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def source_of(name: str, work: Path) -> tuple[str, Path]:
@@ -139,6 +161,7 @@ def run(name: str, granularity: str) -> list[str]:
     """The report of a model."""
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
+    divide_wikipedia()
     subject, (source, base) = SUBJECTS[name], source_of(name, work)
     threads, loaded = torch.get_num_threads(), load_model(source, device="cpu")
     tokens = wikitext2(loaded.tokenizer, WINDOW, subject.n_windows * WINDOW).tokens
@@ -181,7 +204,7 @@ def run(name: str, granularity: str) -> list[str]:
             if not is_saved_model(saved):
                 bench.save(plan, saved)
             export_model(saved, "gguf", work / f"{granularity}-{kind}.gguf")
-    texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (WIKIPEDIA, "c4"))]
+    texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (str(TO_JUDGE), "c4"))]
     lines = [
         f"# {name}: our GGUF files against llama.cpp's mixes",
         "",

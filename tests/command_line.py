@@ -9,10 +9,13 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
 from coopq.cli import main
 
 FAST = ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
 PAPER = ["--method", "coopq", *FAST]
+_COLUMNS = "100"
 
 
 def interruptible() -> None:
@@ -20,44 +23,37 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def coopq(
+def in_new_process(
     *arguments: str | Path, cwd: Path | None = None, setup: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    command = [sys.executable, "-m", "coopq.cli", *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100"}
+    """Exit code, standard output and standard error of one command, which has to import everything first."""
+    whole = [sys.executable, "-m", "coopq.cli", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": _COLUMNS}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, preexec_fn=setup, check=False
+        whole, capture_output=True, text=True, cwd=cwd, env=environment, preexec_fn=setup, check=False
     )
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(*arguments: str | Path, setup: Callable[[], None] | None = None) -> str:
-    """The one line of a user error; nothing else but progress may be printed.
+def command(*arguments: str | Path) -> tuple[int | str | None, str, str]:
+    """The same within this process: what most commands do takes less time than to import libraries."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["coopq", *map(str, arguments)])
+        patch.setenv("COLUMNS", _COLUMNS)
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, out.getvalue(), err.getvalue()
+    return 0, out.getvalue(), err.getvalue()
 
-    In this process, unless it has to be set up otherwise: most mistakes are found faster than libraries are imported.
-    """
-    if setup is None:
-        code, out, err = in_process(*arguments)
-    else:
-        code, out, err = coopq(*arguments, setup=setup)
+
+def refused(*arguments: str | Path, setup: Callable[[], None] | None = None) -> str:
+    """The one line of a user error; nothing else but progress may be printed."""
+    code, out, err = command(*arguments) if setup is None else in_new_process(*arguments, setup=setup)
     assert code == 2, (code, out, err)
     assert out == ""
     assert "Traceback" not in err
     line = err.strip().splitlines()[-1]
     assert line.startswith("error: "), err
     return line
-
-
-def in_process(*arguments: str | Path) -> tuple[int | str | None, str, str]:
-    """The same as `coopq`, without a process of its own."""
-    out, err = io.StringIO(), io.StringIO()
-    before, sys.argv = sys.argv, ["coopq", *map(str, arguments)]
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            main()
-    except SystemExit as stop:
-        return stop.code, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = before
-    return 0, out.getvalue(), err.getvalue()

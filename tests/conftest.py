@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.command_line import PAPER, coopq
+from tests.command_line import PAPER, command
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test asks the network
 
@@ -31,7 +31,7 @@ def stories() -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job: out/ holds the model, out-run/ the work."""
     out = tmp_path_factory.mktemp("job") / "out"
-    code, _, err = coopq("quantize", STORIES, "--budget", "3avg", "--out", out, *PAPER)
+    code, _, err = command("quantize", STORIES, "--budget", "3avg", "--out", out, *PAPER)
     assert code == 0, err
     return out
 

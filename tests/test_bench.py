@@ -14,7 +14,7 @@ from coopq.bench_config import Bench, Case, read_bench
 from coopq.bench_report import markdown, save_report, tidy
 from coopq.errors import BudgetError, EstimationError, RunError
 from coopq.run import RunConfig
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 SECOND = """[[case]]
@@ -52,7 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) -> None:
     out = config.parent / "out"
-    code, text, err = in_process("bench", config, "--out", out, "--json")
+    code, text, err = command("bench", config, "--out", out, "--json")
     assert code == 0, err
     results = [Result.from_json(result) for result in json.loads(text)["results"]]
     assert [(result.case, result.seed) for result in results] == [
@@ -122,13 +122,13 @@ def toy(rows: list[Row], seed: int = 0, case: str = "toy") -> Result:
 def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "nothing that 'Small' asks for is finished" in refused("bench", config, "--out", out, "--so-far")
-    in_process("bench", config, "--out", config.parent / "out")
+    command("bench", config, "--out", config.parent / "out")
     (out / "results").mkdir(parents=True)
     name = "stories260k-rtn-2-4-seed1.json"
     data = json.loads((config.parent / "out" / "results" / name).read_text())
     del data["asked"]["config"]["loss"]  # as a version before this setting wrote it
     (out / "results" / name).write_text(json.dumps(data))
-    code, text, err = in_process("bench", config, "--out", out, "--so-far", "--json")
+    code, text, err = command("bench", config, "--out", out, "--so-far", "--json")
     assert code == 0, err
     assert [result["seed"] for result in json.loads(text)["results"]] == [1]
     report = (out / "report.md").read_text()

@@ -11,13 +11,13 @@ from coopq.checkpoint import saved_bytes
 from coopq.journal import Journal
 from coopq.plan import Plan
 from coopq.run import RunFolder
-from tests.command_line import FAST, PAPER, coopq, in_process, refused
+from tests.command_line import FAST, PAPER, command, in_new_process, refused
 from tests.conftest import STORIES
 
 
 def test_show_for_machines(finished: Path) -> None:
     for target in (finished, finished / "plan.json"):
-        code, out, _ = coopq("show", target, "--json")
+        code, out, _ = command("show", target, "--json")
         data = json.loads(out)
         assert code == 0
         assert set(data["bits"].values()) <= {2, 4}
@@ -28,7 +28,7 @@ def test_show_for_machines(finished: Path) -> None:
 
 
 def test_show_for_people(finished: Path) -> None:
-    code, out, _ = coopq("show", finished.with_name("out-run"))
+    code, out, _ = command("show", finished.with_name("out-run"))
     assert code == 0
     assert "model.layers.4" in out
     assert "layer forwards" in out
@@ -36,7 +36,7 @@ def test_show_for_people(finished: Path) -> None:
 
 def test_several_budgets_from_one_estimation(job: Path) -> None:
     run = job.with_name("out-run")
-    code, out, err = coopq("allocate", run, "--budget", "2.5avg", "--budget", "3.6bpw", "--budget", "95KiB", "--json")
+    code, out, err = command("allocate", run, "--budget", "2.5avg", "--budget", "3.6bpw", "--budget", "95KiB", "--json")
     assert code == 0, err
     plans = json.loads(out)["plans"]
     assert [plan["budget"] for plan in plans] == ["2.5avg", "3.6bpw", "95KiB"]
@@ -45,7 +45,7 @@ def test_several_budgets_from_one_estimation(job: Path) -> None:
     line = refused("allocate", run, "--budget", "3.9avg", "--budget", "9avg")
     assert "budget 9avg is infeasible" in line
     assert not (run / "plans" / "3.9avg.json").exists(), "all budgets or none"
-    code, out, _ = coopq("show", run, "--json")
+    code, out, _ = command("show", run, "--json")
     data = json.loads(out)
     assert set(data["bits"]) == {"3avg", "2.5avg", "3.6bpw", "95KiB"}, "the plan of the one-shot job among them"
     assert data["layer_forwards"] > 0
@@ -53,9 +53,9 @@ def test_several_budgets_from_one_estimation(job: Path) -> None:
 
 def test_a_plan_is_applied(job: Path, stories: str) -> None:
     run = job.with_name("out-run")
-    assert coopq("allocate", run, "--budget", "2.5avg")[0] == 0
+    assert command("allocate", run, "--budget", "2.5avg")[0] == 0
     out = job.with_name("applied")
-    code, text, err = coopq("apply", run / "plans" / "2.5avg.json", "--out", out)
+    code, text, err = command("apply", run / "plans" / "2.5avg.json", "--out", out)
     assert code == 0, err
     assert "budget 2.5avg by coopq" in text
     assert (out / "quantized.safetensors").is_file()
@@ -63,13 +63,13 @@ def test_a_plan_is_applied(job: Path, stories: str) -> None:
 
 def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
     out = job.with_name("deployed")
-    code, text, err = coopq("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
+    code, text, err = command("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
     assert data["deployment"] == {"name": "hqq", "group_size": None, "act_order": None, "symmetric": None}
     assert data["measured_loss"] is None
     assert data["bytes"] != json.loads((job / "plan.json").read_text())["bytes"]
-    code, text, err = coopq("evaluate", out, "--tokens", "256", "--sequence-length", "64", "--json")
+    code, text, err = command("evaluate", out, "--tokens", "256", "--sequence-length", "64", "--json")
     assert code == 0, err
     evaluation = json.loads(text)
     assert evaluation["bytes"] == data["bytes"]
@@ -81,13 +81,13 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
 def linear_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished job whose players are linear layers, with its work beside it."""
     out = tmp_path_factory.mktemp("linear") / "out"
-    code, _, err = in_process("quantize", STORIES, "--budget", "3avg", "--granularity", "linear", "--out", out, *PAPER)
+    code, _, err = command("quantize", STORIES, "--budget", "3avg", "--granularity", "linear", "--out", out, *PAPER)
     assert code == 0, err
     return out
 
 
 def test_linear_layers_get_widths_of_their_own(linear_job: Path) -> None:
-    code, text, err = in_process("show", linear_job, "--json")
+    code, text, err = command("show", linear_job, "--json")
     assert code == 0, err
     data = json.loads(text)
     assert len(data["bits"]) == len(data["shapley"]) == 35
@@ -107,7 +107,7 @@ def test_linear_layers_get_widths_of_their_own(linear_job: Path) -> None:
 
 
 def test_a_saved_model_of_linear_players_is_judged_as_measured(linear_job: Path) -> None:
-    code, out, err = in_process("evaluate", linear_job, "--tokens", "256", "--sequence-length", "64", "--json")
+    code, out, err = command("evaluate", linear_job, "--tokens", "256", "--sequence-length", "64", "--json")
     assert code == 0, err
     data = json.loads(out)
     (row,) = [row for row in data["comparison"] if row["method"] == "coopq"]
@@ -117,9 +117,9 @@ def test_a_saved_model_of_linear_players_is_judged_as_measured(linear_job: Path)
 
 def test_plans_of_linear_players_are_allocated_and_deployed(linear_job: Path, tmp_path: Path) -> None:
     run = linear_job.with_name("out-run")
-    assert in_process("allocate", run, "--budget", "2.5avg")[0] == 0
+    assert command("allocate", run, "--budget", "2.5avg")[0] == 0
     plan, out = run / "plans" / "2.5avg.json", tmp_path / "deployed"
-    code, text, err = in_process("apply", plan, "--out", out, "--backend", "hqq", "--json")
+    code, text, err = command("apply", plan, "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
     assert data["bytes"] == saved_bytes(out) != Plan.load(plan).bytes
@@ -140,35 +140,33 @@ def test_runs_and_plans_from_before_there_was_a_granularity_are_of_blocks(job: P
         if path.name == "estimate.json":
             assert [player.pop("block") for player in record["players"]] == [0, 1, 2, 3, 4]
         path.write_text(json.dumps(record))
-    code, out, err = in_process("show", run, "--json")
+    code, out, err = command("show", run, "--json")
     assert code == 0, err
     assert set(json.loads(out)["bits"]) == {"3avg"}, "the plan still belongs to the run"
     assert [player.block for player in RunFolder(run).load().players] == [0, 1, 2, 3, 4]
     before = (run / "journal.jsonl").read_bytes()
-    code, _, err = in_process(
+    code, _, err = command(
         "quantize", stories, "--budget", "3avg", "--out", job.with_name("again"), "--run", run, *PAPER
     )
     assert code == 0, err
     assert (run / "journal.jsonl").read_bytes() == before
-    assert in_process("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)[0] == 0, (
-        "finished, and known to be"
-    )
+    assert command("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)[0] == 0, "finished, and known to be"
 
 
 def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None:
     run, out = job.with_name("out-run"), job.with_name("deployed")
-    assert coopq("allocate", run, "--budget", "3.19bpw")[0] == 0
+    assert command("allocate", run, "--budget", "3.19bpw")[0] == 0
     plan = run / "plans" / "3.19bpw.json"
     assert "its budget 3.19bpw is" in refused("apply", plan, "--out", out, "--backend", "hqq")
     assert "goes with a backend" in refused("apply", plan, "--out", out, "--group-size", "32")
-    same = coopq("apply", job / "plan.json", "--out", out, "--backend", "rtn", "--json")
+    same = command("apply", job / "plan.json", "--out", out, "--backend", "rtn", "--json")
     assert json.loads(same[1])["deployment"] is None
 
 
 def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories: str) -> None:
     arguments = ["compare", stories, "--budget", "2.5avg", "--budget", "3avg", "--run", str(tmp_path / "run"), *FAST]
     arguments += ["--judge-tokens", "512", "--judge-length", "128", "--json"]
-    code, out, err = coopq(*arguments)
+    code, out, err = command(*arguments)
     assert code == 0, err
     rows = json.loads(out)["comparison"]
     methods = {row["method"] for row in rows if row["budget"] == "2.5avg"}
@@ -178,12 +176,12 @@ def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories:
     assert (tmp_path / "run" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "run" / "comparison.svg").read_text()
     before = (tmp_path / "run" / "journal.jsonl").read_bytes()
-    assert coopq(*arguments)[1] == out
+    assert command(*arguments)[1] == out
     assert (tmp_path / "run" / "journal.jsonl").read_bytes() == before
 
 
 def test_evaluate_compares_under_the_same_budget(finished: Path) -> None:
-    code, out, err = coopq("evaluate", finished, "--tokens", "512", "--sequence-length", "128", "--json")
+    code, out, err = command("evaluate", finished, "--tokens", "512", "--sequence-length", "128", "--json")
     assert code == 0, err
     data = json.loads(out)
     assert data["tokens"] == 4 * 127
@@ -204,24 +202,24 @@ def test_evaluate_compares_under_the_same_budget(finished: Path) -> None:
     assert rows["random", "3avg"]["average_bits"] <= 3
     journals = list(finished.with_name("out-run").glob("evaluation/*.jsonl"))
     before = [journal.read_bytes() for journal in journals]
-    again = coopq("evaluate", finished, "--tokens", "512", "--sequence-length", "128", "--json")
+    again = command("evaluate", finished, "--tokens", "512", "--sequence-length", "128", "--json")
     assert again[1] == out
     assert [journal.read_bytes() for journal in journals] == before, "nothing is measured again"
 
 
 def test_evaluate_a_full_precision_model(stories: str) -> None:
-    code, out, err = coopq("evaluate", stories, "--tokens", "512", "--sequence-length", "128")
+    code, out, err = command("evaluate", stories, "--tokens", "512", "--sequence-length", "128")
     assert code == 0, err
     assert "perplexity" in out
     assert "cannot be scored" in refused("evaluate", stories, "--sequence-length", "0")
-    code, out, _ = coopq("evaluate", stories, "--tokens", "512", "--sequence-length", "128", "--json")
+    code, out, _ = command("evaluate", stories, "--tokens", "512", "--sequence-length", "128", "--json")
     data = json.loads(out)
     assert {"nll", "perplexity", "tokens", "bytes"} <= set(data)
 
 
 def test_a_finished_job_is_not_repeated(job: Path, stories: str, finished: Path) -> None:
     shutil.rmtree(job.with_name("out-run"))
-    code, out, err = coopq("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)
+    code, out, err = command("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)
     assert code == 0, err
     assert "3avg" in out
     assert not job.with_name("out-run").exists()
@@ -229,10 +227,14 @@ def test_a_finished_job_is_not_repeated(job: Path, stories: str, finished: Path)
 
 def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     run = tmp_path / "run"
-    few = coopq("estimate", stories, "--run", run, "--tokens", "128", "--sequence-length", "64", "--permutations", "2")
+    few = command(
+        "estimate", stories, "--run", run, "--tokens", "128", "--sequence-length", "64", "--permutations", "2"
+    )
     assert few[0] == 0, few[2]
     before = (run / "journal.jsonl").read_text()
-    more = coopq("estimate", stories, "--run", run, "--tokens", "128", "--sequence-length", "64", "--permutations", "6")
+    more = command(
+        "estimate", stories, "--run", run, "--tokens", "128", "--sequence-length", "64", "--permutations", "6"
+    )
     assert more[0] == 0, more[2]
     assert (run / "journal.jsonl").read_text().startswith(before)
     record = json.loads((run / "run.json").read_text())
@@ -242,7 +244,9 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
 
 
 def test_a_folder_named_by_a_dot(finished: Path) -> None:
-    code, out, err = coopq("evaluate", ".", "--no-compare", "--tokens", "128", "--sequence-length", "64", cwd=finished)
+    code, out, err = in_new_process(
+        "evaluate", ".", "--no-compare", "--tokens", "128", "--sequence-length", "64", cwd=finished
+    )
     assert code == 0, err
     assert "perplexity" in out
     assert not (finished / "-run").exists()
@@ -250,13 +254,13 @@ def test_a_folder_named_by_a_dot(finished: Path) -> None:
 
 def test_names_are_printed_as_they_are(tmp_path: Path, stories: str) -> None:
     out = tmp_path / "q[bold]" / "x[/x]"
-    code, text, err = coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)
+    code, text, err = command("quantize", stories, "--budget", "3avg", "--out", out, *FAST)
     assert code == 0, err
     assert str(out) in text
 
 
 def test_help_names_every_command() -> None:
-    code, out, _ = coopq("--help")
+    code, out, _ = in_new_process("--help")
     assert code == 0
-    for command in ("quantize", "estimate", "allocate", "apply", "compare", "evaluate", "show"):
-        assert command in out
+    for name in ("quantize", "estimate", "allocate", "apply", "compare", "evaluate", "show"):
+        assert name in out

@@ -15,7 +15,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.types import Assignments
 from coopq.workbench import Workbench, open_workbench
-from tests.command_line import FAST, coopq, refused
+from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES
 
 CONFIG = RunConfig(str(STORIES), permutations=6, calibration=CalibrationConfig(sequences=4, length=64))
@@ -80,13 +80,13 @@ def test_idle_workers_repeat_what_began_first_and_only_once() -> None:
 def test_the_main_job_on_a_cluster_started_here(tmp_path: Path) -> None:
     arguments: list[str | Path] = ["quantize", STORIES, "--budget", "3avg", "--tokens", "128"]
     arguments += ["--sequence-length", "64", "--out", tmp_path / "out", "--ray-address", "local", "--workers", "2"]
-    code, out, err = coopq(*arguments)
+    code, out, err = in_new_process(*arguments)
     assert code == 0, err
     assert "saved in" in out
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
-    code, _, err = coopq("estimate", STORIES, "--run", tmp_path / "run", "--ray-address", "127.0.0.1:1", *FAST)
+    code, _, err = in_new_process("estimate", STORIES, "--run", tmp_path / "run", "--ray-address", "127.0.0.1:1", *FAST)
     assert code == 2
     assert "error: no Ray cluster at '127.0.0.1:1'" in err.splitlines()[-1]
     assert "--ray-address" in refused("estimate", STORIES, "--run", tmp_path / "run", "--workers", "2")

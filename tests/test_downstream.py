@@ -11,7 +11,7 @@ import torch
 from coopq.downstream import evaluate_tasks
 from coopq.errors import RunError
 from coopq.models import LoadedModel, load_model
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 Lines = list[dict[str, Any]]
@@ -90,7 +90,7 @@ def test_last_words(loaded: LoadedModel, tmp_path: Path) -> None:
 
 def test_command(tmp_path: Path) -> None:
     file = write(tmp_path / "choices.jsonl", CHOICES)
-    code, out, _ = in_process("evaluate", STORIES, "--task", file, "--task-limit", "2", "--json")
+    code, out, _ = command("evaluate", STORIES, "--task", file, "--task-limit", "2", "--json")
     assert code == 0
     (accuracy,) = json.loads(out)
     assert accuracy["task"] == "choices"

@@ -16,7 +16,7 @@ from coopq.players import find_players
 from coopq.types import UNTOUCHED
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
@@ -65,7 +65,7 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
 def test_the_main_job_counts_the_embedding(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "3,4,8", *TEXT, "--embeddings"]
-    code, _, err = in_process(*arguments, "--budget", "150kB", "--out", out)
+    code, _, err = command(*arguments, "--budget", "150kB", "--out", out)
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
     assert plan.players[0].modules == ("model.embed_tokens",)

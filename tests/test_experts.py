@@ -22,7 +22,7 @@ from coopq.players import find_players
 from coopq.types import UNTOUCHED
 from tests.architectures import GROUPED
 from tests.checkpoints import plan_for
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 from tests.llama_cpp import llama_cpp_nll_of_last
 
@@ -95,11 +95,11 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
     arguments: list[str | Path] = ["quantize", tmp_path / "model", "--bits", "2,4,8", "--granularity", "linear"]
     arguments += ["--tokens", "128", "--sequence-length", "32", "--group-size", "16"]
-    code, _, err = in_process(*arguments, "--budget", "4avg", "--out", tmp_path / "out")
+    code, _, err = command(*arguments, "--budget", "4avg", "--out", tmp_path / "out")
     assert code == 0, err
     plan = coopq.Plan.load(tmp_path / "out" / "plan.json")
     assert plan.bytes == saved_bytes(tmp_path / "out") <= plan.budget_bytes
-    code, _, err = in_process("evaluate", tmp_path / "out", "--tokens", "64", "--sequence-length", "32")
+    code, _, err = command("evaluate", tmp_path / "out", "--tokens", "64", "--sequence-length", "32")
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
     assert "holds experts, whose outputs cannot be seen; take another method" in line
@@ -157,11 +157,11 @@ def test_llama_cpp_computes_the_same_loss(name: str, tmp_path: Path) -> None:
     arguments += ["--tokens", "128", "--fit-tokens", "256", "--sequence-length", "32"]
     arguments += ["--backend", "ggml", "--target", "gguf", "--base", base]
     limit = base.stat().st_size * 2 // 3
-    code, _, err = in_process(*arguments, "--budget", f"{limit}B", "--method", "first-last", "--out", saved)
+    code, _, err = command(*arguments, "--budget", f"{limit}B", "--method", "first-last", "--out", saved)
     assert code == 0, err
     plan = coopq.Plan.load(saved / "plan.json")
     assert {plan.modules[of] for of in plan.modules if "experts" in of} == {4, 8}
-    code, _, err = in_process("export", saved, "--to", "gguf", "--out", file)
+    code, _, err = command("export", saved, "--to", "gguf", "--out", file)
     assert code == 0, err
     assert file.stat().st_size == predicted_bytes(plan, "gguf") <= limit
     tokens = torch.from_numpy(np.random.default_rng(0).integers(3, 512, size=(16, 24)))

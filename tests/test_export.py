@@ -30,7 +30,7 @@ from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from tests.checkpoints import plan_for
-from tests.command_line import coopq as command
+from tests.command_line import command
 from tests.llama_cpp import llama_cpp_text
 from tests.openvino import EXACT, openvino_nll, save_openvino
 

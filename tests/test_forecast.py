@@ -18,7 +18,7 @@ from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.workbench import open_workbench
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 CONFIG = RunConfig(str(STORIES), permutations=4, calibration=CalibrationConfig(sequences=4, length=64))
@@ -100,14 +100,14 @@ def test_a_bank_that_is_not_resident_gives_the_same_losses(tmp_path: Path) -> No
 
 def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) -> None:
     arguments: list[str | Path] = ["estimate", STORIES, "--dry-run", "--permutations", "4", "--tokens", "256"]
-    code, out, err = in_process(*arguments, "--sequence-length", "64", "--run", tmp_path / "run", "--json")
+    code, out, err = command(*arguments, "--sequence-length", "64", "--run", tmp_path / "run", "--json")
     assert code == 0, err
     data = json.loads(out)
     assert data["methods"]["active"]["seconds"] > 0
     assert data["layer_forward"] > 0
     assert not (tmp_path / "run").exists()
     assert forecast(CONFIG).footprint.weights == data["footprint"]["weights"]
-    code, out, err = in_process(*arguments, "--sequence-length", "64")
+    code, out, err = command(*arguments, "--sequence-length", "64")
     assert code == 0, err
     assert "greedy-down" in out
     assert "GiB of memory" in out

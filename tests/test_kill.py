@@ -1,34 +1,60 @@
 """A run that is killed again and again ends where an uninterrupted one does, and measures nothing twice."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
 
 from coopq import tensors
+from coopq.cli import main
 from coopq.plan import Plan
-from tests.command_line import interruptible
 
 METHODS = {
     "coopq": ["--method", "coopq", "--permutations", "40", "--tokens", "1024"],
-    "active": ["--granularity", "linear", "--tokens", "512", "--screen-tokens", "256"],
+    "active": ["--granularity", "fused", "--tokens", "512", "--screen-tokens", "256"],
 }
 SETTINGS = ["--sequence-length", "256", "--budget", "3avg", "--json"]
 
 
-def start(stories: str, out: Path, method: str = "coopq") -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "coopq.cli", "quantize", stories, "--out", str(out), *SETTINGS, *METHODS[method]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible
-    )
+# What a command imports takes longer than these runs: their processes are forked from one that has imported it.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["coopq.pipeline", "transformers.models.llama.modeling_llama"])
+
+
+def run(arguments: list[str], log: Path) -> None:
+    """The command line, as a process of its own would run it."""
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let their background jobs ignore it
+    torch.set_num_threads(1)
+    sys.argv = ["coopq", *arguments]
+    main()
+
+
+def start(stories: str, out: Path, method: str = "coopq") -> ForkServerProcess:
+    """A run in a process of its own; what it prints goes to a file beside its output."""
+    arguments = ["quantize", stories, "--out", str(out), *SETTINGS, *METHODS[method]]
+    process = FORKS.Process(target=run, args=(arguments, out.with_suffix(".log")))
+    process.start()
+    return process
+
+
+def end(process: ForkServerProcess, with_signal: signal.Signals | None = None) -> int | None:
+    """Its exit code, after it ended by itself or by a signal."""
+    if with_signal is not None:
+        assert process.pid is not None
+        os.kill(process.pid, with_signal)
+    process.join(timeout=120)
+    return process.exitcode
 
 
 def n_lines(journal: Path) -> int:
@@ -37,9 +63,7 @@ def n_lines(journal: Path) -> int:
 
 @pytest.mark.parametrize(("method", "name"), [("coopq", "journal.jsonl"), ("active", "screening-1.jsonl")])
 def test_killed_ten_times_at_random_moments(method: str, name: str, stories: str, tmp_path: Path) -> None:
-    whole = start(stories, tmp_path / "whole", method)
-    _, errors = whole.communicate(timeout=120)
-    assert whole.returncode == 0, errors
+    assert end(start(stories, tmp_path / "whole", method)) == 0, (tmp_path / "whole.log").read_text()
     expected = Plan.load(tmp_path / "whole" / "plan.json")
     total = n_lines(tmp_path / "whole-run" / name)
     assert total > 30
@@ -51,19 +75,15 @@ def test_killed_ten_times_at_random_moments(method: str, name: str, stories: str
     for kills, moment in enumerate(moments):
         process = start(stories, tmp_path / "out", method)
         deadline = time.monotonic() + 60
-        while n_lines(journal) < moment and process.poll() is None and time.monotonic() < deadline:
+        while n_lines(journal) < moment and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"kill {kills} came too late"
+        assert end(process, signal.SIGKILL) == -signal.SIGKILL, f"kill {kills} came too late"
         if kills % 3 == 0 and n_lines(journal) > 1:  # a kill in the middle of a write
             content = journal.read_bytes()
             start_of_last = content.rstrip(b"\n").rfind(b"\n") + 1
             journal.write_bytes(content[: random.randrange(start_of_last + 1, len(content))])
 
-    last = start(stories, tmp_path / "out", method)
-    _, errors = last.communicate(timeout=120)
-    assert last.returncode == 0, errors
+    assert end(start(stories, tmp_path / "out", method)) == 0, (tmp_path / "out.log").read_text()
     assert Plan.load(tmp_path / "out" / "plan.json") == expected
     points = [tuple(json.loads(line)["bits"]) for line in journal.read_text().splitlines()[1:]]
     assert len(points) == len(set(points)) == total - 1, "no value is measured twice"
@@ -71,14 +91,14 @@ def test_killed_ten_times_at_random_moments(method: str, name: str, stories: str
 
 def test_a_second_process_on_a_run_is_refused(stories: str, tmp_path: Path) -> None:
     first = start(stories, tmp_path / "out")
-    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and first.poll() is None:
+    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and first.is_alive():
         time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)  # holds the run folder for as long as the test wants
-    second = start(stories, tmp_path / "out")
-    _, errors = second.communicate(timeout=60)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert second.returncode == 2
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)  # holds the run folder for as long as the test wants
+    code = end(start(stories, tmp_path / "out"))
+    end(first, signal.SIGKILL)
+    errors = (tmp_path / "out.log").read_text()
+    assert code == 2
     assert errors.strip().splitlines()[-1].startswith("error: run folder")
     assert "is in use by another process" in errors
 
@@ -105,10 +125,9 @@ def test_an_interrupt_waits_for_a_file_that_is_read(stories: str, monkeypatch: p
 
 def test_an_interrupt_says_how_to_go_on(stories: str, tmp_path: Path) -> None:
     process = start(stories, tmp_path / "out")
-    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and process.poll() is None:
+    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and process.is_alive():
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    code, errors = end(process, signal.SIGINT), (tmp_path / "out.log").read_text()
+    assert code == 130, errors
     assert "run the same command again to go on" in errors
     assert "Traceback" not in errors

@@ -23,7 +23,7 @@ from coopq.run import CalibrationConfig, RunFolder
 from coopq.sweep import LayerMajorEngine
 from coopq.types import UNTOUCHED, Assignment
 from tests.architectures import CONFIGS, tiny_model
-from tests.command_line import in_process
+from tests.command_line import command
 from tests.conftest import STORIES
 from tests.test_engine import TOKENS
 
@@ -81,7 +81,7 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "2,4", "--budget", "3avg", "--out", out]
     arguments += ["--tokens", "256", "--sequence-length", "64"]
-    code, shown, err = in_process(*arguments, "--loss", "kl")
+    code, shown, err = command(*arguments, "--loss", "kl")
     assert code == 0, err
     assert "divergence from full precision" in shown
     plan = coopq.Plan.load(out / "plan.json")
@@ -89,9 +89,7 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     (assignments, losses), _ = Journal.peek(RunFolder(tmp_path / "out-run").journal)
     assert len(assignments) == len(losses)
     assert 0 < losses.min() < losses.max()
-    code, _, err = in_process(
-        *arguments[:-6], "--out", tmp_path / "other", "--run", tmp_path / "out-run", *arguments[-4:]
-    )
+    code, _, err = command(*arguments[:-6], "--out", tmp_path / "other", "--run", tmp_path / "out-run", *arguments[-4:])
     assert code != 0
     assert "loss: 'kl' there, 'nll' here" in err
 

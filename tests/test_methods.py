@@ -14,7 +14,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.testing import HIGH, LOW, SyntheticGame
 from coopq.workbench import open_workbench
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 CALIBRATION = CalibrationConfig(sequences=4, length=64)
@@ -58,17 +58,17 @@ def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path)
 def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:
     arguments: list[str | Path] = ["quantize", STORIES, "--budget", "3avg", "--granularity", "linear", *TEXT, "--json"]
     whole, screened = tmp_path / "whole", tmp_path / "screened"
-    code, out, err = in_process(*arguments, "--out", whole)
+    code, out, err = command(*arguments, "--out", whole)
     assert code == 0, err
     thorough = json.loads(out)
-    code, out, err = in_process(*arguments, "--out", screened, "--screen-tokens", "64")
+    code, out, err = command(*arguments, "--out", screened, "--screen-tokens", "64")
     assert code == 0, err
     quick = json.loads(out)
     assert quick["layer_forwards"] < 0.7 * thorough["layer_forwards"]
     assert quick["measured_loss"] >= thorough["measured_loss"] - 0.02
     assert (tmp_path / "screened-run" / "screening-1.jsonl").is_file()
-    assert in_process(*arguments, "--out", whole, "--permutations", "7")[0] == 0, "finished, and known to be"
-    code, text, _ = in_process("show", tmp_path / "whole-run")
+    assert command(*arguments, "--out", whole, "--permutations", "7")[0] == 0, "finished, and known to be"
+    code, text, _ = command("show", tmp_path / "whole-run")
     assert code == 0
     assert "probability of the choice being better" in text
     assert "left-out error" in text
@@ -98,12 +98,12 @@ def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
     limit = (losses[2] + losses[3]) / 2
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--max-loss", f"{limit:.6f}", *TEXT, "--json"]
-    code, text, err = in_process(*arguments, "--out", out)
+    code, text, err = command(*arguments, "--out", out)
     assert code == 0, err
     plan = json.loads(text)
     assert plan["measured_loss"] <= limit
     assert plan["bytes"] == saved_bytes(out) == front[3].bytes, "the next smaller size is over the limit"
-    assert in_process(*arguments, "--out", out)[1] == text, "finished, and known to be"
+    assert command(*arguments, "--out", out)[1] == text, "finished, and known to be"
 
 
 def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Path) -> None:
@@ -126,14 +126,14 @@ def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Pa
 
 def test_a_front_from_one_estimation(job: Path) -> None:
     run = job.with_name("out-run")
-    code, out, err = in_process("allocate", run, "--front", "3", "--json")
+    code, out, err = command("allocate", run, "--front", "3", "--json")
     assert code == 0, err
     plans = json.loads(out)["plans"]
     assert [plan["budget"] for plan in plans] == ["2.5avg", "3avg", "3.5avg"]
     sizes = [plan["bytes"] for plan in plans]
     assert sizes == sorted(sizes)
     assert "no budget is given" in refused("allocate", run)
-    code, out, _ = in_process("show", run, "--json")
+    code, out, _ = command("show", run, "--json")
     assert -1 <= json.loads(out)["covariance_correlation"] <= 1
 
 

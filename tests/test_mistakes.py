@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import FAST, PAPER, coopq, refused
+from tests.command_line import FAST, PAPER, command, in_new_process, refused
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 
@@ -106,7 +106,7 @@ def test_after_a_mistake_the_same_folder_works(tmp_path: Path, stories: str) -> 
     out = tmp_path / "out"
     refused("quantize", "no-such/model", "--budget", "3avg", "--out", out, *FAST)
     refused("quantize", stories, "--budget", "9avg", "--out", out, *FAST)
-    assert coopq("quantize", stories, "--budget", "3avg", "--out", out, *FAST)[0] == 0
+    assert command("quantize", stories, "--budget", "3avg", "--out", out, *FAST)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_journal_broken_in_the_middle_and_at_its_end(job: Path, stories: str) 
     journal.write_bytes(b"".join([*lines[:2], b"garbage\n", *lines[3:]]))
     assert "line 3 is broken" in refused(*arguments)
     journal.write_bytes(whole[:-9])
-    code, _, err = coopq(*arguments)
+    code, _, err = in_new_process(*arguments)
     assert code == 0, err
     assert "dropped a last line" in err
     # The value that was lost is measured again, and the plan of 2.5avg, perhaps a new point, once.
@@ -215,7 +215,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, stories: str) -> Non
     run, out = tmp_path / "run", tmp_path / "out"
     arguments = ["quantize", stories, "--budget", "3avg", "--out", str(out), "--run", str(run), *FAST]
     arguments[arguments.index("3")] = "12"  # walks, for a journal of some length
-    whole = coopq(*arguments[:5], str(tmp_path / "whole"), *FAST[2:], "--permutations", "12")
+    whole = command(*arguments[:5], str(tmp_path / "whole"), *FAST[2:], "--permutations", "12")
     assert whole[0] == 0, whole[2]
     shutil.copytree(tmp_path / "whole-run" / "bank", run / "bank")
 
@@ -230,13 +230,13 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, stories: str) -> Non
         record for record in (run / "journal.jsonl").read_bytes().splitlines(keepends=True) if record.endswith(b"\n")
     ]
     assert len(kept) > 3, "values were measured before the disk was full"
-    code, _, err = coopq(*arguments)
+    code, _, err = command(*arguments)
     assert code == 0, err
     assert (run / "journal.jsonl").read_bytes().startswith(b"".join(kept))
     assert (out / "plan.json").read_bytes() == (tmp_path / "whole" / "plan.json").read_bytes()
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    code, _, err = coopq("show", tmp_path / "none.json", "--debug")
+    code, _, err = command("show", tmp_path / "none.json", "--debug")
     assert code == 2
     assert "Traceback" in err

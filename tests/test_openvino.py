@@ -19,7 +19,7 @@ from coopq.models import LoadedModel, fingerprint_weights, load_model
 from coopq.players import find_players
 from coopq.run import CalibrationConfig
 from tests.checkpoints import plan_for
-from tests.command_line import coopq as command
+from tests.command_line import command
 from tests.openvino import EXACT, openvino_nll, save_openvino
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

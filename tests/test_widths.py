@@ -28,7 +28,7 @@ from coopq.storage import Budget, Storage
 from coopq.testing import SteppedGame, SyntheticGame
 from coopq.types import Assignments, Game, Losses
 from coopq.workbench import open_workbench
-from tests.command_line import in_process, refused
+from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 WIDTHS = (2, 3, 4, 8)
@@ -225,14 +225,14 @@ def test_every_method_on_a_real_model(tmp_path: Path) -> None:
 def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "8,2,4,3", "--budget", "3.4bpw", *TEXT, "--out", out]
-    code, text, err = in_process(*arguments, "--granularity", "fused", "--json")
+    code, text, err = command(*arguments, "--granularity", "fused", "--json")
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
     assert json.loads(text)["bytes"] == plan.bytes == saved_bytes(out)
     assert plan.bytes <= plan.budget_bytes
     assert len(set(plan.assignment)) >= 3
     assert RunConfig.from_json(plan.config).widths == WIDTHS
-    again = in_process(*arguments, "--granularity", "fused", "--json")
+    again = command(*arguments, "--granularity", "fused", "--json")
     assert again[0] == 0
     assert json.loads(again[1]) == json.loads(text)
     line = refused(*arguments[:5], "3.5avg", *TEXT, "--out", out, "--granularity", "fused")
@@ -242,7 +242,7 @@ def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
 def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "2,16", "--budget", "8avg", *TEXT]
-    code, _, err = in_process(*arguments, "--out", out)
+    code, _, err = command(*arguments, "--out", out)
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
     assert set(plan.assignment) == {2, 16}
@@ -254,12 +254,12 @@ def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:
     tokens = calibration_set(RunConfig.from_json(plan.config).calibration, loaded.tokenizer).tokens
     saved = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean()
     assert saved == pytest.approx(plan.measured_loss, abs=1e-5)
-    code, _, err = in_process("apply", out / "plan.json", "--out", tmp_path / "again")
+    code, _, err = command("apply", out / "plan.json", "--out", tmp_path / "again")
     assert code == 0, err
     again = load_file(tmp_path / "again" / "quantized.safetensors")
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
-    code, _, err = in_process(*arguments[:5], "16avg", *TEXT, "--out", tmp_path / "whole")
+    code, _, err = command(*arguments[:5], "16avg", *TEXT, "--out", tmp_path / "whole")
     assert code == 0, err
     assert set(coopq.Plan.load(tmp_path / "whole" / "plan.json").assignment) == {16}
     line = refused(*arguments[:3], "2,5", *arguments[4:], "--out", tmp_path / "other")
