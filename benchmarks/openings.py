@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from convert import DATA
 from coopq.estimators import ActiveSearch, Greedy, Setting
+from coopq.estimators.active import most_points
 from coopq.game import Meter
 from coopq.methods.scores import starts_on
 from coopq.plan import setting_of
@@ -42,12 +43,17 @@ CHECKPOINTS = (300, 500, 700)
 """Costs at which searches are looked at, in forwards of the whole model."""
 
 
-def searched(bench: Workbench, budgets: list[Budget], opening: Callable[[Setting], Greedy | None]) -> list[list[float]]:
+def searched(
+    bench: Workbench,
+    budgets: list[Budget],
+    opening: Callable[[Setting], Greedy | None],
+    most: Callable[[Setting], int] = most_points,
+) -> list[list[float]]:
     """Cost and lowest loss of every budget, round by round, shape (n_rounds, 1 + n_budgets)."""
     setting = setting_of(bench, budgets)
     starts, scoring = starts_on(bench, budgets)
     blocks = [player.block for player in bench.players]
-    search, trace = ActiveSearch(setting, starts=starts, descend=opening), []
+    search, trace = ActiveSearch(setting, starts=starts, descend=opening, most=most), []
     with bench.calibration_game("searching") as game:
         meter = Meter(game, blocks, np.zeros((0, len(blocks)), dtype=np.int8))
         while len(points := search.propose()):
@@ -55,6 +61,13 @@ def searched(bench: Workbench, budgets: list[Budget], opening: Callable[[Setting
             cost = (scoring + meter.layer_forwards) / len(set(blocks))
             trace.append([cost, *(search.measured.lowest(capacity) for capacity in setting.capacities)])
     return trace
+
+
+def row_of(name: str, trace: list[list[float]], checkpoints: tuple[int, ...]) -> str:
+    """A row of a table: lowest losses at some costs and at the end, and what the end cost."""
+    reached = [next((row for row in reversed(trace) if row[0] <= n), None) for n in checkpoints]
+    cells = ["" if row is None else ", ".join(map(shown, row[1:])) for row in (*reached, trace[-1])]
+    return f"| {name} | {' | '.join(cells)} | {trace[-1][0]:.0f} |"
 
 
 def shown(loss: float) -> str:
@@ -94,10 +107,7 @@ def main() -> None:
         budgets = [Budget.parse(text) for text in texts]
         with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
             for opening, make in OPENINGS.items():
-                trace = searched(bench, budgets, make)
-                reached = [next((row for row in reversed(trace) if row[0] <= n), None) for n in CHECKPOINTS]
-                cells = ["" if row is None else ", ".join(map(shown, row[1:])) for row in (*reached, trace[-1])]
-                lines.append(f"| {opening} | {' | '.join(cells)} | {trace[-1][0]:.0f} |")
+                lines.append(row_of(opening, searched(bench, budgets, make), CHECKPOINTS))
                 print(lines[-1], flush=True)
         lines.append("")
     REPORT.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

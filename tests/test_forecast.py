@@ -72,7 +72,7 @@ def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.
         assert free_memory("cpu") == 12345
 
 
-@pytest.mark.parametrize("granularity", ["block", "linear"])
+@pytest.mark.parametrize("granularity", ["block", "fused"])
 def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> None:
     config = replace(CONFIG, granularity=granularity)
     expected = works(find_players(load_skeleton(str(STORIES)), granularity), config)

@@ -143,7 +143,7 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
         if setting.steps > 1 and name in OF_TWO_WIDTHS:
             continue
         if name == "active":
-            opening, points = descent(setting), most_points(setting.n_steps)
+            opening, points = descent(setting), most_points(setting)
             opened = Work(0, 0) if opening is None else _played(opening, setting, blocks, n_sequences)
             rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
             a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))

@@ -24,8 +24,9 @@ _MANY_PLAYERS = 64
 _DESCENT_STEPS, _DESCENT_CANDIDATES = 8, 4
 """The descent lowers an eighth of the players a step, and measures a quarter of them: it is there to learn from, and
 finer ones took more than they taught (docs/decisions/0009-active-search.md)."""
-_MOST_AFTER_DESCENT = 6
-"""Points measured for each player at most after a descent."""
+_MOST_A_STEP, _MOST_A_PLAYER = 6, 8
+"""Points measured at most after a descent, for each step between widths and for each player: several widths do not need
+as many times the points (benchmarks/enough.py)."""
 _POOL = 2000
 """Of more assignments that a surrogate knows to be near, it looks closer at those which it says are best."""
 _INCUMBENTS = 3
@@ -40,9 +41,11 @@ def descent(setting: Setting) -> Greedy | None:
     return Greedy(setting, per_step=n // _DESCENT_STEPS, candidates=n // _DESCENT_CANDIDATES)
 
 
-def most_points(n_steps: int) -> int:
+def most_points(setting: Setting) -> int:
     """Points that a search measures at most, beside its starts and its descent; with two widths a step is a player."""
-    return n_steps * (_MOST_PER_PLAYER if n_steps <= _MANY_PLAYERS else _MOST_AFTER_DESCENT)
+    if setting.n_steps <= _MANY_PLAYERS:
+        return setting.n_steps * _MOST_PER_PLAYER
+    return min(setting.n_steps * _MOST_A_STEP, setting.n_players * _MOST_A_PLAYER)
 
 
 class ActiveSearch:
@@ -60,6 +63,7 @@ class ActiveSearch:
         known: Points measured before the search began, with their losses.
         starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
         descend: How it begins.
+        most: How many points it measures at most, beside starts and descent.
 
     Source: expected improvement, Jones et al., Efficient Global Optimization, 1998.
     """
@@ -70,6 +74,7 @@ class ActiveSearch:
         known: Known | None = None,
         starts: Assignments | None = None,
         descend: Callable[[Setting], Greedy | None] = descent,
+        most: Callable[[Setting], int] = most_points,
     ) -> None:
         self._setting = setting
         self._starts = np.zeros((0, setting.n_players), dtype=np.int8) if starts is None else starts
@@ -77,7 +82,7 @@ class ActiveSearch:
         if known is not None:
             self.measured.add(*known)
         self._descent = descend(setting)
-        self._most = 0
+        self._points, self._most = most(setting), 0
         self._round = 0
 
     def propose(self) -> Assignments:
@@ -86,7 +91,7 @@ class ActiveSearch:
             return step
         self._round += 1
         if self._round == 1:
-            self._most = len(self.measured) + most_points(self._setting.n_steps)
+            self._most = len(self.measured) + self._points
             if len(opening := self._opening()):
                 return opening
         chosen: list[Lowered] = []
