@@ -17,7 +17,7 @@ from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.workbench import open_workbench
 from main_job import bars_for
-from openings import ROOT, row_of, searched
+from openings import ROOT, head_of, row_of, searched
 
 WORK, REPORT = ROOT / "build" / "enough", ROOT / "docs" / "results" / "enough.md"
 CASES = {"qwen": "kl", "gemma": "nll"}
@@ -50,12 +50,7 @@ def main() -> None:
             loss=loss,
             calibration=CalibrationConfig("c4", 4, 256),
         )
-        lines += [
-            f"## {name}, {loss}",
-            "",
-            f"| points after the descent | {' | '.join(f'after {n}' for n in CHECKPOINTS)} | at the end | forwards |",
-            f"| --- |{' --- |' * (len(CHECKPOINTS) + 2)}",
-        ]
+        lines += head_of(f"{name}, {loss}", "points after the descent", CHECKPOINTS)
         with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
             for end, most in ENDS.items():
                 trace = searched(bench, [Budget.parse(text) for text in BUDGETS], descent, most)

@@ -63,6 +63,16 @@ def searched(
     return trace
 
 
+def head_of(title: str, variants: str, checkpoints: tuple[int, ...]) -> list[str]:
+    """The head of a table of `row_of`."""
+    return [
+        f"## {title}",
+        "",
+        f"| {variants} | {' | '.join(f'after {n}' for n in checkpoints)} | at the end | forwards |",
+        f"| --- |{' --- |' * (len(checkpoints) + 2)}",
+    ]
+
+
 def row_of(name: str, trace: list[list[float]], checkpoints: tuple[int, ...]) -> str:
     """A row of a table: lowest losses at some costs and at the end, and what the end cost."""
     reached = [next((row for row in reversed(trace) if row[0] <= n), None) for n in checkpoints]
@@ -98,12 +108,7 @@ def main() -> None:
             loss=loss,
             calibration=CalibrationConfig("c4", 4, 256),
         )
-        lines += [
-            f"## {name}, {low} and {high} bits, {loss}: {', '.join(texts)}",
-            "",
-            f"| opening | {' | '.join(f'after {n}' for n in CHECKPOINTS)} | at the end | forwards |",
-            f"| --- |{' --- |' * (len(CHECKPOINTS) + 2)}",
-        ]
+        lines += head_of(f"{name}, {low} and {high} bits, {loss}: {', '.join(texts)}", "opening", CHECKPOINTS)
         budgets = [Budget.parse(text) for text in texts]
         with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
             for opening, make in OPENINGS.items():
