@@ -36,7 +36,7 @@ from coopq.calibration import calibration_set, fitting_set, wikitext2
 from coopq.checkpoint import is_saved_model, saved_plan
 from coopq.engine import model_nll
 from coopq.export import export_model
-from coopq.export.llama_cpp import llama_cpp_nll, llama_cpp_package
+from coopq.export.llama_cpp import llama_cpp_log_probabilities, llama_cpp_nll, llama_cpp_package, nll_of
 from coopq.methods import begin_with_nothing, measure, plans_on
 from coopq.models import gguf_file, load_model
 from coopq.players import GRANULARITIES, find_players
@@ -157,6 +157,35 @@ def unseen(subject: Subject, source: str, tokenizer: Any) -> npt.NDArray[np.int6
     return kept[: subject.n_windows]
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Files on a text, each a mean of every window, shape (n_windows,), nats per token.
+
+    Attributes:
+        nll: Loss.
+        divergence: From the first file to this one, of what is expected after each token.
+    """
+
+    nll: dict[Path, npt.NDArray[np.float64]]
+    divergence: dict[Path, npt.NDArray[np.float64]]
+
+
+def measured(files: list[Path], tokens: npt.NDArray[np.int64], threads: int) -> Judged:
+    """What llama.cpp computes of files, the first of which is the model's own."""
+    means: list[list[tuple[float, float]]] = []
+    every = (llama_cpp_log_probabilities(of, tokens, threads) for of in files)
+    for sequence, own, *others in zip(tokens, *every, strict=True):
+        chances = np.exp(own)
+        means.append(
+            [
+                (float(nll_of(scores, sequence).mean()), float((chances * (own - scores)).sum(axis=1).mean()))
+                for scores in (own, *others)
+            ]
+        )
+    nll, divergence = (dict(zip(files, of, strict=True)) for of in np.array(means).transpose(2, 1, 0))
+    return Judged(nll, divergence)
+
+
 def run(name: str, granularity: str) -> list[str]:
     """The report of a model."""
     work = WORK / name
@@ -205,6 +234,9 @@ def run(name: str, granularity: str) -> list[str]:
                 bench.save(plan, saved)
             export_model(saved, "gguf", work / f"{granularity}-{kind}.gguf")
     texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (str(TO_JUDGE), "c4"))]
+    pairs = [(work / f"{granularity}-{kind}.gguf", file) for kind, file in theirs.items()]
+    files = [base, *(file for pair in pairs for file in pair)]
+    judged = [measured(files, text, threads) for text in texts]
     lines = [
         f"# {name}: our GGUF files against llama.cpp's mixes",
         "",
@@ -214,7 +246,7 @@ def run(name: str, granularity: str) -> list[str]:
         f"{Path(subject.calibration.source).name}, for all sizes together. Perplexities by llama.cpp",
         f"({llama_cpp_package()}) on {len(tokens)} windows of {WINDOW} tokens of",
         f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
-        f"{np.exp(llama_cpp_nll(base, tokens, threads).mean()):.2f}. Beside them our loss above theirs, nats per",
+        f"{np.exp(judged[0].nll[base].mean()):.2f}. Beside them our loss above theirs, nats per",
         "token, paired 95 %: there, and on as many windows of Wikipedia and of C4, none of them searched on.",
         "WikiText-2 sets spaces around punctuation, which these texts do not"
         + (", and half of what is searched on does." if subject is REFERENCE else "."),
@@ -222,13 +254,21 @@ def run(name: str, granularity: str) -> list[str]:
         "| llama.cpp's mix | its bytes | our bytes | its perplexity | ours | our loss above | on Wikipedia | on C4 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for kind, file in theirs.items():
-        ours = work / f"{granularity}-{kind}.gguf"
-        losses = [[llama_cpp_nll(of, text, threads).mean(axis=1) for of in (ours, file)] for text in texts]
-        perplexities = [f"{np.exp(of.mean()):.2f}" for of in reversed(losses[0])]
+    for kind, (ours, file) in zip(theirs, pairs, strict=True):
+        perplexities = [f"{np.exp(judged[0].nll[of].mean()):.2f}" for of in (file, ours)]
         cells = [kind, f"{file.stat().st_size:,}", f"{ours.stat().st_size:,}", *perplexities]
-        lines.append(f"| {' | '.join([*cells, *(above(*of) for of in losses)])} |")
-        print(lines[-1], flush=True)
+        lines.append(f"| {' | '.join([*cells, *(above(text.nll[ours], text.nll[file]) for text in judged)])} |")
+    lines += [
+        "",
+        "Divergence from the model's own file of what llama.cpp expects after each token, nats per token. On a text of",
+        "the model's own kind that is what quantization loses; on another kind some of its damage may lower the loss.",
+        "",
+        "| llama.cpp's mix | WikiText-2: its divergence | ours | Wikipedia: its | ours | C4: its | ours |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for kind, pair in zip(theirs, pairs, strict=True):
+        apart = [f"{text.divergence[of].mean():.4f}" for text in judged for of in reversed(pair)]
+        lines.append(f"| {' | '.join([kind, *apart])} |")
     return lines
 
 

@@ -1,6 +1,6 @@
 """Losses of GGUF files by llama.cpp: by its own bindings, or by those of a fork, whose wheel needs no compiler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,28 +36,42 @@ def llama_cpp_package() -> str:
 def llama_cpp_nll(file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1) -> npt.NDArray[np.float64]:
     """Loss of each token but the first of each sequence, as the engine computes it.
 
+    Args and errors: as for `llama_cpp_log_probabilities`.
+
+    Returns:
+        Shape (n_sequences, length - 1), nats.
+    """
+    of_sequences = zip(llama_cpp_log_probabilities(file, tokens, n_threads), tokens, strict=True)
+    return np.stack([nll_of(scores, sequence) for scores, sequence in of_sequences])
+
+
+def nll_of(log_probabilities: npt.NDArray[np.float32], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Losses of the tokens of a sequence after its first, nats, shape (length - 1,)."""
+    return -log_probabilities[np.arange(len(log_probabilities)), sequence[1:]].astype(np.float64)
+
+
+def llama_cpp_log_probabilities(
+    file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1
+) -> Iterator[npt.NDArray[np.float32]]:
+    """What the engine expects after each token but the last of a sequence.
+
     It rounds activations to eight bits, so that losses differ a little from ours, and keeps its cache in 16 bits.
 
     Args:
         file: The GGUF file.
         tokens: Shape (n_sequences, length).
         n_threads: Of the engine.
-    Returns:
-        Shape (n_sequences, length - 1), nats.
+    Yields:
+        Of each sequence, shape (length - 1, vocabulary).
     Raises:
         BackendError: If the package is missing.
     """
     is_own = llama_cpp_package().startswith(_OWN)
     logits_of = (_own if is_own else _fork)(str(file), tokens.shape[1], n_threads)
-    return np.stack([_losses(logits_of(sequence.tolist()), sequence) for sequence in tokens])
-
-
-def _losses(logits: npt.NDArray[np.float32], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    scores = logits[:-1].astype(np.float64)
-    most = scores.max(axis=1)
-    whole = most + np.log(np.exp(scores - most[:, None]).sum(axis=1))
-    of_next: npt.NDArray[np.float64] = scores[np.arange(len(scores)), sequence[1:]]
-    return whole - of_next
+    for sequence in tokens.tolist():
+        logits = logits_of(sequence)[:-1]
+        below = logits - logits.max(axis=1, keepdims=True)
+        yield below - np.log(np.exp(below).sum(axis=1, keepdims=True))
 
 
 def _own(file: str, length: int, n_threads: int) -> _Logits:
