@@ -39,7 +39,7 @@ def assign(bench: Workbench, estimate: ShapleyEstimate, budget: str, alpha: floa
         costs=storage.raise_costs(low, high),
         capacity=storage.limit(Budget.parse(budget), low, high) - sum(storage.n_bytes[low]),
     )
-    return np.where(allocate(program).q, low, high).astype(np.int8)
+    return np.where(allocate(program).q, low, high).astype(np.float32)
 
 
 def losses(bench: Workbench, points: Assignments) -> list[dict[str, float]]:

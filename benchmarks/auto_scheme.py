@@ -107,7 +107,7 @@ def run(name: str, bars: Progress) -> list[str]:
                     seconds = time.process_time() - start
                     write_json(done, {"assignment": list(plan.assignment), "seconds": seconds})
                 ours = read_json(done)
-                points = np.array([chosen, ours["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.int8)
+                points = np.array([chosen, ours["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.float32)
                 scheme, active, full = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
                 low, high = Evidence.of(scheme, active).interval or (np.nan, np.nan)
                 lines.append(

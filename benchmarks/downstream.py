@@ -20,7 +20,7 @@ from coopq.bench_config import Case, read_bench
 from coopq.downstream import zero_shot
 from coopq.files import read_json, write_json
 from coopq.terminal import progress_bars
-from coopq.types import UNTOUCHED
+from coopq.types import UNTOUCHED, Width
 from coopq.workbench import Workbench, open_workbench
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ LIMIT = 300
 REPORT = ROOT / "docs" / "results" / "downstream.md"
 
 
-def measured(bench: Workbench, assignment: tuple[int, ...], limit: int) -> list[dict[str, Any]]:
+def measured(bench: Workbench, assignment: tuple[Width, ...], limit: int) -> list[dict[str, Any]]:
     """Accuracies of one assignment."""
     try:
         for player, bits in enumerate(assignment):

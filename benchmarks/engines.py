@@ -33,6 +33,7 @@ from coopq.models import load_model
 from coopq.plan import Plan
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
+from coopq.types import Width
 from coopq.workbench import open_workbench
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +136,7 @@ def exported(saved: Path, form: str, base: Path | None = None) -> Path:
     return out
 
 
-def counted(widths: Mapping[str, int]) -> str:
+def counted(widths: Mapping[str, Width]) -> str:
     """How many layers have each width."""
     return ", ".join(f"{count} of {bits} bits" for bits, count in sorted(Counter(widths.values()).items()))
 

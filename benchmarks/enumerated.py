@@ -85,7 +85,7 @@ def by_model(low: int, high: int, n_sequences: int, seed: int) -> Iterator[tuple
         for method in ("pruning", *(("fisher", *PAPER_BASELINES) if seed == 0 else ())):
             plans = plans_on(bench, method, budgets)
             rows = np.array([plan.assignment for plan in plans])
-            chosen = np.where(rows == low, LOW, HIGH).astype(np.int8)
+            chosen = np.where(rows == low, LOW, HIGH).astype(np.float32)
             name = f"pruning, M = {PRUNING_WALKS}" if method == "pruning" else method
             yield name, plans[0].layer_forwards / rows.shape[1], list(chosen)
 

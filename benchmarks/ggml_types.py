@@ -2,23 +2,28 @@
 
     python benchmarks/ggml_types.py        # four minutes on two cores
 
-Weights are rounded with an importance matrix of some sequences of C4; losses are those on others. Which types the
+Weights are rounded with an importance matrix of some sequences of C4, and judged on others. Which types the
 backends `ggml` and `ggml-iq` take for a width follows from this. Writes docs/results/ggml_types.md.
 """
 
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import track
+from torch import Tensor
 
 from coopq.backends.ggml import GGMLBackend, column_importance
 from coopq.calibration import calibration_set
-from coopq.engine import model_nll
 from coopq.models import load_model
 from coopq.players import find_players
 from coopq.run import CalibrationConfig
+from coopq.types import Width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "ggml_types.md"
@@ -35,13 +40,20 @@ class OneType(GGMLBackend):
 
     kind = GGMLQuantizationType.Q8_0
 
-    def tensor_type(self, columns: int, bits: int) -> GGMLQuantizationType:
+    def tensor_type(self, columns: int, bits: Width) -> GGMLQuantizationType:
         """See `GGMLBackend.tensor_type`."""
         return self.kind
 
 
-def losses(name: str) -> dict[str, float]:
-    """Nats per token of a model by type; under "full precision" its own."""
+@torch.no_grad()
+def expected(model: Any, tokens: npt.NDArray[np.int64]) -> Tensor:
+    """Log-probabilities after each token but the last, shape (n_sequences, length - 1, vocabulary)."""
+    each = (model(input_ids=torch.from_numpy(of[None])).logits[:, :-1].float() for of in tokens)
+    return torch.cat([logits.log_softmax(dim=-1) for logits in each])
+
+
+def lost(name: str) -> dict[str, tuple[float, float]]:
+    """Of a model by type: divergence from full precision and loss above it, nats per token."""
     loaded = load_model(str(ROOT / "benchmarks" / "data" / name), dtype="float32", device="cpu")
     model, tokenizer = loaded.model, loaded.tokenizer
     text = calibration_set(CalibrationConfig(sequences=2 * SEQUENCES, length=LENGTH), tokenizer)
@@ -50,36 +62,66 @@ def losses(name: str) -> dict[str, float]:
     importance = column_importance(model, names, fitted)
     weights = {module: model.get_submodule(module).weight for module in names}
     originals = {module: weight.data for module, weight in weights.items()}
-    found = {"full precision": float(np.concatenate(list(model_nll(model, others))).mean())}
-    backend = OneType()
+    own, following = expected(model, others), torch.from_numpy(others[:, 1:, None])
+    found, backend = {}, OneType()
     for kind in track(TYPES, description=name):
         backend.kind = GGMLQuantizationType[kind]
         for module, original in originals.items():
             shape = (original.shape[0], original.shape[1])
             packed = backend.quantize(original, 0, importance[module])
             weights[module].data = backend.dequantize(packed, shape, 0, torch.float32)
-        found[kind] = float(np.concatenate(list(model_nll(model, others))).mean())
+        apart = own - expected(model, others)
+        found[kind] = float((own.exp() * apart).sum(dim=-1).mean()), float(apart.gather(2, following).mean())
+    return found
+
+
+def bits_of(kind: str) -> float:
+    """Stored bits per weight of a type."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return float(8 * size / block)
+
+
+def below_mixtures(lost: Mapping[str, float]) -> list[str]:
+    """Types that lose less than any two others would in as many bytes, if losses of layers added up."""
+    found = []
+    for kind, value in lost.items():
+        smaller = [of for of in lost if bits_of(of) < bits_of(kind)]
+        larger = [of for of in lost if bits_of(of) > bits_of(kind)]
+        alike = [lost[of] for of in lost if of != kind and bits_of(of) == bits_of(kind)]
+        mixed = [
+            np.interp(bits_of(kind), [bits_of(low), bits_of(high)], [lost[low], lost[high]])
+            for low, high in product(smaller, larger)
+        ]
+        if value < min([*mixed, *alike, np.inf]):
+            found.append(kind)
     return found
 
 
 def main() -> None:
     """Measure and write."""
-    by_model = {name: losses(name) for name in MODELS}
-    full = {name: found.pop("full precision") for name, found in by_model.items()}
+    by_model = {name: lost(name) for name in MODELS}
+    columns = [f"{name}: {what}" for what in ("divergence", "loss above") for name in MODELS]
     lines = [
         "# Types of ggml",
         "",
         "Written by `python benchmarks/ggml_types.py`: all linear layers of the reference models' blocks in one type,",
-        f"with an importance matrix of {SEQUENCES} x {LENGTH} tokens of C4; loss above full precision on {SEQUENCES} x",
-        f"{LENGTH} other tokens of C4, nats per token. libggml-python {GGMLBackend().version}.",
+        f"with an importance matrix of {SEQUENCES} x {LENGTH} tokens of C4; divergence from full precision and",
+        f"loss above it on {SEQUENCES} x {LENGTH} other tokens of C4, nats per token.",
+        f"libggml-python {GGMLBackend().version}.",
         "",
-        "| type | bits per weight | " + " | ".join(MODELS) + " |",
-        "| --- | --- |" + " --- |" * len(MODELS),
+        f"| type | bits per weight | {' | '.join(columns)} |",
+        "| --- | --- |" + " --- |" * len(columns),
     ]
     for kind in TYPES:
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-        above = (f"{by_model[name][kind] - full[name]:.4f}" for name in MODELS)
-        lines.append(f"| {kind} | {8 * size / block:.4g} | " + " | ".join(above) + " |")
+        cells = [f"{by_model[name][kind][what]:.4f}" for what in (0, 1) for name in MODELS]
+        lines.append(f"| {kind} | {bits_of(kind):.4g} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Of these lose less, by divergence, than a mixture of two others in as many bytes would, if it added up:",
+        "",
+    ]
+    for name, found in by_model.items():
+        lines.append(f"* {name}: {', '.join(below_mixtures({kind: of[0] for kind, of in found.items()}))}")
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
 

@@ -103,7 +103,7 @@ def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, prog
     costs = np.array([2 * player.n_weights for player in players])
     setting = Setting((2, 4), costs, (int(costs.sum()) // 2,))
     paid = Paid(engine, SteppedGame(SyntheticGame(len(players), "quadratic", 0), setting))
-    nothing = np.zeros((0, len(players)), dtype=np.int8)
+    nothing = np.zeros((0, len(players)), dtype=np.float32)
     with Journal(folder / "journal.jsonl", {}) as journal:
         game = QuantizationGame(paid, journal, len(players), progress, "active")
         meters = Meters(lambda _: game, 1, [player.block for player in players], nothing)
@@ -134,7 +134,7 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
     config = RunConfig("random", low=2, high=4, permutations=WALKS, calibration=text)
     ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.sequences, LENGTH))
     points = SPQE(len(players), low=2, high=4, permutations=WALKS, seed=0).points
-    ends = np.array([[2] * len(players), [4] * len(players)], dtype=np.int8)
+    ends = np.array([[2] * len(players), [4] * len(players)], dtype=np.float32)
     bank = WeightBank(folder, LoadedModel(model, None, torch.bfloat16), players, get_backend("rtn"), {})
     bank.build((2, 4), progress=progress)
 

@@ -42,6 +42,7 @@ from coopq.models import gguf_file, load_model
 from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
+from coopq.types import Width
 from coopq.workbench import open_workbench
 from main_job import bars_for
 from quantizers import above
@@ -66,7 +67,7 @@ class Subject:
     """
 
     backend: str
-    widths: tuple[int, ...]
+    widths: tuple[Width, ...]
     mixes: tuple[str, ...]
     calibration: CalibrationConfig
     n_windows: int
@@ -74,7 +75,7 @@ class Subject:
 
 REFERENCE = Subject(
     "ggml-iq",
-    (2, 3, 4, 5, 6, 8),
+    (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8),
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
     CalibrationConfig(str(TO_CALIBRATE), sequences=16, length=WINDOW),
     64,

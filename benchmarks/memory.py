@@ -47,7 +47,7 @@ def run(tokens: int, kept: bool) -> dict[str, int]:
     with TemporaryDirectory() as folder, open_workbench(config, Path(folder)) as bench:
         bench.bank.resident = kept
         terms_on(bench, "fisher")
-        points = np.array([[3] * 30, [4] * 30, [3, 4] * 15], dtype=np.int8)
+        points = np.array([[3] * 30, [4] * 30, [3, 4] * 15], dtype=np.float32)
         with bench.calibration_game("measuring") as game:
             game(points)
     parts = {name: getattr(expected, name) for name in ("weights", "bank", "states", "working")}

@@ -55,7 +55,7 @@ def searched(
     blocks = [player.block for player in bench.players]
     search, trace = ActiveSearch(setting, starts=starts, descend=opening, most=most), []
     with bench.calibration_game("searching") as game:
-        meter = Meter(game, blocks, np.zeros((0, len(blocks)), dtype=np.int8))
+        meter = Meter(game, blocks, np.zeros((0, len(blocks)), dtype=np.float32))
         while len(points := search.propose()):
             search.learn(points, meter(points))
             cost = (scoring + meter.layer_forwards) / len(set(blocks))

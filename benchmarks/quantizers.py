@@ -67,7 +67,7 @@ def found_by(
     with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
         if not timed.exists():
             write_json(timed, spent() - start if is_new else None)
-        points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.int8)
+        points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.float32)
         seen = []
         fitted = fitting_set(text, bench.loaded.tokenizer)
         for tokens, journal in ((bench.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):

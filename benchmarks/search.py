@@ -62,7 +62,7 @@ def run_part(name: str, tokens: int, walks: int, methods: list[str], more: list[
     restore(kept, folder)
     with Progress() as bars, open_workbench(config, folder, bars_for(bars, name)) as bench:
         plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
-        points = np.array([plan.assignment for plan in plans], dtype=np.int8)
+        points = np.array([plan.assignment for plan in plans], dtype=np.float32)
         windows = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
         paper = PAPER_WALKS * len(bench.players) * len({player.block for player in bench.players})
         rows = [row(plan, of, windows[of_active(plan, plans)]) for plan, of in zip(plans, windows, strict=True)]

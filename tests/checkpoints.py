@@ -1,5 +1,6 @@
 """Plans made by hand, for models that are to be saved."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from coopq.backends import get_backend
@@ -7,13 +8,14 @@ from coopq.bank import measure_storage
 from coopq.plan import Plan, PlayerPlan, Solver
 from coopq.players import find_players
 from coopq.run import RunConfig
+from coopq.types import Width
 
 
 def plan_for(
     model: Any,
     backend: str,
     group_size: int | None,
-    bits: list[int],
+    bits: Sequence[Width],
     granularity: str = "block",
     embeddings: bool = False,
 ) -> Plan:

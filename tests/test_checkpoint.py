@@ -34,7 +34,7 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build(sorted(set(plan.assignment)))
     engine = PrefixEngine(loaded.model, bank, tokens)
-    _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.int8)))
+    _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.float32)))
     assert coopq.checkpoint.save_model(loaded, plan, backend, tokens, tmp_path / "saved") == plan
     assert plan.bytes == saved_bytes(tmp_path / "saved")
     reloaded = coopq.load(tmp_path / "saved", device="cpu")

@@ -19,7 +19,7 @@ from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES
 
 CONFIG = RunConfig(str(STORIES), permutations=6, calibration=CalibrationConfig(sequences=4, length=64))
-EVERY: Assignments = np.where(np.arange(32)[:, None] >> np.arange(5) & 1, 2, 4).astype(np.int8)
+EVERY: Assignments = np.where(np.arange(32)[:, None] >> np.arange(5) & 1, 2, 4).astype(np.float32)
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 

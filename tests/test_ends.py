@@ -44,7 +44,7 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
     bank = WeightBank(tmp_path / "bank", loaded, players, get_backend("rtn", group_size=16), {})
     bank.build((3, 4, 8))
     engine = PrefixEngine(model, bank, tokens)
-    points = rng.choice([3, 4, 8, UNTOUCHED], size=(12, len(players))).astype(np.int8)
+    points = rng.choice([3, 4, 8, UNTOUCHED], size=(12, len(players))).astype(np.float32)
     points[:2] = [3, *[8] * (len(players) - 1)], [UNTOUCHED, *[8] * (len(players) - 2), 3]
     measured = {assignment.tobytes(): losses for assignment, losses, _ in engine.evaluate(points)}
     for assignment in points[:4]:

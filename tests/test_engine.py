@@ -57,7 +57,7 @@ def test_losses_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
     model = tiny_model(name)
     bank = build(model, tmp_path)
     assert len(bank.players) == 3
-    points = np.array([[2, 4, 2], [4, 4, 4], [UNTOUCHED] * 3, [2, 4, UNTOUCHED], [2, 4, 2]], dtype=np.int8)
+    points = np.array([[2, 4, 2], [4, 4, 4], [UNTOUCHED] * 3, [2, 4, UNTOUCHED], [2, 4, 2]], dtype=np.float32)
     engine = PrefixEngine(model, bank, TOKENS)
     losses = {assignment.tobytes(): values for assignment, values, _ in engine.evaluate(points)}
     assert len(losses) == 4
@@ -73,7 +73,7 @@ def test_losses_of_linear_players_equal_the_models_own_on_every_architecture(nam
     model = tiny_model(name)
     bank = build(model, tmp_path, "linear")
     blocks = [player.block for player in bank.players]
-    points = np.random.default_rng(0).choice(np.array([2, 4, UNTOUCHED], dtype=np.int8), size=(5, len(blocks)))
+    points = np.random.default_rng(0).choice(np.array([2, 4, UNTOUCHED], dtype=np.float32), size=(5, len(blocks)))
     points[1:4] = points[0]  # and one player of each block differs, the first or the last in it
     for row, player in enumerate((blocks.index(1) - 1, blocks.index(1), len(blocks) - 1), start=1):
         points[row, player] = 2 if points[0, player] == 4 else 4
@@ -89,7 +89,7 @@ def test_losses_of_linear_players_equal_the_models_own_on_every_architecture(nam
 def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:4])
-    list(engine.evaluate(np.full((1, 3), UNTOUCHED, dtype=np.int8)))
+    list(engine.evaluate(np.full((1, 3), UNTOUCHED, dtype=np.float32)))
     states = engine.embedded
     for depth in range(3):
         states = engine.forward_block(depth, states)
@@ -136,7 +136,7 @@ def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_
     bank = build(model, tmp_path, granularity)
     engine = PrefixEngine(model, bank, TOKENS)
     blocks = [player.block for player in bank.players]
-    points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.int8)[:, blocks]
+    points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.float32)[:, blocks]
     measured = [(losses, spent) for _, losses, spent in engine.evaluate(points)]
     assert [spent for _, spent in measured] == [0, 1]
     kept = find_blocks(model)[1][1]
@@ -154,7 +154,7 @@ def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_
 def test_what_a_walk_writes_over_is_needed_by_none_of_the_next(tmp_path: Path) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path)
-    points = np.array(list(itertools.product([REMOVED, 2, 4], repeat=3)), dtype=np.int8)
+    points = np.array(list(itertools.product([REMOVED, 2, 4], repeat=3)), dtype=np.float32)
     together = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(points)]
     for point, losses in zip(points, together, strict=True):
         ((_, alone, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point[None])
@@ -164,7 +164,7 @@ def test_what_a_walk_writes_over_is_needed_by_none_of_the_next(tmp_path: Path) -
 def test_a_block_is_removed_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     model = tiny_model("llama")
     engine = PrefixEngine(model, build(model, tmp_path, "linear"), TOKENS)
-    points = np.full((2, 21), 4, dtype=np.int8)
+    points = np.full((2, 21), 4, dtype=np.float32)
     points[1, 7:13] = REMOVED  # all but the last of the second block
     with pytest.raises(EstimationError, match=r"removes some players of block model\.layers\.1 and keeps others"):
         next(engine.evaluate(points))
@@ -175,13 +175,13 @@ def test_the_model_gets_its_own_weights_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
-    walk = engine.evaluate(np.array([[2, 2, 2], [4, 4, 4]], dtype=np.int8))
+    walk = engine.evaluate(np.array([[2, 2, 2], [4, 4, 4]], dtype=np.float32))
     next(walk)
     walk.close()  # given up half-way
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@given(arrays(np.int8, array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.sampled_from([2, 3, 4])))
+@given(arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.sampled_from([2, 3, 4])))
 def test_the_prefix_tree_has_one_node_for_each_distinct_prefix(points: Any) -> None:
     each = list(range(points.shape[1]))
     assert prefix_tree_size(points) == prefix_tree_size(points, each) == len(block_prefixes(points, each))
@@ -193,7 +193,7 @@ def test_the_prefix_tree_of_smaller_players_has_one_node_for_each_distinct_prefi
 ) -> None:
     blocks = [block for block, size in enumerate(sizes) for _ in range(size)]
     shape = (data.draw(st.integers(1, 8)), len(blocks))
-    points = data.draw(arrays(np.int8, shape, elements=st.sampled_from([2, 4])))
+    points = data.draw(arrays(np.float32, shape, elements=st.sampled_from([2, 4])))
     assert prefix_tree_size(points, blocks) == len(block_prefixes(points, blocks))
 
 
@@ -208,7 +208,7 @@ def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: 
     @given(flips)
     @settings(max_examples=25, deadline=None)
     def check(raised: list[set[int]]) -> None:
-        points = np.array([[4 if p in of else 2 for p in range(len(blocks))] for of in raised], dtype=np.int8)
+        points = np.array([[4 if p in of else 2 for p in range(len(blocks))] for of in raised], dtype=np.float32)
         before = engine.layer_forwards
         spent = sum(forwards for _, _, forwards in engine.evaluate(points))
         assert spent == engine.layer_forwards - before == prefix_tree_size(points, blocks)
@@ -220,9 +220,9 @@ def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: 
 def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:
     model = tiny_model("llama")
     engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:2])
-    list(engine.evaluate(np.array([[4, 4, 4]], dtype=np.int8)))  # the first evaluation also records and checks
+    list(engine.evaluate(np.array([[4, 4, 4]], dtype=np.float32)))  # the first evaluation also records and checks
     before = engine.layer_forwards
-    points = np.random.default_rng(1).choice(np.array([2, 4], dtype=np.int8), size=(7, 3))
+    points = np.random.default_rng(1).choice(np.array([2, 4], dtype=np.float32), size=(7, 3))
     calls = 0
 
     def count(*_: Any) -> None:
@@ -242,7 +242,7 @@ def test_blocks_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -
     calls = itertools.count()
     model.model.layers[1].register_forward_hook(lambda _, __, output: output + next(calls))
     with pytest.raises(ModelError, match="its blocks depend on more than the hidden states"):
-        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.int8)))
+        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: P
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EstimationError, match=r"assignment \[2, 4, 4\] is not a number"):
-        list(engine.evaluate(np.array([[2, 4, 4]], dtype=np.int8)))
+        list(engine.evaluate(np.array([[2, 4, 4]], dtype=np.float32)))
 
 
 def test_a_model_without_blocks_gets_an_error_that_says_what_was_looked_for() -> None:
@@ -281,7 +281,7 @@ def test_linear_layers_by_onednn_are_those_of_torch() -> None:
 def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2")  # whose head caps its logits, and whose embedding is its head
     bank = build(model, tmp_path)
-    point = np.array([[2, 4, 2]], dtype=np.int8)
+    point = np.array([[2, 4, 2]], dtype=np.float32)
     ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     monkeypatch.setitem(replay.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
     ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
@@ -293,7 +293,7 @@ def test_whole_models_take_as_many_sequences_as_their_logits_have_room_for(
 ) -> None:
     model = tiny_model("qwen3")
     bank = build(model, tmp_path)
-    point = np.array([[2, 4, 2]], dtype=np.int8)
+    point = np.array([[2, 4, 2]], dtype=np.float32)
     ((_, expected, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
     whole = list(model_nll(model, TOKENS))
     assert [len(batch) for batch in whole] == [12, 8]
@@ -329,7 +329,7 @@ def test_compiled_blocks_of_a_kind_share_a_graph_and_give_the_same_losses(
 ) -> None:
     model = tiny_model(name)
     bank = build(model, tmp_path)
-    points = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.int8)
+    points = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.float32)
     expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS[:12]).evaluate(points)]
     request.getfixturevalue("traced")
     engine = PrefixEngine(model, bank, TOKENS[:12])
@@ -347,7 +347,7 @@ def test_a_compiled_block_that_computes_something_else_is_noticed(
     bank = build(model, tmp_path)
     monkeypatch.setattr(engine_module, "_fast", lambda block, device: Doubled(block))
     with pytest.raises(ModelError, match=r"model\.layers\.0 is off by .* TORCH_COMPILE_DISABLE=1"):
-        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.int8)))
+        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
 
 
 def test_only_what_computes_on_a_gpu_by_its_own_forward_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(
     assert round_untouched(loaded, players, (UNTOUCHED,))
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build((low, 8))
-    points = rng.choice([low, 8, UNTOUCHED], size=(6, len(players))).astype(np.int8)
+    points = rng.choice([low, 8, UNTOUCHED], size=(6, len(players))).astype(np.float32)
     points[0] = [(low, UNTOUCHED, 8)[player.block] for player in players]
     measured = {point.tobytes(): losses for point, losses, _ in PrefixEngine(model, bank, tokens).evaluate(points)}
     for point in points:

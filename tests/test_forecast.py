@@ -88,7 +88,7 @@ def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> Non
 
 
 def test_a_bank_that_is_not_resident_gives_the_same_losses(tmp_path: Path) -> None:
-    points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.int8)
+    points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.float32)
     with open_workbench(CONFIG, tmp_path) as bench, bench.calibration_game("resident") as game:
         resident = game(points)
         bench.bank.resident = False

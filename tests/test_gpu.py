@@ -20,7 +20,7 @@ from tests.conftest import STORIES
 from tests.test_engine import TOKENS, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-POINTS = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.int8)
+POINTS = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.float32)
 
 
 @pytest.mark.parametrize("loss", ["nll", "kl"])

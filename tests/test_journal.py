@@ -5,20 +5,20 @@ import pytest
 
 from coopq.errors import JournalError, Mismatch
 from coopq.journal import Journal
-from coopq.types import Assignment
+from coopq.types import Assignment, Width
 
 FINGERPRINT = {"weights": "abc", "backend": {"name": "rtn", "bits": (2, 4)}}
 
 
-def point(*bits: int) -> Assignment:
-    return np.array(bits, dtype=np.int8)
+def point(*bits: Width) -> Assignment:
+    return np.array(bits, dtype=np.float32)
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "journal.jsonl"
     with Journal(path, FINGERPRINT) as journal:
-        journal.append(point(2, 4), np.array([1.25, 0.1]), 3)
+        journal.append(point(2.5, 4), np.array([1.25, 0.1]), 3)
         journal.append(point(4, 4), np.array([1.0, 1 / 3]), 2)
     return path
 
@@ -28,7 +28,8 @@ def test_values_come_back_bit_by_bit(path: Path) -> None:
         assert len(journal) == 2
         assert journal.layer_forwards == 5
         np.testing.assert_array_equal(journal.get(point(4, 4)), [1.0, 1 / 3])
-        assert journal.get(point(2, 2)) is None
+        np.testing.assert_array_equal(journal.get(point(2.5, 4)), [1.25, 0.1])
+        assert journal.get(point(2, 4)) is None
     (assignments, losses), layer_forwards = Journal.peek(path)
     assert assignments.shape == (2, 2)
     np.testing.assert_allclose(sorted(losses), sorted([0.675, 2 / 3]))

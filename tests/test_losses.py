@@ -54,7 +54,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(name: str, embeddings: 
     players = find_players(model, "block", embeddings=embeddings)
     bank = WeightBank(tmp_path, LoadedModel(model, None, torch.float32), players, get_backend("rtn", group_size=16), {})
     bank.build((2, 4))
-    points = np.random.default_rng(0).choice([2, 4], size=(6, len(players))).astype(np.int8)
+    points = np.random.default_rng(0).choice([2, 4], size=(6, len(players))).astype(np.float32)
     points[0] = UNTOUCHED
     ids = torch.from_numpy(TOKENS)
 

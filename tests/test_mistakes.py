@@ -66,6 +66,7 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--backend", "gptqq"], "backend 'gptqq' is unknown"),
         (["--backend", "quanto", "--bits", "3,4"], "'quanto' has no 3 bits"),
         (["--bits", "5,9"], "'rtn' has no 5 bits"),
+        (["--bits", "2.5,4"], "'rtn' has no 2.5 bits; it has 2, 3, 4, 8"),
         (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
         (["--backend", "gptq-static", "--bits", "2,4", "--group-size", "48"], "no group size 48; choose from 16, 32"),
         (["--act-order"], "'rtn' has no option act_order"),

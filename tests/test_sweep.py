@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def points(granularity: str) -> Any:
     rng = np.random.default_rng(0)
-    found = rng.choice([2, 4], size=(12, 3)).astype(np.int8)
+    found = rng.choice([2, 4], size=(12, 3)).astype(np.float32)
     found[0] = UNTOUCHED
     if granularity == "block":
         found[1, 1] = REMOVED
@@ -66,7 +66,7 @@ def test_blocks_visit_once_for_each_of_their_settings(tmp_path: Path) -> None:
     engine = LayerMajorEngine(model, bank, TOKENS, Counting(model, CPU))
     engine.record()
     n = len(bank.players)
-    rows = np.random.default_rng(1).choice([2, 4], size=(1, n)).astype(np.int8)
+    rows = np.random.default_rng(1).choice([2, 4], size=(1, n)).astype(np.float32)
     ((_, first, spent),) = engine.evaluate(rows)
     assert spent == 3
     visits.clear()
@@ -97,7 +97,7 @@ def test_the_cost_is_that_of_the_prefix_trees_of_chunks() -> None:
             self.calls += 1
             return hidden
 
-    unique = np.unique(np.random.default_rng(0).choice([2, 4], size=(50, 12)), axis=0).astype(np.int8)
+    unique = np.unique(np.random.default_rng(0).choice([2, 4], size=(50, 12)), axis=0).astype(np.float32)
     engine = Many(12)
     spent = sum(of for *_, of in engine._walk(unique, np.zeros(unique.shape, dtype=bool)))
     assert spent == engine.calls == sum(prefix_tree_size(unique[i : i + 6]) for i in range(0, len(unique), 6))

@@ -1,6 +1,7 @@
 """Games of more than two widths: each step of a player from a width to the next lower one is decided."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -32,6 +34,7 @@ from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 WIDTHS = (2, 3, 4, 8)
+HALVES = (2, 2.5, 4, 8)
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
 
 
@@ -39,11 +42,11 @@ def setting_of(seed: int, n: int, n_widths: int, n_capacities: int = 1) -> Setti
     rng = np.random.default_rng(seed)
     costs = rng.integers(1, 100, size=n * (n_widths - 1))
     capacities = sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=n_capacities))
-    return Setting(WIDTHS[-n_widths:], costs, tuple(capacities), seed)
+    return Setting(HALVES[-n_widths:], costs, tuple(capacities), seed)
 
 
 def everything(setting: Setting) -> Assignments:
-    return np.array(list(product(setting.widths, repeat=setting.n_players)), dtype=np.int8)
+    return np.array(list(product(setting.widths, repeat=setting.n_players)), dtype=np.float32)
 
 
 def program_of(setting: Setting, seed: int, quadratic: bool = True) -> QuadraticProgram:
@@ -173,13 +176,13 @@ def random_assignments_of(setting: Setting, capacity: int) -> Assignments:
 
 def test_one_shot_is_the_optimum_where_steps_add_up() -> None:
     rng = np.random.default_rng(0)
-    table = np.sort(rng.random((5, 4)), axis=1)[:, ::-1]  # loss of each player at 2, 3, 4, 8 bits
+    table = np.sort(rng.random((5, 4)), axis=1)[:, ::-1]  # loss of each player at each width
 
     class Additive:
         n_players = 5
 
         def __call__(self, assignments: Assignments) -> Losses:
-            return table[np.arange(5), np.searchsorted(WIDTHS, assignments)].sum(axis=1)
+            return table[np.arange(5), np.searchsorted(HALVES, assignments)].sum(axis=1)
 
     setting = setting_of(1, 5, 4, 2)
     best = run_estimator(Enumeration(setting), Additive()).measured
@@ -237,6 +240,34 @@ def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
     assert json.loads(again[1]) == json.loads(text)
     line = refused(*arguments[:5], "3.5avg", *TEXT, "--out", out, "--granularity", "fused")
     assert "another budget" in line
+
+
+def test_the_main_job_with_widths_between(tmp_path: Path) -> None:
+    """Of a model whose rows have ggml's types of 2.5 and 4.5 bits."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = hf.LlamaConfig(vocab_size=512, num_hidden_layers=2, **size, bos_token_id=1, eos_token_id=2)
+    hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments: list[str | Path] = ["quantize", tmp_path / "model", "--backend", "ggml-iq", "--bits", "2.5,4.5,8"]
+    arguments += ["--granularity", "linear", "--fit-tokens", "256", *TEXT, "--budget", "3.5avg", "--out", out]
+    code, text, err = command(*arguments)
+    assert code == 0, err
+    plan = coopq.Plan.load(out / "plan.json")
+    assert {2.5, 4.5} <= set(plan.assignment)
+    assert 3.4 < plan.average_bits <= 3.5
+    assert plan.bytes == saved_bytes(out) <= plan.budget_bytes
+    assert "2.5, 4.5 and 8 bits by linear" in " ".join(text.split())
+    journal = (tmp_path / "out-run" / "journal.jsonl").read_bytes()
+    shutil.rmtree(out)
+    code, _, err = command(*arguments)
+    assert code == 0, err
+    assert coopq.Plan.load(out / "plan.json") == plan
+    assert (tmp_path / "out-run" / "journal.jsonl").read_bytes() == journal
+    tokens = calibration_set(RunConfig.from_json(plan.config).calibration, load_model(str(STORIES)).tokenizer).tokens
+    saved = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean()
+    assert saved == pytest.approx(plan.measured_loss, abs=1e-5)
 
 
 def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:

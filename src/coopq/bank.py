@@ -18,12 +18,12 @@ from coopq.models import LoadedModel
 from coopq.players import weight_of
 from coopq.storage import Storage
 from coopq.tensors import load_tensors, save_tensors
-from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
+from coopq.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 
 _FORMAT_VERSION = 1
 
 
-def measure_storage(players: Sequence[Player], backend: Backend, bits: Sequence[int]) -> Storage:
+def measure_storage(players: Sequence[Player], backend: Backend, bits: Sequence[Width]) -> Storage:
     """Exact bytes of every player at every width, before anything is quantized.
 
     Raises:
@@ -49,7 +49,7 @@ def measure_storage(players: Sequence[Player], backend: Backend, bits: Sequence[
     )
 
 
-def round_untouched(loaded: LoadedModel, players: Sequence[Player], widths: Sequence[int]) -> bool:
+def round_untouched(loaded: LoadedModel, players: Sequence[Player], widths: Sequence[Width]) -> bool:
     """Where players may stay untouched, and their checkpoint has 32 bits, let the model have what 16 store of them.
 
     So what is measured is what is saved.
@@ -100,7 +100,7 @@ class WeightBank:
             linear.name: weight_of(loaded.model, linear.name) for player in players for linear in player.linears
         }
         self._originals: dict[str, Tensor] = {name: weight.data for name, weight in self._parameters.items()}
-        self._weights: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._weights: dict[tuple[int, Width], dict[str, Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         header = folder / "bank.json"
         ours = {"format_version": _FORMAT_VERSION, **fingerprint}
@@ -112,7 +112,7 @@ class WeightBank:
             write_json(header, ours)
 
     def build(
-        self, bits: Sequence[int], tokens: npt.NDArray[np.int64] | None = None, progress: ProgressCallback = silent
+        self, bits: Sequence[Width], tokens: npt.NDArray[np.int64] | None = None, progress: ProgressCallback = silent
     ) -> None:
         """Make sure that all players are there at the widths `bits`.
 
@@ -145,13 +145,13 @@ class WeightBank:
             progress("quantizing", done, total)
         assert done == total, (done, total)
 
-    def set_player(self, player: int, bits: int) -> None:
+    def set_player(self, player: int, bits: Width) -> None:
         """Let the model's player have its weights at `bits`; pointers move, nothing is copied."""
         weights = self.weights(player, bits)
         for linear in self.players[player].linears:
             self._parameters[linear.name].data = weights[linear.name]
 
-    def weights(self, player: int, bits: int) -> dict[str, Tensor]:
+    def weights(self, player: int, bits: Width) -> dict[str, Tensor]:
         """Weights of a player at `bits` by name, dequantised, or the model's own; they must have been built."""
         if bits == UNTOUCHED:
             return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
@@ -198,8 +198,8 @@ class WeightBank:
             self.set_player(player, UNTOUCHED)
 
     def _quantize(
-        self, players: Mapping[int, Sequence[int]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+        self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[int, Width, dict[str, Tensor]]]:
         """Dequantised weights of players at widths, one player after the other: player, width, weights by name."""
         linears = {
             width: [(player, linear) for player in of for linear in self.players[player].linears]
@@ -212,7 +212,7 @@ class WeightBank:
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
         layers = {width: [linear.name for _, linear in of] for width, of in linears.items()}
         packed = self._backend.quantize_widths(self._loaded.model, self._loaded.tokenizer, layers, tokens)
-        made: dict[tuple[int, int], dict[str, Tensor]] = {}
+        made: dict[tuple[int, Width], dict[str, Tensor]] = {}
         for width, name, tensors in packed:
             (player, shape), dtype = place[name], self._originals[name].dtype
             weights = made.setdefault((player, width), {})
@@ -221,5 +221,5 @@ class WeightBank:
                 yield player, width, made.pop((player, width))
         assert not made, list(made)
 
-    def _path(self, player: int, bits: int) -> Path:
-        return self._folder / f"player{player:03d}-{bits}bit.safetensors"
+    def _path(self, player: int, bits: Width) -> Path:
+        return self._folder / f"player{player:03d}-{bits:g}bit.safetensors"

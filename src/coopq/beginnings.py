@@ -34,7 +34,7 @@ class Beginnings:
     def from_nothing(self, search: str) -> None:
         """Let a search that has not begun yet know nothing when it does."""
         if search not in self._begun:
-            self._write(search, 0, _digest(np.zeros((0, 0), dtype=np.int8)))
+            self._write(search, 0, _digest(np.zeros((0, 0), dtype=np.float32)))
 
     def _write(self, search: str, known: int, digest: str) -> None:
         self._begun[search] = known, digest

@@ -24,7 +24,7 @@ from coopq.players import find_players
 from coopq.run import RunConfig
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
-from coopq.types import UNTOUCHED, Assignments, ProgressCallback, silent
+from coopq.types import UNTOUCHED, Assignments, ProgressCallback, Width, as_widths, silent
 from coopq.workbench import Workbench, check_config, open_workbench
 
 _FORMAT_VERSION = 1
@@ -48,7 +48,7 @@ class Row:
 
     method: str
     budget: str | None
-    assignment: tuple[int, ...] | None
+    assignment: tuple[Width, ...] | None
     average_bits: float
     bits_per_weight: float
     layer_forwards: int
@@ -238,7 +238,7 @@ def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
     plans = [measure(bench, plan) for method in case.methods for plan in plans_on(bench, method, budgets)]
     groups: list[tuple[str, str | None, int, Assignments]] = list(_references(bench, budgets))
     groups += [
-        (plan.method, plan.budget, plan.layer_forwards, np.array([plan.assignment], dtype=np.int8)) for plan in plans
+        (plan.method, plan.budget, plan.layer_forwards, np.array([plan.assignment], dtype=np.float32)) for plan in plans
     ]
     points = np.concatenate([assignments for *_, assignments in groups])
     with bench.calibration_game("comparing on the calibration set") as game:
@@ -258,7 +258,7 @@ def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
             Row(
                 method,
                 budget,
-                tuple(assignments[0].tolist()) if len(assignments) == 1 else None,
+                tuple(as_widths(assignments[0])) if len(assignments) == 1 else None,
                 average_bits,
                 bits_per_weight,
                 layer_forwards,

@@ -19,7 +19,7 @@ from coopq.errors import EstimationError, ModelError
 from coopq.losses import Reference, portions_divergence, portions_nll, sequence_means, sequence_nll
 from coopq.onednn import ByOneDNN
 from coopq.replay import Replay, whole_size
-from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
+from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments, as_widths
 
 _TOLERANCE = 1e-3
 """Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
@@ -93,7 +93,7 @@ class PrefixEngine(Replay):
                 losses = self.losses(hidden)
                 if not np.isfinite(losses).all():
                     raise EstimationError(
-                        f"the loss of assignment {assignment.tolist()} is not a number; "
+                        f"the loss of assignment {as_widths(assignment)} is not a number; "
                         "compute in float32, or use a wider low bit-width"
                     )
                 if unchecked:
@@ -127,7 +127,7 @@ class PrefixEngine(Replay):
 
     def entering(self, assignment: Assignment) -> list[Tensor]:
         """States before the first block, by batch: those of the embedding, at its width where it is a player."""
-        width = UNTOUCHED if self._embedding is None else int(assignment[self._embedding])
+        width = UNTOUCHED if self._embedding is None else assignment[self._embedding].item()
         if width == UNTOUCHED:
             return self.embedded
         if width not in self._embeddings:
@@ -141,8 +141,8 @@ class PrefixEngine(Replay):
 
     def _set(self, d: int, bits: Assignment) -> None:
         """Let block d have the weights of its players at some widths, shape (n_members,)."""
-        for player, width in zip(self.members[d], bits, strict=True):
-            self._bank.set_player(player, int(width))
+        for player, width in zip(self.members[d], bits.tolist(), strict=True):
+            self._bank.set_player(player, width)
 
     def _first_block(self, assignment: Assignment, previous: Assignment) -> int:
         """The first block in which two assignments differ."""
@@ -235,7 +235,7 @@ class PrefixEngine(Replay):
     @torch.no_grad()
     def _refer(self) -> list[Reference]:
         """What the full-precision model makes of each batch."""
-        whole = np.full((1, len(self._bank.players)), UNTOUCHED, dtype=np.int8)
+        whole = np.full((1, len(self._bank.players)), UNTOUCHED, dtype=np.float32)
         ((_, hidden, spent),) = self._walk(whole, np.zeros((1, len(self._blocks)), dtype=np.bool_))
         self.layer_forwards += spent
         with self._fast_model:

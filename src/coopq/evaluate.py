@@ -91,7 +91,7 @@ def evaluate_saved(
     plan = Plan.load(folder / "plan.json")
     model = load(folder, device=device)
     text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, max_positions(model))
-    assignment = np.array(plan.assignment, dtype=np.int8)
+    assignment = np.array(plan.assignment, dtype=np.float32)
     weights = fingerprint_saved(folder)
     total, done = 0.0, 0
     require_writable(run)
@@ -185,7 +185,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
             for bits in reversed(bench.config.quantized_widths)
         ),
     ]
-    groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.int8)) for plan in plans]
+    groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.float32)) for plan in plans]
     for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
         random = random_assignments(bench.storage, widths, limit, _N_RANDOM, _RANDOM_SEED)
         groups.append(("random", budget, random))

@@ -136,7 +136,8 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     if len(config.widths) == 2:
         walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
         found[f"coopq, M = {config.permutations}"] = Work(prefix_tree_size(walks, blocks), len(walks))
-    costs = np.outer([player.n_weights for player in players], -np.diff(config.widths[::-1])).ravel()
+    halves = (-2 * np.diff(config.widths[::-1])).astype(np.int64)
+    costs = np.outer([player.n_weights for player in players], halves).ravel()
     setting = Setting(config.widths, costs, (int(costs.sum()) // 2,), config.seed)
     nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
     for name, make in SEARCHES.items():
@@ -157,7 +158,7 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
 def _played(search: Search, setting: Setting, blocks: list[int], n_sequences: int) -> Work:
     """What a search takes on a synthetic game, those on some of the sequences by their share."""
     game = SteppedGame(SyntheticGame(setting.n_steps, "quadratic", 0), setting)
-    meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, len(blocks)), dtype=np.int8))
+    meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, len(blocks)), dtype=np.float32))
     run_search(search, meters)
     return Work(round(meters.layer_forwards), round(meters.evaluations))
 

@@ -60,7 +60,7 @@ class QuantizationGame:
     def per_sequence(self, assignments: Assignments) -> npt.NDArray[np.float64]:
         """Losses of each assignment on each sequence, shape (n, n_sequences)."""
         unique = np.unique(assignments, axis=0)
-        unknown = np.array([row for row in unique if self.journal.get(row) is None], dtype=np.int8)
+        unknown = np.array([row for row in unique if self.journal.get(row) is None], dtype=np.float32)
         self._total += len(unique)
         self._done += len(unique) - len(unknown)
         if len(unknown):

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.errors import JournalError, Mismatch
-from coopq.types import Assignment, Assignments, Losses
+from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments, Losses, as_widths
 
 _FORMAT_VERSION = 1
 _log = logging.getLogger(__name__)
@@ -54,12 +54,12 @@ class Journal:
     def first(self, n: int) -> tuple[Assignments, Losses]:
         """The first n assignments ever recorded and their mean losses, shape (n, n_players) and (n,)."""
         records = list(self._losses.items())[:n]
-        assignments = [np.frombuffer(key, dtype=np.int8) for key, _ in records]
-        return np.array(assignments, dtype=np.int8), np.array([losses.mean() for _, losses in records])
+        assignments = [np.frombuffer(key, dtype=np.float32) for key, _ in records]
+        return np.array(assignments, dtype=np.float32), np.array([losses.mean() for _, losses in records])
 
     def append(self, assignment: Assignment, losses: npt.NDArray[np.float64], layer_forwards: int) -> None:
         """Record the losses of one assignment and the layer forwards that they cost."""
-        self._write({"bits": assignment.tolist(), self._loss: losses.tolist(), "layer_forwards": layer_forwards})
+        self._write({"bits": as_widths(assignment), self._loss: losses.tolist(), "layer_forwards": layer_forwards})
         self._losses[_key(assignment)] = losses
         self.layer_forwards += layer_forwards
 
@@ -79,7 +79,7 @@ class Journal:
                     loss = _loss_of(record["fingerprint"])
                     continue
                 value, spent = float(np.mean(record[loss])), int(record["layer_forwards"])
-                bits.append(np.array(record["bits"], dtype=np.int8))
+                bits.append(np.array(record["bits"], dtype=np.float32))
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue  # replaying is what judges broken lines
             losses.append(value)
@@ -146,9 +146,11 @@ class Journal:
             )
 
     def _learn(self, record: dict[str, Any]) -> None:
-        assignment = np.array(record["bits"], dtype=np.int8)
+        assignment = np.array(record["bits"], dtype=np.float32)
         losses = np.array(record[self._loss], dtype=np.float64)
         layer_forwards = record["layer_forwards"]
+        if not ((assignment >= REMOVED) & (assignment <= UNTOUCHED)).all():
+            raise ValueError("not widths")
         if assignment.ndim != 1 or losses.ndim != 1 or not losses.size or not isinstance(layer_forwards, int):
             raise ValueError("not a record of losses")
         if any(losses.size != known.size for known in self._losses.values()):
@@ -165,4 +167,4 @@ def _loss_of(fingerprint: Mapping[str, Any]) -> str:
 
 
 def _key(assignment: Assignment) -> bytes:
-    return np.ascontiguousarray(assignment, dtype=np.int8).tobytes()
+    return np.ascontiguousarray(assignment, dtype=np.float32).tobytes()

@@ -10,6 +10,7 @@ import typer
 
 from coopq.errors import CalibrationError, EstimationError
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.types import as_widths
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.distributed import RayConfig
@@ -133,7 +134,7 @@ def run_config(
         return None if n is None else n // sequence_length
 
     try:
-        low, *between, high = sorted(int(part) for part in bits.split(","))
+        low, *between, high = sorted(as_widths(bits.split(",")))
     except ValueError as error:
         raise EstimationError(f"--bits {bits!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
     return RunConfig(

@@ -19,7 +19,7 @@ from coopq.program import QuadraticProgram, paper_program
 from coopq.run import Estimation, RunConfig, Subject
 from coopq.storage import Budget
 from coopq.surrogate import Fidelity, best_surrogate
-from coopq.types import UNTOUCHED, Assignment
+from coopq.types import UNTOUCHED, Assignment, Width, as_widths
 
 WALK_METHODS = ("coopq", "shapley", "interactions", "pruning")
 """Methods that read permutation walks; their plans are of one number and seed of walks."""
@@ -39,7 +39,7 @@ class PlayerPlan:
     """
 
     name: str
-    bits: int
+    bits: Width
     modules: tuple[str, ...]
     score: float
     stderr: float | None
@@ -102,7 +102,7 @@ class Plan:
     deployment: Mapping[str, Any] | None = None
     saved_loss: float | None = None
     max_loss: float | None = None
-    runner_up: tuple[int, ...] | None = None
+    runner_up: tuple[Width, ...] | None = None
     evidence: Evidence | None = None
     fidelity: Fidelity | None = None
 
@@ -122,17 +122,17 @@ class Plan:
         return f"{self.label.replace(' ', '-')}.json"
 
     @property
-    def assignment(self) -> list[int]:
+    def assignment(self) -> list[Width]:
         """Bits of each player, in order."""
         return [player.bits for player in self.players]
 
     @property
-    def modules(self) -> dict[str, int]:
+    def modules(self) -> dict[str, Width]:
         """Bits of each linear module by its name in the model."""
         return {name: player.bits for player in self.players for name in player.modules}
 
     @property
-    def quantized(self) -> dict[str, int]:
+    def quantized(self) -> dict[str, Width]:
         """The same without modules that stay as they are."""
         return {name: bits for name, bits in self.modules.items() if bits != UNTOUCHED}
 
@@ -177,7 +177,7 @@ class Plan:
                 **data,
             )
             RunConfig.from_json(plan.config)
-            if not all(isinstance(p.bits, int) and isinstance(p.score, float | int) for p in players):
+            if not all(isinstance(p.bits, int | float) and isinstance(p.score, float | int) for p in players):
                 raise TypeError("bits and scores of players must be numbers")
             return plan
         except (KeyError, TypeError, AttributeError) as error:
@@ -217,7 +217,7 @@ def plan_budget(
     return _plan(
         estimation,
         budget,
-        setting.assignments(allocation.q).tolist(),
+        as_widths(setting.assignments(allocation.q)),
         allocation,
         estimate.shapley.tolist(),
         estimate.stderr.tolist(),
@@ -262,7 +262,7 @@ def plan_gains(
     return _plan(
         subject,
         budget,
-        setting.assignments(allocation.q).tolist(),
+        as_widths(setting.assignments(allocation.q)),
         allocation,
         setting.by_player(gains).tolist(),
         [None] * setting.n_players,
@@ -311,7 +311,7 @@ def plan_search(
     return _plan(
         subject,
         budget,
-        chosen.tolist(),
+        as_widths(chosen),
         allocation,
         setting.by_player(surrogates[0].shapley()).tolist(),
         [None] * len(chosen),
@@ -321,7 +321,7 @@ def plan_search(
         predicted_loss=None if lowered in measured else float(surrogate.predict(lowered[None])[0]),
         layer_forwards=layer_forwards,
         layer_forwards_unshared=layer_forwards_unshared,
-        runner_up=None if runner_up is None else tuple(runner_up.tolist()),
+        runner_up=None if runner_up is None else tuple(as_widths(runner_up)),
         fidelity=surrogate.fidelity,
     )
 
@@ -356,7 +356,7 @@ def _settle(program: QuadraticProgram, time_limit: float | None) -> Allocation:
 def _plan(
     subject: Subject,
     budget: Budget,
-    assignment: list[int],
+    assignment: list[Width],
     allocation: Allocation,
     scores: Sequence[float],
     stderr: Sequence[float | None],

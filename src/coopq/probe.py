@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from coopq.bank import WeightBank
 from coopq.engine import PrefixEngine
-from coopq.types import UNTOUCHED, Player
+from coopq.types import UNTOUCHED, Player, Width
 
 _STEP = 3e-3
 """Of central differences, as a share of the root mean square of the weights."""
@@ -30,7 +30,7 @@ class Probe:
         layer_forwards: Forwards of one block over all tokens that were asked for; a backward counts as two.
     """
 
-    def __init__(self, engine: PrefixEngine, bank: WeightBank, low: int, high: int) -> None:
+    def __init__(self, engine: PrefixEngine, bank: WeightBank, low: Width, high: Width) -> None:
         self._engine = engine
         self._bank = bank
         self.low = low
@@ -62,7 +62,7 @@ class Probe:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self._bank.weights(player, UNTOUCHED)
 
-    def quantized(self, player: int, bits: int) -> dict[str, Tensor]:
+    def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
         """The same, quantized and dequantised."""
         return self._bank.weights(player, bits)
 

@@ -14,6 +14,7 @@ from coopq.estimators import Known, Measured
 from coopq.plan import WALK_METHODS, Plan, setting_of
 from coopq.run import Estimation, RunConfig
 from coopq.scores import Accuracy, Comparison, Evaluation
+from coopq.types import Width
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.forecast import Forecast
@@ -196,7 +197,7 @@ def provenance(config: RunConfig, fingerprint: Mapping[str, Any], method: str = 
 
 
 def players_table(
-    title: str, names: Sequence[str], bits: Mapping[str, Sequence[int]], scores: Mapping[str, Sequence[float]]
+    title: str, names: Sequence[str], bits: Mapping[str, Sequence[Width]], scores: Mapping[str, Sequence[float]]
 ) -> Table:
     """Players as rows; bits by budget, then scores."""
     table = Table(title=title)

@@ -23,7 +23,7 @@ from coopq.errors import Mismatch, RunError
 from coopq.estimators import ShapleyEstimate
 from coopq.files import write_json
 from coopq.storage import Storage
-from coopq.types import UNTOUCHED, LinearLayer, Player
+from coopq.types import UNTOUCHED, LinearLayer, Player, Width, as_width
 
 _FORMAT_VERSION = 1
 
@@ -80,8 +80,8 @@ class RunConfig:
     model: str
     backend: str = "rtn"
     group_size: int | None = None
-    low: int = 2
-    high: int = 4
+    low: Width = 2
+    high: Width = 4
     permutations: int = 25
     seed: int = 0
     calibration: CalibrationConfig = CalibrationConfig()
@@ -91,7 +91,7 @@ class RunConfig:
     symmetric: bool | None = None
     granularity: str = "block"
     screening: int | None = None
-    between: tuple[int, ...] = ()
+    between: tuple[Width, ...] = ()
     embeddings: bool = False
     target: str | None = None
     base: str | None = None
@@ -99,12 +99,12 @@ class RunConfig:
     loss: str = "nll"
 
     @property
-    def widths(self) -> tuple[int, ...]:
+    def widths(self) -> tuple[Width, ...]:
         """The widths to choose from, ascending."""
         return (self.low, *self.between, self.high)
 
     @property
-    def quantized_widths(self) -> tuple[int, ...]:
+    def quantized_widths(self) -> tuple[Width, ...]:
         """Those that weights are quantized to."""
         return tuple(width for width in self.widths if width != UNTOUCHED)
 
@@ -284,7 +284,7 @@ def _estimation(data: Mapping[str, Any]) -> Estimation:
         players=players,
         storage=Storage(
             n_weights=tuple(player.n_weights for player in players),
-            n_bytes={int(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
+            n_bytes={as_width(bits): tuple(sizes) for bits, sizes in data["bytes"].items()},
             fixed=data.get("fixed", 0),
         ),
         estimate=ShapleyEstimate(**estimate),

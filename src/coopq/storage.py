@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.errors import BudgetError, InfeasibleBudget, UnsupportedBits
-from coopq.types import Assignment
+from coopq.types import Assignment, Width
 
 _UNITS = {
     "KiB": 2**10,
@@ -64,22 +64,22 @@ class Storage:
     """
 
     n_weights: tuple[int, ...]
-    n_bytes: Mapping[int, tuple[int, ...]]
+    n_bytes: Mapping[Width, tuple[int, ...]]
     fixed: int = 0
 
-    def bytes_of(self, assignment: Assignment | Sequence[int]) -> int:
+    def bytes_of(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the quantized weights under `assignment`."""
-        return sum(self._width(int(bits))[player] for player, bits in enumerate(assignment))
+        return sum(self._width(float(bits))[player] for player, bits in enumerate(assignment))
 
-    def bits_per_weight(self, assignment: Assignment | Sequence[int]) -> float:
+    def bits_per_weight(self, assignment: Assignment | Sequence[Width]) -> float:
         """Stored bits per quantized weight, scales, zeros and padding included."""
         return 8 * self.bytes_of(assignment) / sum(self.n_weights)
 
-    def average_bits(self, assignment: Assignment | Sequence[int]) -> float:
+    def average_bits(self, assignment: Assignment | Sequence[Width]) -> float:
         """Bit-width averaged over the weights; scales and zeros do not count."""
-        return sum(n * int(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
+        return sum(n * float(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
 
-    def limit(self, budget: Budget, low: int, high: int) -> int:
+    def limit(self, budget: Budget, low: Width, high: Width) -> int:
         """The budget in bytes for assignments of widths from `low` to `high`.
 
         Raises:
@@ -88,7 +88,7 @@ class Storage:
         """
         smallest, largest = sum(self._width(low)), sum(self._width(high))
         if budget.unit == "avg":
-            limit = smallest + (budget.value - low) / (high - low) * (largest - smallest)
+            limit = smallest + (budget.value - Fraction(low)) / Fraction(high - low) * (largest - smallest)
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
@@ -100,7 +100,7 @@ class Storage:
             )
         return int(limit)
 
-    def raise_costs(self, *widths: int) -> npt.NDArray[np.int64]:
+    def raise_costs(self, *widths: Width) -> npt.NDArray[np.int64]:
         """Bytes between neighbouring widths of each player, from the highest width down.
 
         Args:
@@ -120,11 +120,11 @@ class Storage:
             )
         return costs.ravel()
 
-    def _width(self, bits: int) -> tuple[int, ...]:
+    def _width(self, bits: Width) -> tuple[int, ...]:
         if bits not in self.n_bytes:
             raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
         return self.n_bytes[bits]
 
-    def _describe(self, n_bytes: int, bits: int, towards_feasible: Callable[[float], int]) -> str:
+    def _describe(self, n_bytes: int, bits: Width, towards_feasible: Callable[[float], int]) -> str:
         bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
         return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from coopq.backends import Backend
 from coopq.estimators import Setting
-from coopq.types import Assignments, Game, Losses
+from coopq.types import Assignments, Game, Losses, Width
 
 LOW, HIGH = 2, 4
 WEIGHT_ONLY = ("rtn", "quanto", "hqq")
@@ -103,10 +103,10 @@ class SteppedGame:
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of the assignments."""
-        return self._game(np.where(self._setting.lowered(assignments), LOW, HIGH).astype(np.int8))
+        return self._game(np.where(self._setting.lowered(assignments), LOW, HIGH).astype(np.float32))
 
 
-def check_backend(backend: Backend, weight: torch.Tensor, bits: int) -> None:
+def check_backend(backend: Backend, weight: torch.Tensor, bits: Width) -> None:
     """The contract: sizes are as predicted, and what runs packed is what the bank holds.
 
     Args:
@@ -127,7 +127,9 @@ def check_backend(backend: Backend, weight: torch.Tensor, bits: int) -> None:
     again = backend.dequantize(backend.quantize(weight, bits), shape, bits, weight.dtype)
     assert torch.equal(restored, again), "quantizing twice must give the same weights"
     spread = float(weight.max() - weight.min())
-    assert float((restored - weight).abs().max()) <= spread / (2**bits - 1), "no weight may move by more than a step"
+    step = spread / (2**bits - 1)
+    # A fifth more for types of ggml that choose among some vectors of codes.
+    assert float((restored - weight).abs().max()) <= 1.2 * step, "no weight may move by more than a step"
     inputs, bias = torch.randn(3, shape[1], dtype=weight.dtype), torch.randn(shape[0], dtype=weight.dtype)
     layer = backend.linear(packed, shape, bits, bias, weight.dtype)
     assert torch.allclose(layer(inputs), functional.linear(inputs, restored, bias), atol=1e-4)

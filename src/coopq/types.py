@@ -1,16 +1,19 @@
 """Named arrays and protocols that the stages hand to each other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Assignment: TypeAlias = npt.NDArray[np.int8]
+Width: TypeAlias = float
+"""Bits of a weight, as its backend counts them: whole, but for types of ggml that lie between."""
+
+Assignment: TypeAlias = npt.NDArray[np.float32]
 """Bit-width of each player, shape (n_players,); `UNTOUCHED` leaves a player as it is."""
 
-Assignments: TypeAlias = npt.NDArray[np.int8]
+Assignments: TypeAlias = npt.NDArray[np.float32]
 """Several assignments, shape (n_assignments, n_players)."""
 
 Losses: TypeAlias = npt.NDArray[np.float64]
@@ -21,6 +24,18 @@ UNTOUCHED = 16
 
 REMOVED = 0
 """The bit-width of a player that is left out: its block hands on what it gets. The pruning game's low width."""
+
+
+def as_width(number: Width | str) -> Width:
+    """A width as a plain number: an integer where it is whole, as backends' libraries want and people read."""
+    width = float(number)
+    return int(width) if width.is_integer() else width
+
+
+def as_widths(numbers: Iterable[Width | str]) -> list[Width]:
+    """Several, of an assignment for example."""
+    return [as_width(number) for number in numbers]
+
 
 ProgressCallback: TypeAlias = Callable[[str, int, int], None]
 """Called with (stage, done, total) whenever `done` grows."""

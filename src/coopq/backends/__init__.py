@@ -5,7 +5,7 @@ from inspect import signature
 
 from coopq.backends.base import Backend, Packed
 from coopq.errors import BackendError, UnsupportedBits, hint
-from coopq.types import UNTOUCHED
+from coopq.types import UNTOUCHED, Width
 
 __all__ = ["BACKENDS", "Backend", "Packed", "get_backend"]
 
@@ -29,7 +29,7 @@ def get_backend(
     group_size: int | None = None,
     act_order: bool | None = None,
     symmetric: bool | None = None,
-    bits: tuple[int, ...] = (),
+    bits: tuple[Width, ...] = (),
 ) -> Backend:
     """The backend called `name`.
 

@@ -13,7 +13,7 @@ from coopq.backends.process import DONE, working
 from coopq.errors import BackendError
 from coopq.players import find_players
 from coopq.tensors import load_tensors
-from coopq.types import UNTOUCHED
+from coopq.types import UNTOUCHED, Width
 
 _ITERATIONS = 200
 """Steps of signed gradient descent for each block, the library's default."""
@@ -52,7 +52,7 @@ class AutoRoundBackend(GPTQBackend):
         return {"group_size": self.group_size, "symmetric": self.symmetric, "iterations": _ITERATIONS}
 
     def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`.
 
@@ -71,7 +71,7 @@ class AutoRoundBackend(GPTQBackend):
                 solved = load_tensors(file, model.device.type, way_out="run the same command again")
                 yield name, packed_form(solved, width)
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         if any(size % _MULTIPLE for size in shape):
             raise BackendError(

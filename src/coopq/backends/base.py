@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from coopq.errors import BackendError
 from coopq.players import weight_of
+from coopq.types import Width
 
 Packed: TypeAlias = Mapping[str, Tensor]
 """The tensors that store one quantized weight, by their names in a saved model."""
@@ -63,7 +64,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
-    bits: ClassVar[tuple[int, ...]]
+    bits: ClassVar[tuple[Width, ...]]
     """Widths that it quantizes to; `UNTOUCHED` is none of them, and needs no backend."""
     whole_model: ClassVar[bool] = False
     """Whether a layer's result depends on the others, so that all are quantized together."""
@@ -90,11 +91,11 @@ class Backend(ABC):
         """Everything else that the packed tensors depend on, as plain data."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, bits: int) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width) -> Packed:
         """Quantize a weight of shape (out, in)."""
 
     def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """Quantize linear layers of a model.
 
@@ -110,8 +111,8 @@ class Backend(ABC):
             yield name, self.quantize(weight_of(model, name).data.flatten(0, -2), width)
 
     def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[int, Sequence[str]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, str, Packed]]:
+        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[Width, str, Packed]]:
         """Quantize linear layers of a model at several widths; backends that can share work between widths do.
 
         Args:
@@ -126,7 +127,7 @@ class Backend(ABC):
             for name, packed in self.quantize_model(model, tokenizer, dict.fromkeys(names, width), tokens):
                 yield width, name, packed
 
-    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
+    def native_config(self, bits: Mapping[str, Width]) -> dict[str, Any] | None:
         """Configuration that the library's own loader wants beside the weights; None where it has no such format.
 
         Args:
@@ -135,10 +136,10 @@ class Backend(ABC):
         return None
 
     @abstractmethod
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """The weight of shape (out, in) that `packed` stands for; `linear` computes with exactly this."""
 
-    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """The integers of a packed weight of shape (out, in), whose rows are whole groups.
 
         Raises:
@@ -146,18 +147,18 @@ class Backend(ABC):
         """
         raise BackendError(f"weights of backend {self.name!r} are no integers in groups along rows")
 
-    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+    def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """The form of what `affine` gives of a weight of shape (out, in), with the same errors."""
         raise BackendError(f"weights of backend {self.name!r} are no integers in groups along rows")
 
     @abstractmethod
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """A module that keeps the weight packed and computes in `dtype`."""
 
     @abstractmethod
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """Bytes of the tensors that `quantize` will return, from the shape alone.
 
         Raises:
@@ -172,7 +173,7 @@ class Backend(ABC):
 class _PackedModule(nn.Module):
     """A module that keeps a weight packed, as buffers."""
 
-    def __init__(self, backend: Backend, packed: Packed, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, backend: Backend, packed: Packed, bits: Width, dtype: torch.dtype) -> None:
         super().__init__()
         self._backend, self._bits, self._dtype = backend, bits, dtype
         for name, tensor in packed.items():
@@ -191,7 +192,7 @@ class PackedLinear(_PackedModule):
         backend: Backend,
         packed: Packed,
         shape: tuple[int, int],
-        bits: int,
+        bits: Width,
         bias: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
@@ -220,7 +221,7 @@ class PackedEmbedding(_PackedModule):
     """
 
     def __init__(
-        self, embedding: nn.Embedding, backend: Backend, packed: Packed, bits: int, dtype: torch.dtype
+        self, embedding: nn.Embedding, backend: Backend, packed: Packed, bits: Width, dtype: torch.dtype
     ) -> None:
         super().__init__(backend, packed, bits, dtype)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
@@ -245,7 +246,7 @@ class PackedExperts(_PackedModule):
         dtype: What to compute in.
     """
 
-    def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: Width, dtype: torch.dtype) -> None:
         super().__init__(backend, packed, bits, dtype)
         self._shape = shape
 

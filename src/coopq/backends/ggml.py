@@ -20,9 +20,11 @@ from torch.overrides import TorchFunctionMode
 from coopq.backends.base import Backend, Packed, PackedLinear
 from coopq.errors import BackendError
 from coopq.players import weight_of
-from coopq.types import UNTOUCHED
+from coopq.types import UNTOUCHED, Width
 
 _BATCH_SEQUENCES = 2
+_NEEDS_IMPORTANCE = ("IQ2_XXS",)
+"""Types that ggml ends the process for where no importance is given, as of an embedding."""
 
 
 class GGMLBackend(Backend):
@@ -38,9 +40,9 @@ class GGMLBackend(Backend):
     """
 
     name: ClassVar[str] = "ggml"
-    long_rows: ClassVar[Mapping[int, str]] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-    short_rows: ClassVar[Mapping[int, str]] = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
-    bits: ClassVar[tuple[int, ...]] = tuple(long_rows)
+    long_rows: ClassVar[Mapping[Width, str]] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
+    short_rows: ClassVar[Mapping[Width, str]] = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
+    bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
     calibrated: ClassVar[bool] = True
 
     def __init__(self, group_size: int | None = None) -> None:
@@ -60,7 +62,7 @@ class GGMLBackend(Backend):
         """Types by width, for rows that are multiples of 256 and for others."""
         return {"long_rows": _by_name(self.long_rows), "short_rows": _by_name(self.short_rows)}
 
-    def quantize(self, weight: Tensor, bits: int, importance: Tensor | None = None) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width, importance: Tensor | None = None) -> Packed:
         """Quantize a weight of shape (out, in), with the importance of its columns if given.
 
         Args:
@@ -68,8 +70,10 @@ class GGMLBackend(Backend):
             bits: The width.
             importance: Shape (in,), or (n_experts, in).
         """
-        kind = self.tensor_type(weight.shape[1], bits)
         source = weight.detach().float().cpu().contiguous()
+        kind = self.tensor_type(weight.shape[1], bits)
+        if importance is None and kind.name in _NEEDS_IMPORTANCE:
+            importance = torch.ones(weight.shape[1])
         columns = [None] if importance is None else importance.float().cpu().reshape(-1, weight.shape[1]).contiguous()
         blocks = torch.empty(weight.shape[0], self._row_bytes(weight.shape[1], bits), dtype=torch.uint8)
         n_threads = torch.get_num_threads()
@@ -93,7 +97,7 @@ class GGMLBackend(Backend):
         return {"blocks": blocks.to(weight.device)}
 
     def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`."""
         importance = {} if tokens is None else column_importance(model, list(bits), tokens)
@@ -101,7 +105,7 @@ class GGMLBackend(Backend):
             weight = weight_of(model, name).data.flatten(0, -2)
             yield name, self.quantize(weight, width, importance.get(name))
 
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         blocks = packed["blocks"]
         on_host = blocks.cpu().contiguous()
@@ -110,16 +114,16 @@ class GGMLBackend(Backend):
         return weight.to(blocks.device, dtype)
 
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
         return PackedLinear(self, packed, shape, bits, bias, dtype)
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         return shape[0] * self._row_bytes(shape[1], bits)
 
-    def tensor_type(self, columns: int, bits: int) -> Any:
+    def tensor_type(self, columns: int, bits: Width) -> Any:
         """The `gguf.GGMLQuantizationType` of a weight with rows of this length.
 
         Raises:
@@ -141,7 +145,7 @@ class GGMLBackend(Backend):
             )
         return GGMLQuantizationType[types[bits]]
 
-    def _row_bytes(self, columns: int, bits: int) -> int:
+    def _row_bytes(self, columns: int, bits: Width) -> int:
         """Bytes of a row of this many weights."""
         from gguf import GGML_QUANT_SIZES
 
@@ -150,10 +154,25 @@ class GGMLBackend(Backend):
 
 
 class IQuants(GGMLBackend):
-    """I-quants for the narrow widths: lower loss in fewer bytes than K-quants, slower to compute with on CPUs."""
+    """I-quants for the narrow widths: lower loss in fewer bytes than K-quants, slower to compute with on CPUs.
+
+    Of two types that have as many bits the smaller one has the whole width, the larger one half a bit more: those that
+    lose less than a mixture of the types around them.
+    """
 
     name: ClassVar[str] = "ggml-iq"
-    long_rows: ClassVar[Mapping[int, str]] = {**GGMLBackend.long_rows, 2: "IQ2_S", 3: "IQ3_S", 4: "IQ4_XS"}
+    long_rows: ClassVar[Mapping[Width, str]] = {
+        2: "IQ2_XXS",
+        2.5: "IQ2_S",
+        3: "IQ3_XXS",
+        3.5: "IQ3_S",
+        4: "IQ4_XS",
+        4.5: "Q4_K",
+        5: "Q5_K",
+        6: "Q6_K",
+        8: "Q8_0",
+    }
+    bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
 
 
 @torch.no_grad()
@@ -237,7 +256,7 @@ class _ExpertInputs(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _by_name(types: Mapping[int, str]) -> dict[str, str]:
+def _by_name(types: Mapping[Width, str]) -> dict[str, str]:
     """With keys as JSON has them."""
     return {str(width): name for width, name in types.items()}
 

@@ -19,7 +19,7 @@ from coopq.backends.process import DONE, working
 from coopq.errors import BackendError
 from coopq.players import find_players
 from coopq.tensors import load_tensors
-from coopq.types import UNTOUCHED
+from coopq.types import UNTOUCHED, Width
 
 _DEFAULT_GROUP_SIZE = 128
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -43,7 +43,7 @@ class GPTQBackend(Backend):
     """
 
     name: ClassVar[str] = "gptq"
-    bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    bits: ClassVar[tuple[Width, ...]] = (2, 4, 8)
     whole_model: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     only_plain: ClassVar[bool] = True
@@ -75,12 +75,12 @@ class GPTQBackend(Backend):
         """Group size, act-order and symmetry."""
         return {"group_size": self.group_size, "act_order": self.act_order, "symmetric": self.symmetric}
 
-    def quantize(self, weight: Tensor, bits: int) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width) -> Packed:
         """Not to be had: see `quantize_model`."""
         raise BackendError(f"backend {self.name!r} quantizes whole models, not single weights")
 
     def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`.
 
@@ -98,53 +98,53 @@ class GPTQBackend(Backend):
                 raise BackendError(f"GPTQModel left {name} unquantized; choose another backend for this model")
             yield name, {part: tensors[f"{name}.{part}"] for part in _PARTS}
 
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         codes, zeros = self.codes(packed, shape, bits)
         group = packed["g_idx"].long()
         weight = packed["scales"].float()[group] * (codes - zeros[group]).float()
         return weight.T.to(dtype).contiguous()
 
-    def codes(self, packed: Packed, shape: tuple[int, int], bits: int) -> tuple[Tensor, Tensor]:
+    def codes(self, packed: Packed, shape: tuple[int, int], bits: Width) -> tuple[Tensor, Tensor]:
         """Integers of a weight of shape (out, in): its codes, shape (in, out), and zero points, shape (groups, out)."""
         codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
         # The format stores zero points less one.
         return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
 
-    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`."""
         codes, zeros = self.codes(packed, shape, bits)
         groups = codes.T.reshape(shape[0], -1, self.group_size)
         return Affine(groups.to(torch.uint8), zeros.T.unsqueeze(-1).to(torch.uint8), packed["scales"].T.unsqueeze(-1))
 
-    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+    def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """See `Backend.affine_form`."""
         return AffineForm(self.group_size, torch.uint8, self.symmetric)
 
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
         return PackedLinear(self, packed, shape, bits, bias, dtype)
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         rows, columns = shape
         groups = -(-columns // self.group_size)
-        words = -(-columns * bits // _WORD) * rows + groups * -(-rows * bits // _WORD)
+        words = -(-columns * int(bits) // _WORD) * rows + groups * -(-rows * int(bits) // _WORD)
         return 4 * words + 2 * groups * rows + 4 * columns
 
-    def native_config(self, bits: Mapping[str, int]) -> dict[str, Any] | None:
+    def native_config(self, bits: Mapping[str, Width]) -> dict[str, Any] | None:
         """See `Backend.native_config`."""
         if set(bits.values()) == {UNTOUCHED}:
             return None
         form = {"quant_method": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32", "lm_head": False}
         return {**form, **self._quantize_config(bits)}
 
-    def _quantize_config(self, bits: Mapping[str, int]) -> dict[str, Any]:
+    def _quantize_config(self, bits: Mapping[str, Width]) -> dict[str, Any]:
         """The library's configuration: the commonest width, and a rule for each module of another one, or of none."""
         (common, _), *_ = Counter(width for width in bits.values() if width != UNTOUCHED).most_common()
-        rules: dict[str, dict[str, int]] = {}
+        rules: dict[str, dict[str, Width]] = {}
         for name, width in bits.items():
             if width != common:
                 whether, settings = ("-", {}) if width == UNTOUCHED else ("+", {"bits": width})
@@ -168,7 +168,7 @@ class GPTQStatic(GPTQBackend):
     whole_model: ClassVar[bool] = False
 
     def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, int], tokens: npt.NDArray[np.int64] | None
+        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`."""
         layers = {width: [name for name in bits if bits[name] == width] for width in set(bits.values())}
@@ -177,8 +177,8 @@ class GPTQStatic(GPTQBackend):
             yield name, packed[name]
 
     def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[int, Sequence[str]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, str, Packed]]:
+        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[Width, str, Packed]]:
         """See `Backend.quantize_widths`.
 
         Raises:
@@ -196,14 +196,14 @@ class GPTQStatic(GPTQBackend):
                     yield width, name, packed_form(solved, width)
 
 
-def packed_form(solved: Packed, bits: int) -> Packed:
+def packed_form(solved: Packed, bits: Width) -> Packed:
     """GPTQ's tensors of a weight that is solved: "weight", (out, in), with "scales" and "zeros", (out, groups)."""
     group, scales = solved["g_idx"].long(), solved["scales"].float()
     zeros = solved["zeros"].round().int()
     codes = (solved["weight"].float() / scales[:, group] + zeros[:, group]).round().int().clamp(0, 2**bits - 1)
     return {
-        "qweight": _pack(codes, bits).T.contiguous(),
-        "qzeros": _pack((zeros.T - 1) & (2**bits - 1), bits),
+        "qweight": _pack(codes, int(bits)).T.contiguous(),
+        "qzeros": _pack((zeros.T - 1) & (2 ** int(bits) - 1), int(bits)),
         "scales": scales.T.half().contiguous(),
         "g_idx": solved["g_idx"].int(),
     }
@@ -217,7 +217,7 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return words.to(torch.int32)  # the highest bit becomes the sign
 
 
-def _unpack(words: Tensor, bits: int) -> Tensor:
+def _unpack(words: Tensor, bits: Width) -> Tensor:
     """Codes of int32 words along the last axis, the first code lowest; int64, shape (..., n_words * 32 / bits)."""
     shifts = torch.arange(0, _WORD, bits, device=words.device)
     return ((words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from coopq.backends.base import Affine, AffineForm, Backend, Packed, check_group_size
 from coopq.errors import BackendError
+from coopq.types import Width
 
 _DEFAULT_GROUP_SIZE = 64
 _AXIS = 1
@@ -25,7 +26,7 @@ class HQQBackend(Backend):
     """
 
     name: ClassVar[str] = "hqq"
-    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    bits: ClassVar[tuple[Width, ...]] = (2, 3, 4, 8)
     is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
@@ -50,7 +51,7 @@ class HQQBackend(Backend):
         """Group size and axis."""
         return {"group_size": self.group_size, "axis": _AXIS}
 
-    def quantize(self, weight: Tensor, bits: int) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width) -> Packed:
         """See `Backend.quantize`."""
         codes, meta = self._quantizer.quantize(
             weight.float(), nbits=bits, group_size=self.group_size, axis=_AXIS, device=str(weight.device)
@@ -58,11 +59,11 @@ class HQQBackend(Backend):
         stored = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
         return {"W_q": codes, "scale": meta["scale"].to(stored), "zero": meta["zero"].to(stored)}
 
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         return self._quantizer.dequantize(packed["W_q"], self._meta(packed, shape, bits, dtype))
 
-    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`."""
         packing = self._quantizer.bit_to_packing[bits]
         words = packed["W_q"].view(self._quantizer.unpack_view_dtype[packing])
@@ -73,12 +74,12 @@ class HQQBackend(Backend):
             codes.reshape(shape[0], -1, self.group_size), packed["zero"].view(of_row), packed["scale"].view(of_row)
         )
 
-    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+    def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """See `Backend.affine_form`."""
         return AffineForm(self.group_size, torch.float16, symmetric=False)
 
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
         device = packed["W_q"].device
@@ -93,10 +94,10 @@ class HQQBackend(Backend):
         )
         return layer
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         groups, rest = divmod(shape[0] * shape[1], self.group_size)
-        if rest or (bits != 3 and groups % _PER_BYTE[bits]):
+        if rest or (bits != 3 and groups % _PER_BYTE[int(bits)]):
             raise BackendError(
                 f"backend 'hqq' cannot pack a weight of shape {shape} in groups of {self.group_size} at {bits} bits; "
                 "choose a group size that divides it"
@@ -104,10 +105,10 @@ class HQQBackend(Backend):
         if bits == 3:
             codes = -(-groups // _PER_INT32) * self.group_size * 4
         else:
-            codes = groups // _PER_BYTE[bits] * self.group_size
+            codes = groups // _PER_BYTE[int(bits)] * self.group_size
         return codes + 4 * groups
 
-    def _meta(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> dict[str, Any]:
+    def _meta(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> dict[str, Any]:
         packing = self._quantizer.bit_to_packing[bits]
         return {
             "nbits": bits,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from coopq.backends.base import Affine, AffineForm, Backend, Packed
 from coopq.errors import BackendError
+from coopq.types import Width
 
 
 class QuantoBackend(Backend):
@@ -26,7 +27,7 @@ class QuantoBackend(Backend):
     """
 
     name: ClassVar[str] = "quanto"
-    bits: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    bits: ClassVar[tuple[Width, ...]] = (2, 4, 8)
     is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
@@ -51,7 +52,7 @@ class QuantoBackend(Backend):
         """The library's own rule for the group size."""
         return {"group_size": "auto"}
 
-    def quantize(self, weight: Tensor, bits: int) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width) -> Packed:
         """See `Backend.quantize`."""
         qtype, group_size = self._qtype(bits), self._group_size((weight.shape[0], weight.shape[1]), bits)
         stored = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
@@ -74,11 +75,11 @@ class QuantoBackend(Backend):
         quantized.save_to_state_dict(tensors, "weight.", keep_vars=False)
         return {name: t.to(stored) if t.is_floating_point() else t for name, t in tensors.items()}
 
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         return self._weight(packed, shape, bits, dtype).dequantize()
 
-    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`."""
         of_row = (shape[0], -1, 1)
         scales = packed["weight._scale"].view(of_row)
@@ -89,14 +90,14 @@ class QuantoBackend(Backend):
         # It subtracts zero points times scales.
         return Affine(codes, packed["weight._shift"].view(of_row).float() / scales.float(), scales)
 
-    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+    def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """See `Backend.affine_form`."""
         if bits == 8:
             return AffineForm(shape[1], torch.uint8, symmetric=True)
         return AffineForm(self._group_size(shape, bits) or shape[1], torch.float32, symmetric=False)
 
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
         layer = self._layer(shape, bits, dtype, bias is not None)
@@ -106,18 +107,18 @@ class QuantoBackend(Backend):
         layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return layer
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         rows, columns = shape
         if bits == 8:
             return rows * columns + 2 * rows
         group_size = self._group_size(shape, bits) or columns
         groups = rows * columns // group_size
-        per_byte = 8 // bits
+        per_byte = 8 // int(bits)
         # The library packs along the first axis: whole bytes of `per_byte` groups each.
         return -(-groups // per_byte) * group_size + 4 * groups
 
-    def _weight(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Any:
+    def _weight(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Any:
         """The library's tensor; kernel-agnostic, so that every device computes with the same weights."""
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in packed.items()}
         common = {"qtype": self._qtype(bits), "axis": 0, "size": torch.Size(shape), "stride": (shape[1], 1)}
@@ -129,18 +130,18 @@ class QuantoBackend(Backend):
             tensors, "weight.", **common, group_size=self._group_size(shape, bits), missing_keys=[]
         )
 
-    def _layer(self, shape: tuple[int, int], bits: int, dtype: torch.dtype, bias: bool) -> Any:
+    def _layer(self, shape: tuple[int, int], bits: Width, dtype: torch.dtype, bias: bool) -> Any:
         return self._quanto.QLinear(
             shape[1], shape[0], bias=bias, dtype=dtype, device="meta", weights=self._qtype(bits)
         )
 
-    def _group_size(self, shape: tuple[int, int], bits: int) -> int | None:
+    def _group_size(self, shape: tuple[int, int], bits: Width) -> int | None:
         """The group size that the library's own linear layer takes for this shape."""
         group_size: int | None = self._layer(shape, bits, torch.float32, False).weight_group_size
         return group_size
 
-    def _qtype(self, bits: int) -> Any:
-        return self._quanto.qtypes[f"qint{bits}"]
+    def _qtype(self, bits: Width) -> Any:
+        return self._quanto.qtypes[f"qint{int(bits)}"]
 
 
 def _build_extension() -> None:

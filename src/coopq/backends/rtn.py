@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from coopq.backends.base import Affine, AffineForm, Backend, Packed, PackedLinear, check_group_size
+from coopq.types import Width
 
 _DEFAULT_GROUP_SIZE = 64
 _SMALLEST_SCALE = 2.0**-24
@@ -21,7 +22,7 @@ class RTNBackend(Backend):
     """
 
     name: ClassVar[str] = "rtn"
-    bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+    bits: ClassVar[tuple[Width, ...]] = (2, 3, 4, 8)
     is_affine = True
 
     def __init__(self, group_size: int | None = None) -> None:
@@ -37,7 +38,7 @@ class RTNBackend(Backend):
         """The group size."""
         return {"group_size": self.group_size}
 
-    def quantize(self, weight: Tensor, bits: int) -> Packed:
+    def quantize(self, weight: Tensor, bits: Width) -> Packed:
         """See `Backend.quantize`."""
         rows, columns = weight.shape
         padding = -columns % self.group_size
@@ -50,38 +51,38 @@ class RTNBackend(Backend):
         zero = (-low / scale.float()).round().clamp(0, levels)
         codes = ((groups / scale.float()).round() + zero).clamp(0, levels)
         return {
-            "weight_codes": pack_bits(codes.to(torch.uint8), bits),
+            "weight_codes": pack_bits(codes.to(torch.uint8), int(bits)),
             "weight_scale": scale.squeeze(-1),
-            "weight_zero": pack_bits(zero.to(torch.uint8), bits),
+            "weight_zero": pack_bits(zero.to(torch.uint8), int(bits)),
         }
 
-    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         of = self.affine(packed, shape, bits)
         groups = (of.codes.float() - of.zeros.float()) * of.scales.float()
         return groups.reshape(shape[0], -1)[:, : shape[1]].to(dtype).contiguous()
 
-    def affine(self, packed: Packed, shape: tuple[int, int], bits: int) -> Affine:
+    def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`; here rows may be padded."""
         scales = packed["weight_scale"].unsqueeze(-1)
-        zeros = unpack_bits(packed["weight_zero"], bits, scales.numel()).reshape(scales.shape)
-        codes = unpack_bits(packed["weight_codes"], bits, scales.numel() * self.group_size)
+        zeros = unpack_bits(packed["weight_zero"], int(bits), scales.numel()).reshape(scales.shape)
+        codes = unpack_bits(packed["weight_codes"], int(bits), scales.numel() * self.group_size)
         return Affine(codes.reshape(*scales.shape[:2], self.group_size), zeros, scales)
 
-    def affine_form(self, shape: tuple[int, int], bits: int) -> AffineForm:
+    def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """See `Backend.affine_form`."""
         return AffineForm(self.group_size, torch.uint8, symmetric=False)
 
     def linear(
-        self, packed: Packed, shape: tuple[int, int], bits: int, bias: Tensor | None, dtype: torch.dtype
+        self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
         return PackedLinear(self, packed, shape, bits, bias, dtype)
 
-    def storage_bytes(self, shape: tuple[int, int], bits: int) -> int:
+    def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         n_groups = shape[0] * -(-shape[1] // self.group_size)
-        return _packed_bytes(n_groups * self.group_size, bits) + 2 * n_groups + _packed_bytes(n_groups, bits)
+        return _packed_bytes(n_groups * self.group_size, int(bits)) + 2 * n_groups + _packed_bytes(n_groups, int(bits))
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -12,11 +12,12 @@ import numpy as np
 
 from coopq.baselines import Gains
 from coopq.probe import Probe
+from coopq.types import Width
 
 
-def first_order_changes(probe: Probe) -> dict[int, list[list[float]]]:
+def first_order_changes(probe: Probe) -> dict[Width, list[list[float]]]:
     """<dL/dW, W - Q_b(W)> by width, player and linear layer, nats per token."""
-    changes: dict[int, list[list[float]]] = {bits: [[] for _ in probe.players] for bits in (probe.low, probe.high)}
+    changes: dict[Width, list[list[float]]] = {bits: [[] for _ in probe.players] for bits in (probe.low, probe.high)}
     for player, gradients in probe.gradients():
         weights = probe.weights(player)
         for bits, of_players in changes.items():

@@ -3,15 +3,15 @@
 import numpy as np
 
 from coopq.storage import Storage
-from coopq.types import Assignment, Assignments
+from coopq.types import Assignment, Assignments, Width
 
 
-def uniform_assignment(n_players: int, bits: int) -> Assignment:
+def uniform_assignment(n_players: int, bits: Width) -> Assignment:
     """Every player at `bits`."""
-    return np.full(n_players, bits, dtype=np.int8)
+    return np.full(n_players, bits, dtype=np.float32)
 
 
-def random_assignments(storage: Storage, widths: tuple[int, ...], limit: int, n: int, seed: int) -> Assignments:
+def random_assignments(storage: Storage, widths: tuple[Width, ...], limit: int, n: int, seed: int) -> Assignments:
     """Random assignments that use up a budget.
 
     Players are taken in random order, and each is raised by a width if it still fits.
@@ -35,4 +35,4 @@ def random_assignments(storage: Storage, widths: tuple[int, ...], limit: int, n:
             if costs[player, level[player]] <= left:
                 left -= costs[player, level[player]]
                 level[player] += 1
-    return np.array(widths, dtype=np.int8)[levels]
+    return np.array(widths, dtype=np.float32)[levels]

@@ -77,7 +77,7 @@ class ActiveSearch:
         most: Callable[[Setting], int] = most_points,
     ) -> None:
         self._setting = setting
-        self._starts = np.zeros((0, setting.n_players), dtype=np.int8) if starts is None else starts
+        self._starts = np.zeros((0, setting.n_players), dtype=np.float32) if starts is None else starts
         self.measured = Measured(setting)
         if known is not None:
             self.measured.add(*known)

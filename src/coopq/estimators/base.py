@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from coopq.program import QuadraticProgram
 from coopq.surrogate import Surrogate, fit_surrogates
-from coopq.types import Assignment, Assignments, Game, Losses
+from coopq.types import Assignment, Assignments, Game, Losses, Width
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Setting:
         seed: Seed of all that is random.
     """
 
-    widths: tuple[int, ...]
+    widths: tuple[Width, ...]
     costs: npt.NDArray[np.int64]
     capacities: tuple[int, ...]
     seed: int = 0
@@ -71,7 +71,7 @@ class Setting:
     def assignments(self, lowered: npt.NDArray[np.bool_]) -> Assignments:
         """Bit-widths of coalitions: shape (..., n_steps) to (..., n_players)."""
         taken = lowered.reshape(*lowered.shape[:-1], self.n_players, self.steps).sum(axis=-1)
-        return np.array(self.widths[::-1], dtype=np.int8)[taken]
+        return np.array(self.widths[::-1], dtype=np.float32)[taken]
 
     def lowered(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
         """Coalitions of assignments: shape (..., n_players) to (..., n_steps)."""

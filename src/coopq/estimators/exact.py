@@ -32,7 +32,7 @@ class Enumeration:
 
     def propose(self) -> Assignments:
         """All assignments, with two widths in the order of `Table`."""
-        n, widths = self._setting.n_players, np.array(self._setting.widths[::-1], dtype=np.int8)
+        n, widths = self._setting.n_players, np.array(self._setting.widths[::-1], dtype=np.float32)
         taken = np.arange(len(widths) ** n)[:, None] // len(widths) ** np.arange(n) % len(widths)
         return widths[taken[:0] if len(self.measured) else taken]
 

@@ -5,10 +5,10 @@ import numpy.typing as npt
 
 from coopq.errors import EstimationError
 from coopq.estimators.base import ShapleyEstimate
-from coopq.types import Assignments, Losses
+from coopq.types import Assignments, Losses, Width
 
 
-def permutation_walk(order: npt.NDArray[np.intp], low: int, high: int) -> Assignments:
+def permutation_walk(order: npt.NDArray[np.intp], low: Width, high: Width) -> Assignments:
     """Assignments of one walk from all-`high` to all-`low`.
 
     Args:
@@ -18,7 +18,7 @@ def permutation_walk(order: npt.NDArray[np.intp], low: int, high: int) -> Assign
     Returns:
         The start and the state after each step, shape (n_players + 1, n_players).
     """
-    walk = np.full((len(order) + 1, len(order)), high, dtype=np.int8)
+    walk = np.full((len(order) + 1, len(order)), high, dtype=np.float32)
     for step, player in enumerate(order, start=1):
         walk[step:, player] = low
     return walk
@@ -58,7 +58,7 @@ class SPQE:
     """
 
     def __init__(
-        self, n_players: int, *, low: int, high: int, permutations: int, seed: int, antithetic: bool = False
+        self, n_players: int, *, low: Width, high: Width, permutations: int, seed: int, antithetic: bool = False
     ) -> None:
         if permutations < 2:
             raise EstimationError(f"permutations = {permutations}, but a covariance needs at least 2")

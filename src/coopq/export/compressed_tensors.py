@@ -17,7 +17,7 @@ from coopq.errors import ExportError
 from coopq.export.folder import begin, check_columns, write_folder
 from coopq.plan import Plan
 from coopq.players import fused_groups
-from coopq.types import ProgressCallback, silent
+from coopq.types import ProgressCallback, Width, silent
 
 _FORM = "compressed-tensors"
 
@@ -44,7 +44,7 @@ def export_compressed_tensors(saved: Path, out: Path, *, progress: ProgressCallb
     return write_folder(saved, out, tensors, _configuration(plan, backend))
 
 
-def check_fused(widths: Mapping[str, int]) -> None:
+def check_fused(widths: Mapping[str, Width]) -> None:
     """Check that layers which vLLM multiplies as one matrix have one width, or are of one player.
 
     Raises:
@@ -68,7 +68,7 @@ def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tens
     }
 
 
-def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: int, name: str) -> dict[str, Tensor]:
+def _pack(backend: GPTQBackend, packed: dict[str, Tensor], bits: Width, name: str) -> dict[str, Tensor]:
     """One module's tensors."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

@@ -18,7 +18,7 @@ from coopq.plan import Plan
 from coopq.players import weight_of
 from coopq.run import RunConfig
 from coopq.tensors import save_tensors, saved_size
-from coopq.types import UNTOUCHED, Player
+from coopq.types import UNTOUCHED, Player, Width
 
 _WEIGHTS = "model.safetensors"
 _NOT_COPIED = ("plan.json", "quantize_config.json", _WEIGHTS)
@@ -75,7 +75,9 @@ def fixed_bytes(config: RunConfig, model: Any, players: Sequence[Player], backen
     # The header tells where tensors begin and end, in numbers that may have two digits more with 16 bits.
     n_bytes = saved_size(expected) + 4 * len(expected)
     for linear in linears:
-        sizes = {bits: _bytes_of(layout(linear.shape, bits, backend.group_size)) for bits in config.quantized_widths}
+        sizes = {
+            bits: _bytes_of(layout(linear.shape, int(bits), backend.group_size)) for bits in config.quantized_widths
+        }
         apart = [size - backend.storage_bytes(linear.shape, bits) for bits, size in sizes.items()]
         n_bytes += max(apart + [0] * (UNTOUCHED in config.widths)) - sizes[widest]
     return n_bytes
@@ -86,7 +88,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _expected(
-    model: Any, dtype: torch.dtype, widths: Mapping[str, int], group_size: int, layout: Layout
+    model: Any, dtype: torch.dtype, widths: Mapping[str, Width], group_size: int, layout: Layout
 ) -> dict[str, Tensor]:
     """All tensors of a folder, without storage: `layout`'s, and the others as `save_model` keeps them."""
     quantized = {name for name, bits in widths.items() if bits != UNTOUCHED}
@@ -101,7 +103,7 @@ def _expected(
             tensors[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
     for name in quantized:
         rows, columns = weight_of(model, name).shape
-        parts = layout((rows, columns), widths[name], group_size)
+        parts = layout((rows, columns), int(widths[name]), group_size)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return tensors
 

@@ -23,7 +23,7 @@ from coopq.models import LoadedModel, load_skeleton
 from coopq.plan import Plan
 from coopq.players import weight_of
 from coopq.run import RunConfig
-from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
+from coopq.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 
 _FORM, _FILE = "openvino", "openvino_model"
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -128,15 +128,15 @@ class _Sizes(NamedTuple):
     """Bytes of a weight's constants: of those that are its own, and of each that others may have too."""
 
     own: int
-    alike: list[tuple[int, int]]  # with the bits of the weight, which tell their bytes apart
+    alike: list[tuple[int, Width]]  # with the bits of the weight, which tell their bytes apart
 
 
-def _sizes(backend: Backend, shape: tuple[int, int], bits: int) -> _Sizes:
+def _sizes(backend: Backend, shape: tuple[int, int], bits: Width) -> _Sizes:
     form = backend.affine_form(shape, bits)
     n_groups = shape[0] * shape[1] // form.group_size
-    of_zero = bits if _is_whole(form.zeros, bits) else max(form.zeros.itemsize * 8, 16)
+    of_zero = int(bits) if _is_whole(form.zeros, bits) else max(form.zeros.itemsize * 8, 16)
     zeros = _packed_bytes(n_groups, of_zero)
-    own = _packed_bytes(shape[0] * shape[1], bits) + 2 * n_groups
+    own = _packed_bytes(shape[0] * shape[1], int(bits)) + 2 * n_groups
     return _Sizes(own, [(zeros, bits)]) if form.symmetric else _Sizes(own + zeros, [])
 
 
@@ -232,7 +232,7 @@ def _holds(node: Any, weight: Tensor) -> bool:
     )
 
 
-def _packed(weight: Affine, bits: int, name: str) -> Any:
+def _packed(weight: Affine, bits: Width, name: str) -> Any:
     """The nodes of a weight, of which the last gives it in float32, shape (out, in)."""
     ops, types = _library().opset13, _library().Type
 
@@ -250,7 +250,7 @@ def _packed(weight: Affine, bits: int, name: str) -> Any:
     return ops.reshape(groups, rows, special_zero=False, name=name)
 
 
-def _is_whole(zeros: torch.dtype, bits: int) -> bool:
+def _is_whole(zeros: torch.dtype, bits: Width) -> bool:
     """Whether zero points are stored as integers.
 
     Those of 2 bits have no kernel then on CPUs that compute in bfloat16 (seen in OpenVINO 2026.4).

@@ -91,7 +91,7 @@ def plans_on(
 
 def measure(bench: Workbench, plan: Plan) -> Plan:
     """The plan with its loss on the calibration set truly measured, and the evidence for it; kept in the run folder."""
-    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.int8)
+    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
     with bench.calibration_game("measuring the plan") as game:
         chosen, runner_up = game.per_sequence(points)
     evidence = Evidence.of(chosen, None if plan.runner_up is None else runner_up)

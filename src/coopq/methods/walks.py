@@ -13,7 +13,7 @@ from coopq.program import local_optima
 from coopq.run import Estimation
 from coopq.storage import Budget
 from coopq.surrogate import best_surrogate
-from coopq.types import REMOVED, UNTOUCHED
+from coopq.types import REMOVED, UNTOUCHED, Width, as_widths
 from coopq.workbench import Workbench
 
 
@@ -35,7 +35,7 @@ def plans_by_walks(
     }
     plans = []
     for budget, capacity in zip(bench.each(f"solving the program, {method}", budgets), setting.capacities, strict=True):
-        best = [tuple(row.tolist()) for row in setting.assignments(walked.best(capacity, 2))]
+        best = [tuple(as_widths(row)) for row in setting.assignments(walked.best(capacity, 2))]
         if method == "shapley":
             plan = plan_gains(bench, method, estimation.estimate.shapley, budget, **spent)
         elif method == "interactions":
@@ -62,7 +62,7 @@ def _pruning_on(bench: Workbench) -> Estimation:
     return _estimation(bench, _spqe(bench, low=REMOVED, high=UNTOUCHED))
 
 
-def _spqe(bench: Workbench, low: int | None = None, high: int | None = None) -> SPQE:
+def _spqe(bench: Workbench, low: Width | None = None, high: Width | None = None) -> SPQE:
     config = bench.config
     return SPQE(
         len(bench.players),
