@@ -156,8 +156,8 @@ class GGMLBackend(Backend):
 class IQuants(GGMLBackend):
     """I-quants for the narrow widths: lower loss in fewer bytes than K-quants, slower to compute with on CPUs.
 
-    Of two types that have as many bits the smaller one has the whole width, the larger one half a bit more: those that
-    lose less than a mixture of the types around them.
+    Of two types that have as many bits the smaller one has the whole width, the larger one half a bit more. Types that
+    are not here lose about what a mixture of those around them does, or more.
     """
 
     name: ClassVar[str] = "ggml-iq"
