@@ -3,6 +3,7 @@
     python benchmarks/llama_mixes.py demo                          # half an hour on two cores; resumes
     python benchmarks/llama_mixes.py demo --granularity fused      # hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
+    python benchmarks/llama_mixes.py llama --granularity fused --backend ggml        # K-quants alone
 
 llama.cpp's mixes are made by llama.cpp itself (pip install llama-cpp-python, which is compiled; the fork whose wheel is
 at hand has types and mixes of its own), with an importance matrix of the same calibration tokens that ours is made
@@ -59,23 +60,20 @@ class Subject:
     """A model, and how it is measured.
 
     Attributes:
-        backend: ggml's types to choose from.
-        widths: Those that ggml has for its rows.
+        widths: Those that backends of ggml's types have for its rows, the first backend being the one to take.
         mixes: llama.cpp's.
         calibration: What is searched on, and what importance is measured on, theirs and ours.
         n_windows: The first ones of WikiText-2, and as many of other texts.
     """
 
-    backend: str
-    widths: tuple[Width, ...]
+    widths: Mapping[str, tuple[Width, ...]]
     mixes: tuple[str, ...]
     calibration: CalibrationConfig
     n_windows: int
 
 
 REFERENCE = Subject(
-    "ggml-iq",
-    (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8),
+    {"ggml-iq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8), "ggml": (2, 3, 4, 5, 6, 8)},
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
     CalibrationConfig(str(TO_CALIBRATE), sequences=16, length=WINDOW),
     64,
@@ -84,8 +82,7 @@ REFERENCE = Subject(
 depths that Google published."""
 SUBJECTS = {
     "demo": Subject(
-        "ggml",
-        (4, 5, 8),
+        {"ggml": (4, 5, 8)},
         ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
         CalibrationConfig(sequences=4, length=256),
         16,
@@ -187,12 +184,15 @@ def measured(files: list[Path], tokens: npt.NDArray[np.int64], threads: int) -> 
     return Judged(nll, divergence)
 
 
-def run(name: str, granularity: str) -> list[str]:
-    """The report of a model."""
+def run(name: str, granularity: str, backend: str | None) -> list[str]:
+    """The report of a model; writes it."""
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
     divide_wikipedia()
     subject, (source, base) = SUBJECTS[name], source_of(name, work)
+    first, *_ = subject.widths
+    backend = backend or first
+    search = granularity if backend == first else f"{granularity}-{backend}"
     threads, loaded = torch.get_num_threads(), load_model(source, device="cpu")
     tokens = wikitext2(loaded.tokenizer, WINDOW, subject.n_windows * WINDOW).tokens
     # Where the engine computes some types wrongly, numbers would be worth nothing.
@@ -209,10 +209,10 @@ def run(name: str, granularity: str) -> list[str]:
         importance = tensor_importance(source, base, subject.calibration)
         for kind, file in theirs.items():
             mix(base, kind, importance, file)
-    low, *between, high = subject.widths
+    low, *between, high = subject.widths[backend]
     config = RunConfig(
         source,
-        subject.backend,
+        backend,
         low=low,
         high=high,
         between=tuple(between),
@@ -224,24 +224,25 @@ def run(name: str, granularity: str) -> list[str]:
         base=None if gguf_file(name) else str(base),
     )
     budgets = [Budget.parse(f"{file.stat().st_size}B") for file in theirs.values()]
-    with Progress() as bars, open_workbench(config, work / granularity, bars_for(bars, name)) as bench:
+    with Progress() as bars, open_workbench(config, work / search, bars_for(bars, name)) as bench:
         begin_with_nothing(bench, ["active"], budgets)  # as in a new folder, whatever was searched in this one
         plans = [measure(bench, plan) for plan in plans_on(bench, "active", budgets)]
         for kind, plan in zip(theirs, plans, strict=True):
-            saved = work / f"{granularity}-{kind}"
+            saved = work / f"{search}-{kind}"
             if is_saved_model(saved) and saved_plan(saved).assignment != plan.assignment:
                 shutil.rmtree(saved)
             if not is_saved_model(saved):
                 bench.save(plan, saved)
-            export_model(saved, "gguf", work / f"{granularity}-{kind}.gguf")
+            export_model(saved, "gguf", work / f"{search}-{kind}.gguf")
     texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (str(TO_JUDGE), "c4"))]
-    pairs = [(work / f"{granularity}-{kind}.gguf", file) for kind, file in theirs.items()]
+    pairs = [(work / f"{search}-{kind}.gguf", file) for kind, file in theirs.items()]
     files = [base, *(file for pair in pairs for file in pair)]
     judged = [measured(files, text, threads) for text in texts]
     lines = [
         f"# {name}: our GGUF files against llama.cpp's mixes",
         "",
-        f"Written by `python benchmarks/llama_mixes.py {name} --granularity {granularity}`: {subject.backend},",
+        f"Written by `python benchmarks/llama_mixes.py {name} --granularity {granularity}"
+        f"{'' if backend == first else f' --backend {backend}'}`: {backend},",
         f"{config.widths_text} bits,",
         f"active search by divergence on {subject.calibration.sequences} x {subject.calibration.length} tokens of",
         f"{Path(subject.calibration.source).name}, for all sizes together. Perplexities by llama.cpp",
@@ -270,6 +271,7 @@ def run(name: str, granularity: str) -> list[str]:
     for kind, pair in zip(theirs, pairs, strict=True):
         apart = [f"{text.divergence[of].mean():.4f}" for text in judged for of in reversed(pair)]
         lines.append(f"| {' | '.join([kind, *apart])} |")
+    (RESULTS / f"llama_mixes-{name}-{search}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return lines
 
 
@@ -278,11 +280,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=SUBJECTS)
     parser.add_argument("--granularity", default="block", choices=GRANULARITIES)
+    parser.add_argument("--backend", choices=REFERENCE.widths)
     arguments = parser.parse_args()
-    lines = run(arguments.model, arguments.granularity)
-    print("\n".join(lines))
-    report = RESULTS / f"llama_mixes-{arguments.model}-{arguments.granularity}.md"
-    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(run(arguments.model, arguments.granularity, arguments.backend)))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class ActiveSearch:
         incumbents, lowest = self.measured.best(capacity, _INCUMBENTS), self.measured.lowest(capacity)
         near = [neighbours(self._setting.program(capacity), q) for q in incumbents]
         seen = {q.tobytes() for q in taken}
-        most = max(_PER_SURROGATE, self._setting.n_steps // _PLAYERS_A_POINT)
+        most = max(_PER_SURROGATE, self._setting.n_players // _PLAYERS_A_POINT)
         proposed: list[Lowered] = []
         for surrogate in self.measured.surrogates(capacity):
             program = surrogate.program(self._setting.program(capacity))
