@@ -81,15 +81,15 @@ def bits_of(kind: str) -> float:
     return float(8 * size / block)
 
 
-def below_mixtures(lost: Mapping[str, float]) -> list[str]:
+def below_mixtures(losses: Mapping[str, float]) -> list[str]:
     """Types that lose less than any two others would in as many bytes, if losses of layers added up."""
     found = []
-    for kind, value in lost.items():
-        smaller = [of for of in lost if bits_of(of) < bits_of(kind)]
-        larger = [of for of in lost if bits_of(of) > bits_of(kind)]
-        alike = [lost[of] for of in lost if of != kind and bits_of(of) == bits_of(kind)]
+    for kind, value in losses.items():
+        smaller = [of for of in losses if bits_of(of) < bits_of(kind)]
+        larger = [of for of in losses if bits_of(of) > bits_of(kind)]
+        alike = [losses[of] for of in losses if of != kind and bits_of(of) == bits_of(kind)]
         mixed = [
-            np.interp(bits_of(kind), [bits_of(low), bits_of(high)], [lost[low], lost[high]])
+            np.interp(bits_of(kind), [bits_of(low), bits_of(high)], [losses[low], losses[high]])
             for low, high in product(smaller, larger)
         ]
         if value < min([*mixed, *alike, np.inf]):

@@ -50,7 +50,8 @@ def test_ggml_keeps_the_contract_where_rows_allow(name: str, columns: int) -> No
     widths = (4, 5, 8) if columns % 256 else backend.bits
     for bits in backend.bits:
         if bits in widths:
-            check_backend(backend, weight, bits)
+            # I-quants choose among some vectors of codes, none of which may be near in every weight.
+            check_backend(backend, weight, bits, 1.2 if name == "ggml-iq" else 1.0)
             packed = backend.quantize(weight, bits)["blocks"].numpy()
             theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, _type(backend, columns, bits)))
             ours = backend.dequantize({"blocks": torch.from_numpy(packed)}, (24, columns), bits, torch.float32)
