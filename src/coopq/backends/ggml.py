@@ -141,7 +141,7 @@ class GGMLBackend(Backend):
         if bits not in types:
             raise BackendError(
                 f"backend {self.name!r} has no type of {bits} bits for rows of {columns} weights; it has "
-                f"{', '.join(map(str, types))} for these (2, 3 and 6 bits want multiples of 256)"
+                f"{', '.join(map(str, types))} for these (others want multiples of 256)"
             )
         return GGMLQuantizationType[types[bits]]
 
