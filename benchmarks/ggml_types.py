@@ -1,9 +1,10 @@
 """Every type of ggml by itself: what all linear layers of a reference model lose in it.
 
-    python benchmarks/ggml_types.py        # four minutes on two cores
+    python benchmarks/ggml_types.py        # ten minutes on two cores
 
-Weights are rounded with an importance matrix of some sequences of C4, and judged on others. Which types the
-backends `ggml` and `ggml-iq` take for a width follows from this. Writes docs/results/ggml_types.md.
+Weights are rounded with an importance matrix of some sequences of C4, by ggml and with its scales by GPTQ where its
+codes allow, and judged on others. Which types the backends `ggml`, `ggml-iq` and `ggml-gptq` take for a width follows
+from this. Writes docs/results/ggml_types.md.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import track
 from torch import Tensor
 
-from coopq.backends.ggml import GGMLBackend, column_importance
+from coopq.backends.ggml import GGMLBackend, from_blocks
+from coopq.backends.ggml_gptq import code_layout, elimination_order, second_order
+from coopq.backends.inputs import second_moments
 from coopq.calibration import calibration_set
 from coopq.models import load_model
 from coopq.players import find_players
@@ -32,6 +35,11 @@ TYPES = (
     *("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S", "Q3_K"),
     *("IQ4_XS", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K", "Q8_0"),
 )
+GPTQ = " by GPTQ"
+VARIANTS = [
+    *TYPES,
+    *(f"{kind}{GPTQ}" for kind in TYPES if code_layout(GGMLQuantizationType[kind])),
+]
 SEQUENCES, LENGTH = 16, 512
 
 
@@ -53,31 +61,33 @@ def expected(model: Any, tokens: npt.NDArray[np.int64]) -> Tensor:
 
 
 def lost(name: str) -> dict[str, tuple[float, float]]:
-    """Of a model by type: divergence from full precision and loss above it, nats per token."""
+    """Of a model by type and rounding: divergence from full precision and loss above it, nats per token."""
     loaded = load_model(str(ROOT / "benchmarks" / "data" / name), dtype="float32", device="cpu")
     model, tokenizer = loaded.model, loaded.tokenizer
     text = calibration_set(CalibrationConfig(sequences=2 * SEQUENCES, length=LENGTH), tokenizer)
     fitted, others = text.tokens[:SEQUENCES], text.tokens[SEQUENCES:]
     names = [linear.name for player in find_players(model) for linear in player.linears]
-    importance = column_importance(model, names, fitted)
+    moments = second_moments(model, names, fitted)
+    eliminations = {module: elimination_order(of) for module, of in moments.items()}
     weights = {module: model.get_submodule(module).weight for module in names}
     originals = {module: weight.data for module, weight in weights.items()}
     own, following = expected(model, others), torch.from_numpy(others[:, 1:, None])
     found, backend = {}, OneType()
-    for kind in track(TYPES, description=name):
-        backend.kind = GGMLQuantizationType[kind]
+    for variant in track(VARIANTS, description=name):
+        backend.kind = GGMLQuantizationType[variant.removesuffix(GPTQ)]
         for module, original in originals.items():
-            shape = (original.shape[0], original.shape[1])
-            packed = backend.quantize(original, 0, importance[module])
-            weights[module].data = backend.dequantize(packed, shape, 0, torch.float32)
+            blocks = backend.quantize(original, 0, moments[module].diagonal())["blocks"]
+            if variant.endswith(GPTQ):
+                blocks = second_order(backend.kind, original, blocks, eliminations[module])
+            weights[module].data = from_blocks(backend.kind, blocks)
         apart = own - expected(model, others)
-        found[kind] = float((own.exp() * apart).sum(dim=-1).mean()), float(apart.gather(2, following).mean())
+        found[variant] = float((own.exp() * apart).sum(dim=-1).mean()), float(apart.gather(2, following).mean())
     return found
 
 
-def bits_of(kind: str) -> float:
+def bits_of(variant: str) -> float:
     """Stored bits per weight of a type."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[variant.removesuffix(GPTQ)]]
     return float(8 * size / block)
 
 
@@ -105,14 +115,15 @@ def main() -> None:
         "# Types of ggml",
         "",
         "Written by `python benchmarks/ggml_types.py`: all linear layers of the reference models' blocks in one type,",
-        f"with an importance matrix of {SEQUENCES} x {LENGTH} tokens of C4; divergence from full precision and",
+        f"with second moments of inputs on {SEQUENCES} x {LENGTH} tokens of C4, whose diagonal is the importance",
+        "matrix that ggml rounds with; divergence from full precision and",
         f"loss above it on {SEQUENCES} x {LENGTH} other tokens of C4, nats per token.",
         f"libggml-python {GGMLBackend().version}.",
         "",
         f"| type | bits per weight | {' | '.join(columns)} |",
         "| --- | --- |" + " --- |" * len(columns),
     ]
-    for kind in TYPES:
+    for kind in VARIANTS:
         cells = [f"{by_model[name][kind][what]:.4f}" for what in (0, 1) for name in MODELS]
         lines.append(f"| {kind} | {bits_of(kind):.4g} | {' | '.join(cells)} |")
     lines += [

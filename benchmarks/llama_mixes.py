@@ -3,7 +3,8 @@
     python benchmarks/llama_mixes.py demo                          # half an hour on two cores; resumes
     python benchmarks/llama_mixes.py demo --granularity fused      # hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
-    python benchmarks/llama_mixes.py llama --granularity fused --backend ggml        # K-quants alone
+    python benchmarks/llama_mixes.py llama --granularity fused --backend ggml-iq     # rounded by ggml, as theirs are
+    python benchmarks/llama_mixes.py llama --granularity fused --backend ggml        # and K-quants alone, as most are
 
 llama.cpp's mixes are made by llama.cpp itself (pip install llama-cpp-python, which is compiled; the fork whose wheel is
 at hand has types and mixes of its own), with an importance matrix of the same calibration tokens that ours is made
@@ -32,7 +33,7 @@ from rich.progress import Progress
 
 import llama_cpp
 from convert import DATA, convert
-from coopq.backends.ggml import column_importance
+from coopq.backends.inputs import column_importance
 from coopq.calibration import calibration_set, fitting_set, wikitext2
 from coopq.checkpoint import is_saved_model, saved_plan
 from coopq.engine import model_nll
@@ -73,7 +74,11 @@ class Subject:
 
 
 REFERENCE = Subject(
-    {"ggml-iq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8), "ggml": (2, 3, 4, 5, 6, 8)},
+    {
+        "ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8),
+        "ggml-iq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8),
+        "ggml": (2, 3, 4, 5, 6, 8),
+    },
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
     CalibrationConfig(str(TO_CALIBRATE), sequences=16, length=WINDOW),
     64,
@@ -82,7 +87,7 @@ REFERENCE = Subject(
 depths that Google published."""
 SUBJECTS = {
     "demo": Subject(
-        {"ggml": (4, 5, 8)},
+        {"ggml-gptq": (4, 5, 8), "ggml": (4, 5, 8)},
         ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
         CalibrationConfig(sequences=4, length=256),
         16,

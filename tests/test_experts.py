@@ -12,13 +12,15 @@ import transformers as hf
 
 import coopq
 from coopq.backends import get_backend
-from coopq.backends.ggml import GGMLBackend, column_importance
+from coopq.backends.ggml import GGMLBackend, to_blocks
+from coopq.backends.ggml_gptq import GGMLGPTQ, elimination_order, second_order
+from coopq.backends.inputs import column_importance, second_moments
 from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import save_model, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
 from coopq.export import predicted_bytes
 from coopq.models import LoadedModel
-from coopq.players import find_players
+from coopq.players import find_players, weight_of
 from coopq.types import UNTOUCHED
 from tests.architectures import GROUPED
 from tests.checkpoints import plan_for
@@ -116,22 +118,23 @@ def test_each_expert_has_the_importance_of_its_own_inputs(name: str) -> None:
     tokens = np.random.default_rng(2).integers(3, 97, size=(1, 4))
     names = [f"{of_module}.gate_up_proj", f"{of_module}.down_proj"]
     before = model.get_experts_implementation()
-    found = column_importance(model, names, tokens)
+    found, moments = (of(model, names, tokens) for of in (column_importance, second_moments))
     handle.remove()
     assert model.get_experts_implementation() == before != {"": "eager"}
-    ((inputs, chosen, _),) = seen
+    (inputs, chosen, _), _ = seen
     reached = [(chosen == expert).any(dim=1) for expert in range(4)]
     expected: dict[str, list[torch.Tensor]] = {of: [] for of in names}
     for expert, rows in enumerate(reached):
         gates, ups = (inputs[rows] @ experts.gate_up_proj[expert].T).chunk(2, dim=1)
         for of, values in zip(names, (inputs[rows], torch.nn.functional.silu(gates) * ups), strict=True):
-            expected[of].append(values.square().mean(dim=0))
+            expected[of].append(values.T @ values / len(values))
     for of, rows_of in expected.items():
         hit = [row for row in rows_of if not row.isnan().any()]
         assert 1 < len(hit) < 4
         others = torch.stack(hit).mean(dim=0)
         wanted = torch.stack([others if row.isnan().any() else row for row in rows_of])
-        torch.testing.assert_close(found[of], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(moments[of], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found[of], wanted.diagonal(dim1=1, dim2=2), rtol=1e-4, atol=1e-7)
 
 
 def test_experts_are_rounded_by_their_own_importance() -> None:
@@ -141,6 +144,19 @@ def test_experts_are_rounded_by_their_own_importance() -> None:
     alone = [backend.quantize(part, 3, of)["blocks"] for part, of in zip(weight.chunk(3), importance, strict=True)]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together, backend.quantize(weight, 3, importance[0])["blocks"])
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_rounded_by_their_own_moments(name: str) -> None:
+    model, tokens = tiny(name), np.random.default_rng(2).integers(3, 97, size=(2, 32))
+    of, backend = "model.layers.1.mlp.experts.down_proj", GGMLGPTQ()
+    experts, moments = weight_of(model, of).data, second_moments(model, [of], tokens)[of]
+    ((_, packed),) = backend.quantize_model(model, None, {of: 4}, tokens)
+    kind = backend.tensor_type(experts.shape[2], 4)
+    for blocks, weight, of_expert in zip(packed["blocks"].chunk(len(experts)), experts, moments, strict=True):
+        rounded = to_blocks(kind, weight, of_expert.diagonal())
+        assert torch.equal(blocks, second_order(kind, weight, rounded, elimination_order(of_expert)))
+        assert not torch.equal(blocks, rounded)
 
 
 @pytest.mark.parametrize("name", EXPERTS)

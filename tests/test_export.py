@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
 from coopq.backends import Backend, get_backend
-from coopq.backends.ggml import GGMLBackend, IQuants, column_importance
+from coopq.backends.ggml import GGMLBackend, IQuants
+from coopq.backends.inputs import column_importance
 from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
 from coopq.engine import model_nll
@@ -43,7 +44,7 @@ DEMO = RunConfig(
 FILE = 100_000_000
 
 
-@pytest.mark.parametrize("name", ["ggml", "ggml-iq"])
+@pytest.mark.parametrize("name", ["ggml", "ggml-iq", "ggml-gptq"])
 @pytest.mark.parametrize("columns", [256, 768, 96, 576])
 def test_ggml_keeps_the_contract_where_rows_allow(name: str, columns: int) -> None:
     backend, weight = get_backend(name), torch.randn(24, columns) * torch.rand(24, 1)
@@ -51,7 +52,7 @@ def test_ggml_keeps_the_contract_where_rows_allow(name: str, columns: int) -> No
     for bits in backend.bits:
         if bits in widths:
             # I-quants choose among some vectors of codes, none of which may be near in every weight.
-            check_backend(backend, weight, bits, 1.2 if name == "ggml-iq" else 1.0)
+            check_backend(backend, weight, bits, 1.0 if name == "ggml" else 1.2)
             packed = backend.quantize(weight, bits)["blocks"].numpy()
             theirs = gguf.quants.dequantize(packed, getattr(gguf.GGMLQuantizationType, _type(backend, columns, bits)))
             ours = backend.dequantize({"blocks": torch.from_numpy(packed)}, (24, columns), bits, torch.float32)
@@ -148,7 +149,7 @@ def test_llama_cpp_writes_text_from_it(demo: tuple[coopq.Plan, Path, Path]) -> N
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("backend", ["ggml", "ggml-iq"])
+@pytest.mark.parametrize("backend", ["ggml", "ggml-iq", "ggml-gptq"])
 def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path: Path) -> None:
     """Of a model whose rows have them all, the embedding among its players, from llama.cpp's own conversion."""
     source, base, saved = str(BENCHMARKS / "data" / "qwen"), tmp_path / "base.gguf", tmp_path / "saved"
@@ -156,7 +157,7 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
     assert done.returncode == 0, done.stderr[-2000:]
     loaded = load_model(source, device="cpu")
     tokens = calibration_set(CalibrationConfig(sequences=4, length=128), loaded.tokenizer).tokens
-    between = [2.5, 3.5, 4.5] if backend == "ggml-iq" else [2, 3, 4]
+    between = [2, 3, 4] if backend == "ggml" else [2.5, 3.5, 4.5]
     plan = plan_for(loaded.model, backend, None, [6, 2, 3, 4, 5, 6, 8, 2, *between, 16, 8], embeddings=True)
     plan = replace(
         plan,

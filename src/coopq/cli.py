@@ -184,8 +184,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="gguf (from ggml, ggml-iq), openvino (rtn, hqq, quanto, gptq, autoround), compressed-tensors, "
-            "auto-round (both gptq, autoround)."
+            help="gguf (from ggml, ggml-iq, ggml-gptq), openvino (rtn, hqq, quanto, gptq, autoround), "
+            "compressed-tensors, auto-round (both gptq, autoround)."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The GGUF file to write, or the folder of another form.")],

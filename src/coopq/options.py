@@ -37,7 +37,9 @@ Base = Annotated[
     str | None, typer.Option(help="For --target gguf or openvino: the model in full precision in that form.")
 ]
 Context = Annotated[int | None, typer.Option(min=1, help="A budget in bytes holds the KV cache of so many tokens too.")]
-Backend = Annotated[str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, autoround, ggml or ggml-iq.")]
+Backend = Annotated[
+    str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, autoround, ggml, ggml-iq or ggml-gptq.")
+]
 METHOD_HELP = (
     "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
     "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "

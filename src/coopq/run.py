@@ -54,7 +54,7 @@ class RunConfig:
 
     Attributes:
         model: Hub id, local folder, GGUF file, or "demo".
-        backend: "rtn", "quanto", "hqq", "gptq", "gptq-static", "autoround", "ggml" or "ggml-iq".
+        backend: "rtn", "quanto", "hqq", "gptq", "gptq-static", "autoround", "ggml", "ggml-iq" or "ggml-gptq".
         group_size: Weights that share a scale; None takes the backend's default.
         act_order: For gptq and gptq-static; None takes their default.
         symmetric: For these and autoround; None takes their default.

@@ -18,6 +18,7 @@ BACKENDS = {
     "autoround": "coopq.backends.autoround:AutoRoundBackend",
     "ggml": "coopq.backends.ggml:GGMLBackend",
     "ggml-iq": "coopq.backends.ggml:IQuants",
+    "ggml-gptq": "coopq.backends.ggml_gptq:GGMLGPTQ",
 }
 
 _OPTIONS = "gptq and gptq-static have act_order and symmetric, autoround has symmetric"

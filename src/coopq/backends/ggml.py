@@ -2,9 +2,8 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,15 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from coopq.backends.base import Backend, Packed, PackedLinear
+from coopq.backends.inputs import column_importance
 from coopq.errors import BackendError
 from coopq.players import weight_of
 from coopq.types import UNTOUCHED, Width
 
-_BATCH_SEQUENCES = 2
 _NEEDS_IMPORTANCE = ("IQ2_XXS",)
 """Types that ggml ends the process for where no importance is given, as of an embedding."""
 
@@ -70,31 +67,7 @@ class GGMLBackend(Backend):
             bits: The width.
             importance: Shape (in,), or (n_experts, in).
         """
-        source = weight.detach().float().cpu().contiguous()
-        kind = self.tensor_type(weight.shape[1], bits)
-        if importance is None and kind.name in _NEEDS_IMPORTANCE:
-            importance = torch.ones(weight.shape[1])
-        columns = [None] if importance is None else importance.float().cpu().reshape(-1, weight.shape[1]).contiguous()
-        blocks = torch.empty(weight.shape[0], self._row_bytes(weight.shape[1], bits), dtype=torch.uint8)
-        n_threads = torch.get_num_threads()
-        rows = -(-len(source) // n_threads)
-
-        def quantize_rows(part: Tensor, into: Tensor, of_columns: Tensor | None) -> int:
-            pointer = None if of_columns is None else of_columns.data_ptr()
-            given = int(kind), part.data_ptr(), into.data_ptr(), 0, *part.shape, pointer
-            return int(_library().ggml_quantize_chunk(*given))
-
-        parts = [
-            (part, into, of_columns)
-            for expert, into_expert, of_columns in zip(
-                source.chunk(len(columns)), blocks.chunk(len(columns)), columns, strict=True
-            )
-            for part, into in zip(expert.split(rows), into_expert.split(rows), strict=True)
-        ]
-        with ThreadPoolExecutor(n_threads) as threads:  # each row by itself, outside of Python
-            written = sum(threads.map(quantize_rows, *zip(*parts, strict=True)))
-        assert written == blocks.nbytes, (written, blocks.nbytes)
-        return {"blocks": blocks.to(weight.device)}
+        return {"blocks": to_blocks(self.tensor_type(weight.shape[1], bits), weight, importance).to(weight.device)}
 
     def quantize_model(
         self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
@@ -109,9 +82,7 @@ class GGMLBackend(Backend):
         """See `Backend.dequantize`."""
         blocks = packed["blocks"]
         on_host = blocks.cpu().contiguous()
-        weight = torch.empty(shape, dtype=torch.float32)
-        _to_float(int(self.tensor_type(shape[1], bits)))(on_host.data_ptr(), weight.data_ptr(), weight.numel())
-        return weight.to(blocks.device, dtype)
+        return from_blocks(self.tensor_type(shape[1], bits), on_host).to(blocks.device, dtype)
 
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
@@ -175,85 +146,58 @@ class IQuants(GGMLBackend):
     bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
 
 
-@torch.no_grad()
-def column_importance(model: Any, names: list[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Mean squares of the inputs of linear layers and experts, by column.
+def to_blocks(kind: Any, weight: Tensor, importance: Tensor | None) -> Tensor:
+    """What ggml makes of a weight, uint8 in the host's memory, shape (out, bytes of a row).
 
     Args:
-        model: A model of transformers.
-        names: Of linear layers, and of experts that are kept in one tensor.
-        tokens: Shape (n_sequences, length).
-    Returns:
-        Shape (in,) for a linear layer, (n_experts, in) for experts, of which those that no token reaches have the mean
-        of the others. What no token reaches as one of these is left out.
+        kind: A `gguf.GGMLQuantizationType`.
+        weight: Shape (out, in); of experts, one after the other.
+        importance: Of its columns, shape (in,), or (n_experts, in).
     """
-    sums: dict[tuple[str, int], Tensor] = {}
-    counts: dict[tuple[str, int], int] = {}
+    from gguf import GGML_QUANT_SIZES
 
-    def keep(name: str, expert: int, inputs: Tensor) -> None:
-        rows = inputs.detach().flatten(0, -2)
-        squares = rows.float().square().sum(dim=0, dtype=torch.float64)
-        key = name, expert
-        sums[key] = sums[key] + squares if key in sums else squares
-        counts[key] = counts.get(key, 0) + len(rows)
+    source = weight.detach().float().cpu().contiguous()
+    if importance is None and kind.name in _NEEDS_IMPORTANCE:
+        importance = torch.ones(weight.shape[1])
+    columns = [None] if importance is None else importance.float().cpu().reshape(-1, weight.shape[1]).contiguous()
+    block, size = GGML_QUANT_SIZES[kind]
+    blocks = torch.empty(weight.shape[0], weight.shape[1] // block * size, dtype=torch.uint8)
+    n_threads = torch.get_num_threads()
+    rows = -(-len(source) // n_threads)
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    handles = [
-        linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, 0, inputs[0]))
-        for name in names
-        if name in linears
+    def quantize_rows(part: Tensor, into: Tensor, of_columns: Tensor | None) -> int:
+        pointer = None if of_columns is None else of_columns.data_ptr()
+        given = int(kind), part.data_ptr(), into.data_ptr(), 0, *part.shape, pointer
+        return int(_library().ggml_quantize_chunk(*given))
+
+    parts = [
+        (part, into, of_columns)
+        for expert, into_expert, of_columns in zip(
+            source.chunk(len(columns)), blocks.chunk(len(columns)), columns, strict=True
+        )
+        for part, into in zip(expert.split(rows), into_expert.split(rows), strict=True)
     ]
-    experts = {name: weight for name in names if (weight := weight_of(model, name).data).dim() == 3}
-    try:
-        with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
-            for start in range(0, len(tokens), _BATCH_SEQUENCES):
-                batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
-                model.base_model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    means = {key: (total / counts[key]).float() for key, total in sums.items() if counts[key]}
-    found = {name: means[name, 0] for name in names if (name, 0) in means and name not in experts}
-    for name, weight in experts.items():
-        reached = {expert: mean for (of, expert), mean in means.items() if of == name}
-        if reached:
-            others = torch.stack(list(reached.values())).mean(dim=0)
-            found[name] = torch.stack([reached.get(expert, others) for expert in range(len(weight))])
-    return found
+    with ThreadPoolExecutor(n_threads) as threads:  # each row by itself, outside of Python
+        written = sum(threads.map(quantize_rows, *zip(*parts, strict=True)))
+    assert written == blocks.nbytes, (written, blocks.nbytes)
+    return blocks
 
 
-@contextmanager
-def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """Let experts be multiplied by `functional.linear`, each by itself."""
-    before = model.get_experts_implementation()
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
-
-
-class _ExpertInputs(TorchFunctionMode):
-    """Tells of the inputs of experts that are kept in one tensor, whose modules cannot be hooked.
+def from_blocks(kind: Any, blocks: Tensor) -> Tensor:
+    """The weights that blocks of a type stand for.
 
     Args:
-        experts: Tensors of shape (n_experts, out, in), by name.
-        keep: Told of name, expert and inputs.
+        kind: A `gguf.GGMLQuantizationType`.
+        blocks: uint8 in the host's memory, without gaps, shape (rows, bytes of a row).
+    Returns:
+        float32, shape (rows, columns).
     """
+    from gguf import GGML_QUANT_SIZES
 
-    def __init__(self, experts: Mapping[str, Tensor], keep: Callable[[str, int, Tensor], None]) -> None:
-        super().__init__()
-        self._places = {
-            part.data_ptr(): (name, expert) for name, tensor in experts.items() for expert, part in enumerate(tensor)
-        }
-        self._keep = keep
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is functional.linear and args[1].data_ptr() in self._places:
-            self._keep(*self._places[args[1].data_ptr()], args[0])
-        return function(*args, **(kwargs or {}))
+    block, size = GGML_QUANT_SIZES[kind]
+    weight = torch.empty(len(blocks), blocks.shape[1] // size * block)
+    _to_float(int(kind))(blocks.data_ptr(), weight.data_ptr(), weight.numel())
+    return weight
 
 
 def _by_name(types: Mapping[Width, str]) -> dict[str, str]:

@@ -35,7 +35,7 @@ def export_gguf(
     """Write a saved model as a GGUF file; it appears whole or not at all.
 
     Args:
-        saved: A model saved with the backend ggml or ggml-iq.
+        saved: A model saved with the backend ggml, ggml-iq or ggml-gptq.
         out: The file to write, or to write over.
         base: The model in full precision as GGUF; None where the plan's model is a GGUF file itself.
         model: Where the plan's model is now; None takes the plan's word.
@@ -119,7 +119,7 @@ def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
 
     if _ggml(config.quantizer) is None:
         raise ExportError(
-            f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, or ggml-iq"
+            f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, ggml-iq or ggml-gptq"
         )
     reader = gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
     tensors = [tensor.name for tensor, _ in _tensors(reader, modules)]

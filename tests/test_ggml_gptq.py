@@ -1,0 +1,142 @@
+"""Second-order rounding into ggml's types, against ggml's own rounding."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coopq.backends import ggml_gptq
+from coopq.backends.ggml import from_blocks, to_blocks
+from coopq.backends.ggml_gptq import GGMLGPTQ, code_layout, elimination_order, second_order
+from coopq.players import weight_of
+from tests.architectures import tiny_model
+
+BITS = {"Q2_K": 2, "Q3_K": 3, "IQ4_XS": 4, "IQ4_NL": 4, "Q4_K": 4, "Q5_K": 5, "Q5_1": 5, "Q6_K": 6}
+"""Of a weight's own, by type."""
+SHARED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q8_0")
+
+
+def kind(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[name]
+
+
+def inputs(columns: int, n: int = 2048) -> torch.Tensor:
+    """Of correlated columns, some larger than others, shape (n, columns)."""
+    generator = torch.Generator().manual_seed(columns)
+    mixed = torch.randn(columns, columns, generator=generator) * 0.98 ** torch.arange(columns)[:, None]
+    return torch.randn(n, columns, generator=generator) @ mixed
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_the_layout_of_codes_is_found(name: str) -> None:
+    layout = code_layout(kind(name))
+    assert layout is not None
+    assert len(layout.places) == BITS[name]
+    assert layout.places.size == np.unique(layout.places).size, "a bit belongs to one weight"
+    weight = torch.randn(3, 512)
+    blocks = to_blocks(kind(name), weight, None)
+    codes = torch.randint(2 ** BITS[name], weight.shape, dtype=torch.uint8)
+    coded = layout.coded(blocks, codes)
+    every = torch.stack([from_blocks(kind(name), layout.filled(blocks, code)) for code in range(2 ** BITS[name])])
+    assert torch.equal(from_blocks(kind(name), coded), every.gather(0, codes[None].long())[0])
+    # ggml rounds to one of these levels, and what it made can be written again.
+    own = (every == from_blocks(kind(name), blocks)).int().argmax(dim=0).to(torch.uint8)
+    assert torch.equal(from_blocks(kind(name), layout.coded(blocks, own)), from_blocks(kind(name), blocks))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_types_without_such_codes_stay_as_ggml_rounds_them(name: str) -> None:
+    assert code_layout(kind(name)) is None
+    weight = torch.randn(4, 256)
+    blocks = to_blocks(kind(name), weight, torch.ones(256))
+    assert second_order(kind(name), weight, blocks, elimination_order(torch.eye(256))) is blocks
+
+
+@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("columns", [256, 96])
+def test_outputs_lose_less_than_by_rounding(name: str, columns: int) -> None:
+    if gguf.GGML_QUANT_SIZES[kind(name)][0] > columns:
+        columns = 512
+    seen = inputs(columns)
+    moments, weight = seen.T @ seen / len(seen), torch.randn(32, columns)
+    blocks = to_blocks(kind(name), weight, moments.diagonal())
+    solved = second_order(kind(name), weight, blocks, elimination_order(moments))
+
+    def lost(of: torch.Tensor) -> float:
+        return float((seen @ (from_blocks(kind(name), of) - weight).T).square().mean())
+
+    assert lost(solved) < 0.5 * lost(blocks)
+
+
+def by_definition(levels: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """Each column in turn at its nearest level, and all that are still free where outputs are then best.
+
+    Args:
+        levels: Of each weight, shape (levels, out, in).
+        weight: Shape (out, in).
+        moments: Damped, shape (in, in).
+    """
+    order = moments.diagonal().argsort(descending=True, stable=True).tolist()
+    chosen, free = weight.clone(), weight.clone()
+    for number, column in enumerate(order):
+        nearest = (levels[:, :, column] - free[:, column]).abs().argmin(dim=0, keepdim=True)
+        chosen[:, column] = levels[:, :, column].gather(0, nearest)[0]
+        fixed, rest = order[: number + 1], order[number + 1 :]
+        pushed = (weight - chosen)[:, fixed] @ moments[fixed][:, rest]
+        free[:, rest] = weight[:, rest] + torch.linalg.solve(moments[rest][:, rest], pushed.T).T
+    return chosen
+
+
+@given(st.sampled_from(["IQ4_NL", "Q5_1"]), st.integers(0, 10_000))
+def test_it_is_what_least_squares_say_of_the_columns_still_free(name: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.randn(40, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    moments, weight = seen.T @ seen / len(seen), torch.randn(2, 64, generator=generator)
+    layout = code_layout(kind(name))
+    assert layout is not None
+    blocks = to_blocks(kind(name), weight, moments.diagonal())
+    solved = from_blocks(kind(name), second_order(kind(name), weight, blocks, elimination_order(moments)))
+    every = torch.stack([from_blocks(kind(name), layout.filled(blocks, code)) for code in range(2 ** BITS[name])])
+    damped = moments.double() + 0.01 * moments.diagonal().double().mean() * torch.eye(64)
+    wanted = by_definition(every.double(), weight.double(), damped)
+    # Where two levels are as near as numbers of 32 bits can tell, either will do, and columns after it differ.
+    assert (solved == wanted).all(dim=1).any()
+
+
+def test_uncorrelated_inputs_leave_nothing_but_the_nearest_level() -> None:
+    weight = torch.randn(16, 256)
+    blocks = to_blocks(kind("Q3_K"), weight, torch.ones(256))
+    solved = from_blocks(kind("Q3_K"), second_order(kind("Q3_K"), weight, blocks, elimination_order(torch.eye(256))))
+    rounded = from_blocks(kind("Q3_K"), blocks)
+    assert bool(((solved - weight).abs() <= (rounded - weight).abs()).all())
+
+
+def test_rows_are_rounded_alike_in_whatever_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = inputs(256)
+    weight, elimination = torch.randn(24, 256), elimination_order(seen.T @ seen / len(seen))
+    blocks = to_blocks(kind("Q4_K"), weight, None)
+    whole = second_order(kind("Q4_K"), weight, blocks, elimination)
+    monkeypatch.setattr(ggml_gptq, "_LEVELS_AT_ONCE", 5 * 16 * 256)
+    assert torch.equal(second_order(kind("Q4_K"), weight, blocks, elimination), whole)
+
+
+def test_layers_are_the_same_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is searched on, all widths at once, is what is saved, of mixed widths; and so it is with little memory."""
+    model = tiny_model("llama")
+    tokens = np.random.default_rng(0).integers(3, 97, size=(4, 64))
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    backend, widths = GGMLGPTQ(), (4, 5)
+    together = {
+        (name, width): packed["blocks"]
+        for width, name, packed in backend.quantize_widths(model, None, dict.fromkeys(widths, names), tokens)
+    }
+    assert len(together) == len(widths) * len(names)
+    mixed = {name: widths[number % 2] for number, name in enumerate(names)}
+    monkeypatch.setattr(ggml_gptq, "_MOMENTS_BYTES", 1)
+    found = list(backend.quantize_model(model, None, mixed, tokens))
+    assert [name for name, _ in found] == names
+    for name, packed in found:
+        assert torch.equal(packed["blocks"], together[name, mixed[name]])
+        assert not torch.equal(packed["blocks"], backend.quantize(weight_of(model, name).data, mixed[name])["blocks"])
