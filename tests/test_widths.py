@@ -22,6 +22,7 @@ from coopq.calibration import calibration_set
 from coopq.checkpoint import saved_bytes
 from coopq.engine import model_nll
 from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
+from coopq.estimators.active import descent
 from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
 from coopq.models import load_model
 from coopq.program import QuadraticProgram, descend, local_optima, movable, neighbours, random_fill
@@ -155,6 +156,22 @@ def test_active_finds_the_optimum_of_small_games() -> None:
             assert len(search.measured) < len(all_of.measured) / 2
             for capacity in setting.capacities:
                 assert search.measured.lowest(capacity) == pytest.approx(all_of.measured.lowest(capacity), abs=1e-9)
+
+
+def test_rounds_are_as_small_with_several_widths() -> None:
+    """Surrogates then learn as often from as many points, however many steps there are between widths."""
+    n, sizes = 72, []
+    for widths in (WIDTHS[:2], WIDTHS):
+        costs = np.tile(np.diff(widths)[::-1], n)
+        setting = Setting(widths, costs, (int(costs.sum()) // 2,), 0)
+        game, search, opening = Smooth(n, 0), ActiveSearch(setting), descent(setting)
+        assert opening is not None
+        n_descended = len(run_estimator(opening, game).measured)
+        while len(search.measured) < n_descended:
+            points = search.propose()
+            search.learn(points, game(points))
+        sizes.append(len(search.propose()))
+    assert 0 < sizes[1] <= sizes[0]
 
 
 @pytest.mark.parametrize("direction", ["down", "up"])
