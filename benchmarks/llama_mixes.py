@@ -127,7 +127,7 @@ def source_of(name: str, work: Path) -> tuple[str, Path]:
 def tensor_importance(source: str, base: Path, calibration: CalibrationConfig) -> dict[str, npt.NDArray[np.float32]]:
     """The importance matrix of the tokens that our weights are fitted to, by the names of the base's tensors."""
     loaded = load_model(source, device="cpu")
-    names = [linear.name for player in find_players(loaded.model) for linear in player.linears]
+    names = [linear.name for player in find_players(loaded.model, embeddings=True) for linear in player.linears]
     tokens = fitting_set(calibration, loaded.tokenizer).tokens
     of_file = gguf.GGUFReader(base)
     architecture = str(of_file.fields["general.architecture"].contents())

@@ -28,9 +28,11 @@ from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, Output
 from coopq.export import export_model, predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
+from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.testing import check_backend
 from coopq.types import Width
+from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import command
 from tests.llama_cpp import llama_cpp_text
@@ -92,6 +94,20 @@ def test_importance_is_the_mean_square_of_inputs(stories: str) -> None:
     handle.remove()
     expected = torch.cat(seen).flatten(0, 1).square().mean(0)
     torch.testing.assert_close(column_importance(loaded.model, [name], tokens)[name], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_has_the_importance_of_its_inputs(tied: bool) -> None:
+    """An embedding has it too where it is the head, and none where it is not."""
+    model = tiny_model("llama" if tied else "qwen3")
+    head = "model.embed_tokens" if tied else "lm_head"
+    tokens = np.random.default_rng(0).integers(3, 97, size=(3, 16))
+    names = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]
+    found = column_importance(model, names, tokens)
+    assert set(names) - set(found) == (set() if tied else {"model.embed_tokens"})
+    with torch.no_grad():
+        hidden = model(input_ids=torch.from_numpy(tokens), output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found[head], hidden.square().mean(dim=(0, 1)), rtol=1e-4, atol=1e-7)
 
 
 @pytest.fixture(scope="module")

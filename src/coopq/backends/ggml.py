@@ -28,8 +28,9 @@ class GGMLBackend(Backend):
     """ggml's quantizers, with an importance matrix where there are calibration tokens.
 
     Importance of a column of a weight is the mean square of that input over the calibration tokens in the
-    full-precision model, as llama.cpp's imatrix has it. Quantized weights lie in ggml's blocks, row by row, as in a
-    GGUF file. Here they compute dequantized; packed, they run in llama.cpp (`coopq export`).
+    full-precision model, as llama.cpp's imatrix has it; an embedding that is the head too has that of its inputs.
+    Quantized weights lie in ggml's blocks, row by row, as in a GGUF file. Here they compute dequantized; packed, they
+    run in llama.cpp (`coopq export`).
 
     Attributes:
         long_rows: Types by width for rows that are multiples of 256: K-quants, whose super-blocks are that long.
@@ -56,8 +57,12 @@ class GGMLBackend(Backend):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Types by width, for rows that are multiples of 256 and for others."""
-        return {"long_rows": _by_name(self.long_rows), "short_rows": _by_name(self.short_rows)}
+        """Types by width, for rows that are multiples of 256 and for others; whose columns have an importance."""
+        return {
+            "long_rows": _by_name(self.long_rows),
+            "short_rows": _by_name(self.short_rows),
+            "importance": "linear layers, experts, head",
+        }
 
     def quantize(self, weight: Tensor, bits: Width, importance: Tensor | None = None) -> Packed:
         """Quantize a weight of shape (out, in), with the importance of its columns if given.

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., 2023) into ggml's block types, as IST-DASLab's gptq-gguf-toolkit was the first to do."""
+"""GPTQ (Frantar et al., 2023) into ggml's block types, as IST-DASLab's gptq-gguf-toolkit has it for K-quants."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -155,7 +155,7 @@ def _second_order(kind: Any, layout: "CodeLayout", weight: Tensor, blocks: Tenso
     order, factor = elimination
     every = [from_blocks(kind, layout.filled(blocks, code)) for code in range(len(layout.patterns))]
     levels = torch.stack(every).to(order.device)[:, :, order].permute(2, 0, 1).contiguous()
-    left = weight.T[order].contiguous()
+    left = weight.T.to(order.device)[order].contiguous()
     codes = torch.empty(left.shape, dtype=torch.uint8, device=order.device)
     for start in range(0, len(left), _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, len(left))

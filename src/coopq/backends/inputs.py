@@ -1,4 +1,4 @@
-"""What calibration tokens bring to the linear layers and experts of a full-precision model."""
+"""What calibration tokens bring to the linear layers, experts and head of a full-precision model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,21 +19,22 @@ _Keep: TypeAlias = Callable[[str, int, Tensor], None]
 
 
 def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Mean squares of the inputs of linear layers and experts, by column.
+    """Mean squares of the inputs of linear layers, experts and the head, by column.
 
     Args:
         model: A model of transformers.
-        names: Of linear layers, and of experts that are kept in one tensor.
+        names: Of linear layers, of experts that are kept in one tensor, and of embeddings, whose inputs are those of
+            the head where that is tied to them.
         tokens: Shape (n_sequences, length).
     Returns:
         Shape (in,) for a linear layer, (n_experts, in) for experts, of which those that no token reaches have the mean
-        of the others. What no token reaches as one of these is left out.
+        of the others. What is not multiplied with anything is left out.
     """
     return _means(model, names, tokens, lambda rows: rows.square().sum(dim=0, dtype=torch.float64))
 
 
 def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """Mean products of the inputs of linear layers and experts, by pair of columns; half of it is GPTQ's Hessian.
+    """Mean products of the inputs of linear layers, experts and the head, by pair of columns: half of GPTQ's Hessian.
 
     Args: as for `column_importance`.
 
@@ -64,11 +65,14 @@ def _means(
         if name in linears
     ]
     experts = {name: weight for name in names if (weight := weight_of(model, name).data).dim() == 3}
+    head = [name for name in names if weight_of(model, name) is model.get_output_embeddings().weight]
     try:
         with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
             for start in range(0, len(tokens), _BATCH_SEQUENCES):
                 batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
-                model.base_model(input_ids=batch, use_cache=False)
+                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+                for name in head:
+                    keep(name, 0, hidden)
     finally:
         for handle in handles:
             handle.remove()
