@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coopq.backends import ggml_gptq
 from coopq.backends.ggml import from_blocks, to_blocks
 from coopq.backends.ggml_gptq import GGMLGPTQ, code_layout, elimination_order, second_order
-from coopq.players import weight_of
+from coopq.players import find_players, weight_of
 from tests.architectures import tiny_model
 
 BITS = {"Q2_K": 2, "Q3_K": 3, "IQ4_XS": 4, "IQ4_NL": 4, "Q4_K": 4, "Q5_K": 5, "Q5_1": 5, "Q6_K": 6}
@@ -126,7 +126,7 @@ def test_layers_are_the_same_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) 
     """What is searched on, all widths at once, is what is saved, of mixed widths; and so it is with little memory."""
     model = tiny_model("llama")
     tokens = np.random.default_rng(0).integers(3, 97, size=(4, 64))
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    names = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]
     backend, widths = GGMLGPTQ(), (4, 5)
     together = {
         (name, width): packed["blocks"]
