@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from coopq.backends.ggml_gptq import GGMLGPTQ
 from coopq.compiled import Compiled
 from coopq.engine import PrefixEngine
 from coopq.hosting import HostedBlocks
 from coopq.methods import plans_on
+from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
 from coopq.sweep import LayerMajorEngine
@@ -61,3 +63,15 @@ def test_a_search_on_a_gpu_ends_with_the_plan_of_the_cpu(tmp_path: Path) -> None
     ours, theirs = plans
     assert ours.assignment == theirs.assignment
     assert ours.measured_loss == pytest.approx(theirs.measured_loss, abs=1e-5)
+
+
+def test_weights_rounded_by_gptq_on_a_gpu_are_nearly_those_of_the_cpu() -> None:
+    """A level that is as near as another may be taken for it, and what comes after it then differs."""
+    blocks = {}
+    for model in (tiny_model("llama"), tiny_model("llama").cuda()):
+        names = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]
+        for name, packed in GGMLGPTQ().quantize_model(model, None, dict.fromkeys(names, 4), TOKENS):
+            assert packed["blocks"].device.type == model.device.type
+            blocks[model.device.type, name] = packed["blocks"].cpu()
+    for name in names:
+        assert (blocks["cpu", name] == blocks["cuda", name]).float().mean() > 0.9

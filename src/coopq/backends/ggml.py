@@ -21,7 +21,7 @@ from coopq.players import weight_of
 from coopq.types import UNTOUCHED, Width
 
 _NEEDS_IMPORTANCE = ("IQ2_XXS",)
-"""Types that ggml ends the process for where no importance is given, as of an embedding."""
+"""Types that ggml ends the process for where no importance is given, as of an embedding that is no head."""
 
 
 class GGMLBackend(Backend):
