@@ -2,10 +2,11 @@
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,10 +79,26 @@ class GGMLBackend(Backend):
         self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`."""
-        importance = {} if tokens is None else column_importance(model, list(bits), tokens)
-        for name, width in bits.items():
+        for _, name, packed in self._each(model, {name: [width] for name, width in bits.items()}, tokens):
+            yield name, packed
+
+    def quantize_widths(
+        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[Width, str, Packed]]:
+        """See `Backend.quantize_widths`."""
+        names = dict.fromkeys(chain.from_iterable(layers.values()))
+        widths = {name: [width for width, of in layers.items() if name in of] for name in names}
+        return self._each(model, widths, tokens)
+
+    def _each(
+        self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
+    ) -> Iterator[tuple[Width, str, Packed]]:
+        """Width, name and packed tensors of layers at each of their widths, layer by layer."""
+        importance = {} if tokens is None else column_importance(model, list(widths), tokens)
+        for name, of_layer in widths.items():
             weight = weight_of(model, name).data.flatten(0, -2)
-            yield name, self.quantize(weight, width, importance.get(name))
+            for width in of_layer:
+                yield width, name, self.quantize(weight, width, importance.get(name))
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopq.backends.base import Packed
-from coopq.backends.ggml import GGMLBackend, from_blocks, to_blocks
+from coopq.backends.ggml import GGMLBackend, IQuants, from_blocks, to_blocks
 from coopq.backends.inputs import second_moments
 from coopq.players import weight_of
 from coopq.types import Width
@@ -40,17 +39,7 @@ class GGMLGPTQ(GGMLBackend):
     """
 
     name: ClassVar[str] = "ggml-gptq"
-    long_rows: ClassVar[Mapping[Width, str]] = {
-        2: "IQ2_XXS",
-        2.5: "Q2_K",
-        3: "IQ3_XXS",
-        3.5: "Q3_K",
-        4: "IQ4_XS",
-        4.5: "Q4_K",
-        5: "Q5_K",
-        6: "Q6_K",
-        8: "Q8_0",
-    }
+    long_rows: ClassVar[Mapping[Width, str]] = {**IQuants.long_rows, 2.5: "Q2_K", 3.5: "Q3_K"}
     bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
 
     @property
@@ -58,25 +47,10 @@ class GGMLGPTQ(GGMLBackend):
         """See `GGMLBackend.settings`; and what is added to second moments."""
         return {**super().settings, "damping": _DAMPING}
 
-    def quantize_model(
-        self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[str, Packed]]:
-        """See `Backend.quantize_model`."""
-        for _, name, packed in self._each(model, {name: [width] for name, width in bits.items()}, tokens):
-            yield name, packed
-
-    def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[Width, str, Packed]]:
-        """See `Backend.quantize_widths`."""
-        names = dict.fromkeys(chain.from_iterable(layers.values()))
-        widths = {name: [width for width, of in layers.items() if name in of] for name in names}
-        return self._each(model, widths, tokens)
-
     def _each(
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[Width, str, Packed]]:
-        """Width, name and packed tensors of layers at each of their widths, layer by layer."""
+        """See `GGMLBackend._each`."""
         for names in _with_room(model, list(widths)):
             moments = {} if tokens is None else second_moments(model, names, tokens)
             for name in names:
@@ -184,18 +158,25 @@ class CodeLayout(NamedTuple):
 
     def coded(self, blocks: Tensor, codes: Tensor) -> Tensor:
         """The blocks with other codes, uint8, shape (rows, columns)."""
-        n_bits, n_weights = self.places.shape
-        size = self.patterns.shape[1]
-        bits = np.zeros((blocks.numel() // size, 8 * size), dtype=np.uint8)
-        for bit in range(n_bits):
-            bits[:, self.places[bit]] = codes.numpy().reshape(-1, n_weights) >> bit & 1
-        own = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
-        return (blocks.reshape(-1, size) & ~self.patterns[-1] | own).reshape(blocks.shape)
+        of_blocks = codes.numpy().reshape(-1, self.places.shape[1])
+        return self._replaced(blocks, _bytes_of(of_blocks, self.places, self.patterns.shape[1]))
 
     def filled(self, blocks: Tensor, code: int) -> Tensor:
         """The blocks with one code for every weight."""
-        size = self.patterns.shape[1]
-        return (blocks.reshape(-1, size) & ~self.patterns[-1] | self.patterns[code]).reshape(blocks.shape)
+        return self._replaced(blocks, self.patterns[code])
+
+    def _replaced(self, blocks: Tensor, own: Tensor) -> Tensor:
+        """The blocks with other bytes where weights have bits of their own, all of which the last pattern has set."""
+        every = blocks.reshape(-1, self.patterns.shape[1])
+        return (every & ~self.patterns[-1] | own).reshape(blocks.shape)
+
+
+def _bytes_of(codes: npt.NDArray[Any], places: npt.NDArray[np.intp], size: int) -> Tensor:
+    """Blocks of so many bytes that hold codes, shape (blocks, weights), and nothing else."""
+    bits = np.zeros((len(codes), 8 * size), dtype=np.uint8)
+    for bit, place in enumerate(places):
+        bits[:, place] = codes >> bit & 1
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
 
 
 @cache
@@ -208,20 +189,17 @@ def code_layout(kind: Any) -> CodeLayout | None:
     from gguf import GGML_QUANT_SIZES
 
     n_weights, size = GGML_QUANT_SIZES[kind]
-    owners = np.full(8 * size, -1)
     # Of several blocks, for a scale may move one weight alone where all others have the code of zero.
     drawn = torch.randn(8, n_weights, generator=torch.Generator().manual_seed(0))
-    for number, block in enumerate(to_blocks(kind, drawn, torch.ones(n_weights)).numpy()):
+    found = []
+    for block in to_blocks(kind, drawn, torch.ones(n_weights)).numpy():
         flipped = np.unpackbits(block, bitorder="little") ^ np.eye(8 * size, dtype=np.uint8)
         of_flipped = torch.from_numpy(np.packbits(flipped, axis=1, bitorder="little"))
         moved = (from_blocks(kind, of_flipped) != from_blocks(kind, torch.from_numpy(block[None]))).numpy()
-        owner = np.where(moved.sum(axis=1) == 1, moved.argmax(axis=1), -1)
-        owners = owner if number == 0 else np.where(owners == owner, owners, -1)
+        found.append(np.where(moved.sum(axis=1) == 1, moved.argmax(axis=1), -1))
+    owners = np.where(np.equal(found, found[0]).all(axis=0), found[0], -1)
     (n_bits, *others) = set(np.bincount(owners[owners >= 0], minlength=n_weights))
     if others or not _LEAST_BITS <= n_bits <= _MOST_BITS:
         return None
     places = np.stack([np.flatnonzero(owners == weight) for weight in range(n_weights)], axis=1)
-    bits = np.zeros((2**n_bits, 8 * size), dtype=np.uint8)
-    for bit in range(n_bits):
-        bits[:, places[bit]] = (np.arange(2**n_bits) >> bit & 1)[:, None]
-    return CodeLayout(places, torch.from_numpy(np.packbits(bits, axis=1, bitorder="little")))
+    return CodeLayout(places, _bytes_of(np.arange(2**n_bits)[:, None], places, size))
