@@ -1,6 +1,6 @@
 """Our GGUF files against llama.cpp's own mixes of the same size, perplexity by llama.cpp.
 
-    python benchmarks/llama_mixes.py demo                          # half an hour on two cores; resumes
+    python benchmarks/llama_mixes.py demo                          # an hour on two cores; resumes
     python benchmarks/llama_mixes.py demo --granularity fused      # hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
     python benchmarks/llama_mixes.py llama --granularity fused --backend ggml-iq     # rounded by ggml, as theirs are
