@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import coopq.backends.autoround as autoround
+from coopq.backends import get_backend
 from coopq.backends.ggml_gptq import GGMLGPTQ
 from coopq.compiled import Compiled
 from coopq.engine import PrefixEngine
 from coopq.hosting import HostedBlocks
 from coopq.methods import plans_on
+from coopq.models import load_model
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget
@@ -75,3 +79,38 @@ def test_weights_rounded_by_gptq_on_a_gpu_are_nearly_those_of_the_cpu() -> None:
             blocks[model.device.type, name] = packed["blocks"].cpu()
     for name in names:
         assert (blocks["cpu", name] == blocks["cuda", name]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "group_size"),
+    [
+        ("rtn", "torch", 32),
+        ("quanto", "optimum.quanto", None),
+        ("hqq", "hqq", 32),
+        ("gptq", "gptqmodel", 32),
+        ("gptq-static", "gptqmodel", 32),
+        ("autoround", "auto_round", 32),
+    ],
+)
+def test_every_library_rounds_on_a_gpu_as_well_as_on_the_cpu(
+    name: str, package: str, group_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(package)
+    monkeypatch.setattr(autoround, "_ITERATIONS", 20)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 500, size=(4, 64))
+    backend = get_backend(name, group_size=group_size)
+    lost = {}
+    for device in ("cpu", "cuda"):
+        loaded = load_model(str(tmp_path), device=device)
+        bits = {linear.name: 4 for player in find_players(loaded.model) for linear in player.linears}
+        for layer, packed in backend.quantize_model(loaded.model, loaded.tokenizer, bits, tokens):
+            assert {tensor.device.type for tensor in packed.values()} == {device}
+            weight = loaded.model.get_submodule(layer).weight.detach()
+            rounded = backend.dequantize(packed, (weight.shape[0], weight.shape[1]), 4, torch.float32)
+            lost[device, layer] = float((rounded - weight).norm() / weight.norm())
+    assert len(lost) == 2 * len(bits)
+    for layer in bits:
+        assert 0.01 < lost["cuda", layer] == pytest.approx(lost["cpu", layer], rel=0.1)

@@ -35,7 +35,7 @@ def sequentially(request: dict[str, Any], source: Path, out: Path) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     dtype = getattr(torch, request["dtype"])
-    model = GPTQModel.load(str(source), QuantizeConfig(**request["settings"]), dtype=dtype)
+    model = GPTQModel.load(str(source), QuantizeConfig(**request["settings"], device=request["device"]), dtype=dtype)
     samples = [{"input_ids": sequence, "attention_mask": [1] * len(sequence)} for sequence in request["tokens"]]
     model.quantize(samples, batch_size=1)
     model.save(str(out))
