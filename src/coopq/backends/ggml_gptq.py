@@ -53,6 +53,7 @@ class GGMLGPTQ(GGMLBackend):
         """See `GGMLBackend._each`."""
         for names in _with_room(model, list(widths)):
             moments = {} if tokens is None else second_moments(model, names, tokens)
+            before, orders = torch.empty(0), list[Elimination]()
             for name in names:
                 weight = weight_of(model, name).data.flatten(0, -2)
                 of_inputs = moments.pop(name, None)
@@ -60,7 +61,8 @@ class GGMLGPTQ(GGMLBackend):
                     yield from ((width, name, self.quantize(weight, width)) for width in widths[name])
                     continue
                 of_inputs = of_inputs.reshape(-1, *of_inputs.shape[-2:])  # of each expert, or of a layer
-                orders = [elimination_order(of_expert) for of_expert in of_inputs]
+                if not torch.equal(of_inputs, before):  # as those of q, k and v are
+                    before, orders = of_inputs, [elimination_order(of_expert) for of_expert in of_inputs]
                 for width in widths[name]:
                     blocks = self.quantize(weight, width, of_inputs.diagonal(dim1=1, dim2=2))["blocks"]
                     kind = self.tensor_type(weight.shape[1], width)
@@ -127,19 +129,19 @@ def second_order(kind: Any, weight: Tensor, blocks: Tensor, elimination: Elimina
 def _second_order(kind: Any, layout: "CodeLayout", weight: Tensor, blocks: Tensor, elimination: Elimination) -> Tensor:
     """`second_order` of some rows."""
     order, factor = elimination
-    every = [from_blocks(kind, layout.filled(blocks, code)) for code in range(len(layout.patterns))]
-    levels = torch.stack(every).to(order.device)[:, :, order].permute(2, 0, 1).contiguous()
-    left = weight.T.to(order.device)[order].contiguous()
+    every = (from_blocks(kind, layout.filled(blocks, code)) for code in range(len(layout.patterns)))
+    levels = torch.stack([of_code.to(order.device).T[order] for of_code in every], dim=1)  # a column's in one place
+    left = weight.T.to(order.device)[order]
     codes = torch.empty(left.shape, dtype=torch.uint8, device=order.device)
     for start in range(0, len(left), _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, len(left))
         errors = torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            chosen = (levels[column] - left[column]).abs().argmin(dim=0)
+            chosen = (levels[column] - left[column]).abs().min(dim=0).indices  # argmin is several times slower
             codes[column] = chosen
             rounded = levels[column].gather(0, chosen[None])[0]
             errors[column - start] = (left[column] - rounded) / factor[column, column]
-            left[column:stop] -= torch.outer(factor[column, column:stop], errors[column - start])
+            left[column:stop].addr_(factor[column, column:stop], errors[column - start], alpha=-1)
         left[stop:] -= factor[start:stop, stop:].T @ errors
     return layout.coded(blocks, codes[order.argsort()].T.cpu())
 
