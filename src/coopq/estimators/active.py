@@ -17,16 +17,15 @@ _PLAYERS_A_POINT = 32
 """Above twice this many players, a round has a point more for every so many: fits take longer, and more are needed."""
 _LIKELY = 0.05
 """A budget is settled when nothing proposed is better than its best with more than this probability."""
-_MOST_PER_PLAYER = 13
-"""Points measured for each player at most: for blocks, they cost less than a tenth of the paper's hundred walks."""
+_MOST_OF_FEW, _MOST_A_STEP, _MOST_A_PLAYER = 13, 6, 8
+"""Points measured at most: of few players 13 for each, with several widths six for each step between them where that is
+more; of many, after a descent, six for each step, and no more than eight for each player. For blocks that is less than
+a tenth of the paper's hundred walks, and several widths do not need as many times the points (benchmarks/enough.py)."""
 _MANY_PLAYERS = 64
 """Of more players than this, what each does alone says too little of the rest: the search descends to the budgets."""
 _DESCENT_STEPS, _DESCENT_CANDIDATES = 8, 4
 """The descent lowers an eighth of the players a step, and measures a quarter of them: it is there to learn from, and
 finer ones took more than they taught (docs/decisions/0009-active-search.md)."""
-_MOST_A_STEP, _MOST_A_PLAYER = 6, 8
-"""Points measured at most after a descent, for each step between widths and for each player: several widths do not need
-as many times the points (benchmarks/enough.py)."""
 _POOL = 2000
 """Of more assignments that a surrogate knows to be near, it looks closer at those which it says are best."""
 _INCUMBENTS = 3
@@ -43,9 +42,10 @@ def descent(setting: Setting) -> Greedy | None:
 
 def most_points(setting: Setting) -> int:
     """Points that a search measures at most, beside its starts and its descent; with two widths a step is a player."""
-    if setting.n_steps <= _MANY_PLAYERS:
-        return setting.n_steps * _MOST_PER_PLAYER
-    return min(setting.n_steps * _MOST_A_STEP, setting.n_players * _MOST_A_PLAYER)
+    n_steps, n_players = setting.n_steps, setting.n_players
+    if n_steps <= _MANY_PLAYERS:
+        return max(n_players * _MOST_OF_FEW, n_steps * _MOST_A_STEP)
+    return min(n_steps * _MOST_A_STEP, n_players * _MOST_A_PLAYER)
 
 
 class ActiveSearch:
