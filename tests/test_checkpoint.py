@@ -16,12 +16,15 @@ from coopq.bank import WeightBank, round_untouched
 from coopq.checkpoint import fingerprint_saved, saved_bytes
 from coopq.engine import PrefixEngine, model_nll
 from coopq.errors import ModelError, OutputError, PlanError
+from coopq.methods import plans_on
 from coopq.models import LoadedModel, load_model
 from coopq.plan import Plan
 from coopq.players import GRANULARITIES, find_players
 from coopq.run import CalibrationConfig, RunConfig
+from coopq.storage import Budget
 from coopq.testing import WEIGHT_ONLY
 from coopq.types import UNTOUCHED
+from coopq.workbench import open_workbench
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for
 
@@ -39,6 +42,23 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     assert plan.bytes == saved_bytes(tmp_path / "saved")
     reloaded = coopq.load(tmp_path / "saved", device="cpu")
     return measured, np.concatenate(list(model_nll(reloaded, tokens)))
+
+
+def test_a_model_is_saved_from_the_bank_without_quantizing_anew(
+    stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = CalibrationConfig(sequences=2, length=32)
+    config = RunConfig(stories, "rtn", 16, high=16, device="cpu", calibration=text)
+    with open_workbench(config, tmp_path / "run") as bench:
+        (plan,) = plans_on(bench, "first-last", [Budget.parse("9avg")])
+        monkeypatch.setattr(type(bench.backend), "quantize", pytest.fail)
+        bench.save(plan, tmp_path / "ours")
+    assert set(plan.assignment) == {2, UNTOUCHED}
+    monkeypatch.undo()
+    coopq.apply(plan, tmp_path / "anew")
+    ours, anew = (load_file(tmp_path / of / "quantized.safetensors") for of in ("ours", "anew"))
+    assert ours.keys() == anew.keys()
+    assert all(torch.equal(ours[name], anew[name]) for name in ours)
 
 
 class Tokenizer:

@@ -1,4 +1,4 @@
-"""Dequantised weights of every player at every bit-width: made once, kept on disk, mapped into memory."""
+"""Weights of every player at every width: made once, kept on disk packed and dequantised; the latter are mapped."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.backends import Backend
+from coopq.backends.base import Packed
 from coopq.errors import BackendError, EstimationError, Mismatch, ModelError
 from coopq.files import atomic_file, read_json, require_space, write_json
 from coopq.models import LoadedModel
@@ -69,7 +70,8 @@ class WeightBank:
     """Weights by (player, bits).
 
     Args:
-        folder: Where the weights are kept; a file for each player and width.
+        folder: Where the weights are kept: for each player and width a file of them packed, unless the backend's depend
+            on the widths of others, and one of them dequantised.
         loaded: The full-precision model with its tokenizer.
         players: Its players.
         backend: What quantizes.
@@ -125,20 +127,27 @@ class WeightBank:
             ModelError: If a weight is not finite.
         """
         every = range(len(self.players))
-        missing = {
-            width: [p for p in every if not self._path(p, width).exists()] for width in bits if width != UNTOUCHED
-        }
+        missing = {width: [p for p in every if not self._is_there(p, width)] for width in bits if width != UNTOUCHED}
         if self._backend.whole_model:
             missing = {width: list(every) for width, players in missing.items() if players}
         total = sum(map(len, missing.values()))
         itemsize = next(iter(self._originals.values())).dtype.itemsize
-        needed = sum(self.players[player].n_weights for of in missing.values() for player in of) * itemsize
+        needed = sum(
+            linear.n_weights * itemsize
+            + (0 if self._backend.whole_model else self._backend.storage_bytes(linear.shape, width))
+            for width, of in missing.items()
+            for player in of
+            for linear in self.players[player].linears
+        )
         require_space(self._folder, needed, "the weight bank")
         if not total:
             return
         done = 0
         progress("quantizing", done, total)  # the first one may be long in coming
-        for player, width, weights in self._quantize(missing, tokens):
+        for player, width, packed, weights in self._quantize(missing, tokens):
+            if not self._backend.whole_model:
+                with atomic_file(self._packed_path(player, width)) as temporary:
+                    save_tensors(packed, temporary)
             with atomic_file(self._path(player, width)) as temporary:
                 save_tensors(weights, temporary)
             done += 1
@@ -164,6 +173,21 @@ class WeightBank:
         if self.resident:
             self._weights[player, bits] = weights
         return weights
+
+    def packed(self, bits: Mapping[str, Width]) -> Iterator[tuple[str, Packed]]:
+        """Packed weights of players at widths by name, in the host's memory, as the backend made them.
+
+        Args:
+            bits: Width of each weight, the same for all of a player; they must have been built.
+        """
+        way_out = "delete it and run the same command again"
+        for player, (first, *others) in enumerate(player.linears for player in self.players):
+            if first.name in bits:
+                tensors = load_tensors(self._packed_path(player, bits[first.name]), "cpu", way_out=way_out)
+                for linear in (first, *others):
+                    prefix = f"{linear.name}."
+                    of_linear = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+                    yield linear.name, {key.removeprefix(prefix): tensor for key, tensor in of_linear.items()}
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The parameters that hold a player's weights at the moment, by name."""
@@ -199,8 +223,8 @@ class WeightBank:
 
     def _quantize(
         self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, Width, dict[str, Tensor]]]:
-        """Dequantised weights of players at widths, one player after the other: player, width, weights by name."""
+    ) -> Iterator[tuple[int, Width, dict[str, Tensor], dict[str, Tensor]]]:
+        """Weights of players at widths, one player after the other: player, width, packed and dequantised by name."""
         linears = {
             width: [(player, linear) for player in of for linear in self.players[player].linears]
             for width, of in players.items()
@@ -211,15 +235,26 @@ class WeightBank:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
         layers = {width: [linear.name for _, linear in of] for width, of in linears.items()}
-        packed = self._backend.quantize_widths(self._loaded.model, self._loaded.tokenizer, layers, tokens)
-        made: dict[tuple[int, Width], dict[str, Tensor]] = {}
-        for width, name, tensors in packed:
+        made: dict[tuple[int, Width], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        for width, name, tensors in self._backend.quantize_widths(
+            self._loaded.model, self._loaded.tokenizer, layers, tokens
+        ):
             (player, shape), dtype = place[name], self._originals[name].dtype
-            weights = made.setdefault((player, width), {})
+            packed, weights = made.setdefault((player, width), ({}, {}))
+            packed.update({f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
             weights[name] = self._backend.dequantize(tensors, shape, width, dtype).contiguous()
             if len(weights) == len(self.players[player].linears):
-                yield player, width, made.pop((player, width))
+                yield player, width, *made.pop((player, width))
         assert not made, list(made)
+
+    def _is_there(self, player: int, bits: Width) -> bool:
+        """Whether all is on disk of a player at a width; what is packed is written first."""
+        return self._path(player, bits).exists() and (
+            self._backend.whole_model or self._packed_path(player, bits).exists()
+        )
+
+    def _packed_path(self, player: int, bits: Width) -> Path:
+        return self._folder / f"player{player:03d}-{bits:g}bit-packed.safetensors"
 
     def _path(self, player: int, bits: Width) -> Path:
         return self._folder / f"player{player:03d}-{bits:g}bit.safetensors"

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from coopq.backends import Backend, get_backend
-from coopq.backends.base import PackedEmbedding, PackedExperts
+from coopq.backends.base import Packed, PackedEmbedding, PackedExperts
 from coopq.engine import model_nll
 from coopq.errors import ModelError, PlanError
 from coopq.files import atomic_folder, write_json
@@ -49,6 +49,7 @@ def save_model(
     progress: ProgressCallback = silent,
     *,
     calibration: npt.NDArray[np.int64] | None = None,
+    packed: Iterable[tuple[str, Packed]] | None = None,
 ) -> Plan:
     """Quantize a model by a plan and save it; `out` appears whole or not at all.
 
@@ -60,6 +61,7 @@ def save_model(
         out: A folder that does not exist, or is empty.
         progress: Told of every module.
         calibration: Tokens that searches see, shape (n_sequences, length).
+        packed: Its quantized weights by name, where they have been made; otherwise they are made.
     Returns:
         The plan as saved: for backends whose mixed weights are not the bank's, with the loss of what was saved on the
         calibration tokens.
@@ -77,9 +79,10 @@ def save_model(
         )
     quantized = plan.quantized
     progress("packing", 0, len(quantized))
-    packed_modules = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, fitting) if quantized else ()
-    for done, (name, packed) in enumerate(packed_modules, start=1):
-        tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in packed.items()})
+    if packed is None:
+        packed = backend.quantize_model(loaded.model, loaded.tokenizer, quantized, fitting) if quantized else ()
+    for done, (name, of_name) in enumerate(packed, start=1):
+        tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in of_name.items()})
         progress("packing", done, len(quantized))
     kept = {name for name in modules if name not in quantized}
     n_bytes = sum(tensor.nbytes for tensor in tensors.values())

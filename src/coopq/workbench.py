@@ -74,8 +74,9 @@ class Workbench(Subject):
     def save(self, plan: Plan, out: Path) -> Plan:
         """Quantize the model by a plan and save it in `out`; see `save_model`."""
         fitting = None if self.fitting is None else self.fitting.tokens
+        packed = None if self.backend.whole_model else self.bank.packed(plan.quantized)
         seen = self.calibration.tokens
-        return save_model(self.loaded, plan, self.backend, fitting, out, self.progress, calibration=seen)
+        return save_model(self.loaded, plan, self.backend, fitting, out, self.progress, calibration=seen, packed=packed)
 
     def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
         """The items, with progress."""
