@@ -51,11 +51,14 @@ def _means(
     """Means over inputs, shape (n, in), of what `summed` makes of some of them."""
     sums: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], int] = {}
+    latest = total = torch.empty(0)
 
     def keep(name: str, expert: int, inputs: Tensor) -> None:
-        rows = inputs.detach().flatten(0, -2)
-        total, key = summed(rows.float()), (name, expert)
-        sums[key] = sums[key].add_(total) if key in sums else total
+        nonlocal latest, total
+        rows, key = inputs.detach().flatten(0, -2), (name, expert)
+        if inputs is not latest:  # as those of k and v are those of q
+            latest, total = inputs, summed(rows.float())
+        sums[key] = sums[key].add_(total) if key in sums else total.clone()
         counts[key] = counts.get(key, 0) + len(rows)
 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
