@@ -1,7 +1,7 @@
 """Our GGUF files against llama.cpp's own mixes of the same size, perplexity by llama.cpp.
 
-    python benchmarks/llama_mixes.py demo                          # an hour on two cores; resumes
-    python benchmarks/llama_mixes.py demo --granularity fused      # hours
+    python benchmarks/llama_mixes.py demo                          # hours on two cores; the search resumes
+    python benchmarks/llama_mixes.py demo --granularity fused      # three to four hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
     python benchmarks/llama_mixes.py llama --granularity fused --backend ggml-iq     # rounded by ggml, as theirs are
     python benchmarks/llama_mixes.py llama --granularity fused --backend ggml        # and K-quants alone, as most are
