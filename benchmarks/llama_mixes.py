@@ -1,7 +1,7 @@
 """Our GGUF files against llama.cpp's own mixes of the same size, perplexity by llama.cpp.
 
-    python benchmarks/llama_mixes.py demo                          # hours on two cores; the search resumes
-    python benchmarks/llama_mixes.py demo --granularity fused      # three to four hours
+    python benchmarks/llama_mixes.py demo                          # hours on two cores; all of it resumes
+    python benchmarks/llama_mixes.py demo --granularity fused      # two hours
     python benchmarks/llama_mixes.py llama --granularity fused     # a reference model of benchmarks/data
     python benchmarks/llama_mixes.py llama --granularity fused --backend ggml-iq     # rounded by ggml, as theirs are
     python benchmarks/llama_mixes.py llama --granularity fused --backend ggml        # and K-quants alone, as most are
@@ -10,17 +10,20 @@ llama.cpp's mixes are made by llama.cpp itself (pip install llama-cpp-python, wh
 at hand has types and mixes of its own), with an importance matrix of the same calibration tokens that ours is made
 from. Ours are searched under the size of each of their files, with the embedding as a player, exported, and measured by
 the same engine on the same windows of WikiText-2, and of Wikipedia and C4 as they are written, windows that nobody has
-searched on. Reference models are calibrated on articles of Wikipedia, half of them as they are written and half in the
+searched on. 16 bits are the tensors of the model's own file, and where a mix is larger than that, ours is that file.
+Reference models are calibrated on articles of Wikipedia, half of them as they are written and half in the
 form of WikiText-2, which is another text to a model: spaces around punctuation, `@-@` within words. Writes
 docs/results/llama_mixes-MODEL-GRANULARITY.md.
 """
 
 import argparse
 import ctypes
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from coopq.checkpoint import is_saved_model, saved_plan
 from coopq.engine import model_nll
 from coopq.export import export_model
 from coopq.export.llama_cpp import llama_cpp_log_probabilities, llama_cpp_nll, llama_cpp_package, nll_of
+from coopq.files import read_json, write_json
 from coopq.methods import begin_with_nothing, measure, plans_on
 from coopq.models import gguf_file, load_model
 from coopq.players import GRANULARITIES, find_players
@@ -87,7 +91,7 @@ REFERENCE = Subject(
 depths that Google published."""
 SUBJECTS = {
     "demo": Subject(
-        {"ggml-gptq": (4, 5, 8), "ggml": (4, 5, 8)},
+        {"ggml-gptq": (4, 5, 16), "ggml": (4, 5, 16)},
         ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
         CalibrationConfig(sequences=4, length=256),
         16,
@@ -173,20 +177,40 @@ class Judged:
     divergence: dict[Path, npt.NDArray[np.float64]]
 
 
-def measured(files: list[Path], tokens: npt.NDArray[np.int64], threads: int) -> Judged:
-    """What llama.cpp computes of files, the first of which is the model's own."""
-    means: list[list[tuple[float, float]]] = []
-    every = (llama_cpp_log_probabilities(of, tokens, threads) for of in files)
-    for sequence, own, *others in zip(tokens, *every, strict=True):
-        chances = np.exp(own)
-        means.append(
-            [
-                (float(nll_of(scores, sequence).mean()), float((chances * (own - scores)).sum(axis=1).mean()))
-                for scores in (own, *others)
-            ]
-        )
-    nll, divergence = (dict(zip(files, of, strict=True)) for of in np.array(means).transpose(2, 1, 0))
+def measured(files: Sequence[Path], tokens: npt.NDArray[np.int64], threads: int, kept: Path) -> Judged:
+    """What llama.cpp computes of files, the first of which is the model's own; what is known of a file is kept."""
+    record = kept / f"judged-{hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()}.json"
+    known: dict[str, list[list[float]]] = read_json(record) if record.exists() else {}
+    base, *others = files
+    keys = {file: f"{llama_cpp_package()} {fingerprint(base)} {fingerprint(file)}" for file in files}
+    fresh = [base, *(file for file in others if keys[file] not in known)]
+    if len(fresh) > 1 or keys[base] not in known:
+        means: list[list[tuple[float, float]]] = []
+        every = (llama_cpp_log_probabilities(of, tokens, threads) for of in fresh)
+        for sequence, own, *of_others in zip(tokens, *every, strict=True):
+            chances = np.exp(own)
+            means.append(
+                [
+                    (float(nll_of(scores, sequence).mean()), float((chances * (own - scores)).sum(axis=1).mean()))
+                    for scores in (own, *of_others)
+                ]
+            )
+        known |= {keys[file]: of.tolist() for file, of in zip(fresh, np.array(means).transpose(1, 2, 0), strict=True)}
+        write_json(record, known)
+    nll, divergence = ({file: np.array(known[keys[file]][row]) for file in files} for row in (0, 1))
     return Judged(nll, divergence)
+
+
+def fingerprint(file: Path) -> str:
+    """A hash of a file."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def types_of(file: Path) -> str:
+    """Types of the weights of a GGUF file, the most frequent first."""
+    types = Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1)
+    return ", ".join(f"{n} of {kind}" for kind, n in types.most_common())
 
 
 def run(name: str, granularity: str, backend: str | None) -> list[str]:
@@ -228,21 +252,24 @@ def run(name: str, granularity: str, backend: str | None) -> list[str]:
         loss="kl",
         base=None if gguf_file(name) else str(base),
     )
-    budgets = [Budget.parse(f"{file.stat().st_size}B") for file in theirs.values()]
+    ours = {kind: base for kind, file in theirs.items() if file.stat().st_size >= base.stat().st_size}
+    searched = [kind for kind in theirs if kind not in ours]
+    budgets = [Budget.parse(f"{theirs[kind].stat().st_size}B") for kind in searched]
     with Progress() as bars, open_workbench(config, work / search, bars_for(bars, name)) as bench:
         begin_with_nothing(bench, ["active"], budgets)  # as in a new folder, whatever was searched in this one
         plans = [measure(bench, plan) for plan in plans_on(bench, "active", budgets)]
-        for kind, plan in zip(theirs, plans, strict=True):
+        for kind, plan in zip(searched, plans, strict=True):
             saved = work / f"{search}-{kind}"
             if is_saved_model(saved) and saved_plan(saved).assignment != plan.assignment:
                 shutil.rmtree(saved)
             if not is_saved_model(saved):
                 bench.save(plan, saved)
-            export_model(saved, "gguf", work / f"{search}-{kind}.gguf")
+            ours[kind] = work / f"{search}-{kind}.gguf"
+            export_model(saved, "gguf", ours[kind])
     texts = [tokens, *(unseen(subject, text, loaded.tokenizer) for text in (str(TO_JUDGE), "c4"))]
-    pairs = [(work / f"{search}-{kind}.gguf", file) for kind, file in theirs.items()]
-    files = [base, *(file for pair in pairs for file in pair)]
-    judged = [measured(files, text, threads) for text in texts]
+    pairs = [(ours[kind], file) for kind, file in theirs.items()]
+    files = list(dict.fromkeys([base, *(file for pair in pairs for file in pair)]))
+    judged = [measured(files, text, threads, work) for text in texts]
     lines = [
         f"# {name}: our GGUF files against llama.cpp's mixes",
         "",
@@ -252,8 +279,9 @@ def run(name: str, granularity: str, backend: str | None) -> list[str]:
         f"active search by divergence on {subject.calibration.sequences} x {subject.calibration.length} tokens of",
         f"{Path(subject.calibration.source).name}, for all sizes together. Perplexities by llama.cpp",
         f"({llama_cpp_package()}) on {len(tokens)} windows of {WINDOW} tokens of",
-        f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, is",
-        f"{np.exp(judged[0].nll[base].mean()):.2f}. Beside them our loss above theirs, nats per",
+        f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, {types_of(base)}, is",
+        f"{np.exp(judged[0].nll[base].mean()):.2f}; where a mix is larger, ours is that file.",
+        "Beside them our loss above theirs, nats per",
         "token, paired 95 %: there, and on as many windows of Wikipedia and of C4, none of them searched on.",
         "WikiText-2 sets spaces around punctuation, which these texts do not"
         + (", and half of what is searched on does." if subject is REFERENCE else "."),
@@ -261,10 +289,11 @@ def run(name: str, granularity: str, backend: str | None) -> list[str]:
         "| llama.cpp's mix | its bytes | our bytes | its perplexity | ours | our loss above | on Wikipedia | on C4 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for kind, (ours, file) in zip(theirs, pairs, strict=True):
-        perplexities = [f"{np.exp(judged[0].nll[of].mean()):.2f}" for of in (file, ours)]
-        cells = [kind, f"{file.stat().st_size:,}", f"{ours.stat().st_size:,}", *perplexities]
-        lines.append(f"| {' | '.join([*cells, *(above(text.nll[ours], text.nll[file]) for text in judged)])} |")
+    for kind, pair in zip(theirs, pairs, strict=True):
+        sizes = [f"{of.stat().st_size:,}" for of in reversed(pair)]
+        perplexities = [f"{np.exp(judged[0].nll[of].mean()):.2f}" for of in reversed(pair)]
+        losses = [above(*(text.nll[of] for of in pair)) for text in judged]
+        lines.append(f"| {' | '.join([kind, *sizes, *perplexities, *losses])} |")
     lines += [
         "",
         "Divergence from the model's own file of what llama.cpp expects after each token, nats per token. On a text of",

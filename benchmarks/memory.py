@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from coopq.memory import Footprint
-from coopq.methods.scores import terms_on
+from coopq.methods.scores import probes_of, terms_on
 from coopq.models import load_skeleton
 from coopq.players import find_players
 from coopq.run import CalibrationConfig, RunConfig
@@ -46,7 +46,7 @@ def run(tokens: int, kept: bool) -> dict[str, int]:
     before = resident("VmRSS")
     with TemporaryDirectory() as folder, open_workbench(config, Path(folder)) as bench:
         bench.bank.resident = kept
-        terms_on(bench, "fisher")
+        terms_on(bench, "fisher", probes_of(bench))
         points = np.array([[3] * 30, [4] * 30, [3, 4] * 15], dtype=np.float32)
         with bench.calibration_game("measuring") as game:
             game(points)

@@ -27,6 +27,7 @@ def plan_for(
         budget="3avg",
         budget_bytes=storage.bytes_of(bits),
         bytes=storage.bytes_of(bits),
+        untouched_bytes=storage.untouched_bytes(bits),
         average_bits=storage.average_bits(bits),
         bits_per_weight=storage.bits_per_weight(bits),
         players=tuple(

@@ -24,7 +24,7 @@ from coopq.backends.inputs import column_importance
 from coopq.calibration import calibration_set
 from coopq.checkpoint import read_saved, save_model
 from coopq.engine import model_nll
-from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError
+from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError, UnsupportedBits
 from coopq.export import export_model, predicted_bytes
 from coopq.export.llama_cpp import llama_cpp_nll
 from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
@@ -189,6 +189,35 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
     theirs, whole = (llama_cpp_nll(of, tokens).mean(axis=1) for of in (file, base))
     np.testing.assert_allclose(theirs, ours, atol=0.03)  # llama.cpp rounds activations to eight bits
     assert np.abs(ours - whole).mean() > 0.03
+
+
+@pytest.mark.real
+def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
+    """Of a file that is quantized itself, 16 bits are its own types: nothing is lost that a budget does not ask for."""
+    whole, base, saved, file = (tmp_path / name for name in ("whole.gguf", "base.gguf", "saved", "small.gguf"))
+    done = subprocess.run([sys.executable, BENCHMARKS / "convert.py", "llama", whole], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = RunConfig(
+        str(BENCHMARKS / "data" / "llama"), "ggml", low=4, high=8, embeddings=True, target="gguf", base=str(whole)
+    )
+    first = replace(first, calibration=CalibrationConfig(sequences=1, length=64, fitting=1))
+    coopq.quantize(first, "4avg", tmp_path / "first", method="greedy-down")
+    export_model(tmp_path / "first", "gguf", base)
+    size = base.stat().st_size
+    config = replace(first, model=str(base), low=3, high=16, between=(5,), base=None)
+    with pytest.raises(UnsupportedBits, match="every player takes no more bytes at a wider width than at 5; leave it"):
+        coopq.quantize(config, f"{size - 100_000}B", saved)
+    config = replace(config, between=())
+    plan = coopq.quantize(config, f"{size - 100_000}B", saved, method="greedy-down")
+    assert set(plan.assignment) == {3, 16}
+    assert export_model(saved, "gguf", file) == predicted_bytes(plan, "gguf") == file.stat().st_size
+    assert size - 300_000 < file.stat().st_size <= size - 100_000
+    before = {tensor.name: tensor for tensor in gguf.GGUFReader(base).tensors}
+    kinds = {tensor.name: (tensor.tensor_type.name, tensor) for tensor in gguf.GGUFReader(file).tensors}
+    lowered = {name for name, (kind, tensor) in kinds.items() if tensor.tensor_type != before[name].tensor_type}
+    assert {kinds[name][0] for name in lowered} == {"Q3_K"}
+    assert len(lowered) == sum(bits == 3 for bits in plan.modules.values())
+    assert all(np.array_equal(of.data, before[name].data) for name, (_, of) in kinds.items() if name not in lowered)
 
 
 @pytest.mark.real

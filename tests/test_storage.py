@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coopq.baselines import random_assignments
-from coopq.errors import BudgetError, InfeasibleBudget
+from coopq.errors import BudgetError, InfeasibleBudget, UnsupportedBits
 from coopq.storage import Budget, Storage
+from coopq.types import Width
 
 STORAGE = Storage(n_weights=(800, 1600, 2400), n_bytes={2: (250, 500, 750), 4: (450, 900, 1350)})
 
@@ -67,6 +68,20 @@ def test_random_assignments_fill_the_budget_and_keep_it(limit: int, seed: int) -
         used = STORAGE.bytes_of(assignment)
         assert used <= limit
         assert all(used + cost > limit for cost in costs[assignment == 2])
+
+
+def test_a_width_between_that_takes_no_less_than_a_wider_one_is_not_a_players() -> None:
+    sizes: dict[Width, tuple[int, ...]] = {4: (10, 10, 10), 5: (12, 25, 14), 8: (15, 20, 13), 16: (15, 30, 12)}
+    storage = Storage(n_weights=(20, 20, 20), n_bytes=sizes)
+    assert storage.levels(4, 5, 8, 16) == ((4, 5, 16), (4, 8, 16), (4, 16))
+    assert storage.raise_costs(4, 5, 8, 16).tolist() == [3, 2, 10, 10, 2]
+    found = random_assignments(storage, (4, 5, 8, 16), 45, n=50, seed=0)
+    assert {tuple(of) for of in found} == {(5, 8, 16), (16, 4, 16), (16, 8, 4)}  # those that nothing more fits into
+    assert all(storage.bytes_of(of) <= 45 for of in found)
+    with pytest.raises(UnsupportedBits, match="every player takes no more bytes at a wider width than at 5; leave it"):
+        Storage((20, 20), {4: (10, 10), 5: (15, 15), 8: (15, 14)}).levels(4, 5, 8)
+    with pytest.raises(UnsupportedBits, match="player 1 takes no more bytes at 8 bits than at 4; leave one of these"):
+        Storage((20, 20), {4: (10, 15), 8: (15, 14)}).levels(4, 8)
 
 
 def test_random_assignments_differ() -> None:

@@ -25,7 +25,7 @@ from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regress
 from coopq.estimators.active import descent
 from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
 from coopq.models import load_model
-from coopq.program import QuadraticProgram, descend, local_optima, movable, neighbours, random_fill
+from coopq.program import QuadraticProgram, descend, local_optima, neighbours, random_fill
 from coopq.run import CalibrationConfig, RunConfig
 from coopq.storage import Budget, Storage
 from coopq.testing import SteppedGame, SyntheticGame
@@ -40,14 +40,17 @@ TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
 
 
 def setting_of(seed: int, n: int, n_widths: int, n_capacities: int = 1) -> Setting:
-    rng = np.random.default_rng(seed)
-    costs = rng.integers(1, 100, size=n * (n_widths - 1))
+    """A setting whose players have all widths, or with an odd seed some of those between."""
+    rng, widths = np.random.default_rng(seed), HALVES[-n_widths:]
+    low, *between, high = widths
+    levels = tuple((low, *(width for width in between if rng.random() < 0.5 or seed % 2 == 0), high) for _ in range(n))
+    costs = rng.integers(1, 100, size=sum(map(len, levels)) - n)
     capacities = sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=n_capacities))
-    return Setting(HALVES[-n_widths:], costs, tuple(capacities), seed)
+    return Setting(widths, costs, tuple(capacities), seed, levels if seed % 2 else None)
 
 
 def everything(setting: Setting) -> Assignments:
-    return np.array(list(product(setting.widths, repeat=setting.n_players)), dtype=np.float32)
+    return np.array(list(product(*setting.levels_of_players)), dtype=np.float32)
 
 
 def program_of(setting: Setting, seed: int, quadratic: bool = True) -> QuadraticProgram:
@@ -63,13 +66,21 @@ def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> Non
     setting = setting_of(seed, n, n_widths)
     points = everything(setting)
     lowered = setting.lowered(points)
-    assert lowered.shape == (n_widths**n, n * (n_widths - 1))
+    assert lowered.shape == (len(points), len(setting.costs))
     assert np.array_equal(setting.assignments(lowered), points)
+    for step, owner in enumerate(setting.owners):
+        levels = setting.levels_of_players[owner][::-1]
+        steps_down = step - int(np.flatnonzero(setting.owners == owner)[0]) + 1
+        alone, raised = (setting.assignments(of())[step] for of in (setting.alone, setting.raised_alone))
+        assert alone[owner] == levels[steps_down]
+        assert raised[owner] == levels[steps_down - 1]
+        assert all(alone[other] == max(setting.levels_of_players[other]) for other in range(n) if other != owner)
+        assert all(raised[other] == min(setting.levels_of_players[other]) for other in range(n) if other != owner)
     loose = replace(setting.program(0), capacity=int(setting.costs.sum()))
     everywhere = np.array(list(product([False, True], repeat=setting.n_steps)))
     assert {q.tobytes() for q in everywhere if loose.feasible(q)} == {q.tobytes() for q in lowered}
     for q in lowered:
-        back, down = movable(q, setting.steps)
+        back, down = loose.movable(q)
         for step in range(setting.n_steps):
             flipped = q.copy()
             flipped[step] = not flipped[step]

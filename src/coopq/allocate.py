@@ -109,25 +109,26 @@ def _knapsack(program: QuadraticProgram) -> npt.NDArray[np.bool_] | None:
     if pairs.any() or (n + 24) * (capacity + 1) > _MOST_CELLS:
         return None
     values = program.linear + np.diag(program.quadratic)
+    of_players = np.split(np.arange(n), np.flatnonzero(~program.follows)[1:])
     # For each player, what raising it by 1, 2, ... steps is worth and weighs; the last step down is the first one up.
-    worth = values.reshape(-1, program.steps)[:, ::-1].cumsum(axis=1)
-    weight = weights.reshape(-1, program.steps)[:, ::-1].cumsum(axis=1)
-    best, raises = np.zeros(capacity + 1), np.zeros((len(worth), capacity + 1), dtype=np.int8)
-    for player in range(len(worth)):
+    worth = [values[steps[::-1]].cumsum() for steps in of_players]
+    weight = [weights[steps[::-1]].cumsum() for steps in of_players]
+    best, raises = np.zeros(capacity + 1), np.zeros((len(of_players), capacity + 1), dtype=np.int8)
+    for player in range(len(of_players)):
         before = best.copy()
         for raised in np.flatnonzero((worth[player] > 0) & (weight[player] <= capacity)):
-            fits = weight[player, raised]
-            with_it = before[: capacity + 1 - fits] + worth[player, raised]
+            fits = weight[player][raised]
+            with_it = before[: capacity + 1 - fits] + worth[player][raised]
             better = with_it > best[fits:]
             raises[player, fits:][better] = raised + 1
             best[fits:][better] = with_it[better]
-    q, left = np.ones((len(worth), program.steps), dtype=bool), capacity
-    for player in reversed(range(len(worth))):
+    q, left = np.ones(n, dtype=bool), capacity
+    for player in reversed(range(len(of_players))):
         raised = raises[player, left]
         if raised:
-            q[player, -raised:] = False
-            left -= int(weight[player, raised - 1])
-    return q.ravel()
+            q[of_players[player][-raised:]] = False
+            left -= int(weight[player][raised - 1])
+    return q
 
 
 class _Solver:
@@ -158,7 +159,7 @@ class _Solver:
                 model.addCons(product <= q[j])
             terms.append(weight * product)
         for i in range(n):
-            if i % program.steps:
+            if program.follows[i]:
                 model.addCons(q[i] <= q[i - 1])
         unit = math.gcd(*program.costs.tolist()) or 1
         raised = quicksum(int(c) // unit * (1 - x) for c, x in zip(program.costs, q, strict=True))

@@ -114,7 +114,11 @@ class WeightBank:
             write_json(header, ours)
 
     def build(
-        self, bits: Sequence[Width], tokens: npt.NDArray[np.int64] | None = None, progress: ProgressCallback = silent
+        self,
+        bits: Sequence[Width],
+        tokens: npt.NDArray[np.int64] | None = None,
+        progress: ProgressCallback = silent,
+        levels: Sequence[Sequence[Width]] | None = None,
     ) -> None:
         """Make sure that all players are there at the widths `bits`.
 
@@ -122,14 +126,20 @@ class WeightBank:
             bits: The widths; there is nothing to do for `UNTOUCHED`.
             tokens: What backends fit weights to that do, shape (n_sequences, length).
             progress: Told of every player.
+            levels: Those of the widths that each player has; None where all have all.
         Raises:
             OutputError: If the disk has no room for them.
             ModelError: If a weight is not finite.
         """
         every = range(len(self.players))
-        missing = {width: [p for p in every if not self._is_there(p, width)] for width in bits if width != UNTOUCHED}
+        of_width = {width: [p for p in every if levels is None or width in levels[p]] for width in bits}
+        missing = {
+            width: [player for player in of if not self._is_there(player, width)]
+            for width, of in of_width.items()
+            if width != UNTOUCHED
+        }
         if self._backend.whole_model:
-            missing = {width: list(every) for width, players in missing.items() if players}
+            missing = {width: of_width[width] for width, players in missing.items() if players}
         total = sum(map(len, missing.values()))
         itemsize = next(iter(self._originals.values())).dtype.itemsize
         needed = sum(

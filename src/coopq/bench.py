@@ -286,15 +286,14 @@ def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
 
 def _by_player(pairs: npt.NDArray[np.float64], setting: Setting) -> npt.NDArray[np.float64]:
     """Pair terms of steps, shape (n_steps, n_steps), as those of players."""
-    shape = (setting.n_players, setting.steps)
-    return pairs.reshape(*shape, *shape).sum(axis=(1, 3))
+    return setting.by_player(setting.by_player(pairs), axis=1)
 
 
 def _references(bench: Workbench, budgets: Sequence[Budget]) -> Iterator[tuple[str, str | None, int, Assignments]]:
     """What has no method: full precision, uniform widths, and random assignments that use up each budget."""
     config, n = bench.config, len(bench.players)
     yield "full precision", None, 0, uniform_assignment(n, UNTOUCHED)[None]
-    for bits in reversed(config.quantized_widths):
+    for bits in reversed(bench.common_widths):
         yield "uniform", None, 0, uniform_assignment(n, bits)[None]
     for budget in budgets:
         limit = bench.storage.limit(budget, config.low, config.high)

@@ -85,10 +85,9 @@ def save_model(
         tensors.update({f"{name}.{key}": tensor.contiguous().cpu() for key, tensor in of_name.items()})
         progress("packing", done, len(quantized))
     kept = {name for name in modules if name not in quantized}
-    n_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    n_bytes += sum(2 * weight_of(loaded.model, name).numel() for name in kept)
-    if n_bytes != plan.bytes:
-        raise PlanError(f"the plan's bits take {n_bytes} bytes, and it says {plan.bytes}; allocate it again")
+    n_bytes, planned = sum(tensor.nbytes for tensor in tensors.values()), plan.bytes - plan.untouched_bytes
+    if n_bytes != planned:
+        raise PlanError(f"quantized weights take {n_bytes} bytes, and the plan says {planned}; allocate it again")
     tensors.update(_untouched(loaded, quantized, kept))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:

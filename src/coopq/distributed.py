@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,7 +20,7 @@ from coopq.errors import EstimationError, Mismatch
 from coopq.models import fingerprint_weights, load_model
 from coopq.players import find_players
 from coopq.run import RunConfig
-from coopq.types import Assignment, Assignments
+from coopq.types import Assignment, Assignments, Width
 
 _CHUNKS_PER_WORKER = 4
 """Chunks of one call for each worker: small, so that one that is slow or lost holds up little; large, so that the
@@ -52,10 +52,18 @@ class Worker:
         weights: What the bank's weights depend on, as the driver has it.
         bank: The driver's bank, for workers that see its disk; others quantize the model themselves.
         tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
+        levels: The widths that each player has.
+        n_threads: That it computes with.
     """
 
     def __init__(
-        self, config: RunConfig, weights: dict[str, Any], bank: str, tokens: npt.NDArray[np.int64], n_threads: int
+        self,
+        config: RunConfig,
+        weights: dict[str, Any],
+        bank: str,
+        tokens: npt.NDArray[np.int64],
+        levels: Sequence[Sequence[Width]],
+        n_threads: int,
     ) -> None:
         torch.set_num_threads(n_threads)
         loaded = load_model(config.model, dtype=config.dtype, device=config.device)
@@ -70,7 +78,7 @@ class Worker:
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
         self._bank = WeightBank(folder, loaded, players, backend, weights)
         if folder != shared:
-            self._bank.build(config.widths, tokens)
+            self._bank.build(config.widths, tokens, levels=levels)
         self._model = loaded.model
         self._engines: dict[tuple[str, str], PrefixEngine] = {}
 
@@ -96,6 +104,7 @@ class Cluster:
         weights: What the bank's weights depend on.
         bank: The bank's folder.
         tokens: Calibration tokens for backends that take them.
+        levels: The widths that each player has.
     Raises:
         EstimationError: If Ray is not installed, or there is no such cluster.
     """
@@ -107,6 +116,7 @@ class Cluster:
         weights: dict[str, Any],
         bank: Path,
         tokens: npt.NDArray[np.int64],
+        levels: Sequence[Sequence[Width]],
     ) -> None:
         if importlib.util.find_spec("ray") is None:
             raise EstimationError("a cluster needs Ray; run: pip install 'coopq[ray]'")
@@ -135,7 +145,7 @@ class Cluster:
         actor = ray.remote(num_cpus=n_threads, num_gpus=per_gpu, max_restarts=-1, max_task_retries=-1)(Worker)
         self._tokens = ray.put(tokens)  # kept: a worker that starts anew asks for them again
         self.workers = [
-            actor.remote(config, weights, str(bank), self._tokens, n_threads) for _ in range(self.n_workers)
+            actor.remote(config, weights, str(bank), self._tokens, levels, n_threads) for _ in range(self.n_workers)
         ]
 
     def close(self) -> None:

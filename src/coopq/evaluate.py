@@ -180,10 +180,7 @@ def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: 
     widths, n_players = bench.config.widths, len(bench.players)
     groups: list[tuple[str, str | None, Assignments]] = [
         ("full precision", None, uniform_assignment(n_players, UNTOUCHED)[None]),
-        *(
-            ("uniform", None, uniform_assignment(n_players, bits)[None])
-            for bits in reversed(bench.config.quantized_widths)
-        ),
+        *(("uniform", None, uniform_assignment(n_players, bits)[None]) for bits in reversed(bench.common_widths)),
     ]
     groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.float32)) for plan in plans]
     for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():

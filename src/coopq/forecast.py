@@ -141,7 +141,7 @@ def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
     setting = Setting(config.widths, costs, (int(costs.sum()) // 2,), config.seed)
     nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
     for name, make in SEARCHES.items():
-        if setting.steps > 1 and name in OF_TWO_WIDTHS:
+        if len(config.widths) > 2 and name in OF_TWO_WIDTHS:
             continue
         if name == "active":
             opening, points = descent(setting), most_points(setting)

@@ -178,8 +178,13 @@ def _resized(plan: Plan, storage: Storage) -> Plan:
             f"by backend {plan.quantizer['name']!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
             f"{limit}; allocate a smaller budget, or estimate with that backend"
         )
-    bits_per_weight = storage.bits_per_weight(plan.assignment)
-    return dataclasses.replace(plan, bytes=n_bytes, budget_bytes=limit, bits_per_weight=bits_per_weight)
+    return dataclasses.replace(
+        plan,
+        bytes=n_bytes,
+        untouched_bytes=storage.untouched_bytes(plan.assignment),
+        budget_bytes=limit,
+        bits_per_weight=storage.bits_per_weight(plan.assignment),
+    )
 
 
 def default_run(out: Path) -> Path:

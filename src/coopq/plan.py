@@ -64,7 +64,8 @@ class Plan:
         alpha: Shrinkage of the covariance; None for methods without one.
         budget: As the user wrote it.
         budget_bytes: The same in bytes.
-        bytes: Bytes of the quantized weights under this plan.
+        bytes: Bytes of the players' weights under this plan.
+        untouched_bytes: Those of them that players left untouched take: in the target's file, if it has one.
         average_bits: Weight bits alone, averaged over the quantized weights.
         bits_per_weight: With scales, zeros and padding.
         players: Bits of each player.
@@ -105,6 +106,7 @@ class Plan:
     runner_up: tuple[Width, ...] | None = None
     evidence: Evidence | None = None
     fidelity: Fidelity | None = None
+    untouched_bytes: int = 0
 
     @property
     def quantizer(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def setting_of(subject: Subject, budgets: Sequence[Budget] = ()) -> Setting:
     config, storage = subject.config, subject.storage
     smallest = sum(storage.n_bytes[config.low])
     capacities = tuple(storage.limit(budget, config.low, config.high) - smallest for budget in budgets)
-    return Setting(config.widths, storage.raise_costs(*config.widths), capacities, config.seed)
+    return Setting(config.widths, storage.raise_costs(*config.widths), capacities, config.seed, subject.levels)
 
 
 def _settle(program: QuadraticProgram, time_limit: float | None) -> Allocation:
@@ -368,6 +370,7 @@ def _plan(
         budget=budget.text,
         budget_bytes=storage.limit(budget, config.low, config.high),
         bytes=storage.bytes_of(assignment),
+        untouched_bytes=storage.untouched_bytes(assignment),
         average_bits=storage.average_bits(assignment),
         bits_per_weight=storage.bits_per_weight(assignment),
         players=tuple(

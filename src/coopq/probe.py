@@ -25,14 +25,26 @@ class Probe:
         bank: Its players' weights.
         low: The lower of the two widths.
         high: The higher one.
+        levels: The widths that each player has; at another one it is what it is at the next wider. None where all have
+            both.
 
     Attributes:
-        layer_forwards: Forwards of one block over all tokens that were asked for; a backward counts as two.
+        layer_forwards: Forwards of one block over all tokens that were asked for, though what is known is not computed
+            again; a backward counts as two.
     """
 
-    def __init__(self, engine: PrefixEngine, bank: WeightBank, low: Width, high: Width) -> None:
+    def __init__(
+        self,
+        engine: PrefixEngine,
+        bank: WeightBank,
+        low: Width,
+        high: Width,
+        levels: Sequence[Sequence[Width]] | None = None,
+    ) -> None:
         self._engine = engine
         self._bank = bank
+        self._levels = levels
+        self._first_order: tuple[int, dict[Width, list[list[float]]]] | None = None
         self.low = low
         self.high = high
         self.layer_forwards = 0
@@ -64,7 +76,10 @@ class Probe:
 
     def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
         """The same, quantized and dequantised."""
-        return self._bank.weights(player, bits)
+        return self._bank.weights(player, self._level(player, bits))
+
+    def _level(self, player: int, bits: Width) -> Width:
+        return bits if self._levels is None else min(level for level in self._levels[player] if level >= bits)
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states before and after each block, shape (n_sequences, length, width) both; two at a time."""
@@ -105,6 +120,28 @@ class Probe:
                         total += gradient
             for player in reversed(members):
                 yield player, {linear.name: totals[linear.name] for linear in self.players[player].linears}
+
+    def first_order_changes(self) -> dict[Width, list[list[float]]]:
+        """<dL/dW, W - Q_b(W)> by width, player and linear layer, nats per token."""
+        before = self.layer_forwards
+        if self._first_order is None:
+            changes: dict[Width, list[list[float]]] = {
+                bits: [[] for _ in self.players] for bits in (self.low, self.high)
+            }
+            for player, gradients in self.gradients():
+                weights = self.weights(player)
+                for bits, of_players in changes.items():
+                    quantized = self.quantized(player, bits)
+                    of_players[player] = [
+                        float(
+                            (gradient.double() * (weights[name] - quantized[name]).to(gradient.device).double()).sum()
+                        )
+                        for name, gradient in gradients.items()
+                    ]
+            self._first_order = self.layer_forwards - before, changes
+        spent, changes = self._first_order
+        self.layer_forwards = before + spent
+        return changes
 
     def sequence_changes(self) -> npt.NDArray[np.float64]:
         """What quantizing each player does to the loss of each sequence, to first order.
@@ -216,7 +253,7 @@ class Probe:
         try:
             for block, members in enumerate(engine.members):
                 for player, (row, bits) in product(members, enumerate((self.low, self.high))):
-                    self._bank.set_player(player, bits)
+                    self._bank.set_player(player, self._level(player, bits))
                     moved = states[block]
                     for after in range(block, len(engine.members)):
                         moved = engine.forward_block(after, moved)

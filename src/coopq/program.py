@@ -1,10 +1,11 @@
 """The program that every allocation solves: a quadratic in who is lowered how far, under a byte budget.
 
-With two widths, a player is lowered or not. With more, it has a step from each width to the next lower one, and each of
-these is taken only after those above it: a step is what a player is with two widths, with this order beside it.
+With two widths, a player is lowered or not. With more, it has a step from each of its widths to the next lower one, and
+each of these is taken only after those above it: a step is what a player is with two widths, with this order beside it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ class QuadraticProgram:
         quadratic: K, symmetric, shape (n_steps, n_steps).
         costs: c, bytes that each step saves, shape (n_steps,).
         capacity: Bytes that all steps not taken may cost together.
-        steps: Steps of each player, which lie together, the first one down first: one less than there are widths.
+        owners: Player of each step, shape (n_steps,), ascending: the steps of a player lie together, the first one down
+            first. None where each is of its own.
 
     Source: CoopQ (2026), stage 2, for two widths.
     """
@@ -30,7 +32,17 @@ class QuadraticProgram:
     quadratic: npt.NDArray[np.float64]
     costs: npt.NDArray[np.int64]
     capacity: int
-    steps: int = 1
+    owners: npt.NDArray[np.intp] | None = None
+
+    @cached_property
+    def players(self) -> npt.NDArray[np.intp]:
+        """Player of each step, shape (n_steps,)."""
+        return np.arange(len(self.costs)) if self.owners is None else self.owners
+
+    @cached_property
+    def follows(self) -> npt.NDArray[np.bool_]:
+        """Which steps are taken only after the one before them, shape (n_steps,)."""
+        return np.diff(self.players, prepend=-1) == 0
 
     def objective(self, q: npt.NDArray[np.bool_]) -> float:
         """Value of a'q + q'Kq."""
@@ -39,17 +51,15 @@ class QuadraticProgram:
 
     def feasible(self, q: npt.NDArray[np.bool_]) -> bool:
         """Whether the steps not taken fit the capacity, in exact integers, and the others are in order."""
-        of_player = q.reshape(-1, self.steps)
-        return int(self.costs[~q].sum()) <= self.capacity and bool((of_player[:, 1:] <= of_player[:, :-1]).all())
+        in_order = q[:-1] | ~q[1:] | ~self.follows[1:]
+        return int(self.costs[~q].sum()) <= self.capacity and bool(in_order.all())
 
-
-def movable(q: npt.NDArray[np.bool_], steps: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
-    of_player = q.reshape(-1, steps)
-    back, down = of_player.copy(), ~of_player
-    back[:, :-1] &= ~of_player[:, 1:]
-    down[:, 1:] &= of_player[:, :-1]
-    return back.ravel(), down.ravel()
+    def movable(self, q: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
+        back, down = q.copy(), ~q
+        back[:-1] &= ~(q[1:] & self.follows[1:])
+        down[1:] &= q[:-1] | ~self.follows[1:]
+        return back, down
 
 
 def paper_program(
@@ -93,7 +103,7 @@ def descend(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[
         if change[best] < -tolerance:
             changed = [step for step in (raised[best[0]], lowered[best[1]]) if step >= 0]
         else:
-            regrouped = _regrouped(program, q, slope) if program.steps > 1 else q
+            regrouped = _regrouped(program, q, slope) if program.follows.any() else q
             if not program.objective(regrouped) < program.objective(q) - tolerance:
                 return q
             changed = np.flatnonzero(regrouped != q).tolist()
@@ -107,14 +117,12 @@ def _regrouped(
 ) -> npt.NDArray[np.bool_]:
     """The best of what raising one step gives when others go down for it, those that cost least by the byte."""
     best, least = q, program.objective(q)
-    for step in np.flatnonzero(movable(q, program.steps)[0]):
+    for step in np.flatnonzero(program.movable(q)[0]):
         other = q.copy()
         other[step] = False
-        player = step // program.steps
+        of_others = program.players != program.players[step]
         while int(program.costs[~other].sum()) > program.capacity:
-            down = movable(other, program.steps)[1]
-            down[player * program.steps : (player + 1) * program.steps] = False
-            free = np.flatnonzero(down)
+            free = np.flatnonzero(program.movable(other)[1] & of_others)
             if len(free) == 0:
                 break
             other[free[np.argmin(slope[free] / program.costs[free])]] = True
@@ -147,8 +155,7 @@ def random_fill(program: QuadraticProgram, rng: np.random.Generator) -> npt.NDAr
     q = np.ones(len(program.linear), dtype=bool)
     left = program.capacity
     for drawn in rng.permutation(len(q)):
-        first = drawn // program.steps * program.steps
-        step = first + int(q[first : first + program.steps].sum()) - 1  # the last one that is still taken
+        step = np.flatnonzero(q & (program.players == program.players[drawn]))[-1]  # the last one that is still taken
         if program.costs[step] <= left:
             q[step] = False
             left -= int(program.costs[step])
@@ -177,7 +184,7 @@ def _moves(
 
     Step -1 stands for none; moves over the capacity, or of one player back and forth, change by infinity.
     """
-    raised, lowered = (np.flatnonzero(of) for of in movable(q, program.steps))
+    raised, lowered = (np.flatnonzero(of) for of in program.movable(q))
     change = np.zeros((len(raised) + 1, len(lowered) + 1))
     change[:-1] -= slope[raised][:, None]
     change[:, :-1] += slope[lowered]
@@ -185,7 +192,6 @@ def _moves(
     slack = program.capacity - int(program.costs[~q].sum())
     needed = np.append(program.costs[raised], 0)[:, None] - np.append(program.costs[lowered], 0)
     change[needed > slack] = np.inf
-    if program.steps > 1:
-        of_one_player = np.equal.outer(raised // program.steps, lowered // program.steps)
-        change[:-1, :-1][of_one_player] = np.inf
+    of_one_player = np.equal.outer(program.players[raised], program.players[lowered])
+    change[:-1, :-1][of_one_player] = np.inf
     return np.append(raised, -1), np.append(lowered, -1), change

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,16 @@ class Subject:
     players: tuple[Player, ...]
     storage: Storage
     fingerprint: Mapping[str, Any]
+
+    @cached_property
+    def levels(self) -> tuple[tuple[Width, ...], ...]:
+        """The widths that each player has, ascending."""
+        return self.storage.levels(*self.config.widths)
+
+    @property
+    def common_widths(self) -> tuple[Width, ...]:
+        """Those that weights are quantized to, and that every player has."""
+        return tuple(bits for bits in self.config.quantized_widths if all(bits in levels for levels in self.levels))
 
 
 @dataclass(frozen=True)

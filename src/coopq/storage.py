@@ -5,12 +5,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.errors import BudgetError, InfeasibleBudget, UnsupportedBits
-from coopq.types import Assignment, Width
+from coopq.types import UNTOUCHED, Assignment, Width
 
 _UNITS = {
     "KiB": 2**10,
@@ -68,8 +69,13 @@ class Storage:
     fixed: int = 0
 
     def bytes_of(self, assignment: Assignment | Sequence[Width]) -> int:
-        """Bytes of the quantized weights under `assignment`."""
+        """Bytes of the players' weights under `assignment`."""
         return sum(self._width(float(bits))[player] for player, bits in enumerate(assignment))
+
+    def untouched_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
+        """Those of them that belong to players left untouched."""
+        kept = (player for player, bits in enumerate(assignment) if bits == UNTOUCHED)
+        return sum(self.n_bytes[UNTOUCHED][player] for player in kept)
 
     def bits_per_weight(self, assignment: Assignment | Sequence[Width]) -> float:
         """Stored bits per quantized weight, scales, zeros and padding included."""
@@ -100,25 +106,52 @@ class Storage:
             )
         return int(limit)
 
-    def raise_costs(self, *widths: Width) -> npt.NDArray[np.int64]:
-        """Bytes between neighbouring widths of each player, from the highest width down.
+    def levels(self, *widths: Width) -> tuple[tuple[Width, ...], ...]:
+        """Those of some widths that each player has: not one between that takes no less than a wider one.
 
         Args:
-            widths: Ascending; with two, what raising each player costs.
+            widths: Ascending.
         Returns:
-            Shape (n_players * (n_widths - 1),), those of a player together.
+            Ascending, for each player at least the lowest and the highest.
         Raises:
-            UnsupportedBits: If a width takes no more bytes than the one below it.
+            UnsupportedBits: If the lowest takes no less than a wider one, or a width is of no player.
         """
-        sizes = np.array([self._width(width) for width in reversed(widths)], dtype=np.int64)
-        costs = (sizes[:-1] - sizes[1:]).T
-        if not (costs > 0).all():
-            player, step = np.argwhere(costs <= 0)[0]
-            high, low = widths[::-1][step : step + 2]
-            raise UnsupportedBits(
-                f"player {player} takes no more bytes at {high} bits than at {low}; leave one of these widths out"
-            )
-        return costs.ravel()
+        low, high = widths[0], widths[-1]
+        levels: list[tuple[Width, ...]] = []
+        for player in range(len(self.n_weights)):
+            kept = [high]
+            for width in reversed(widths[:-1]):
+                if self._width(width)[player] < self._width(kept[0])[player]:
+                    kept.insert(0, width)
+                elif width == low:
+                    raise UnsupportedBits(
+                        f"player {player} takes no more bytes at {kept[0]} bits than at {low}; "
+                        "leave one of these widths out"
+                    )
+            levels.append(tuple(kept))
+        for width in widths:
+            if not any(width in of_player for of_player in levels):
+                raise UnsupportedBits(
+                    f"every player takes no more bytes at a wider width than at {width}; leave it out"
+                )
+        return tuple(levels)
+
+    def raise_costs(self, *widths: Width) -> npt.NDArray[np.int64]:
+        """Bytes between neighbouring `levels` of each player, from the highest one down.
+
+        Args and errors: as for `levels`.
+
+        Returns:
+            Shape (n_steps,), those of a player together; with two widths, what raising each player costs.
+        """
+        return np.array(
+            [
+                self.n_bytes[high][player] - self.n_bytes[low][player]
+                for player, levels in enumerate(self.levels(*widths))
+                for low, high in reversed(list(pairwise(levels)))
+            ],
+            dtype=np.int64,
+        )
 
     def _width(self, bits: Width) -> tuple[int, ...]:
         if bits not in self.n_bytes:

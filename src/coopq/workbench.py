@@ -150,6 +150,7 @@ def open_workbench(
         players = find_players(skeleton, config.granularity, config.embeddings)
         check(players)
         storage = storage_for(config, skeleton, players, backend)
+        levels = storage.levels(*config.widths)
         for budget in budgets:
             storage.limit(budget, config.low, config.high)
         device = pick_device(config.device)
@@ -196,12 +197,12 @@ def open_workbench(
         resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
         weight_bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
         folder.start(config)
-        weight_bank.build(config.widths, None if fitting is None else fitting.tokens, progress)
+        weight_bank.build(config.widths, None if fitting is None else fitting.tokens, progress, levels)
         hosted = HostedBlocks(loaded.model, device) if is_hosted else None
         with ExitStack() as stack:
             cluster = None
             if ray is not None:
-                cluster = Cluster(ray, config, weights, folder.bank, calibration.tokens)
+                cluster = Cluster(ray, config, weights, folder.bank, calibration.tokens, levels)
                 stack.callback(cluster.close)
             yield Workbench(
                 config,

@@ -25,14 +25,16 @@ def random_assignments(storage: Storage, widths: tuple[Width, ...], limit: int, 
     Returns:
         Shape (n, n_players).
     """
-    steps = len(widths) - 1
-    costs = storage.raise_costs(*widths).reshape(-1, steps)[:, ::-1]
-    levels = np.zeros((n, len(costs)), dtype=np.intp)
-    for row, level in enumerate(levels):
-        left = limit - sum(storage.n_bytes[widths[0]])
-        for drawn in np.random.default_rng([seed, row]).permutation(costs.size):
-            player = drawn // steps
-            if costs[player, level[player]] <= left:
-                left -= costs[player, level[player]]
-                level[player] += 1
-    return np.array(widths, dtype=np.float32)[levels]
+    levels = storage.levels(*widths)
+    players = np.repeat(np.arange(len(levels)), [len(of_player) - 1 for of_player in levels])
+    found = np.full((n, len(levels)), widths[0], dtype=np.float32)
+    for row, assignment in enumerate(found):
+        raised, left = [0] * len(levels), limit - storage.bytes_of(assignment)
+        for player in np.random.default_rng([seed, row]).permutation(players):
+            width, wider = levels[player][raised[player] :][:2]
+            cost = storage.n_bytes[wider][player] - storage.n_bytes[width][player]
+            if cost <= left:
+                left -= cost
+                raised[player] += 1
+                assignment[player] = wider
+    return found

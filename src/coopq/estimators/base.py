@@ -1,6 +1,7 @@
 """What an estimator is, the one loop that runs all of them, and what they share."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -42,16 +43,18 @@ class Setting:
 
     Attributes:
         widths: The widths to choose from, ascending.
-        costs: Bytes that each step between neighbouring widths costs, shape (n_steps,): the steps of a player lie
-            together, from the highest width down. With two widths, a step is a player.
+        costs: Bytes that each step between neighbouring widths of a player costs, shape (n_steps,): the steps of a
+            player lie together, from its highest width down. With two widths, a step is a player.
         capacities: For each budget, the bytes that all steps not taken down may cost together.
         seed: Seed of all that is random.
+        levels: Those of the widths that each player has, ascending, two at least; None where all have all.
     """
 
     widths: tuple[Width, ...]
     costs: npt.NDArray[np.int64]
     capacities: tuple[int, ...]
     seed: int = 0
+    levels: tuple[tuple[Width, ...], ...] | None = None
 
     @property
     def n_steps(self) -> int:
@@ -59,42 +62,62 @@ class Setting:
         return len(self.costs)
 
     @property
-    def steps(self) -> int:
-        """Steps of one player."""
-        return len(self.widths) - 1
-
-    @property
     def n_players(self) -> int:
         """Number of players."""
-        return self.n_steps // self.steps
+        return len(self.levels_of_players)
+
+    @cached_property
+    def levels_of_players(self) -> tuple[tuple[Width, ...], ...]:
+        """The widths of each player, ascending."""
+        return self.levels or (self.widths,) * (self.n_steps // (len(self.widths) - 1))
+
+    @cached_property
+    def owners(self) -> npt.NDArray[np.intp]:
+        """Player of each step, shape (n_steps,)."""
+        return np.repeat(np.arange(self.n_players), [len(levels) - 1 for levels in self.levels_of_players])
 
     def assignments(self, lowered: npt.NDArray[np.bool_]) -> Assignments:
         """Bit-widths of coalitions: shape (..., n_steps) to (..., n_players)."""
-        taken = lowered.reshape(*lowered.shape[:-1], self.n_players, self.steps).sum(axis=-1)
-        return np.array(self.widths[::-1], dtype=np.float32)[taken]
+        highest = np.array([levels[-1] for levels in self.levels_of_players], dtype=np.float32)
+        # Whole and half bits have exact sums.
+        return highest - np.add.reduceat(lowered * (self._above - self._below), self._first, axis=-1)
 
     def lowered(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
         """Coalitions of assignments: shape (..., n_players) to (..., n_steps)."""
-        taken = self.steps - np.searchsorted(self.widths, assignments)
-        lowered: npt.NDArray[np.bool_] = np.arange(self.steps) < taken[..., None]
-        return lowered.reshape(*assignments.shape[:-1], self.n_steps)
+        lowered: npt.NDArray[np.bool_] = assignments[..., self.owners] < self._above
+        return lowered
 
     def alone(self) -> npt.NDArray[np.bool_]:
         """Each player lowered alone, to each width; a coalition a step, shape (n_steps, n_steps)."""
-        return np.kron(np.eye(self.n_players), np.tri(self.steps)).astype(bool)
+        return np.tri(self.n_steps, dtype=bool) & np.equal.outer(self.owners, self.owners)
 
     def raised_alone(self) -> npt.NDArray[np.bool_]:
         """Each player raised alone, to each width; a coalition a step, shape (n_steps, n_steps)."""
-        return ~np.kron(np.eye(self.n_players), np.tri(self.steps).T).astype(bool)
+        return ~(np.tri(self.n_steps, dtype=bool).T & np.equal.outer(self.owners, self.owners))
 
-    def by_player(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Sums over the steps of each player, shape (n_players,)."""
-        return values.reshape(self.n_players, self.steps).sum(axis=1)
+    def by_player(self, values: npt.NDArray[np.float64], axis: int = 0) -> npt.NDArray[np.float64]:
+        """Sums over the steps of each player: an axis of n_steps becomes one of n_players."""
+        return np.add.reduceat(values, self._first, axis=axis)
 
     def program(self, capacity: int) -> QuadraticProgram:
         """The constraint of a budget without an objective."""
         n = self.n_steps
-        return QuadraticProgram(np.zeros(n), np.zeros((n, n)), self.costs, capacity, self.steps)
+        return QuadraticProgram(np.zeros(n), np.zeros((n, n)), self.costs, capacity, self.owners)
+
+    @cached_property
+    def _above(self) -> npt.NDArray[np.float32]:
+        """The width that each step leads down from."""
+        return np.array([width for levels in self.levels_of_players for width in levels[:0:-1]], dtype=np.float32)
+
+    @cached_property
+    def _below(self) -> npt.NDArray[np.float32]:
+        """The width that each step leads down to."""
+        return np.array([width for levels in self.levels_of_players for width in levels[-2::-1]], dtype=np.float32)
+
+    @cached_property
+    def _first(self) -> npt.NDArray[np.intp]:
+        """The first step of each player, shape (n_players,)."""
+        return np.flatnonzero(np.diff(self.owners, prepend=-1))
 
 
 class Measured:
@@ -124,7 +147,7 @@ class Measured:
         if len(assignments) == 0:
             return
         setting = self._setting
-        of_game = np.isin(assignments, setting.widths).all(axis=1)
+        of_game = (setting.assignments(setting.lowered(assignments)) == assignments).all(axis=1)
         coalitions, losses = setting.lowered(assignments[of_game]), losses[of_game]
         new = []
         for row, coalition in enumerate(coalitions):

@@ -6,7 +6,7 @@ from typing import TypeVar
 import numpy as np
 
 from coopq.estimators.base import Measured, Search, Setting
-from coopq.program import movable, random_fill
+from coopq.program import random_fill
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Game, Losses
 
@@ -87,16 +87,16 @@ class Evolution:
 
     def _mutant(self, parent: Lowered, capacity: int) -> Lowered:
         """One to three times, a random raised player is lowered and a random other one raised that then fits."""
-        child, costs = parent.copy(), self._setting.costs
+        child, costs, owners = parent.copy(), self._setting.costs, self._setting.owners
+        program = self._setting.program(capacity)
         for _ in range(min(self._rng.integers(1, 4, size=2))):
-            back, lowerable = movable(child, self._setting.steps)
+            back, lowerable = program.movable(child)
             raised = np.flatnonzero(lowerable)
             if len(raised) == 0:
                 break
             down = self._rng.choice(raised)
             slack = capacity - int(costs[~child].sum()) + int(costs[down])
-            other = np.arange(len(child)) // self._setting.steps != down // self._setting.steps
-            fitting = np.flatnonzero(back & other & (costs <= slack))
+            fitting = np.flatnonzero(back & (owners != owners[down]) & (costs <= slack))
             if len(fitting):
                 child[down] = True
                 child[self._rng.choice(fitting)] = False

@@ -1,5 +1,6 @@
 """Small games measured whole: the ground truth of every other estimator."""
 
+from itertools import product
 from math import comb
 
 import numpy as np
@@ -32,9 +33,9 @@ class Enumeration:
 
     def propose(self) -> Assignments:
         """All assignments, with two widths in the order of `Table`."""
-        n, widths = self._setting.n_players, np.array(self._setting.widths[::-1], dtype=np.float32)
-        taken = np.arange(len(widths) ** n)[:, None] // len(widths) ** np.arange(n) % len(widths)
-        return widths[taken[:0] if len(self.measured) else taken]
+        levels = [of_player[::-1] for of_player in self._setting.levels_of_players]
+        every = np.array(list(product(*levels[::-1])), dtype=np.float32)[:, ::-1]
+        return every[: 0 if len(self.measured) else None]
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from coopq.estimators.base import Measured, Setting
-from coopq.program import movable, neighbours
+from coopq.program import neighbours
 from coopq.surrogate import Lowered
 from coopq.types import Assignment, Assignments, Losses
 
@@ -97,7 +97,7 @@ class Greedy:
 
     def _next(self) -> list[int]:
         """Players that may change next: the best of the last step, if not all."""
-        back, down = movable(self._at, self._setting.steps)
+        back, down = self._setting.program(0).movable(self._at)
         free = np.array([s for s in np.flatnonzero(down if self._down else back) if self._down or self._fits(s)], int)
         most = max(self._n_candidates, self._per_step) if len(self.measured) else len(free)
         best = free[np.argsort(self._rate[free], kind="stable")][:most]
@@ -108,7 +108,7 @@ class Greedy:
         if not self._swaps:
             return []
         best = self.measured.best(capacity)[0]
-        free = np.flatnonzero(np.logical_or(*movable(best, self._setting.steps)))
+        free = np.flatnonzero(np.logical_or(*self._setting.program(0).movable(best)))
         flips = best ^ np.eye(len(best), dtype=bool)[free]
         unknown = [q for q in flips if q not in self.measured]
         if unknown:

@@ -36,9 +36,10 @@ class OneShot:
     def choose(self, capacity: int) -> Assignment:
         """The exact knapsack over what players do alone."""
         end, *alone = (self.measured.loss(q) for q in self._points)
-        of_player = np.array(alone).reshape(self._setting.n_players, self._setting.steps)
-        ends = np.full((len(of_player), 1), end)
-        # From width to width, all of it down: what a step costs.
-        losses = np.hstack([of_player, ends] if self._is_low else [ends, of_player])
-        program = replace(self._setting.program(capacity), linear=np.diff(losses, axis=1).ravel())
-        return self._setting.assignments(allocate(program).q)
+        program, losses = self._setting.program(capacity), np.array(alone)
+        # From width to width of a player, all of it down: what a step costs.
+        if self._is_low:
+            worth = np.where(np.append(program.follows[1:], False), np.append(losses[1:], end), end) - losses
+        else:
+            worth = losses - np.where(program.follows, np.append(end, losses[:-1]), end)
+        return self._setting.assignments(allocate(replace(program, linear=worth)).q)

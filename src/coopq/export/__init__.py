@@ -12,7 +12,7 @@ from coopq.export.folder import Layout, check_backend, check_columns, fixed_byte
 from coopq.plan import Plan
 from coopq.run import RunConfig
 from coopq.storage import Storage
-from coopq.types import Player, ProgressCallback, silent
+from coopq.types import UNTOUCHED, Player, ProgressCallback, silent
 
 FORMS = ("gguf", "openvino", "compressed-tensors", "auto-round")
 """Their sizes are known before they are written."""
@@ -107,6 +107,9 @@ def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backen
         from coopq.export import gguf
 
         fixed = gguf.fixed_bytes(config, [linear.name for player in players for linear in player.linears])
+        if UNTOUCHED in config.widths:
+            as_in_base = gguf.untouched_bytes(config, players)
+            storage = replace(storage, n_bytes={**storage.n_bytes, UNTOUCHED: as_in_base})
     elif config.target == "openvino":
         from coopq.export import openvino
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.backends import get_backend
+from coopq.backends import Backend, get_backend
 from coopq.backends.ggml import GGMLBackend
 from coopq.checkpoint import read_saved, saved_plan
 from coopq.errors import ExportError, Mismatch
@@ -24,7 +24,7 @@ from coopq.models import gguf_file
 from coopq.plan import Plan
 from coopq.players import weight_of
 from coopq.run import RunConfig
-from coopq.types import ProgressCallback, silent
+from coopq.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 
 _TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
 
@@ -77,9 +77,10 @@ def export_gguf(
                 name = modules[tensor.name]
                 weight = weight_of(loaded.model, name).data.flatten(0, -2)
                 order = _row_order(tensor, weight, name, n_tensors[name])
-                kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
-                rows = packed[name]["blocks"] if name in packed else weight.half()
-                data = rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1)
+                if not _stays(tensor, plan.modules[name]):
+                    kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
+                    rows = packed[name]["blocks"] if name in packed else weight.half()
+                    data = rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1)
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -103,10 +104,42 @@ def _size(plan: Plan, reader: Any) -> int:
     """Bytes of a plan's file over a base."""
     backend = get_backend(**plan.quantizer)
     sizes = {
-        tensor.name: backend.storage_bytes((int(np.prod(tensor.shape[1:])), int(tensor.shape[0])), plan.modules[name])
-        for tensor, name in _tensors(reader, plan.modules)
+        tensor.name: _bytes(tensor, backend, plan.modules[name]) for tensor, name in _tensors(reader, plan.modules)
     }
     return _beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
+
+
+def _stays(tensor: Any, bits: Width) -> bool:
+    """Whether a tensor of the base goes into the file as it is: one of 32 bits is rounded to 16."""
+    import gguf
+
+    return bits == UNTOUCHED and tensor.tensor_type != gguf.GGMLQuantizationType.F32
+
+
+def _bytes(tensor: Any, backend: Backend, bits: Width) -> int:
+    """Bytes of a tensor of the base at a width."""
+    if _stays(tensor, bits):
+        return int(tensor.n_bytes)
+    return backend.storage_bytes((int(np.prod(tensor.shape[1:])), int(tensor.shape[0])), bits)
+
+
+def untouched_bytes(config: RunConfig, players: Sequence[Player]) -> tuple[int, ...]:
+    """Bytes that each player takes where it is left untouched, shape (n_players,).
+
+    Args and errors: as for `fixed_bytes`.
+    """
+    reader, backend = _base_reader(config), get_backend(**config.quantizer)
+    player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
+    sizes = [0] * len(players)
+    for tensor, name in _tensors(reader, list(player_of)):
+        sizes[player_of[name]] += _bytes(tensor, backend, UNTOUCHED)
+    return tuple(sizes)
+
+
+def _base_reader(config: RunConfig) -> Any:
+    import gguf
+
+    return gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
 
 
 def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
@@ -115,13 +148,11 @@ def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
     Raises:
         ExportError: If the backend is not ggml's, there is no base, or it has no tensor for a module.
     """
-    import gguf
-
     if _ggml(config.quantizer) is None:
         raise ExportError(
             f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, ggml-iq or ggml-gptq"
         )
-    reader = gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
+    reader = _base_reader(config)
     tensors = [tensor.name for tensor, _ in _tensors(reader, modules)]
     return _beside(reader, tensors) + len(tensors) * (reader.alignment - 1)
 
