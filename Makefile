@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq quantize demo --bits 3,4 --budget 3.5avg --backend rtn \
-	    --tokens 1024 --sequence-length 256 --out build/demo
+	    --tokens 512 --sequence-length 128 --out build/demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo --tokens 4096 --sequence-length 1024
 
 test: lint

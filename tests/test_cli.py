@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from coopq import terminal
 from coopq.baselines import PAPER_BASELINES
 from coopq.checkpoint import saved_bytes
 from coopq.journal import Journal
@@ -264,3 +267,14 @@ def test_help_names_every_command() -> None:
     assert code == 0
     for name in ("quantize", "estimate", "allocate", "apply", "compare", "evaluate", "show"):
         assert name in out
+
+
+def test_without_a_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = StringIO()
+    monkeypatch.setattr(terminal, "STDERR", Console(file=log, force_terminal=False))
+    with terminal.progress_bars() as report:
+        report("measuring", 1, 3)
+        assert "1 of 3" not in log.getvalue()
+        monkeypatch.setattr(terminal, "_SECONDS_A_LINE", 0.0)
+        report("measuring", 2, 3)
+        assert log.getvalue().endswith("measuring: 2 of 3\n")

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -28,11 +29,13 @@ from coopq.types import ProgressCallback
 
 STDOUT = Console()
 STDERR = Console(stderr=True)
+_SECONDS_A_LINE = 60.0
+"""Of a log that nobody watches."""
 
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A bar for every stage, with rate and time left, on standard error."""
+    """A bar for every stage, with rate and time left, on standard error; where that is no terminal, a line a minute."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,11 +46,16 @@ def progress_bars() -> Iterator[ProgressCallback]:
     )
     with Progress(*columns, console=STDERR) as bars:
         tasks: dict[str, TaskID] = {}
+        told = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
+            nonlocal told
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, completed=done)
             bars.update(tasks[stage], completed=done, total=total)
+            if not STDERR.is_terminal and time.monotonic() - told >= _SECONDS_A_LINE:
+                told = time.monotonic()
+                STDERR.print(f"{stage}: {done} of {total}", highlight=False, soft_wrap=True, markup=False)
 
         try:
             yield report
