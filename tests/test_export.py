@@ -218,6 +218,9 @@ def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
     assert {kinds[name][0] for name in lowered} == {"Q3_K"}
     assert len(lowered) == sum(bits == 3 for bits in plan.modules.values())
     assert all(np.array_equal(of.data, before[name].data) for name, (_, of) in kinds.items() if name not in lowered)
+    deployed = coopq.apply(plan, tmp_path / "deployed", backend="ggml-iq")
+    assert deployed.bytes < plan.bytes  # its three bits are IQ3_XXS
+    assert export_model(tmp_path / "deployed", "gguf", file) == file.stat().st_size <= size - 100_000
 
 
 @pytest.mark.real

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from coopq.backends import get_backend
-from coopq.bank import measure_storage, round_untouched
+from coopq.bank import round_untouched
 from coopq.calibration import calibration_set, fitting_set
 from coopq.checkpoint import is_saved_model, save_model
 from coopq.distributed import RayConfig
 from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
+from coopq.export import storage_for
 from coopq.files import require_new_folder
 from coopq.memory import weights_fit
 from coopq.methods import (
@@ -159,7 +160,9 @@ def apply(
     players = find_players(loaded.model, config.granularity, config.embeddings)
     round_untouched(loaded, players, config.widths)
     if plan.deployment is not None:
-        plan = _resized(plan, measure_storage(players, quantizer, config.widths))
+        options = {"backend" if key == "name" else key: value for key, value in plan.quantizer.items()}
+        by_other = dataclasses.replace(config, model=source, **options)
+        plan = _resized(plan, storage_for(by_other, loaded.model, players, quantizer))
     if not quantizer.calibrated:
         return save_model(loaded, plan, quantizer, None, out, progress)
     fitting, seen = (of(config.calibration, loaded.tokenizer).tokens for of in (fitting_set, calibration_set))
