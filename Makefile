@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq quantize demo --bits 3,4 --budget 3.5avg --backend rtn \
 	    --tokens 512 --sequence-length 128 --out build/demo
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo --tokens 4096 --sequence-length 1024
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo --tokens 2048 --sequence-length 1024
 
 test: lint
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
