@@ -182,7 +182,8 @@ def measured(files: Sequence[Path], tokens: npt.NDArray[np.int64], threads: int,
     record = kept / f"judged-{hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()}.json"
     known: dict[str, list[list[float]]] = read_json(record) if record.exists() else {}
     base, *others = files
-    keys = {file: f"{llama_cpp_package()} {fingerprint(base)} {fingerprint(file)}" for file in files}
+    engine_and_base = f"{llama_cpp_package()} {fingerprint(base)}"  # divergences are from it
+    keys = {file: f"{engine_and_base} {fingerprint(file)}" for file in files}
     fresh = [base, *(file for file in others if keys[file] not in known)]
     if len(fresh) > 1 or keys[base] not in known:
         means: list[list[tuple[float, float]]] = []
