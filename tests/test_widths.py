@@ -24,6 +24,7 @@ from coopq.engine import model_nll
 from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
 from coopq.estimators.active import descent
 from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
+from coopq.methods.scores import probes_of, terms_on
 from coopq.models import load_model
 from coopq.program import QuadraticProgram, descend, local_optima, neighbours, random_fill
 from coopq.run import CalibrationConfig, RunConfig
@@ -235,17 +236,27 @@ def test_searches_keep_every_budget(name: str) -> None:
             assert setting.program(capacity).feasible(setting.lowered(search.choose(capacity)))
 
 
-def test_every_method_on_a_real_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_every_method_on_a_real_model(own: bool, tmp_path: Path) -> None:
+    """Where players have widths of their own, too: of two of them, 4 bits take as much as 8."""
     calibration = CalibrationConfig(sequences=2, length=64)
     config = RunConfig(str(STORIES), low=2, high=8, between=(4,), calibration=calibration)
     budgets = [Budget.parse("2.6avg"), Budget.parse("4avg")]
     with open_workbench(config, tmp_path) as bench:
+        if own:
+            every, _, _ = terms_on(bench, "llm-mq", probes_of(bench))
+            sizes = bench.storage.n_bytes
+            sizes = {**sizes, 4: (*sizes[8][:2], *sizes[4][2:])}
+            bench = replace(bench, storage=replace(bench.storage, n_bytes=sizes))
+            assert [len(levels) for levels in bench.levels] == [2, 2, 3, 3, 3]
+            gains, _, _ = terms_on(bench, "llm-mq", probes_of(bench))
+            assert gains == pytest.approx([*every[:4].reshape(2, 2).sum(axis=1), *every[4:]])
         best = [measure(bench, plan).measured_loss for plan in plans_on(bench, "exact", budgets)]
         for method in (method for method in METHODS if method not in OF_TWO_WIDTHS):
             for plan, optimum in zip(plans_on(bench, method, budgets), best, strict=True):
                 plan = measure(bench, plan)
                 assert plan.bytes <= plan.budget_bytes
-                assert set(plan.assignment) <= set(config.widths)
+                assert all(bits in levels for bits, levels in zip(plan.assignment, bench.levels, strict=True))
                 assert plan.measured_loss is not None
                 assert optimum is not None
                 assert plan.measured_loss >= optimum - 1e-12

@@ -50,6 +50,8 @@ def terms_on(bench: Workbench, method: str, probes: Sequence[Probe]) -> tuple[Ga
     fingerprint = {**bench.fingerprint, "low": config.low, "high": config.high}
     if config.between:
         fingerprint["between"] = config.between
+    if any(levels != config.widths for levels in bench.levels):  # which a run's target may change
+        fingerprint["levels"] = bench.levels
     if path.is_file():
         record = read_json(path)
         if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
