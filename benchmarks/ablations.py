@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.allocate import allocate
-from coopq.estimators import SPQE, ShapleyEstimate, run_estimator
-from coopq.evaluate import judge_on
-from coopq.program import paper_program
-from coopq.run import RunFolder
-from coopq.storage import Budget
-from coopq.types import REMOVED, UNTOUCHED, Assignment, Assignments
-from coopq.workbench import Workbench, open_workbench
+from coopq.search.solver.exact import allocate
+from coopq.search import SPQE, ShapleyEstimate, run_estimator
+from coopq.judge.comparison import judge_on
+from coopq.search.solver.quadratic_program import paper_program
+from coopq.core.config import RunFolder
+from coopq.core.sizes import Budget
+from coopq.core.types import REMOVED, UNTOUCHED, Assignment, Assignments
+from coopq.game.session import Workbench, open_workbench
 from main_job import BUDGETS, JUDGE_TOKENS, PARTS, RESULTS, SEED, WINDOW, WORK, bars_for, part_config
 
 REPORT = RESULTS.with_name("ablations.json")

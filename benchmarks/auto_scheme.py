@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress
 
-from coopq.calibration import calibration_set
-from coopq.evaluate import judge_windows
-from coopq.evidence import Evidence
-from coopq.files import read_json, write_json
-from coopq.methods import measure, plans_on
-from coopq.models import load_model
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import UNTOUCHED
-from coopq.workbench import open_workbench
+from coopq.model.texts import calibration_set
+from coopq.judge.comparison import judge_windows
+from coopq.plan.confidence import Evidence
+from coopq.core.files import read_json, write_json
+from coopq.plan.methods import measure, plans_on
+from coopq.model.load import load_model
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import UNTOUCHED
+from coopq.game.session import open_workbench
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]

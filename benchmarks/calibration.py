@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from coopq.bench import Result, finished, mean_windows
-from coopq.bench_config import read_bench
+from coopq.judge.bench.run import Result, finished, mean_windows
+from coopq.judge.bench.config import read_bench
 from quantizers import above
 
 ROOT = Path(__file__).parents[1]

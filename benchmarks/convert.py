@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import torch
 
-from coopq.files import atomic_file
+from coopq.core.files import atomic_file
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,15 +16,15 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 from coopq import pipeline
-from coopq.baselines.uninformed import random_assignments
-from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model
-from coopq.methods import measure, plans_on
-from coopq.plan import Plan
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import Losses
-from coopq.workbench import open_workbench
+from coopq.judge.references import random_assignments
+from coopq.model.texts import wikitext2
+from coopq.export.checkpoint import is_saved_model
+from coopq.plan.methods import measure, plans_on
+from coopq.plan.plan import Plan
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import Losses
+from coopq.game.session import open_workbench
 from gptq_static import judged
 from main_job import bars_for
 from quantizers import above, perplexity, write_report

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coopq.bench import Result, finished, mean_windows
-from coopq.bench_config import read_bench
-from coopq.evidence import Evidence
+from coopq.judge.bench.run import Result, finished, mean_windows
+from coopq.judge.bench.config import read_bench
+from coopq.plan.confidence import Evidence
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "divergence.md"

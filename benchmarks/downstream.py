@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from coopq.bench import Result
-from coopq.bench_config import Case, read_bench
-from coopq.downstream import zero_shot
-from coopq.files import read_json, write_json
-from coopq.terminal import progress_bars
-from coopq.types import UNTOUCHED, Width
-from coopq.workbench import Workbench, open_workbench
+from coopq.judge.bench.run import Result
+from coopq.judge.bench.config import Case, read_bench
+from coopq.judge.zero_shot import zero_shot
+from coopq.core.files import read_json, write_json
+from coopq.cli.terminal import progress_bars
+from coopq.core.types import UNTOUCHED, Width
+from coopq.game.session import Workbench, open_workbench
 
 ROOT = Path(__file__).parents[1]
 TASKS = [

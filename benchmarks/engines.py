@@ -24,17 +24,17 @@ import numpy as np
 import numpy.typing as npt
 
 import coopq
-from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model
-from coopq.engine import model_nll
-from coopq.export import export_model, predicted_bytes
-from coopq.methods import measure, plans_on
-from coopq.models import load_model
-from coopq.plan import Plan
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import Width
-from coopq.workbench import open_workbench
+from coopq.model.texts import wikitext2
+from coopq.export.checkpoint import is_saved_model
+from coopq.game.prefix_engine import model_nll
+from coopq.export.formats import export_model, predicted_bytes
+from coopq.plan.methods import measure, plans_on
+from coopq.model.load import load_model
+from coopq.plan.plan import Plan
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import Width
+from coopq.game.session import open_workbench
 
 ROOT = Path(__file__).parents[1]
 DATA, WORK, RESULTS = ROOT / "benchmarks" / "data", ROOT / "build" / "engines", ROOT / "docs" / "results"

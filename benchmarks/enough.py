@@ -13,10 +13,10 @@ import argparse
 from rich.progress import Progress
 
 from convert import DATA
-from coopq.estimators.active import descent, most_points
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.workbench import open_workbench
+from coopq.search.strategies.active import descent, most_points
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.session import open_workbench
 from main_job import bars_for
 from openings import ROOT, head_of, row_of, searched
 

@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.baselines import PAPER_BASELINES
-from coopq.calibration import calibration_set
-from coopq.estimators import SPQE, Enumeration, Setting, run_estimator
-from coopq.estimators.exact import best_quadratic, shapley_interactions, shapley_values
-from coopq.methods import plans_on
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.testing import HIGH, LOW, TableGame
-from coopq.types import Assignment
-from coopq.workbench import open_workbench
+from coopq.plan.scores import PAPER_BASELINES
+from coopq.model.texts import calibration_set
+from coopq.search import SPQE, Enumeration, Setting, run_estimator
+from coopq.search.strategies.exhaustive import best_quadratic, shapley_interactions, shapley_values
+from coopq.plan.methods import plans_on
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.quantize.contract import HIGH, LOW, TableGame
+from coopq.core.types import Assignment
+from coopq.game.session import open_workbench
 from main_job import bars_for
 from regret import METHODS, Counted, Judge, cell
 from train import TWELVE, held_out_articles

@@ -19,14 +19,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import track
 from torch import Tensor
 
-from coopq.backends.ggml import GGMLBackend, from_blocks
-from coopq.backends.ggml_gptq import code_layout, elimination_order, second_order
-from coopq.backends.inputs import second_moments
-from coopq.calibration import calibration_set
-from coopq.models import load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig
-from coopq.types import Width
+from coopq.quantize.ggml.types import GGMLBackend, from_blocks
+from coopq.quantize.ggml.gptq import code_layout, elimination_order, second_order
+from coopq.quantize.input_statistics import second_moments
+from coopq.model.texts import calibration_set
+from coopq.model.load import load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig
+from coopq.core.types import Width
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "ggml_types.md"

@@ -15,18 +15,18 @@ import numpy.typing as npt
 from rich.progress import Progress
 
 import coopq
-from coopq.calibration import wikitext2
-from coopq.checkpoint import is_saved_model
-from coopq.engine import model_nll
-from coopq.evidence import Evidence
-from coopq.files import read_json, write_json
-from coopq.methods import measure, plans_on
-from coopq.models import load_model
-from coopq.plan import Plan
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import Losses
-from coopq.workbench import open_workbench
+from coopq.model.texts import wikitext2
+from coopq.export.checkpoint import is_saved_model
+from coopq.game.prefix_engine import model_nll
+from coopq.plan.confidence import Evidence
+from coopq.core.files import read_json, write_json
+from coopq.plan.methods import measure, plans_on
+from coopq.model.load import load_model
+from coopq.plan.plan import Plan
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import Losses
+from coopq.game.session import open_workbench
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]

@@ -23,21 +23,21 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.estimators import SPQE, ActiveSearch, Setting, run_search
-from coopq.forecast import works
-from coopq.game import Meters, QuantizationGame
-from coopq.journal import Journal
-from coopq.memory import Footprint
-from coopq.models import LoadedModel
-from coopq.players import find_players
-from coopq.replay import Replay, batch_size
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.terminal import progress_bars
-from coopq.testing import SteppedGame, SyntheticGame
-from coopq.types import Assignment, Assignments, Game, Player, ProgressCallback
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.game.prefix_engine import PrefixEngine, prefix_tree_size
+from coopq.search import SPQE, ActiveSearch, Setting, run_search
+from coopq.plan.forecast import works
+from coopq.game.game import Meters, QuantizationGame
+from coopq.game.journal import Journal
+from coopq.model.memory import Footprint
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players
+from coopq.model.blockwise import Replay, batch_size
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.cli.terminal import progress_bars
+from coopq.quantize.contract import SteppedGame, SyntheticGame
+from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 LENGTH, WALKS = 2048, 25
@@ -93,7 +93,7 @@ class Paid:
         self._game = game
 
     def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
-        """See `coopq.game.Engine`."""
+        """See `coopq.game.game.Engine`."""
         for assignment, _, spent in self._engine.evaluate(assignments):
             yield assignment, self._game(assignment[None]), spent
 

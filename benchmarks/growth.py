@@ -20,14 +20,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine
-from coopq.estimators import SPQE
-from coopq.memory import Footprint
-from coopq.models import LoadedModel
-from coopq.players import find_players
-from coopq.run import CalibrationConfig
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.game.prefix_engine import PrefixEngine
+from coopq.search import SPQE
+from coopq.model.memory import Footprint
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig
 from layer_forward import seconds
 from memory import resident
 

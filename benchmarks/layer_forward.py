@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from by_cpu import write_section
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine
-from coopq.estimators import SPQE
-from coopq.models import load_model
-from coopq.players import find_players
-from coopq.replay import batch_size
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.game.prefix_engine import PrefixEngine
+from coopq.search import SPQE
+from coopq.model.load import load_model
+from coopq.model.players import find_players
+from coopq.model.blockwise import batch_size
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "layer_forward.md"
 LENGTH = 256

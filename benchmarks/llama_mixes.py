@@ -36,20 +36,20 @@ from rich.progress import Progress
 
 import llama_cpp
 from convert import DATA, convert
-from coopq.backends.inputs import column_importance
-from coopq.calibration import calibration_set, fitting_set, wikitext2
-from coopq.checkpoint import is_saved_model, saved_plan
-from coopq.engine import model_nll
-from coopq.export import export_model
-from coopq.export.llama_cpp import llama_cpp_log_probabilities, llama_cpp_nll, llama_cpp_package, nll_of
-from coopq.files import read_json, write_json
-from coopq.methods import begin_with_nothing, measure, plans_on
-from coopq.models import gguf_file, load_model
-from coopq.players import GRANULARITIES, find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import Width
-from coopq.workbench import open_workbench
+from coopq.quantize.input_statistics import column_importance
+from coopq.model.texts import calibration_set, fitting_set, wikitext2
+from coopq.export.checkpoint import is_saved_model, saved_plan
+from coopq.game.prefix_engine import model_nll
+from coopq.export.formats import export_model
+from coopq.judge.llama_cpp import llama_cpp_log_probabilities, llama_cpp_nll, llama_cpp_package, nll_of
+from coopq.core.files import read_json, write_json
+from coopq.plan.methods import begin_with_nothing, measure, plans_on
+from coopq.model.load import gguf_file, load_model
+from coopq.model.players import GRANULARITIES, find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import Width
+from coopq.game.session import open_workbench
 from main_job import bars_for
 from quantizers import above
 

@@ -19,20 +19,20 @@ import numpy as np
 from rich.progress import Progress
 
 import coopq
-from coopq.baselines import PAPER_BASELINES
-from coopq.calibration import calibration_set, wikitext2
-from coopq.checkpoint import saved_bytes
-from coopq.engine import model_nll
-from coopq.evaluate import compare_on
-from coopq.figure import save_comparison
-from coopq.files import write_json
-from coopq.methods import measure, plans_on
-from coopq.plan import Plan
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.scores import Comparison
-from coopq.storage import Budget
-from coopq.types import ProgressCallback
-from coopq.workbench import Workbench, open_workbench
+from coopq.plan.scores import PAPER_BASELINES
+from coopq.model.texts import calibration_set, wikitext2
+from coopq.export.checkpoint import saved_bytes
+from coopq.game.prefix_engine import model_nll
+from coopq.judge.comparison import compare_on
+from coopq.report.plots import save_comparison
+from coopq.core.files import write_json
+from coopq.plan.methods import measure, plans_on
+from coopq.plan.plan import Plan
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.judge.results import Comparison
+from coopq.core.sizes import Budget
+from coopq.core.types import ProgressCallback
+from coopq.game.session import Workbench, open_workbench
 
 ROOT = Path(__file__).parents[1]
 WORK, RESULTS = ROOT / "build" / "main_job", ROOT / "docs" / "results" / "main_job.json"
@@ -76,7 +76,7 @@ def run_part(name: str, permutations: int) -> dict[str, Any]:
         saved = saved_losses(bench, plans) if bench.backend.whole_model else {}
     title = f"SmolLM2-135M, {backend}, {low} and {high} bits: WikiText-2"
     save_comparison(rows, title, RESULTS.with_name(f"main_job-{name}"))
-    _, spent = coopq.journal.Journal.peek(WORK / name / "journal.jsonl")
+    _, spent = coopq.game.journal.Journal.peek(WORK / name / "journal.jsonl")
     return {
         "permutations": permutations,
         "rows": [asdict(row) for row in rows],

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 import transformers
 
-from coopq.memory import Footprint
-from coopq.methods.scores import probes_of, terms_on
-from coopq.models import load_skeleton
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.workbench import open_workbench
+from coopq.model.memory import Footprint
+from coopq.plan.by_score import probes_of, terms_on
+from coopq.model.load import load_skeleton
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.game.session import open_workbench
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "memory.md"
 TOKENS, LENGTH = (1024, 4096, 16384), 512

@@ -15,14 +15,14 @@ import numpy as np
 from rich.progress import Progress
 
 from convert import DATA
-from coopq.estimators import ActiveSearch, Greedy, Setting
-from coopq.estimators.active import most_points
-from coopq.game import Meter
-from coopq.methods.scores import starts_on
-from coopq.plan import setting_of
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.workbench import Workbench, open_workbench
+from coopq.search import ActiveSearch, Greedy, Setting
+from coopq.search.strategies.active import most_points
+from coopq.game.game import Meter
+from coopq.plan.by_score import starts_on
+from coopq.plan.plan import setting_of
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.session import Workbench, open_workbench
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]

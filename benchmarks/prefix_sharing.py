@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from coopq.engine import prefix_tree_size
-from coopq.estimators import SPQE
+from coopq.game.prefix_engine import prefix_tree_size
+from coopq.search import SPQE
 
 REPORT = Path(__file__).parents[1] / "docs" / "results" / "prefix_sharing.md"
 SEED = 0

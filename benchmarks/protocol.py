@@ -21,15 +21,15 @@ import torch
 from rich.progress import Progress
 
 from by_cpu import write_section
-from coopq.backends import get_backend
-from coopq.calibration import calibration_set
-from coopq.engine import model_nll
-from coopq.estimators import SPQE
-from coopq.models import load_model, load_skeleton
-from coopq.players import find_players
-from coopq.replay import BATCH_TOKENS
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.workbench import open_workbench
+from coopq.quantize import get_backend
+from coopq.model.texts import calibration_set
+from coopq.game.prefix_engine import model_nll
+from coopq.search import SPQE
+from coopq.model.load import load_model, load_skeleton
+from coopq.model.players import find_players
+from coopq.model.blockwise import BATCH_TOKENS
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.game.session import open_workbench
 from main_job import bars_for
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "protocol.md"

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.calibration import fitting_set
-from coopq.evaluate import judge_windows
-from coopq.evidence import Evidence
-from coopq.files import read_json, write_json
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.types import UNTOUCHED, Losses
-from coopq.workbench import open_workbench
+from coopq.model.texts import fitting_set
+from coopq.judge.comparison import judge_windows
+from coopq.plan.confidence import Evidence
+from coopq.core.files import read_json, write_json
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.types import UNTOUCHED, Losses
+from coopq.game.session import open_workbench
 from gptq_static import spent
 from main_job import bars_for
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from coopq.allocate import allocate
-from coopq.engine import prefix_tree_size
-from coopq.estimators import (
+from coopq.search.solver.exact import allocate
+from coopq.game.prefix_engine import prefix_tree_size
+from coopq.search import (
     SPQE,
     ActiveSearch,
     CrossLayer,
@@ -32,10 +32,10 @@ from coopq.estimators import (
     run_estimator,
     run_search,
 )
-from coopq.estimators.evolution import SHARES
-from coopq.program import QuadraticProgram, local_optima, paper_program, random_fill
-from coopq.testing import HIGH, LOW, SyntheticGame
-from coopq.types import Assignment, Assignments, Game, Losses
+from coopq.search.strategies.evolution import SHARES
+from coopq.search.solver.quadratic_program import QuadraticProgram, local_optima, paper_program, random_fill
+from coopq.quantize.contract import HIGH, LOW, SyntheticGame
+from coopq.core.types import Assignment, Assignments, Game, Losses
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "regret.json"
 AVERAGES = (2.25, 2.5, 3.0, 3.5)

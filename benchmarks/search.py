@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.baselines import PAPER_BASELINES
-from coopq.calibration import calibration_set
-from coopq.evaluate import judge_windows
-from coopq.evidence import Evidence
-from coopq.files import atomic_file
-from coopq.methods import measure, plans_on
-from coopq.plan import Plan
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.workbench import open_workbench
+from coopq.plan.scores import PAPER_BASELINES
+from coopq.model.texts import calibration_set
+from coopq.judge.comparison import judge_windows
+from coopq.plan.confidence import Evidence
+from coopq.core.files import atomic_file
+from coopq.plan.methods import measure, plans_on
+from coopq.plan.plan import Plan
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.session import open_workbench
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]

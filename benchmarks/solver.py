@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from coopq.allocate import Allocation, allocate, near_optimum
-from coopq.program import QuadraticProgram, paper_program
-from coopq.testing import SyntheticGame
+from coopq.search.solver.exact import Allocation, allocate, near_optimum
+from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
+from coopq.quantize.contract import SyntheticGame
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "solver.md"
 SIZES = (32, 64, 128, 300)

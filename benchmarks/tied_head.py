@@ -12,13 +12,13 @@ import torch
 from gguf import GGMLQuantizationType
 from rich.progress import track
 
-from coopq.backends.ggml import GGMLBackend, from_blocks, to_blocks
-from coopq.backends.ggml_gptq import elimination_order, second_order
-from coopq.backends.inputs import second_moments
-from coopq.calibration import calibration_set
-from coopq.models import load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig
+from coopq.quantize.ggml.types import GGMLBackend, from_blocks, to_blocks
+from coopq.quantize.ggml.gptq import elimination_order, second_order
+from coopq.quantize.input_statistics import second_moments
+from coopq.model.texts import calibration_set
+from coopq.model.load import load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig
 from ggml_types import expected
 
 ROOT = Path(__file__).parents[1]

@@ -47,9 +47,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from coopq.engine import model_nll
-from coopq.files import atomic_file, atomic_folder, locked, read_json, require_new_folder, write_json
-from coopq.tensors import load_tensors, save_tensors
+from coopq.game.prefix_engine import model_nll
+from coopq.core.files import atomic_file, atomic_folder, locked, read_json, require_new_folder, write_json
+from coopq.model.safetensors_io import load_tensors, save_tensors
 
 ROOT = Path(__file__).parents[1]
 TEXT = ROOT / "benchmarks" / "data" / "wikipedia-en-2015.txt.xz"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from coopq.backends import get_backend
-from coopq.bank import measure_storage
-from coopq.plan import Plan, PlayerPlan, Solver
-from coopq.players import find_players
-from coopq.run import RunConfig
-from coopq.types import Width
+from coopq.quantize import get_backend
+from coopq.quantize.bank import measure_storage
+from coopq.plan.plan import Plan, PlayerPlan, Solver
+from coopq.model.players import find_players
+from coopq.core.config import RunConfig
+from coopq.core.types import Width
 
 
 def plan_for(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from coopq.cli import main
+from coopq.cli.main import main
 
 FAST = ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
 PAPER = ["--method", "coopq", *FAST]
@@ -27,7 +27,7 @@ def in_new_process(
     *arguments: str | Path, cwd: Path | None = None, setup: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of one command, which has to import everything first."""
-    whole = [sys.executable, "-m", "coopq.cli", *map(str, arguments)]
+    whole = [sys.executable, "-m", "coopq.cli.main", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": _COLUMNS}
     done = subprocess.run(
         whole, capture_output=True, text=True, cwd=cwd, env=environment, preexec_fn=setup, check=False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import openvino
-from coopq.losses import sequence_nll
+from coopq.game.losses import sequence_nll
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 """By itself OpenVINO computes in bfloat16 where the processor can, and rounds activations to eight bits."""

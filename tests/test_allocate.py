@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.allocate import allocate, best_allocations, near_optimum
-from coopq.program import QuadraticProgram, paper_program
-from coopq.relaxation import _project, lower_bound
-from coopq.testing import SyntheticGame
+from coopq.search.solver.exact import allocate, best_allocations, near_optimum
+from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
+from coopq.search.solver.lower_bound import _project, lower_bound
+from coopq.quantize.contract import SyntheticGame
 from tests.command_line import interruptible
 
 
@@ -177,7 +177,7 @@ def test_an_interrupt_is_not_a_solution() -> None:
 import sys
 import traceback
 from tests.test_allocate import random_program
-from coopq.allocate import allocate
+from coopq.search.solver.exact import allocate
 program = random_program(7, 60, 1.0)
 print("ready", flush=True)
 try:

@@ -10,18 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-import coopq.backends.autoround as autoround
-from coopq.backends import get_backend
-from coopq.backends.base import Packed
-from coopq.backends.gptq import packed_form
-from coopq.bank import measure_storage
-from coopq.checkpoint import read_saved, saved_bytes
-from coopq.engine import model_nll
-from coopq.errors import BackendError
-from coopq.export import export_model, predicted_bytes
-from coopq.models import load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
+import coopq.quantize.gptq.autoround as autoround
+from coopq.quantize import get_backend
+from coopq.quantize.backend import Packed
+from coopq.quantize.gptq.backend import packed_form
+from coopq.quantize.bank import measure_storage
+from coopq.export.checkpoint import read_saved, saved_bytes
+from coopq.game.prefix_engine import model_nll
+from coopq.core.errors import BackendError
+from coopq.export.formats import export_model, predicted_bytes
+from coopq.model.load import load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 TEXT = CalibrationConfig(sequences=2, length=64, fitting=2)

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.backends import get_backend
-from coopq.backends.rtn import pack_bits, unpack_bits
-from coopq.bank import WeightBank
-from coopq.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
-from coopq.models import LoadedModel
-from coopq.players import find_players
-from coopq.testing import WEIGHT_ONLY, check_backend
-from coopq.types import UNTOUCHED
+from coopq.quantize import get_backend
+from coopq.quantize.rtn import pack_bits, unpack_bits
+from coopq.quantize.bank import WeightBank
+from coopq.core.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players
+from coopq.quantize.contract import WEIGHT_ONLY, check_backend
+from coopq.core.types import UNTOUCHED
 from tests.architectures import tiny_model
 
 WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in get_backend(name).bits]
@@ -173,7 +173,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
 def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:
     """torch waits for ever for a file that only its maker removes."""
     code = (
-        "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; from coopq.backends import "
+        "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; from coopq.quantize import "
         "get_backend; (Path(ext.build_directory) / 'lock').touch(); get_backend('quanto')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coopq
-from coopq.backends import get_backend
-from coopq.bank import WeightBank, measure_storage
-from coopq.baselines import (
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank, measure_storage
+from coopq.plan.scores import (
     BASELINES,
     activation,
     auto_quantize,
@@ -26,15 +26,15 @@ from coopq.baselines import (
     llm_mq,
     zd,
 )
-from coopq.engine import PrefixEngine
-from coopq.errors import EstimationError
-from coopq.models import LoadedModel
-from coopq.plan import plan_gains
-from coopq.players import GRANULARITIES, find_players
-from coopq.probe import Probe
-from coopq.run import CalibrationConfig, RunConfig, Subject
-from coopq.storage import Budget, Storage
-from coopq.types import LinearLayer, Player
+from coopq.game.prefix_engine import PrefixEngine
+from coopq.core.errors import EstimationError
+from coopq.model.load import LoadedModel
+from coopq.plan.plan import plan_gains
+from coopq.model.players import GRANULARITIES, find_players
+from coopq.game.sensitivity import Probe
+from coopq.core.config import CalibrationConfig, RunConfig, Subject
+from coopq.core.sizes import Budget, Storage
+from coopq.core.types import LinearLayer, Player
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(18, 30))  # two batches
@@ -331,7 +331,7 @@ def test_every_baseline_does_the_main_job(
     def not_again(_: str) -> None:
         raise AssertionError("the scores are kept in the run folder")
 
-    monkeypatch.setattr("coopq.methods.scores.get_baseline", lambda name: not_again)
+    monkeypatch.setattr("coopq.plan.by_score.get_baseline", lambda name: not_again)
     again = coopq.quantize(config, "3.5avg", tmp_path / "other", run=tmp_path / "out-run", method=method)
     assert [p.score for p in again.players] == [p.score for p in plan.players]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.bench import Result, Row, run_bench
-from coopq.bench_cells import cells, wins
-from coopq.bench_config import Bench, Case, read_bench
-from coopq.bench_report import markdown, save_report, tidy
-from coopq.errors import BudgetError, EstimationError, RunError
-from coopq.run import RunConfig
+from coopq.judge.bench.run import Result, Row, run_bench
+from coopq.judge.bench.aggregate import cells, wins
+from coopq.judge.bench.config import Bench, Case, read_bench
+from coopq.report.bench_tables import markdown, save_report, tidy
+from coopq.core.errors import BudgetError, EstimationError, RunError
+from coopq.core.config import RunConfig
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from coopq.calibration import TokenSet, calibration_set, fitting_set, wikitext2
-from coopq.errors import CalibrationError
-from coopq.run import CalibrationConfig
+from coopq.model.texts import TokenSet, calibration_set, fitting_set, wikitext2
+from coopq.core.errors import CalibrationError
+from coopq.core.config import CalibrationConfig
 
 
 @pytest.fixture(scope="module")

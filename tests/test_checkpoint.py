@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import coopq
-from coopq.backends import get_backend
-from coopq.bank import WeightBank, round_untouched
-from coopq.checkpoint import fingerprint_saved, saved_bytes
-from coopq.engine import PrefixEngine, model_nll
-from coopq.errors import ModelError, OutputError, PlanError
-from coopq.methods import plans_on
-from coopq.models import LoadedModel, load_model
-from coopq.plan import Plan
-from coopq.players import GRANULARITIES, find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.testing import WEIGHT_ONLY
-from coopq.types import UNTOUCHED
-from coopq.workbench import open_workbench
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank, round_untouched
+from coopq.export.checkpoint import fingerprint_saved, saved_bytes
+from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq.core.errors import ModelError, OutputError, PlanError
+from coopq.plan.methods import plans_on
+from coopq.model.load import LoadedModel, load_model
+from coopq.plan.plan import Plan
+from coopq.model.players import GRANULARITIES, find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.quantize.contract import WEIGHT_ONLY
+from coopq.core.types import UNTOUCHED
+from coopq.game.session import open_workbench
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for
 
@@ -38,7 +38,7 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     bank.build(sorted(set(plan.assignment)))
     engine = PrefixEngine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.float32)))
-    assert coopq.checkpoint.save_model(loaded, plan, backend, tokens, tmp_path / "saved") == plan
+    assert coopq.export.checkpoint.save_model(loaded, plan, backend, tokens, tmp_path / "saved") == plan
     assert plan.bytes == saved_bytes(tmp_path / "saved")
     reloaded = coopq.load(tmp_path / "saved", device="cpu")
     return measured, np.concatenate(list(model_nll(reloaded, tokens)))
@@ -112,7 +112,7 @@ def test_every_architecture_is_saved_and_loaded(name: str, granularity: str, tmp
 def test_two_bit_weights_take_two_bits_on_disk(stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
+    coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight_codes"].nbytes == 172 * 64 * 2 / 8
     assert "lm_head.weight" not in tensors, "tied weights are stored once"
@@ -158,7 +158,7 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(storie
         coopq.load(tmp_path)
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
+    coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
     with pytest.raises(ModelError, match=r"lacks, or should not hold, model.layers.5"):
@@ -170,11 +170,11 @@ def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_
     plan, backend = plan_for(loaded.model, "rtn", 64, [2] * 5), get_backend("rtn", group_size=64)
     widened = replace(plan, players=(replace(plan.players[0], bits=4), *plan.players[1:]))
     with pytest.raises(PlanError, match="allocate it again"):
-        coopq.checkpoint.save_model(loaded, widened, backend, None, tmp_path / "saved")
+        coopq.export.checkpoint.save_model(loaded, widened, backend, None, tmp_path / "saved")
     renamed = replace(plan, players=(replace(plan.players[0], modules=("model.nothing",)), *plan.players[1:]))
     with pytest.raises(PlanError, match=r"differ in .*model.nothing"):
-        coopq.checkpoint.save_model(loaded, renamed, backend, None, tmp_path / "saved")
-    coopq.checkpoint.save_model(loaded, plan, backend, None, tmp_path / "saved")
+        coopq.export.checkpoint.save_model(loaded, renamed, backend, None, tmp_path / "saved")
+    coopq.export.checkpoint.save_model(loaded, plan, backend, None, tmp_path / "saved")
     weights = tmp_path / "saved" / "quantized.safetensors"
     before = fingerprint_saved(tmp_path / "saved")
     tensors = load_file(weights)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from coopq import terminal
-from coopq.baselines import PAPER_BASELINES
-from coopq.checkpoint import saved_bytes
-from coopq.journal import Journal
-from coopq.plan import Plan
-from coopq.run import RunFolder
+from coopq.cli.main import terminal
+from coopq.plan.scores import PAPER_BASELINES
+from coopq.export.checkpoint import saved_bytes
+from coopq.game.journal import Journal
+from coopq.plan.plan import Plan
+from coopq.core.config import RunFolder
 from tests.command_line import FAST, PAPER, command, in_new_process, refused
 from tests.conftest import STORIES
 

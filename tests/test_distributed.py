@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.distributed import Cluster, RayConfig
-from coopq.methods import plans_on
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.types import Assignments
-from coopq.workbench import Workbench, open_workbench
+from coopq.game.ray_cluster import Cluster, RayConfig
+from coopq.plan.methods import plans_on
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.core.types import Assignments
+from coopq.game.session import Workbench, open_workbench
 from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES
 

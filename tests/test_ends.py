@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import coopq
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.checkpoint import saved_bytes
-from coopq.engine import PrefixEngine, model_nll
-from coopq.models import LoadedModel
-from coopq.players import find_players
-from coopq.types import UNTOUCHED
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.export.checkpoint import saved_bytes
+from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players
+from coopq.core.types import UNTOUCHED
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import command, refused
@@ -55,7 +55,7 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(measured[assignment.tobytes()], own, rtol=1e-5)
     for index, point in enumerate(points[:2]):
         plan = plan_for(model, "rtn", 16, point.tolist(), "block", embeddings=True)
-        coopq.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=16), None, tmp_path / f"{index}")
+        coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=16), None, tmp_path / f"{index}")
         assert saved_bytes(tmp_path / f"{index}") == plan.bytes
         again = coopq.load(tmp_path / f"{index}", device="cpu")
         losses = np.concatenate(list(model_nll(again, tokens)))

@@ -12,17 +12,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch._dynamo.utils import counters
 
-import coopq.engine as engine_module
-from coopq import compiled, replay
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.compiled import Compiled
-from coopq.engine import PrefixEngine, model_nll, prefix_tree_size
-from coopq.errors import EstimationError, ModelError
-from coopq.models import LoadedModel
-from coopq.onednn import ByOneDNN
-from coopq.players import GRANULARITIES, find_blocks, find_players
-from coopq.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
+import coopq.game.prefix_engine as engine_module
+from coopq.model import blockwise as replay
+from coopq.model import kernels_gpu as compiled
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.model.kernels_gpu import Compiled
+from coopq.game.prefix_engine import PrefixEngine, model_nll, prefix_tree_size
+from coopq.core.errors import EstimationError, ModelError
+from coopq.model.load import LoadedModel
+from coopq.model.kernels_cpu import ByOneDNN
+from coopq.model.players import GRANULARITIES, find_blocks, find_players
+from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))

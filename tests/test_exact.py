@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.errors import EstimationError
-from coopq.estimators import SPQE, CrossLayer, Enumeration, Setting, run_estimator
-from coopq.estimators.exact import best_quadratic, shapley_interactions, shapley_values
-from coopq.surrogate import fit_surrogates
-from coopq.testing import HIGH, LOW, SyntheticGame, TableGame
+from coopq.core.errors import EstimationError
+from coopq.search import SPQE, CrossLayer, Enumeration, Setting, run_estimator
+from coopq.search.strategies.exhaustive import best_quadratic, shapley_interactions, shapley_values
+from coopq.search.surrogate import fit_surrogates
+from coopq.quantize.contract import HIGH, LOW, SyntheticGame, TableGame
 
 Floats = npt.NDArray[np.float64]
 

@@ -11,17 +11,17 @@ import torch
 import transformers as hf
 
 import coopq
-from coopq.backends import get_backend
-from coopq.backends.ggml import GGMLBackend, to_blocks
-from coopq.backends.ggml_gptq import GGMLGPTQ, elimination_order, second_order
-from coopq.backends.inputs import column_importance, second_moments
-from coopq.bank import WeightBank, round_untouched
-from coopq.checkpoint import save_model, saved_bytes
-from coopq.engine import PrefixEngine, model_nll
-from coopq.export import predicted_bytes
-from coopq.models import LoadedModel
-from coopq.players import find_players, weight_of
-from coopq.types import UNTOUCHED
+from coopq.quantize import get_backend
+from coopq.quantize.ggml.types import GGMLBackend, to_blocks
+from coopq.quantize.ggml.gptq import GGMLGPTQ, elimination_order, second_order
+from coopq.quantize.input_statistics import column_importance, second_moments
+from coopq.quantize.bank import WeightBank, round_untouched
+from coopq.export.checkpoint import save_model, saved_bytes
+from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq.export.formats import predicted_bytes
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players, weight_of
+from coopq.core.types import UNTOUCHED
 from tests.architectures import GROUPED
 from tests.checkpoints import plan_for
 from tests.command_line import command, refused

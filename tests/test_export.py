@@ -18,20 +18,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-from coopq.backends import Backend, get_backend
-from coopq.backends.ggml import GGMLBackend, IQuants
-from coopq.backends.inputs import column_importance
-from coopq.calibration import calibration_set
-from coopq.checkpoint import read_saved, save_model
-from coopq.engine import model_nll
-from coopq.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError, UnsupportedBits
-from coopq.export import export_model, predicted_bytes
-from coopq.export.llama_cpp import llama_cpp_nll
-from coopq.models import LoadedModel, fingerprint_weights, gguf_file, load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.testing import check_backend
-from coopq.types import Width
+from coopq.quantize import Backend, get_backend
+from coopq.quantize.ggml.types import GGMLBackend, IQuants
+from coopq.quantize.input_statistics import column_importance
+from coopq.model.texts import calibration_set
+from coopq.export.checkpoint import read_saved, save_model
+from coopq.game.prefix_engine import model_nll
+from coopq.core.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError, UnsupportedBits
+from coopq.export.formats import export_model, predicted_bytes
+from coopq.judge.llama_cpp import llama_cpp_nll
+from coopq.model.load import LoadedModel, fingerprint_weights, gguf_file, load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.quantize.contract import check_backend
+from coopq.core.types import Width
 from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import command

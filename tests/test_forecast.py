@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq import memory
-from coopq.errors import OutOfMemory
-from coopq.forecast import forecast, works
-from coopq.memory import Footprint, free_memory
-from coopq.methods import plans_on
-from coopq.models import load_model, load_skeleton
+from coopq.model import memory
+from coopq.core.errors import OutOfMemory
+from coopq.plan.forecast import forecast, works
+from coopq.model.memory import Footprint, free_memory
+from coopq.plan.methods import plans_on
+from coopq.model.load import load_model, load_skeleton
 from coopq.pipeline import estimate
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.workbench import open_workbench
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.session import open_workbench
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
@@ -58,7 +58,7 @@ def test_too_little_memory_is_refused_with_what_fits() -> None:
 def test_a_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coopq.workbench.free_memory", lambda device: 1000)
+    monkeypatch.setattr("coopq.game.session.free_memory", lambda device: 1000)
     line = refused("quantize", STORIES, "--budget", "3avg", "--out", tmp_path / "out")
     assert "are free on the cpu" in line
     assert not (tmp_path / "out-run" / "bank").exists()

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coopq.backends import ggml_gptq
-from coopq.backends.ggml import from_blocks, to_blocks
-from coopq.backends.ggml_gptq import GGMLGPTQ, code_layout, elimination_order, second_order
-from coopq.backends.inputs import second_moments
-from coopq.players import find_players, weight_of
+from coopq.quantize import ggml_gptq
+from coopq.quantize.ggml.types import from_blocks, to_blocks
+from coopq.quantize.ggml.gptq import GGMLGPTQ, code_layout, elimination_order, second_order
+from coopq.quantize.input_statistics import second_moments
+from coopq.model.players import find_players, weight_of
 from tests.architectures import tiny_model
 
 BITS = {"Q2_K": 2, "Q3_K": 3, "IQ4_XS": 4, "IQ4_NL": 4, "Q4_K": 4, "Q5_K": 5, "Q5_1": 5, "Q6_K": 6}

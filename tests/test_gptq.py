@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 import coopq
-from coopq.backends import get_backend
-from coopq.calibration import calibration_set, fitting_set
-from coopq.checkpoint import saved_bytes
-from coopq.engine import model_nll
-from coopq.errors import BackendError
-from coopq.models import load_model
-from coopq.run import CalibrationConfig, RunConfig
+from coopq.quantize import get_backend
+from coopq.model.texts import calibration_set, fitting_set
+from coopq.export.checkpoint import saved_bytes
+from coopq.game.prefix_engine import model_nll
+from coopq.core.errors import BackendError
+from coopq.model.load import load_model
+from coopq.core.config import CalibrationConfig, RunConfig
 
 PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
@@ -154,7 +154,7 @@ def test_options_of_gptq_are_refused_elsewhere() -> None:
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
     worker = """
 import multiprocessing, time
-from coopq.backends.process import end_with_parent
+from coopq.quantize.gptq.subprocess_job import end_with_parent
 end_with_parent()
 time.sleep(1)
 child = multiprocessing.get_context("fork").Process(target=int)  # libraries have such

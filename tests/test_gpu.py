@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import coopq.backends.autoround as autoround
-from coopq.backends import get_backend
-from coopq.backends.ggml_gptq import GGMLGPTQ
-from coopq.compiled import Compiled
-from coopq.engine import PrefixEngine
-from coopq.hosting import HostedBlocks
-from coopq.methods import plans_on
-from coopq.models import load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.sweep import LayerMajorEngine
-from coopq.types import REMOVED, UNTOUCHED
-from coopq.workbench import open_workbench
+import coopq.quantize.gptq.autoround as autoround
+from coopq.quantize import get_backend
+from coopq.quantize.ggml.gptq import GGMLGPTQ
+from coopq.model.kernels_gpu import Compiled
+from coopq.game.prefix_engine import PrefixEngine
+from coopq.model.offload import HostedBlocks
+from coopq.plan.methods import plans_on
+from coopq.model.load import load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.types import REMOVED, UNTOUCHED
+from coopq.game.session import open_workbench
 from tests.architectures import CONFIGS, tiny_model
 from tests.conftest import STORIES
 from tests.test_engine import TOKENS, build

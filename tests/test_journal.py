@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.errors import JournalError, Mismatch
-from coopq.journal import Journal
-from coopq.types import Assignment, Width
+from coopq.core.errors import JournalError, Mismatch
+from coopq.game.journal import Journal
+from coopq.core.types import Assignment, Width
 
 FINGERPRINT = {"weights": "abc", "backend": {"name": "rtn", "bits": (2, 4)}}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coopq import tensors
-from coopq.cli import main
-from coopq.plan import Plan
+from coopq.model import safetensors_io as tensors
+from coopq.cli.main import main
+from coopq.plan.plan import Plan
 
 METHODS = {
     "coopq": ["--method", "coopq", "--permutations", "40", "--tokens", "1024"],

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import coopq
-from coopq.backends import get_backend
-from coopq.bank import WeightBank
-from coopq.engine import PrefixEngine
-from coopq.hosting import HostedBlocks
-from coopq.journal import Journal
-from coopq.losses import Portions, Reference, portions_divergence, portions_nll
-from coopq.memory import Footprint
-from coopq.models import LoadedModel
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunFolder
-from coopq.sweep import LayerMajorEngine
-from coopq.types import UNTOUCHED, Assignment
+from coopq.quantize import get_backend
+from coopq.quantize.bank import WeightBank
+from coopq.game.prefix_engine import PrefixEngine
+from coopq.model.offload import HostedBlocks
+from coopq.game.journal import Journal
+from coopq.game.losses import Portions, Reference, portions_divergence, portions_nll
+from coopq.model.memory import Footprint
+from coopq.model.load import LoadedModel
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunFolder
+from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.types import UNTOUCHED, Assignment
 from tests.architectures import CONFIGS, tiny_model
 from tests.command_line import command
 from tests.conftest import STORIES

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.checkpoint import saved_bytes
-from coopq.estimators import Setting, run_estimator
-from coopq.methods import METHODS, SEARCHES, measure, plans_on
-from coopq.methods.searches import BELIEVERS
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.testing import HIGH, LOW, SyntheticGame
-from coopq.workbench import open_workbench
+from coopq.export.checkpoint import saved_bytes
+from coopq.search import Setting, run_estimator
+from coopq.plan.methods import METHODS, SEARCHES, measure, plans_on
+from coopq.plan.by_search import BELIEVERS
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.quantize.contract import HIGH, LOW, SyntheticGame
+from coopq.game.session import open_workbench
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
@@ -138,7 +138,7 @@ def test_a_front_from_one_estimation(job: Path) -> None:
 
 
 def test_evidence_by_hand() -> None:
-    from coopq.evidence import Evidence
+    from coopq.plan.confidence import Evidence
 
     chosen, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.5, 2.5, 3.5, 4.5])
     sure = Evidence.of(chosen, other)

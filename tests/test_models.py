@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coopq.errors import ModelError
-from coopq.models import fingerprint_weights, load_model, load_skeleton, pick_device, pick_dtype
-from coopq.players import find_players
+from coopq.core.errors import ModelError
+from coopq.model.load import fingerprint_weights, load_model, load_skeleton, pick_device, pick_dtype
+from coopq.model.players import find_players
 
 
 def test_a_local_folder(stories: str) -> None:

@@ -9,15 +9,15 @@ import pytest
 
 import coopq
 import openvino
-from coopq.backends import get_backend
-from coopq.calibration import calibration_set
-from coopq.checkpoint import save_model
-from coopq.engine import model_nll
-from coopq.errors import ExportError
-from coopq.export import export_model, predicted_bytes
-from coopq.models import LoadedModel, fingerprint_weights, load_model
-from coopq.players import find_players
-from coopq.run import CalibrationConfig
+from coopq.quantize import get_backend
+from coopq.model.texts import calibration_set
+from coopq.export.checkpoint import save_model
+from coopq.game.prefix_engine import model_nll
+from coopq.core.errors import ExportError
+from coopq.export.formats import export_model, predicted_bytes
+from coopq.model.load import LoadedModel, fingerprint_weights, load_model
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig
 from tests.checkpoints import plan_for
 from tests.command_line import command
 from tests.openvino import EXACT, openvino_nll, save_openvino

@@ -17,7 +17,7 @@ def test_every_public_name_exists() -> None:
 
 
 def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, coopq.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, coopq.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -40,4 +40,4 @@ def test_a_wheel_runs_the_main_job_outside_the_checkout(tmp_path: Path, stories:
     fast = ("--permutations", "2", "--tokens", "128", "--sequence-length", "64")
     run(command, "quantize", stories, "--budget", "3avg", "--out", "model", *fast)
     assert "perplexity" in run(command, "evaluate", "model", "--tokens", "256", "--sequence-length", "64")
-    assert (site / "coopq" / "data" / "LICENSES.md").is_file()
+    assert (site / "coopq" / "model" / "data" / "LICENSES.md").is_file()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.estimators import (
+from coopq.search import (
     ActiveSearch,
     Enumeration,
     Evolution,
@@ -19,11 +19,11 @@ from coopq.estimators import (
     run_estimator,
     run_search,
 )
-from coopq.estimators.active import descent
-from coopq.program import random_fill
-from coopq.surrogate import fit_surrogates
-from coopq.testing import HIGH, LOW, SyntheticGame, TableGame
-from coopq.types import Assignments, Losses
+from coopq.search.strategies.active import descent
+from coopq.search.solver.quadratic_program import random_fill
+from coopq.search.surrogate import fit_surrogates
+from coopq.quantize.contract import HIGH, LOW, SyntheticGame, TableGame
+from coopq.core.types import Assignments, Losses
 
 SEARCHES: dict[str, Callable[[Setting], Search]] = {
     "active": ActiveSearch,

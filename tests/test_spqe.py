@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from coopq.errors import EstimationError
-from coopq.estimators import SPQE, run_estimator
-from coopq.estimators.exact import shapley_values
-from coopq.estimators.spqe import marginals, permutation_walk
-from coopq.testing import HIGH, LOW, TableGame
+from coopq.core.errors import EstimationError
+from coopq.search import SPQE, run_estimator
+from coopq.search.strategies.exhaustive import shapley_values
+from coopq.search.shapley import marginals, permutation_walk
+from coopq.quantize.contract import HIGH, LOW, TableGame
 
 tables = st.integers(2, 4).flatmap(
     lambda n: arrays(np.float64, 2**n, elements=st.floats(-10, 10, allow_nan=False, width=32))

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coopq.baselines import random_assignments
-from coopq.errors import BudgetError, InfeasibleBudget, UnsupportedBits
-from coopq.storage import Budget, Storage
-from coopq.types import Width
+from coopq.plan.scores import random_assignments
+from coopq.core.errors import BudgetError, InfeasibleBudget, UnsupportedBits
+from coopq.core.sizes import Budget, Storage
+from coopq.core.types import Width
 
 STORAGE = Storage(n_weights=(800, 1600, 2400), n_bytes={2: (250, 500, 750), 4: (450, 900, 1350)})
 

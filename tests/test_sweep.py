@@ -10,19 +10,19 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from coopq import engine as engine_module
-from coopq.engine import PrefixEngine, prefix_tree_size
-from coopq.errors import ModelError, OutOfMemory
-from coopq.hosting import HostedBlocks
-from coopq.memory import Footprint
-from coopq.methods import plans_on
-from coopq.models import pick_device
-from coopq.players import find_players
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget
-from coopq.sweep import LayerMajorEngine
-from coopq.types import REMOVED, UNTOUCHED
-from coopq.workbench import open_workbench
+from coopq.game.game import prefix_engine as engine_module
+from coopq.game.prefix_engine import PrefixEngine, prefix_tree_size
+from coopq.core.errors import ModelError, OutOfMemory
+from coopq.model.offload import HostedBlocks
+from coopq.model.memory import Footprint
+from coopq.plan.methods import plans_on
+from coopq.model.load import pick_device
+from coopq.model.players import find_players
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget
+from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.types import REMOVED, UNTOUCHED
+from coopq.game.session import open_workbench
 from tests.architectures import CONFIGS, tiny_model
 from tests.conftest import STORIES
 from tests.test_engine import TOKENS, build

@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import coopq
-from coopq.allocate import allocate, best_allocations
-from coopq.baselines import random_assignments
-from coopq.calibration import calibration_set
-from coopq.checkpoint import saved_bytes
-from coopq.engine import model_nll
-from coopq.estimators import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
-from coopq.estimators.active import descent
-from coopq.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
-from coopq.methods.scores import probes_of, terms_on
-from coopq.models import load_model
-from coopq.program import QuadraticProgram, descend, local_optima, neighbours, random_fill
-from coopq.run import CalibrationConfig, RunConfig
-from coopq.storage import Budget, Storage
-from coopq.testing import SteppedGame, SyntheticGame
-from coopq.types import Assignments, Game, Losses
-from coopq.workbench import open_workbench
+from coopq.search.solver.exact import allocate, best_allocations
+from coopq.plan.scores import random_assignments
+from coopq.model.texts import calibration_set
+from coopq.export.checkpoint import saved_bytes
+from coopq.game.prefix_engine import model_nll
+from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
+from coopq.search.strategies.active import descent
+from coopq.plan.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
+from coopq.plan.by_score import probes_of, terms_on
+from coopq.model.load import load_model
+from coopq.search.solver.quadratic_program import QuadraticProgram, descend, local_optima, neighbours, random_fill
+from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.sizes import Budget, Storage
+from coopq.quantize.contract import SteppedGame, SyntheticGame
+from coopq.core.types import Assignments, Game, Losses
+from coopq.game.session import open_workbench
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from coopq.backends import get_backend
-from coopq.bank import round_untouched
-from coopq.calibration import calibration_set, fitting_set
-from coopq.checkpoint import is_saved_model, save_model
-from coopq.distributed import RayConfig
-from coopq.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
-from coopq.export import storage_for
-from coopq.files import require_new_folder
-from coopq.memory import weights_fit
-from coopq.methods import (
+from coopq.quantize import get_backend
+from coopq.quantize.bank import round_untouched
+from coopq.model.texts import calibration_set, fitting_set
+from coopq.export.checkpoint import is_saved_model, save_model
+from coopq.game.ray_cluster import RayConfig
+from coopq.core.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
+from coopq.export.formats import storage_for
+from coopq.core.files import require_new_folder
+from coopq.model.memory import weights_fit
+from coopq.plan.methods import (
     SEARCHES,
     SHRUNK,
     UNPROVEN,
@@ -28,13 +28,13 @@ from coopq.methods import (
     plans_on,
     smallest_on,
 )
-from coopq.models import fingerprint_weights, load_model
-from coopq.plan import WALK_METHODS, Plan, check_solver
-from coopq.players import find_players
-from coopq.run import Estimation, RunConfig
-from coopq.storage import Budget, Storage
-from coopq.types import ProgressCallback, silent
-from coopq.workbench import open_workbench
+from coopq.model.load import fingerprint_weights, load_model
+from coopq.plan.plan import WALK_METHODS, Plan, check_solver
+from coopq.model.players import find_players
+from coopq.core.config import Estimation, RunConfig
+from coopq.core.sizes import Budget, Storage
+from coopq.core.types import ProgressCallback, silent
+from coopq.game.session import open_workbench
 
 
 def estimate(
@@ -74,7 +74,7 @@ def quantize(
         max_loss: Find the smallest size whose loss on the calibration set stays under this, nats per token.
         out: Folder of the quantized model; it appears whole, at the end.
         run: Folder of the work, "<out>-run" by default; an interrupted job goes on from it.
-        method: One of `coopq.methods.METHODS`: "active", "coopq" as in the paper, another search, or a baseline.
+        method: One of `coopq.plan.methods.METHODS`: "active", "coopq" as in the paper, another search, or a baseline.
         alpha: Shrinkage of the covariance.
         time_limit: Seconds for the solver.
         progress: Told of every step.

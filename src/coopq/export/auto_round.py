@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coopq.checkpoint import read_saved
-from coopq.export.folder import begin, check_columns, write_folder
-from coopq.types import ProgressCallback, silent
+from coopq.export.checkpoint import read_saved
+from coopq.export.hf_folder import begin, check_columns, write_folder
+from coopq.core.types import ProgressCallback, silent
 
 _FORM = "auto-round"
 

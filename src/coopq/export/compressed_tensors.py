@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coopq.backends.gptq import GPTQBackend
-from coopq.checkpoint import read_saved
-from coopq.errors import ExportError
-from coopq.export.folder import begin, check_columns, write_folder
-from coopq.plan import Plan
-from coopq.players import fused_groups
-from coopq.types import ProgressCallback, Width, silent
+from coopq.quantize.gptq.backend import GPTQBackend
+from coopq.export.checkpoint import read_saved
+from coopq.core.errors import ExportError
+from coopq.export.hf_folder import begin, check_columns, write_folder
+from coopq.plan.plan import Plan
+from coopq.model.players import fused_groups
+from coopq.core.types import ProgressCallback, Width, silent
 
 _FORM = "compressed-tensors"
 

@@ -14,17 +14,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.backends import Backend, get_backend
-from coopq.backends.ggml import GGMLBackend
-from coopq.checkpoint import read_saved, saved_plan
-from coopq.errors import ExportError, Mismatch
-from coopq.export.source import load_source
-from coopq.files import atomic_file, require_space
-from coopq.models import gguf_file
-from coopq.plan import Plan
-from coopq.players import weight_of
-from coopq.run import RunConfig
-from coopq.types import UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.quantize import Backend, get_backend
+from coopq.quantize.ggml.types import GGMLBackend
+from coopq.export.checkpoint import read_saved, saved_plan
+from coopq.core.errors import ExportError, Mismatch
+from coopq.export.base_model import load_source
+from coopq.core.files import atomic_file, require_space
+from coopq.model.load import gguf_file
+from coopq.plan.plan import Plan
+from coopq.model.players import weight_of
+from coopq.core.config import RunConfig
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 
 _TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
 

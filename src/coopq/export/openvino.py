@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coopq.backends import Backend, get_backend
-from coopq.backends.base import Affine
-from coopq.checkpoint import read_saved, saved_plan
-from coopq.errors import ExportError
-from coopq.export.folder import check_columns
-from coopq.export.source import load_source
-from coopq.files import atomic_folder, require_new_folder
-from coopq.models import LoadedModel, load_skeleton
-from coopq.plan import Plan
-from coopq.players import weight_of
-from coopq.run import RunConfig
-from coopq.types import UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.quantize import Backend, get_backend
+from coopq.quantize.backend import Affine
+from coopq.export.checkpoint import read_saved, saved_plan
+from coopq.core.errors import ExportError
+from coopq.export.hf_folder import check_columns
+from coopq.export.base_model import load_source
+from coopq.core.files import atomic_folder, require_new_folder
+from coopq.model.load import LoadedModel, load_skeleton
+from coopq.plan.plan import Plan
+from coopq.model.players import weight_of
+from coopq.core.config import RunConfig
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 
 _FORM, _FILE = "openvino", "openvino_model"
 _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}

@@ -1,0 +1,1 @@
+"""What every stage shares, without torch: errors, types, files, sizes, configuration."""

@@ -1,0 +1,1 @@
+"""The loss of an assignment: measured by engines, kept in a journal."""

@@ -1,0 +1,1 @@
+"""Held-out judgement: perplexity, comparisons, tasks, benches."""

@@ -1,0 +1,1 @@
+"""Many cases, seeds and methods side by side."""

@@ -1,0 +1,145 @@
+"""Zero-shot accuracy of a model, by lm-eval."""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coopq.export.checkpoint import is_saved_model, load
+from coopq.core.errors import EstimationError, RunError
+from coopq.model.load import load_model
+from coopq.model.kernels_cpu import ByOneDNN
+from coopq.judge.results import Accuracy
+from coopq.core.types import ProgressCallback, silent
+
+_FORMS: dict[frozenset[str], dict[str, str]] = {
+    # Questions end as lm-eval's own tasks end them.
+    frozenset({"query", "choices", "gold"}): {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query.strip()}}{% if query.startswith('Question:') %}\nAnswer:{% endif %}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    },
+    frozenset({"context_options", "continuation", "gold"}): {
+        "output_type": "multiple_choice",
+        "doc_to_text": "gold",
+        "doc_to_choice": "context_options",
+        "doc_to_target": "continuation",
+    },
+    frozenset({"context", "continuation"}): {
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": "{{' ' + continuation}}",
+    },
+}
+"""What a line of a task file holds, and how lm-eval is to read it. Source of the forms: MosaicML's llm-foundry."""
+
+
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Check that tasks can be read, before a model is loaded.
+
+    Raises:
+        RunError: If lm-eval is missing, a file is not in a known form, or a name is not one of lm-eval's tasks.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RunError("zero-shot tasks need the package lm-eval; run: pip install 'coopq[tasks]'") from error
+    known: set[str] | None = None
+    for task in tasks:
+        if task.endswith(".jsonl"):
+            _from_file(Path(task))
+        else:
+            known = set(TaskManager().all_subtasks) if known is None else known
+            if task not in known:
+                raise RunError(f"lm-eval has no task {task!r}; name one of `lm-eval ls tasks`, or a .jsonl file")
+
+
+def evaluate_tasks(
+    source: str,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    *,
+    device: str = "auto",
+    progress: ProgressCallback = silent,
+) -> list[Accuracy]:
+    """Zero-shot accuracy of a folder saved by coopq, or of any model as in `coopq.model.load.load_model`.
+
+    Args:
+        source: The model.
+        tasks: As in `zero_shot`.
+        limit: Likewise.
+        device: Where to compute.
+        progress: Told of every task.
+    """
+    check_tasks(tasks)
+    if is_saved_model(Path(source)):
+        from transformers import AutoTokenizer
+
+        return zero_shot(load(source, device=device), AutoTokenizer.from_pretrained(source), tasks, limit, progress)
+    loaded = load_model(source, device=device)
+    return zero_shot(loaded.model, loaded.tokenizer, tasks, limit, progress)
+
+
+def zero_shot(
+    model: Any, tokenizer: Any, tasks: Sequence[str], limit: int | None = None, progress: ProgressCallback = silent
+) -> list[Accuracy]:
+    """Accuracy without examples in the prompt.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer.
+        tasks: Names of lm-eval's tasks, whose data comes from the hub, or `.jsonl` files that need no network. A line
+            of a file has `query`, `choices`, `gold` (the right choice's index), or `context_options`, `continuation`,
+            `gold` (Winogrande's form), or `context`, `continuation` (LAMBADA's).
+        limit: Only the first questions of each task; None asks all.
+        progress: Told of every task.
+
+    Raises:
+        EstimationError: If lm-eval gives no accuracy for a task.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(model, tokenizer=tokenizer, batch_size=16)
+    found = []
+    for done, task in enumerate(tasks):
+        progress("zero-shot tasks", done, len(tasks))
+        asked = _from_file(Path(task)) if task.endswith(".jsonl") else task
+        with torch.no_grad(), ByOneDNN(model) if model.device.type == "cpu" else nullcontext():
+            results = simple_evaluate(lm, tasks=[asked], num_fewshot=0, limit=limit, log_samples=False)
+        assert results is not None  # that is for processes of rank other than 0
+        ((name, of_task),) = results["results"].items()
+        if "acc,none" not in of_task:
+            raise EstimationError(f"lm-eval measures no accuracy at {name!r}; take a task with choices")
+        normalized = (of_task["acc_norm,none"], of_task["acc_norm_stderr,none"]) if "acc_norm,none" in of_task else None
+        questions = results["n-samples"][name]["effective"]
+        found.append(Accuracy(name, of_task["acc,none"], of_task["acc_stderr,none"], normalized, questions))
+    progress("zero-shot tasks", len(tasks), len(tasks))
+    return found
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    """lm-eval's configuration of a task file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fields = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read as lines of JSON: {error}") from error
+    names = sorted(fields) if isinstance(fields, dict) else []
+    form = _FORMS.get(frozenset(names))
+    if form is None:
+        forms = "; ".join(", ".join(sorted(form)) for form in _FORMS)
+        raise RunError(f"{path}: lines with {', '.join(names) or 'no names'} are of no known form; write {forms}")
+    metrics = ["acc", "acc_norm"] if "query" in fields else ["acc"]
+    return {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        **form,
+    }

@@ -1,0 +1,1 @@
+"""Loading a model, finding its players, running it block by block."""

@@ -1,0 +1,1 @@
+"""The quadratic program of a budget and its solutions."""

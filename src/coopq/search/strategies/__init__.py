@@ -1,0 +1,1 @@
+"""Searches: which assignments to measure next."""
