@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from rich.progress import Progress
 
-from coopq.search.solver.exact import allocate
-from coopq.search import SPQE, ShapleyEstimate, run_estimator
-from coopq.judge.comparison import judge_on
-from coopq.search.solver.quadratic_program import paper_program
 from coopq.core.config import RunFolder
 from coopq.core.sizes import Budget
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, Assignments
 from coopq.game.session import Workbench, open_workbench
+from coopq.judge.comparison import judge_on
+from coopq.search import SPQE, ShapleyEstimate, run
+from coopq.search.solver.exact import allocate
+from coopq.search.solver.quadratic_program import paper_program
 from main_job import BUDGETS, JUDGE_TOKENS, PARTS, RESULTS, SEED, WINDOW, WORK, bars_for, part_config
 
 REPORT = RESULTS.with_name("ablations.json")
@@ -36,7 +36,7 @@ def assign(bench: Workbench, estimate: ShapleyEstimate, budget: str, alpha: floa
         estimate.shapley,
         estimate.covariance,
         alpha,
-        costs=storage.raise_costs(low, high),
+        step_bytes=storage.raise_costs(low, high),
         capacity=storage.limit(Budget.parse(budget), low, high) - sum(storage.n_bytes[low]),
     )
     return np.where(allocate(program).q, low, high).astype(np.float32)
@@ -54,7 +54,7 @@ def estimate(bench: Workbench, permutations: int, low: int, high: int) -> tuple[
     """An SPQE estimate, and the mean and deviation over walks of the loss after each step."""
     estimator = SPQE(len(bench.players), low=low, high=high, permutations=permutations, seed=SEED)
     with bench.calibration_game(f"{permutations} walks from {high} to {low}") as game:
-        result = run_estimator(estimator, game).estimate()
+        result = run(estimator, game).estimate()
         walks = game(estimator.points).reshape(permutations, -1)
     return result, {"mean": walks.mean(axis=0).tolist(), "deviation": walks.std(axis=0, ddof=1).tolist()}
 

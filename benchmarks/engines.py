@@ -22,19 +22,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from coopq.core.config import CalibrationConfig, RunConfig
 
 import coopq
-from coopq.model.texts import wikitext2
-from coopq.export.checkpoint import is_saved_model
-from coopq.game.prefix_engine import model_nll
-from coopq.export.formats import export_model, predicted_bytes
-from coopq.plan.methods import measure, plans_on
-from coopq.model.load import load_model
-from coopq.plan.plan import Plan
-from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
 from coopq.core.types import Width
+from coopq.export.checkpoint import is_saved_model
+from coopq.export.formats import export_model, predicted_bytes
+from coopq.game.prefix_engine import model_nll
 from coopq.game.session import open_workbench
+from coopq.model.load import load_model
+from coopq.model.texts import wikitext2
+from coopq.plan.methods import measure, plans_on
+from coopq.plan.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 DATA, WORK, RESULTS = ROOT / "benchmarks" / "data", ROOT / "build" / "engines", ROOT / "docs" / "results"

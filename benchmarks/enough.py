@@ -13,10 +13,10 @@ import argparse
 from rich.progress import Progress
 
 from convert import DATA
-from coopq.search.strategies.active import descent, most_points
 from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
 from coopq.game.session import open_workbench
+from coopq.search.strategies.active import descent, most_points
 from main_job import bars_for
 from openings import ROOT, head_of, row_of, searched
 
@@ -44,7 +44,7 @@ def main() -> None:
         "of the model; the lowest loss found for each budget, nats per token, after so many and at the end.",
         "",
     ]
-    ends = {f"{a_step} points a step": lambda setting: a_step * setting.n_steps, "as the search ends": most_points}
+    ends = {f"{a_step} points a step": lambda space: a_step * space.n_steps, "as the search ends": most_points}
     for name, loss in CASES.items():
         config = RunConfig(
             str(DATA / name),
@@ -59,8 +59,8 @@ def main() -> None:
         lines += head_of(f"{name}, {loss}", "points measured", checkpoints)
         folder = WORK / granularity / name
         with Progress() as bars, open_workbench(config, folder, bars_for(bars, name)) as bench:
-            for end, most in ends.items():
-                trace = searched(bench, [Budget.parse(text) for text in BUDGETS], descent, most)
+            for end, limit in ends.items():
+                trace = searched(bench, [Budget.parse(text) for text in BUDGETS], descent, limit)
                 lines.append(row_of(end, trace, checkpoints))
                 print(lines[-1], flush=True)
         lines.append("")

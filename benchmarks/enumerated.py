@@ -16,17 +16,18 @@ from typing import Any
 
 import numpy as np
 from rich.progress import Progress
+from shapiq import ExactComputer
 
-from coopq.plan.scores import PAPER_BASELINES
-from coopq.model.texts import calibration_set
-from coopq.search import SPQE, Enumeration, Setting, run_estimator
-from coopq.search.strategies.exhaustive import best_quadratic, shapley_interactions, shapley_values
-from coopq.plan.methods import plans_on
 from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
-from coopq.quantize.contract import HIGH, LOW, TableGame
 from coopq.core.types import Assignment
 from coopq.game.session import open_workbench
+from coopq.model.texts import calibration_set
+from coopq.plan.methods import plans_on
+from coopq.plan.scores import PAPER_BASELINES
+from coopq.search import SPQE, Enumeration, SearchSpace, run
+from coopq.search.strategies.exhaustive import best_quadratic, shapley_values
+from coopq.search.synthetic import HIGH, LOW, TableGame
 from main_job import bars_for
 from regret import METHODS, Counted, Judge, cell
 from train import TWELVE, held_out_articles
@@ -62,8 +63,8 @@ def tables(low: int, high: int) -> dict[str, Any]:
         Progress() as bars,
         open_workbench(config, WORK / f"rtn-{low}-{high}", bars_for(bars, f"{low},{high}")) as bench,
     ):
-        setting = Setting((low, high), bench.storage.raise_costs(low, high), ())
-        points = Enumeration(setting).propose()
+        space = SearchSpace.uniform((low, high), bench.storage.raise_costs(low, high))
+        points = Enumeration(space).propose()
         for name, source in zip(("search", "judge"), sets, strict=True):
             tokens = calibration_set(source, bench.loaded.tokenizer)
             journal = bench.folder.path / f"{name}.jsonl"
@@ -90,7 +91,7 @@ def by_model(low: int, high: int, n_sequences: int, seed: int) -> Iterator[tuple
             yield name, plans[0].layer_forwards / rows.shape[1], list(chosen)
 
 
-def run(low: int, high: int) -> dict[str, Any]:
+def compare(low: int, high: int) -> dict[str, Any]:
     """Exact values of the game, and cost and regret of every method on it, by number of sequences."""
     table = tables(low, high)
     n = int(table["search"].shape[1]).bit_length() - 1
@@ -101,21 +102,21 @@ def run(low: int, high: int) -> dict[str, Any]:
     for n_sequences in FEWER:
         game = TableGame(table["search"][:n_sequences].mean(axis=0))
         for seed in SEEDS:
-            setting = Setting((LOW, HIGH), np.ones(n, dtype=np.int64), capacities, seed)
-            judges = [Judge(of, setting, optima(of, setting)) for of in (game, judged)]
+            space = SearchSpace.uniform((LOW, HIGH), np.ones(n, dtype=np.int64), capacities, seed)
+            judges = [Judge(of, space, optima(of, space)) for of in (game, judged)]
             for name, method in METHODS.items():
                 counted = Counted(game)
-                choose = method(setting, counted)
+                choose = method(space, counted)
                 cost = counted.forwards
                 of_method = rows.setdefault(name, {}).setdefault(str(n_sequences * LENGTH), [])
                 of_method.append([cost, *(judge(choose) for judge in judges)])
-            answers = [*by_model(low, high, n_sequences, seed), ("optimum", 2 ** (n + 1) / n, optima(game, setting))]
+            answers = [*by_model(low, high, n_sequences, seed), ("optimum", 2 ** (n + 1) / n, optima(game, space))]
             for name, cost, chosen in answers:
                 of_method = rows.setdefault(name, {}).setdefault(str(n_sequences * LENGTH), [])
                 of_method.append(
                     [cost, *(judge(dict(zip(capacities, chosen, strict=True)).__getitem__) for judge in judges)]
                 )
-    exact = shapley_interactions(whole)
+    exact = interactions(whole)
     above = np.triu_indices(n, 1)
     walks = covariance_of_walks(whole)
     return {
@@ -135,29 +136,40 @@ def run(low: int, high: int) -> dict[str, Any]:
     }
 
 
-def optima(game: TableGame, setting: Setting) -> list[Any]:
+def optima(game: TableGame, space: SearchSpace) -> list[Any]:
     """The true optimum of each budget."""
-    search = Enumeration(setting)
+    search = Enumeration(space)
     points = search.propose()
     search.learn(points, game(points))
-    return [search.choose(capacity) for capacity in setting.capacities]
+    return [search.choose(capacity) for capacity in space.capacities]
+
+
+def interactions(table: Any) -> Any:
+    """Exact Shapley interaction index of all pairs, symmetric with a zero diagonal, shape (n_players, n_players).
+
+    Source: Grabisch and Roubens, An axiomatic approach to the concept of interaction among players in cooperative
+    games, 1999.
+    """
+    n = len(table).bit_length() - 1
+    computer = ExactComputer(lambda members: table[members.astype(int) @ (1 << np.arange(n))], n)
+    return computer("SII", 2).get_n_order_values(2)
 
 
 def covariance_of_walks(table: Any, walks: int = 2000) -> Any:
     """The covariance of marginals that SPQE converges to."""
     n = len(table).bit_length() - 1
     spqe = SPQE(n, low=LOW, high=HIGH, permutations=walks, seed=0)
-    return run_estimator(spqe, TableGame(table)).estimate().covariance
+    return run(spqe, TableGame(table)).estimate().covariance
 
 
 def explained(table: Any, *, pairs: bool) -> float:
     """Share of the variance over all coalitions that the best additive, or quadratic, function explains."""
     n = len(table).bit_length() - 1
     q = (np.arange(len(table))[:, None] >> np.arange(n) & 1).astype(float)
-    constant, linear, quadratic = best_quadratic(table)
-    if not pairs:  # in the spins' basis single terms do not change when pairs are left out
-        linear, quadratic = linear + quadratic.sum(axis=1), np.zeros_like(quadratic)
-    fitted = constant + q @ linear + ((q @ quadratic) * q).sum(axis=1)
+    constant, a, K = best_quadratic(table)
+    if not pairs:  # single terms in z = 2q - 1 do not change when pair terms are left out
+        a, K = a + K.sum(axis=1), np.zeros_like(K)
+    fitted = constant + q @ a + ((q @ K) * q).sum(axis=1)
     left = table - fitted
     return float(1 - np.var(left) / np.var(table))
 
@@ -196,7 +208,7 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     """Enumerate both pairs of widths, run all methods, write the report."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    results = {f"{low} and {high}": run(low, high) for low, high in WIDTHS}
+    results = {f"{low} and {high}": compare(low, high) for low, high in WIDTHS}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(results))
 

@@ -19,9 +19,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import track
 from torch import Tensor
 
-from coopq.quantize.ggml.types import GGMLBackend, from_blocks
-from coopq.quantize.ggml.gptq import code_layout, elimination_order, second_order
-from coopq.quantize.input_statistics import second_moments
+from coopq.quantizers.ggml.types import GGMLBackend, from_blocks
+from coopq.quantizers.ggml.gptq import code_layout, elimination_order, second_order
+from coopq.quantizers.input_statistics import second_moments
 from coopq.model.texts import calibration_set
 from coopq.model.load import load_model
 from coopq.model.players import find_players

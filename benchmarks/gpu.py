@@ -1,12 +1,12 @@
-"""An 8B model on one GPU: the time of a layer forward, its share of the GPU's peak, and of whole searches.
+"""An 8B model on one GPU: the time of a block forward, its share of the GPU's peak, and the time of whole searches.
 
     python benchmarks/gpu.py                   # minutes on one GPU of 80 GB
     python benchmarks/gpu.py --run             # also measures all of SPQE, M = 25, and of an active search
-    python benchmarks/gpu.py --tokens 4096 --layers 4      # seconds: a few blocks, from which the rest is foreseen
+    python benchmarks/gpu.py --tokens 4096 --layers 4      # seconds: a few blocks; the rest is predicted
 
 The shape of Llama-3.1-8B with random weights in bfloat16, made on the device: shapes decide speed. Weights at both
-widths are rounded by torch on the device, as `rtn` does, and stay there. What searches would take is foreseen for all
-32 blocks and 16,384 tokens. Writes docs/results/gpu.md. On a machine without a GPU it says so and ends.
+widths are rounded by `rtn` on the device and stay there. The time of searches is predicted for all 32 blocks and 16,384
+tokens. Writes docs/results/gpu.md. Without a GPU nothing is measured.
 """
 
 import argparse
@@ -23,21 +23,21 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine, prefix_tree_size
-from coopq.search import SPQE, ActiveSearch, Setting, run_search
-from coopq.plan.forecast import works
+from coopq.cli.terminal import progress_bars
+from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
 from coopq.game.game import Meters, QuantizationGame
 from coopq.game.journal import Journal
-from coopq.model.memory import Footprint
+from coopq.game.prefix_engine import PrefixEngine, make_engine, prefix_tree_size
+from coopq.model.blockwise import Blockwise, batch_size
 from coopq.model.load import LoadedModel
+from coopq.model.memory import Footprint
 from coopq.model.players import find_players
-from coopq.model.blockwise import Replay, batch_size
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.cli.terminal import progress_bars
-from coopq.quantize.contract import SteppedGame, SyntheticGame
-from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
+from coopq.plan.forecast import works
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
+from coopq.search import SPQE, ActiveSearch, SearchSpace, run_search
+from coopq.search.synthetic import SteppedGame, SyntheticGame
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 LENGTH, WALKS = 2048, 25
@@ -66,8 +66,8 @@ def product(n: int, into: int, out: int) -> Callable[[], object]:
 
 def off(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     """Norm of a difference as a share of the norm."""
-    ours, theirs = (torch.cat(states).float() for states in (found, expected))
-    return float((ours - theirs).norm() / theirs.norm())
+    ours, exact = (torch.cat(states).float() for states in (found, expected))
+    return float((ours - exact).norm() / exact.norm())
 
 
 def in_float32(model: Any, ids: npt.NDArray[np.int64]) -> list[torch.Tensor]:
@@ -75,9 +75,9 @@ def in_float32(model: Any, ids: npt.NDArray[np.int64]) -> list[torch.Tensor]:
     with torch.device("cuda"):
         first = AutoModelForCausalLM.from_config(shape_of(1), dtype=torch.float32).eval()
     first.load_state_dict(model.state_dict(), strict=False)
-    replay = Replay(first, ids)
-    replay.record()
-    return replay.forward_block(0, replay.embedded)
+    blockwise = Blockwise(first, ids)
+    blockwise.record()
+    return blockwise.forward_block(0, blockwise.embedded)
 
 
 def losses_of(engine: PrefixEngine, points: Assignments) -> npt.NDArray[np.float64]:
@@ -86,7 +86,7 @@ def losses_of(engine: PrefixEngine, points: Assignments) -> npt.NDArray[np.float
 
 
 class Paid:
-    """Measures every assignment, and answers with the loss of a synthetic game: random weights make no game."""
+    """Measures every assignment, but returns the loss of a synthetic game: random weights make no game."""
 
     def __init__(self, engine: PrefixEngine, game: Game) -> None:
         self._engine = engine
@@ -99,15 +99,15 @@ class Paid:
 
 
 def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, progress: ProgressCallback) -> Meters:
-    """An active search for one budget halfway between the widths, journalled as ever; what it took."""
-    costs = np.array([2 * player.n_weights for player in players])
-    setting = Setting((2, 4), costs, (int(costs.sum()) // 2,))
-    paid = Paid(engine, SteppedGame(SyntheticGame(len(players), "quadratic", 0), setting))
+    """An active search for one budget halfway between the widths, with a journal; returns what the search took."""
+    step_bytes = np.array([2 * player.n_weights for player in players])
+    space = SearchSpace.uniform((2, 4), step_bytes, (int(step_bytes.sum()) // 2,))
+    paid = Paid(engine, SteppedGame(SyntheticGame(len(players), "quadratic", 0), space))
     nothing = np.zeros((0, len(players)), dtype=np.float32)
     with Journal(folder / "journal.jsonl", {}) as journal:
         game = QuantizationGame(paid, journal, len(players), progress, "active")
         meters = Meters(lambda _: game, 1, [player.block for player in players], nothing)
-        run_search(ActiveSearch(setting, None, nothing), meters)
+        run_search(ActiveSearch(space, None, nothing), meters)
     return meters
 
 
@@ -126,45 +126,48 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallback) -> None:
-    """All of it, with the bank in a folder; what is known is written as soon as it is."""
+    """Measure all with the bank in a folder; results are written as soon as they are known."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(shape_of(arguments.layers), dtype=torch.bfloat16).eval()
     players = find_players(model)
-    text = CalibrationConfig(sequences=arguments.tokens // LENGTH, length=LENGTH)
-    config = RunConfig("random", low=2, high=4, permutations=WALKS, calibration=text)
-    ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.sequences, LENGTH))
+    request = Request.from_options(
+        model="random", bits=(2, 4), permutations=WALKS, tokens=arguments.tokens, sequence_length=LENGTH
+    )
+    text = request.text
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.n_sequences, LENGTH))
     points = SPQE(len(players), low=2, high=4, permutations=WALKS, seed=0).points
     ends = np.array([[2] * len(players), [4] * len(players)], dtype=np.float32)
-    bank = WeightBank(folder, LoadedModel(model, None, torch.bfloat16), players, get_backend("rtn"), {})
+    bank = WeightBank(folder, LoadedModel(model, None, torch.bfloat16), players, get_backend(QuantizerSpec("rtn")), {})
     bank.build((2, 4), progress=progress)
 
     torch.cuda.reset_peak_memory_stats()
-    engine = PrefixEngine(model, bank, ids)
+    engine = make_engine(model, bank, ids)
+    blockwise = engine.blockwise
     start = time.perf_counter()
     losses_of(engine, ends)  # compiles, checks, reads the bank
     opening = time.perf_counter() - start
     layer, head = engine.timed(clock)
     held = torch.cuda.max_memory_allocated()
-    with engine.fast(0):
-        states = [batch.clone() for batch in engine.forward_block(0, engine.embedded)]
+    with blockwise.fast(0):
+        states = [batch.clone() for batch in blockwise.forward_block(0, blockwise.embedded)]
     some = points[:: max(1, len(points) // 8)]
     losses = losses_of(engine, some)
     with torch.compiler.set_stance("force_eager"):
         plain_layer, plain_head = engine.timed(clock)
-        plain_states = engine.forward_block(0, engine.embedded)
+        plain_states = blockwise.forward_block(0, blockwise.embedded)
         plain_losses = losses_of(engine, some)
     exact = in_float32(model, ids)
     torch.cuda.empty_cache()
 
-    batch = min(batch_size("cuda", LENGTH), text.sequences) * LENGTH
+    batch = min(batch_size("cuda", LENGTH), text.n_sequences) * LENGTH
     peak = 2 * 8192**3 / clock(product(8192, 8192, 8192))
     shapes = [linear.shape for linear in players[0].linears]
     products = sum(clock(partial(product(batch, into, out))) for out, into in shapes) * arguments.tokens / batch
     flops = 2 * arguments.tokens * players[0].n_weights
-    of_head = 2 * arguments.tokens * SHAPE["hidden_size"] * VOCABULARY
+    head_flops = 2 * arguments.tokens * SHAPE["hidden_size"] * VOCABULARY
     with torch.device("meta"):
         whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
-    foreseen, scale = works(whole, config), TOKENS / arguments.tokens
+    predicted, scale = works(whole, request), TOKENS / arguments.tokens
     lines = [
         "# An 8B model on one GPU",
         "",
@@ -182,10 +185,10 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
         "",
         "| | ms | TFLOP/s in its products | share of the peak | by torch's own operations, ms |",
         "| --- | --- | --- | --- | --- |",
-        f"| layer forward | {layer * 1e3:.1f} | {flops / layer / 1e12:.0f} | {flops / layer / peak:.0%} "
+        f"| block forward | {layer * 1e3:.1f} | {flops / layer / 1e12:.0f} | {flops / layer / peak:.0%} "
         f"| {plain_layer * 1e3:.1f} ({flops / plain_layer / peak:.0%}) |",
-        f"| head with the loss | {head * 1e3:.1f} | {of_head / head / 1e12:.0f} | {of_head / head / peak:.0%} "
-        f"| {plain_head * 1e3:.1f} ({of_head / plain_head / peak:.0%}) |",
+        f"| head with the loss | {head * 1e3:.1f} | {head_flops / head / 1e12:.0f} | {head_flops / head / peak:.0%} "
+        f"| {plain_head * 1e3:.1f} ({head_flops / plain_head / peak:.0%}) |",
         "",
         f"* States after the first block, off those in float32 by {off(states, exact):.1e} of their norm; by torch's",
         f"  own operations by {off(plain_states, exact):.1e}.",
@@ -193,16 +196,16 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
         f"  own operations, in the mean, of {losses.mean():.2f}; they differ among themselves by {losses.std():.1e}.",
         f"* Compiling, the check and reading the bank, with the first two losses: {opening:.0f} s.",
         f"* Memory: {held / 2**30:.1f} GiB at the peak,",
-        f"  {Footprint.of(model, players, text, 'cuda').total / 2**30:.1f} GiB foreseen.",
+        f"  {Footprint.estimate(model, players, text, 'cuda').total / 2**30:.1f} GiB predicted.",
         "",
-        f"Foreseen for {BLOCKS} blocks and {TOKENS:,} tokens:",
+        f"Predicted for {BLOCKS} blocks and {TOKENS:,} tokens:",
         "",
-        "| | layer forwards | losses | minutes |",
+        "| | block forwards | losses | minutes |",
         "| --- | --- | --- | --- |",
         *(
-            f"| {name} | {'up to ' * work.is_bound}{work.layer_forwards:,} | {work.evaluations:,} "
-            f"| {scale * (work.layer_forwards * layer + work.evaluations * head) / 60:.1f} |"
-            for name, work in foreseen.items()
+            f"| {name} | {'up to ' * work.is_bound}{work.block_forwards:,} | {work.evaluations:,} "
+            f"| {scale * (work.block_forwards * layer + work.evaluations * head) / 60:.1f} |"
+            for name, work in predicted.items()
             if name == "active" or name.startswith("coopq")
         ),
     ]
@@ -212,7 +215,7 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
             "",
             "Measured, the active search on the synthetic game of the forecast:",
             "",
-            "| | layer forwards | losses | minutes |",
+            "| | block forwards | losses | minutes |",
             "| --- | --- | --- | --- |",
         ]
         start, blocks = time.perf_counter(), [player.block for player in players]
@@ -224,16 +227,16 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
         start = time.perf_counter()
         meters = active(engine, players, folder, progress)
         minutes = (time.perf_counter() - start) / 60
-        report([*lines, f"| active | {meters.layer_forwards:,.0f} | {meters.evaluations:,.0f} | {minutes:.1f} |"])
+        report([*lines, f"| active | {meters.block_forwards:,.0f} | {meters.evaluations:,.0f} | {minutes:.1f} |"])
 
 
 def shape_of(n_blocks: int) -> LlamaConfig:
-    """Of the model."""
+    """The configuration of the model."""
     return LlamaConfig(num_hidden_layers=n_blocks, vocab_size=VOCABULARY, **SHAPE)
 
 
 def report(lines: list[str]) -> None:
-    """Write and print what is known."""
+    """Write and print the results so far."""
     RESULTS.write_text("\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
 

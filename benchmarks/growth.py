@@ -3,7 +3,7 @@
     python benchmarks/growth.py                # a quarter of an hour on two cores; writes docs/results/growth.md
 
 Random weights: only shapes matter here. Each row is a process of its own, which measures the walks of SPQE at 2 and 4
-bits; one thing changes from row to row. What is foreseen is layer forwards times the time of one plus heads times the
+bits; one thing changes from row to row. What is foreseen is block forwards times the time of one plus heads times the
 time of one, both measured in the same process after the walks.
 """
 
@@ -20,14 +20,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine
-from coopq.search import SPQE
-from coopq.model.memory import Footprint
+from coopq.core.specs import QuantizerSpec, TextSpec
+from coopq.game.prefix_engine import make_engine
 from coopq.model.load import LoadedModel
+from coopq.model.memory import Footprint
 from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
+from coopq.search import SPQE
 from layer_forward import seconds
 from memory import resident
 
@@ -46,33 +46,33 @@ SWEEPS: dict[str, tuple[int | str, ...]] = {
 
 def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, float]:
     """Measure one row in this process."""
-    calibration = CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH)
+    text = TextSpec(tokens=tokens, sequence_length=LENGTH)
     shape = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, **SHAPE)
     before = resident("VmRSS")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     players = find_players(model, granularity)
-    ids = np.random.default_rng(0).integers(VOCABULARY, size=(calibration.sequences, LENGTH))
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.n_sequences, LENGTH))
     with TemporaryDirectory() as folder:
         loaded = LoadedModel(model, None, torch.float32)
-        bank = WeightBank(Path(folder), loaded, players, get_backend("rtn"), {})
+        bank = WeightBank(Path(folder), loaded, players, get_backend(QuantizerSpec("rtn")), {})
         bank.build((2, 4))
-        engine = PrefixEngine(model, bank, ids)
+        engine = make_engine(model, bank, ids)
         points = SPQE(len(players), low=2, high=4, permutations=walks, seed=0).points
         start = time.perf_counter()
         evaluations = sum(1 for _ in engine.evaluate(points))
-        spent, layer_forwards = time.perf_counter() - start, engine.layer_forwards
+        spent, block_forwards = time.perf_counter() - start, engine.block_forwards
         block, head = engine.timed(lambda work: seconds(work, 9))
     return {
         "players": len(players),
         "evaluations": evaluations,
-        "layer_forwards": layer_forwards,
+        "block_forwards": block_forwards,
         "unshared": walks * len(players) * layers,
         "seconds": spent,
-        "foreseen": layer_forwards * block + evaluations * head,
+        "foreseen": block_forwards * block + evaluations * head,
         "block": block,
         "peak": resident("VmHWM") - before,
-        "footprint": Footprint.of(model, players, calibration, "cpu").total,
+        "footprint": Footprint.estimate(model, players, text, "cpu").total,
     }
 
 
@@ -98,7 +98,7 @@ def main() -> None:
         lines += [
             f"## By {name}",
             "",
-            f"| {name} | players | losses | layer forwards | of unshared | seconds | foreseen | ms a layer forward "
+            f"| {name} | players | losses | block forwards | of unshared | seconds | foreseen | ms a block forward "
             "| peak MiB | of forecast |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
@@ -108,15 +108,15 @@ def main() -> None:
                 subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
             )
             lines.append(
-                f"| {value} | {row['players']} | {row['evaluations']} | {row['layer_forwards']} "
-                f"| {row['layer_forwards'] / row['unshared']:.2f} | {row['seconds']:.1f} "
+                f"| {value} | {row['players']} | {row['evaluations']} | {row['block_forwards']} "
+                f"| {row['block_forwards'] / row['unshared']:.2f} | {row['seconds']:.1f} "
                 f"| {row['foreseen'] / row['seconds']:.2f} | {row['block'] * 1e3:.1f} "
                 f"| {row['peak'] / 2**20:,.0f} | {row['peak'] / row['footprint']:.2f} |"
             )
             print(lines[-1], flush=True)
         lines.append("")
     lines += [
-        "Time is layer forwards times the time of one, which grows with tokens alone, and heads. Layer forwards grow",
+        "Time is block forwards times the time of one, which grows with tokens alone, and heads. Block forwards grow",
         "with walks and with players in a straight line, and with the square of the layers where blocks are the",
         "players: every layer adds a loss to each walk, and the blocks after the one that changes, half of them on",
         "average, to each loss. Shared prefixes save more where there are more walks to share them. Memory grows",

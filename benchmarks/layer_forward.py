@@ -1,11 +1,11 @@
-"""What layer forwards and heads of the demo model cost, against the products of matrices in them.
+"""Time of block forwards and heads of the demo model, against the matrix products in them.
 
     python benchmarks/layer_forward.py         # some minutes; writes docs/results/layer_forward.md
 
-The floor of a layer forward is the time of its products alone, each of its own shape, one after the other: those of
-the linear layers by torch's own operation or by oneDNN, whichever is faster, and the two of attention, all positions
-against all.
-Beside it: transformers' block as it is, the engine's, and whole evaluations against layer forwards and heads.
+The floor of a block forward is the time of its matrix products alone, one after the other: the products of the linear
+layers by torch's own operation or by oneDNN, whichever is faster, and the two products of attention, all positions
+against all. Beside the floor: transformers' block as it is, the engine's block, and whole evaluations against the
+predicted time of their block forwards and heads.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from by_cpu import write_section
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine
-from coopq.search import SPQE
+from coopq.core.specs import QuantizerSpec
+from coopq.game.prefix_engine import make_engine
+from coopq.model.blockwise import Blockwise, batch_size
 from coopq.model.load import load_model
 from coopq.model.players import find_players
-from coopq.model.blockwise import batch_size
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
+from coopq.search import SPQE
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "layer_forward.md"
 LENGTH = 256
@@ -36,7 +38,7 @@ TOKENS = (512, 1024, 2048)
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median of some repeats, after a warm-up."""
+    """Median seconds of the repeats, after a warm-up."""
     work()
     times = []
     for _ in range(repeats):
@@ -57,25 +59,24 @@ def by_onednn(x: Tensor, w: Tensor) -> Tensor:
     return output
 
 
-def products(engine: PrefixEngine, weights: list[Tensor], repeats: int) -> dict[str, float]:
+def products(blockwise: Blockwise, config: Any, weights: list[Tensor], repeats: int) -> dict[str, float]:
     """Seconds that the products of a block take over all tokens, one after the other, by kind."""
-    config = engine._model.config
-    inputs = {into: torch.randn(engine.batches[0].numel(), into) for _, into in (w.shape for w in weights)}
+    inputs = {into: torch.randn(blockwise.batches[0].numel(), into) for _, into in (w.shape for w in weights)}
 
-    def all_of(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def multiply(product: Callable[[Tensor, Tensor], Tensor]) -> None:
         for w in weights:
             product(inputs[w.shape[1]], w)
 
     found = {
-        name: seconds(partial(all_of, product), repeats) * len(engine.batches)
+        name: seconds(partial(multiply, product), repeats) * len(blockwise.batches)
         for name, product in {"torch": by_torch, "oneDNN": by_onednn}.items()
     }
-    of_heads = (*engine.batches[0].shape[:1], config.num_attention_heads)
+    heads = (*blockwise.batches[0].shape[:1], config.num_attention_heads)
     width = config.hidden_size // config.num_attention_heads
-    q, k = torch.randn(*of_heads, LENGTH, width), torch.randn(*of_heads, width, LENGTH)
-    p, v = torch.randn(*of_heads, LENGTH, LENGTH), torch.randn(*of_heads, LENGTH, width)
+    q, k = torch.randn(*heads, LENGTH, width), torch.randn(*heads, width, LENGTH)
+    p, v = torch.randn(*heads, LENGTH, LENGTH), torch.randn(*heads, LENGTH, width)
     found["attention"] = sum(seconds(partial(torch.matmul, a, b), repeats) for a, b in ((q, k), (p, v)))
-    found["attention"] *= len(engine.batches)
+    found["attention"] *= len(blockwise.batches)
     return found
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     model, players = loaded.model, find_players(loaded.model)
     weights = [model.get_submodule(layer.name).weight.data for layer in players[0].linears]
     head = [
-        "# Layer forwards against the products in them",
+        "# Block forwards against the products in them",
         "",
         "Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, sequences of",
         f"{LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}. Medians of {repeats}; floor: products of",
@@ -99,32 +100,33 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
         "| tokens | linear layers by torch, GFLOP/s | by oneDNN | floor, ms | transformers' block, ms | of the floor |"
-        " engine's, ms | of the floor | head, ms | whole evaluations / foreseen |",
+        " engine's, ms | of the floor | head, ms | whole evaluations / predicted |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     with TemporaryDirectory() as folder, torch.no_grad():
-        bank = WeightBank(Path(folder), loaded, players, get_backend("rtn"), {})
+        bank = WeightBank(Path(folder), loaded, players, get_backend(QuantizerSpec("rtn")), {})
         bank.build((2, 4))
         for tokens in TOKENS:
             ids = np.random.default_rng(0).integers(model.config.vocab_size, size=(tokens // LENGTH, LENGTH))
-            engine = PrefixEngine(model, bank, ids)
+            engine = make_engine(model, bank, ids)
+            blockwise = engine.blockwise
             points = SPQE(len(players), low=2, high=4, permutations=2, seed=0).points[:30]
-            engine.record()
-            taken = products(engine, weights, repeats)
+            blockwise.record()
+            taken = products(blockwise, model.config, weights, repeats)
             floor = min(taken["torch"], taken["oneDNN"]) + taken["attention"]
-            room = engine.forward_block(0, engine.embedded)
-            plain = seconds(partial(engine.forward_block, 0, engine.embedded, room), repeats)
-            block, of_head = engine.timed(lambda work: seconds(work, repeats))
+            out = blockwise.forward_block(0, blockwise.embedded)
+            plain = seconds(partial(blockwise.forward_block, 0, blockwise.embedded, out), repeats)
+            block, head_time = engine.timed(lambda work: seconds(work, repeats))
             list(engine.evaluate(points[:1]))
-            before, start = engine.layer_forwards, time.perf_counter()
+            before, start = engine.block_forwards, time.perf_counter()
             evaluations = sum(1 for _ in engine.evaluate(points))
             whole = time.perf_counter() - start
-            foreseen = (engine.layer_forwards - before) * block + evaluations * of_head
+            predicted = (engine.block_forwards - before) * block + evaluations * head_time
             flops = 2 * ids.size * players[0].n_weights / 1e9
             lines.append(
                 f"| {tokens} | {flops / taken['torch']:.0f} | {flops / taken['oneDNN']:.0f} | {floor * 1e3:.1f} "
                 f"| {plain * 1e3:.1f} | {floor / plain:.0%} | {block * 1e3:.1f} | {floor / block:.0%} "
-                f"| {of_head * 1e3:.0f} | {whole / foreseen:.2f} |"
+                f"| {head_time * 1e3:.0f} | {whole / predicted:.2f} |"
             )
             print(lines[-1], flush=True)
     write_section(RESULTS, head, lines)

@@ -36,7 +36,7 @@ from rich.progress import Progress
 
 import llama_cpp
 from convert import DATA, convert
-from coopq.quantize.input_statistics import column_importance
+from coopq.quantizers.input_statistics import column_importance
 from coopq.model.texts import calibration_set, fitting_set, wikitext2
 from coopq.export.checkpoint import is_saved_model, saved_plan
 from coopq.game.prefix_engine import model_nll

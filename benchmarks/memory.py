@@ -1,12 +1,14 @@
-"""Peak memory of a run on the demo model, against what is said before it starts.
+"""Peak memory of a run on the demo model, against the footprint that is predicted before the run.
 
     python benchmarks/memory.py                # a few minutes; writes docs/results/memory.md
 
-A process for each number of tokens opens a workbench, scores by `fisher` (what the active search begins with) and
-measures three assignments. Peak: the most that the process had resident (VmHWM, Linux), less what it had once the
-libraries were imported and the model's modules made, without storage. All of the bank is touched, so that its pages
-count where it is kept, although the system could drop them; where it is not, weights are read whenever they are set,
-and the model itself holds those of one width.
+A process for each number of tokens opens a session, scores by `fisher` (the first step of a search) and measures
+three assignments. The peak is the most memory that the process had resident (VmHWM, Linux), less what it had once the
+libraries were imported and the model's modules made without storage. All of a resident bank is touched, so that its
+pages count, although the system could drop them. Without a resident bank, weights are read whenever they are set, and
+the model holds the weights of one width.
+
+The constants of src/coopq/model/memory.py are set so that footprint and peak agree here.
 """
 
 import argparse
@@ -21,12 +23,10 @@ import numpy as np
 import torch
 import transformers
 
-from coopq.model.memory import Footprint
-from coopq.plan.by_score import probes_of, terms_on
-from coopq.model.load import load_skeleton
-from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.game.session import open_workbench
+from coopq.core.specs import Request
+from coopq.game.session import open_session, prepare
+from coopq.plan.by_score import cached_score, sensitivities
+from coopq.plan.methods import METHODS
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "memory.md"
 TOKENS, LENGTH = (1024, 4096, 16384), 512
@@ -39,16 +39,15 @@ def resident(field: str) -> int:
 
 
 def run(tokens: int, kept: bool) -> dict[str, int]:
-    """Bytes foreseen and bytes at the peak."""
-    config = RunConfig("demo", low=3, high=4, calibration=CalibrationConfig(sequences=tokens // LENGTH, length=LENGTH))
-    skeleton = load_skeleton("demo")
-    expected = Footprint.of(skeleton, find_players(skeleton), config.calibration, "cpu")
+    """Predicted bytes and bytes at the peak."""
+    prepared = prepare(Request.from_options(model="demo", bits=(3, 4), tokens=tokens, sequence_length=LENGTH))
+    expected = prepared.footprint()
     before = resident("VmRSS")
-    with TemporaryDirectory() as folder, open_workbench(config, Path(folder)) as bench:
-        bench.bank.resident = kept
-        terms_on(bench, "fisher", probes_of(bench))
+    with TemporaryDirectory() as folder, open_session(prepared, Path(folder)) as session:
+        session.bank.resident = kept
+        cached_score(session, METHODS["fisher"], sensitivities(session))
         points = np.array([[3] * 30, [4] * 30, [3, 4] * 15], dtype=np.float32)
-        with bench.calibration_game("measuring") as game:
+        with session.game("measuring") as game:
             game(points)
     parts = {name: getattr(expected, name) for name in ("weights", "bank", "states", "working")}
     parts["bank"] //= 1 if kept else 2
@@ -59,7 +58,7 @@ def main() -> None:
     """A process for each number of tokens, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, help="one number of tokens, in this process")
-    parser.add_argument("--read", action="store_true", help="with --only: weights are read whenever they are set")
+    parser.add_argument("--read", action="store_true", help="with --only: do not keep the bank in memory")
     arguments = parser.parse_args()
     if arguments.only is not None:
         print(json.dumps(run(arguments.only, not arguments.read)))

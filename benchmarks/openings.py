@@ -15,14 +15,14 @@ import numpy as np
 from rich.progress import Progress
 
 from convert import DATA
-from coopq.search import ActiveSearch, Greedy, Setting
-from coopq.search.strategies.active import most_points
-from coopq.game.game import Meter
-from coopq.plan.by_score import starts_on
-from coopq.plan.plan import setting_of
 from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
+from coopq.game.game import Meter
 from coopq.game.session import Workbench, open_workbench
+from coopq.plan.allocate import search_space
+from coopq.plan.by_score import starts_on
+from coopq.search import ActiveSearch, Greedy, SearchSpace
+from coopq.search.strategies.active import most_points
 from main_job import bars_for
 
 ROOT = Path(__file__).parents[1]
@@ -33,10 +33,10 @@ CASES = {
     "qwen": ("kl", 3, 4, ("3.15avg", "3.4avg", "3.7avg")),
 }
 """Loss, widths, budgets."""
-OPENINGS: dict[str, Callable[[Setting], Greedy | None]] = {
+OPENINGS: dict[str, Callable[[SearchSpace], Greedy | None]] = {
     "none: each alone, at both ends": lambda _: None,
-    "4 steps, of a quarter": lambda s: Greedy(s, per_step=s.n_steps // 4, candidates=s.n_steps // 4),
-    "8 steps, of a quarter": lambda s: Greedy(s, per_step=s.n_steps // 8, candidates=s.n_steps // 4),
+    "4 steps, of a quarter": lambda s: Greedy(s, per_move=s.n_steps // 4, candidates=s.n_steps // 4),
+    "8 steps, of a quarter": lambda s: Greedy(s, per_move=s.n_steps // 8, candidates=s.n_steps // 4),
     "32 steps, of a third": Greedy.paced,
 }
 CHECKPOINTS = (300, 500, 700)
@@ -46,20 +46,20 @@ CHECKPOINTS = (300, 500, 700)
 def searched(
     bench: Workbench,
     budgets: list[Budget],
-    opening: Callable[[Setting], Greedy | None],
-    most: Callable[[Setting], int] = most_points,
+    opening: Callable[[SearchSpace], Greedy | None],
+    limit: Callable[[SearchSpace], int] = most_points,
 ) -> list[list[float]]:
     """Cost and lowest loss of every budget, round by round, shape (n_rounds, 1 + n_budgets)."""
-    setting = setting_of(bench, budgets)
+    space = search_space(bench, budgets)
     starts, scoring = starts_on(bench, budgets)
     blocks = [player.block for player in bench.players]
-    search, trace = ActiveSearch(setting, starts=starts, descend=opening, most=most), []
+    search, trace = ActiveSearch(space, starts=starts, opening=opening, limit=limit), []
     with bench.calibration_game("searching") as game:
         meter = Meter(game, blocks, np.zeros((0, len(blocks)), dtype=np.float32))
         while len(points := search.propose()):
             search.learn(points, meter(points))
             cost = (scoring + meter.layer_forwards) / len(set(blocks))
-            trace.append([cost, *(search.measured.lowest(capacity) for capacity in setting.capacities)])
+            trace.append([cost, *(search.measured.lowest(capacity) for capacity in space.capacities)])
     return trace
 
 

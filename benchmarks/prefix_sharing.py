@@ -1,4 +1,4 @@
-"""Layer forwards of SPQE walks with and without sharing prefixes; exact counts, no model needed.
+"""Block forwards of SPQE walks with and without shared prefixes: exact counts that need no model.
 
     python benchmarks/prefix_sharing.py
 
@@ -15,18 +15,18 @@ from coopq.search import SPQE
 REPORT = Path(__file__).parents[1] / "docs" / "results" / "prefix_sharing.md"
 SEED = 0
 LINEARS = 7
-"""Linear layers of a block, as in Llama, Mistral and Qwen."""
+"""Linear layers of a block in Llama, Mistral and Qwen."""
 
 
 def main() -> None:
-    """Count for models of 30 to 64 blocks and 10 to 100 walks."""
+    """Count block forwards for models of 30 to 64 blocks and 10 to 100 walks."""
     lines = [
-        "# Layer forwards with and without sharing prefixes",
+        "# Block forwards with and without shared prefixes",
         "",
         f"Written by `python benchmarks/prefix_sharing.py`: walks from seed {SEED}, every walk measured at each of its",
-        "N + 1 points. Without sharing, M walks of N players in L blocks take M N L layer forwards (N evaluations a",
-        "walk beside the common start, L blocks each). The engine takes one for each distinct prefix of blocks.",
-        f"Players are the blocks, or their linear layers, {LINEARS} in each.",
+        "N + 1 points. Without sharing, M walks of N players in L blocks take M N L block forwards (N evaluations a",
+        "walk besides the common start, L blocks each). The engine takes one for each distinct prefix of blocks.",
+        f"Players are the blocks, or the {LINEARS} linear layers of each block.",
         "",
         "| blocks L | players N | walks M | M N L | prefix tree | times fewer |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -21,7 +21,7 @@ import torch
 from rich.progress import Progress
 
 from by_cpu import write_section
-from coopq.quantize import get_backend
+from coopq.quantizers import get_backend
 from coopq.model.texts import calibration_set
 from coopq.game.prefix_engine import model_nll
 from coopq.search import SPQE

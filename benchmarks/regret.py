@@ -10,14 +10,15 @@ together, in forwards of the whole model. Writes docs/results/regret.json and re
 import argparse
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.progress import track
 
-from coopq.search.solver.exact import allocate
+from coopq.core.types import Assignment, Assignments, Game, Losses
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.search import (
     SPQE,
@@ -28,14 +29,15 @@ from coopq.search import (
     OneShot,
     Regression,
     Search,
-    Setting,
-    run_estimator,
+    SearchSpace,
+    run,
     run_search,
 )
+from coopq.search.solver.exact import allocate
+from coopq.search.solver.local_search import local_optima, random_fill
+from coopq.search.solver.quadratic_program import paper_program
 from coopq.search.strategies.evolution import SHARES
-from coopq.search.solver.quadratic_program import QuadraticProgram, local_optima, paper_program, random_fill
-from coopq.quantize.contract import HIGH, LOW, SyntheticGame
-from coopq.core.types import Assignment, Assignments, Game, Losses
+from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "regret.json"
 AVERAGES = (2.25, 2.5, 3.0, 3.5)
@@ -77,68 +79,80 @@ class Counted:
 class Judge:
     """Regret of assignments of a game."""
 
-    def __init__(self, game: Game, setting: Setting, optima: list[Assignment]) -> None:
+    def __init__(self, game: Game, space: SearchSpace, optima: list[Assignment]) -> None:
         self._game = game
-        self._setting = setting
+        self._space = space
         self._best = game(np.array(optima))
         rng = np.random.default_rng(0)
         self._chance = [
-            float(
-                game(setting.assignments(np.array([random_fill(setting.program(c), rng) for _ in range(300)]))).mean()
-            )
-            for c in setting.capacities
+            float(game(space.assignments(np.array([random_fill(space.constraint(c), rng) for _ in range(300)]))).mean())
+            for c in space.capacities
         ]
 
     def __call__(self, choose: Choose) -> float:
         """Mean regret over the budgets of what `choose` says for each capacity."""
-        chosen = [choose(capacity) for capacity in self._setting.capacities]
-        for q, capacity in zip(chosen, self._setting.capacities, strict=True):
-            assert self._setting.costs[q == HIGH].sum() <= capacity
+        chosen = [choose(capacity) for capacity in self._space.capacities]
+        for q, capacity in zip(chosen, self._space.capacities, strict=True):
+            assert self._space.step_bytes[q == HIGH].sum() <= capacity
         losses = self._game(np.array(chosen))
         return float(np.mean((losses - self._best) / (np.array(self._chance) - self._best)))
 
 
-def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, Setting, list[Assignment]]:
+def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, SearchSpace, list[Assignment]]:
     """A game, its budgets, and the optimum of each: of many descents on the quadratic behind it."""
     game = SyntheticGame(n_players, form, seed)
     capacities = tuple(int((average - LOW) / (HIGH - LOW) * n_players + 1e-9) for average in AVERAGES)
-    setting = Setting((LOW, HIGH), np.ones(n_players, dtype=np.int64), capacities, seed)
+    space = SearchSpace.uniform((LOW, HIGH), np.ones(n_players, dtype=np.int64), capacities, seed)
     optima = []
     for capacity in capacities:
-        program = QuadraticProgram(game.linear, game.pairs, setting.costs, capacity)
+        program = replace(space.constraint(capacity), a=game.a, K=game.K)
         best = local_optima(program, np.zeros((0, n_players), bool), 500, np.random.default_rng(0))[0]
-        optima.append(setting.assignments(best))
-    return game, setting, optima
+        optima.append(space.assignments(best))
+    return game, space, optima
 
 
-def by_paper(setting: Setting, game: Game, *, walks: int, **options: Any) -> Choose:
+class AntitheticSPQE(SPQE):
+    """SPQE whose every second walk is the walk before in reverse order.
+
+    A pair of walks gives exact Shapley values for games of single and pair terms, and says half as much about pairs.
+
+    Source: Mitchell et al., Sampling Permutations for Shapley Value Estimation, 2022.
+    """
+
+    @staticmethod
+    def order(n_players: int, seed: int, m: int) -> npt.NDArray[np.intp]:
+        """The players in the order in which walk m lowers them, shape (n_players,)."""
+        return SPQE.order(n_players, seed, m // 2)[:: -1 if m % 2 else 1]
+
+
+def by_paper(space: SearchSpace, game: Game, *, walks: int, make: type[SPQE] = SPQE) -> Choose:
     """The paper's method, and its variants."""
-    spqe = SPQE(setting.n_players, low=LOW, high=HIGH, permutations=walks, seed=setting.seed, **options)
-    estimate = run_estimator(spqe, game).estimate()
+    spqe = make(space.n_players, low=LOW, high=HIGH, permutations=walks, seed=space.seed)
+    estimate = run(spqe, game).estimate()
 
     def choose(capacity: int) -> Assignment:
-        program = paper_program(estimate.shapley, estimate.covariance, 0.5, setting.costs, capacity)
-        return setting.assignments(allocate(program).q)
+        program = paper_program(estimate.shapley, estimate.covariance, 0.5, space.step_bytes, capacity)
+        return space.assignments(allocate(program).q)
 
     return choose
 
 
-def by_search(setting: Setting, game: Game, *, make: Callable[[Setting], Search]) -> Choose:
+def by_search(space: SearchSpace, game: Game, *, make: Callable[[SearchSpace], Search]) -> Choose:
     """A search estimator."""
-    return run_estimator(make(setting), game).choose
+    return run(make(space), game).choose
 
 
-def by_evolution(setting: Setting, game: Counted) -> Choose:
+def by_evolution(space: SearchSpace, game: Counted) -> Choose:
     """EvoPress. These games have no sequences: a loss on some of them is exact, and costs their share."""
-    return run_search(Evolution(setting), {share: game.part(share) for share in SHARES}.__getitem__).choose
+    return run_search(Evolution(space), {share: game.part(share) for share in SHARES}.__getitem__).choose
 
 
-METHODS: dict[str, Callable[[Setting, Counted], Choose]] = {
+METHODS: dict[str, Callable[[SearchSpace, Counted], Choose]] = {
     "coopq, M = 10": partial(by_paper, walks=10),
     "coopq, M = 50": partial(by_paper, walks=50),
     "coopq, M = 100": partial(by_paper, walks=100),
-    "coopq antithetic, M = 10": partial(by_paper, walks=10, antithetic=True),
-    "coopq antithetic, M = 50": partial(by_paper, walks=50, antithetic=True),
+    "coopq antithetic, M = 10": partial(by_paper, walks=10, make=AntitheticSPQE),
+    "coopq antithetic, M = 50": partial(by_paper, walks=50, make=AntitheticSPQE),
     "one-shot, at all high": partial(by_search, make=partial(OneShot, end="high")),
     "one-shot, at all low": partial(by_search, make=partial(OneShot, end="low")),
     "evopress": by_evolution,
@@ -147,30 +161,30 @@ METHODS: dict[str, Callable[[Setting, Counted], Choose]] = {
     "regression, order 2, 250 points": partial(by_search, make=partial(Regression, n_points=250)),
     "greedy down": partial(by_search, make=Greedy),
     "greedy up": partial(by_search, make=partial(Greedy, direction="up")),
-    "greedy down, 4 a step": partial(by_search, make=partial(Greedy, per_step=4)),
-    "greedy up, 4 a step": partial(by_search, make=partial(Greedy, direction="up", per_step=4)),
+    "greedy down, 4 a step": partial(by_search, make=partial(Greedy, per_move=4)),
+    "greedy up, 4 a step": partial(by_search, make=partial(Greedy, direction="up", per_move=4)),
     "greedy down, 12 candidates": partial(by_search, make=partial(Greedy, candidates=12)),
-    "greedy up, 4 a step, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_step=4, swaps=10)),
+    "greedy up, 4 a step, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_move=4, swaps=10)),
     "greedy down, 12 candidates, 10 swaps": partial(by_search, make=partial(Greedy, candidates=12, swaps=10)),
     "active": partial(by_search, make=ActiveSearch),
 }
 
 
-def measure(make_game: Callable[[], tuple[Game, Setting, list[Assignment]]]) -> dict[str, list[float]]:
+def measure(make_game: Callable[[], tuple[Game, SearchSpace, list[Assignment]]]) -> dict[str, list[float]]:
     """Cost and regret of every method on one game; of the active search on its way too."""
-    game, setting, optima = make_game()
-    judge = Judge(game, setting, optima)
+    game, space, optima = make_game()
+    judge = Judge(game, space, optima)
     rows: dict[str, list[float]] = {}
     for name, method in METHODS.items():
         if name == "active":
             continue
         counted = Counted(game)
-        regret = judge(method(setting, counted))
+        regret = judge(method(space, counted))
         rows[name] = [counted.forwards, regret]
-    counted, search = Counted(game), ActiveSearch(setting)
+    counted, search = Counted(game), ActiveSearch(space)
     trace: list[tuple[float, float]] = []
     counted.watch = lambda forwards: trace.append((forwards, judge(search.choose))) if len(search.measured) else None
-    run_estimator(search, counted)
+    run(search, counted)
     trace.append((counted.forwards, judge(search.choose)))
     rows["active"] = list(trace[-1])
     for limit in CHECKPOINTS:

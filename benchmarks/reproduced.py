@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from coopq.judge.bench.run import Result, Row
 from coopq.core.files import read_json
+from coopq.judge.bench.run import Result, Row
 
 REPORT = Path(__file__).parents[1] / "docs" / "results" / "reproduced.md"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from coopq.search.solver.exact import Allocation, allocate, near_optimum
 from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
-from coopq.quantize.contract import SyntheticGame
+from coopq.search.synthetic import SyntheticGame
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "solver.md"
 SIZES = (32, 64, 128, 300)
@@ -28,19 +28,19 @@ SEEDS = range(3)
 def program(kind: str, n_players: int, seed: int) -> QuadraticProgram:
     """A program of a synthetic game: with the covariance of its walks, or with its interactions."""
     game = SyntheticGame(n_players, "quadratic", seed)
-    costs = np.ones(n_players, dtype=np.int64)
+    step_bytes = np.ones(n_players, dtype=np.int64)
     if kind == "indefinite":
-        return QuadraticProgram(game.linear, game.pairs, costs, n_players // 2)
+        return QuadraticProgram.two_widths(game.a, game.K, step_bytes, n_players // 2)
     rng = np.random.default_rng(seed)
     marginals = []
     for _ in range(WALKS):
         order = rng.permutation(n_players)
         before = np.zeros((n_players, n_players))
         before[order] = np.tril(np.ones((n_players, n_players)), -1)[:, np.argsort(order)]
-        marginals.append(game.linear + 2 * (game.pairs * before).sum(axis=1))
+        marginals.append(game.a + 2 * (game.K * before).sum(axis=1))
     samples = np.array(marginals)
     covariance = np.cov(samples, rowvar=False).astype(np.float64)
-    return paper_program(samples.mean(axis=0), covariance, 0.5, costs, n_players // 2)
+    return paper_program(samples.mean(axis=0), covariance, 0.5, step_bytes, n_players // 2)
 
 
 def timed(solve: Callable[[QuadraticProgram], Allocation], of: QuadraticProgram) -> tuple[float, Allocation]:

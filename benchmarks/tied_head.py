@@ -12,9 +12,9 @@ import torch
 from gguf import GGMLQuantizationType
 from rich.progress import track
 
-from coopq.quantize.ggml.types import GGMLBackend, from_blocks, to_blocks
-from coopq.quantize.ggml.gptq import elimination_order, second_order
-from coopq.quantize.input_statistics import second_moments
+from coopq.quantizers.ggml.types import GGMLBackend, from_blocks, to_blocks
+from coopq.quantizers.ggml.gptq import elimination_order, second_order
+from coopq.quantizers.input_statistics import second_moments
 from coopq.model.texts import calibration_set
 from coopq.model.load import load_model
 from coopq.model.players import find_players

@@ -10,21 +10,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-import coopq.quantize.gptq.autoround as autoround
-from coopq.quantize import get_backend
-from coopq.quantize.backend import Packed
-from coopq.quantize.gptq.backend import packed_form
-from coopq.quantize.bank import measure_storage
-from coopq.export.checkpoint import read_saved, saved_bytes
-from coopq.game.prefix_engine import model_nll
+import coopq.quantizers.gptq.autoround as autoround
 from coopq.core.errors import BackendError
+from coopq.core.specs import Goal, Request
+from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model, predicted_bytes
+from coopq.game.prefix_engine import model_nll
 from coopq.model.load import load_model
 from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.quantizers.backend import Packed
+from coopq.quantizers.gptq.format import pack_weight
+from coopq.quantizers.sizes import packed_sizes
+from tests.quantizers import backend as make
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
-TEXT = CalibrationConfig(sequences=2, length=64, fitting=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,13 @@ def test_packed_integers_are_the_weights_that_the_library_made(source: Path, mon
 
     def keep(solved: Packed, bits: int) -> Packed:
         made.append(solved)
-        return packed_form(solved, bits)
+        return pack_weight(solved, bits)
 
-    monkeypatch.setattr(autoround, "packed_form", keep)
+    monkeypatch.setattr(autoround, "pack_weight", keep)
     loaded = load_model(str(source), device="cpu")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 32))
     bits = {f"model.layers.{i}.mlp.{part}_proj": 2 + 2 * i for i in range(2) for part in ("gate", "down")}
-    backend = get_backend("autoround", group_size=32, symmetric=False)
+    backend = make("autoround", group_size=32, symmetric=False)
     packed = dict(backend.quantize_model(loaded.model, loaded.tokenizer, bits, tokens))
     assert list(packed) == list(bits)
     for (name, width), theirs in zip(bits.items(), made, strict=True):
@@ -71,11 +70,21 @@ def test_packed_integers_are_the_weights_that_the_library_made(source: Path, mon
 
 
 def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, tmp_path: Path) -> None:
-    config = RunConfig(str(source), "autoround", 32, 2, 16, calibration=TEXT, device="cpu", granularity="fused")
-    plan = coopq.quantize(config, "9avg", tmp_path / "out", method="first-last")
+    request = Request.from_options(
+        model=str(source),
+        device="cpu",
+        backend="autoround",
+        group_size=32,
+        bits=(2, 16),
+        granularity="fused",
+        tokens=128,
+        sequence_length=64,
+        fit_tokens=128,
+    )
+    plan = coopq.quantize(request, Goal(budget="9avg", method="first-last"), tmp_path / "out")
     assert set(plan.assignment) == {2, 16}
     assert plan.saved_loss is not None
-    assert saved_bytes(tmp_path / "out") == plan.bytes
+    assert SavedModel(tmp_path / "out").n_bytes() == plan.bytes
     assert plan.fingerprint["fitted to"] != plan.fingerprint["tokens"]
     ours = coopq.load(tmp_path / "out", device="cpu")
     tokens = np.random.default_rng(0).integers(3, 500, size=(2, 32))
@@ -85,13 +94,15 @@ def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, 
     assert n_bytes == predicted_bytes(plan, "compressed-tensors")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     np.testing.assert_allclose(np.concatenate(list(model_nll(theirs, tokens))), loss, atol=1e-3)
-    packed, _ = read_saved(tmp_path / "out")
+    packed, _ = SavedModel(tmp_path / "out").read()
     assert packed.keys() == plan.quantized.keys()
 
 
 def test_layers_that_the_library_leaves_are_refused(source: Path) -> None:
-    with pytest.raises(BackendError, match="leaves layers of 172 x 64 weights as they are"):
-        get_backend("autoround").storage_bytes((172, 64), 4)
+    with pytest.raises(BackendError, match="leaves layers of 172 x 64 weights unquantized"):
+        make("autoround").storage_bytes((172, 64), 4)
     players = find_players(load_model(str(source), device="cpu").model, embeddings=True)
-    with pytest.raises(BackendError, match=r"linear layers alone, and model\.embed_tokens is an embedding or experts"):
-        measure_storage(players, get_backend("autoround"), (2, 4))
+    with pytest.raises(
+        BackendError, match=r"plain linear layers only, and model\.embed_tokens is an embedding or experts"
+    ):
+        packed_sizes(players, make("autoround"), (2, 4))

@@ -1,3 +1,5 @@
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,29 +11,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.quantize import get_backend
-from coopq.quantize.rtn import pack_bits, unpack_bits
-from coopq.quantize.bank import WeightBank
 from coopq.core.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
+from coopq.core.specs import QuantizerSpec
+from coopq.core.types import UNTOUCHED
 from coopq.model.load import LoadedModel
 from coopq.model.players import find_players
-from coopq.quantize.contract import WEIGHT_ONLY, check_backend
-from coopq.core.types import UNTOUCHED
+from coopq.quantizers import BACKENDS, get_backend
+from coopq.quantizers.backend import Backend
+from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.contract import WEIGHT_ONLY, check_backend
+from coopq.quantizers.rtn import pack_bits, unpack_bits
 from tests.architectures import tiny_model
+from tests.quantizers import backend as make
+from tests.quantizers import weight_quantizer
 
-WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in get_backend(name).bits]
+WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in make(name).bits]
 
 
 @pytest.mark.parametrize(("name", "bits"), WIDTHS)
 @pytest.mark.parametrize("shape", [(64, 64), (64, 172), (192, 576), (64, 1536)])
 def test_backends_keep_the_contract(name: str, bits: int, shape: tuple[int, int]) -> None:
-    check_backend(get_backend(name), torch.randn(shape) * torch.rand(shape[0], 1), bits)
+    check_backend(make(name), torch.randn(shape) * torch.rand(shape[0], 1), bits)
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("rtn", 1), ("rtn", 48), ("rtn", 1000), ("hqq", 8), ("hqq", 128)])
 def test_other_group_sizes_keep_the_contract(name: str, group_size: int) -> None:
     weight = torch.randn(64, 192)
-    backend, shape = get_backend(name, group_size=group_size), (64, 192)
+    backend, shape = weight_quantizer(name, group_size=group_size), (64, 192)
     packed = backend.quantize(weight, 4)
     assert sum(tensor.nbytes for tensor in packed.values()) == backend.storage_bytes(shape, 4)
     restored = backend.dequantize(packed, shape, 4, weight.dtype)
@@ -44,7 +50,7 @@ def test_other_group_sizes_keep_the_contract(name: str, group_size: int) -> None
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", WEIGHT_ONLY)
 def test_16_bit_models_run_in_their_dtype(name: str, dtype: torch.dtype) -> None:
-    backend, weight = get_backend(name), torch.randn(128, 256).to(dtype)
+    backend, weight = weight_quantizer(name), torch.randn(128, 256).to(dtype)
     packed = backend.quantize(weight, 4)
     layer = backend.linear(packed, (128, 256), 4, None, dtype)
     inputs = torch.randn(2, 256, dtype=dtype)
@@ -65,7 +71,7 @@ def test_codes_survive_packing_without_gaps(bits: int, n: int, seed: int) -> Non
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rtn_by_its_definition(bits: int) -> None:
-    backend, weight = get_backend("rtn", group_size=8), torch.randn(5, 20)
+    backend, weight = weight_quantizer("rtn", group_size=8), torch.randn(5, 20)
     restored = backend.dequantize(backend.quantize(weight, bits), (5, 20), bits, torch.float32)
     for row in range(5):
         for start in range(0, 20, 8):
@@ -79,7 +85,7 @@ def test_rtn_by_its_definition(bits: int) -> None:
 
 
 def test_rtn_keeps_zeros_and_constants() -> None:
-    backend = get_backend("rtn")
+    backend = weight_quantizer("rtn")
     for value in (0.0, 1e-9, 0.5, -0.5):
         weight = torch.full((2, 64), value)
         restored = backend.dequantize(backend.quantize(weight, 2), (2, 64), 2, torch.float32)
@@ -88,28 +94,41 @@ def test_rtn_keeps_zeros_and_constants() -> None:
 
 def test_an_unknown_backend_gets_a_hint() -> None:
     with pytest.raises(BackendError, match=r"'hqqq' is unknown; did you mean 'hqq'\?"):
-        get_backend("hqqq")
+        make("hqqq")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_table_of_backends_says_what_classes_take(name: str) -> None:
+    module, _, attribute = BACKENDS[name].path.partition(":")
+    kind: type[Backend] = getattr(importlib.import_module(module), attribute)
+    assert kind.name == name
+    assert tuple(inspect.signature(kind).parameters) == BACKENDS[name].options
+
+
+def test_the_table_of_backends_needs_no_torch() -> None:
+    code = "import sys, coopq.quantizers; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_width_that_the_library_lacks_is_refused() -> None:
     with pytest.raises(UnsupportedBits, match="'quanto' has no 3 bits; it has 2, 4, 8"):
-        get_backend("quanto", bits=(3, 4))
+        get_backend(QuantizerSpec("quanto"), (3, 4))
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("rtn", 0), ("hqq", -1), ("hqq", 4), ("quanto", 64)])
 def test_group_sizes_are_checked(name: str, group_size: int) -> None:
-    with pytest.raises(BackendError, match="group size"):
-        get_backend(name, group_size=group_size)
+    with pytest.raises(BackendError, match=r"group.size"):
+        make(name, group_size=group_size)
 
 
 def test_shapes_that_hqq_cannot_pack_are_refused_from_the_shape_alone() -> None:
     with pytest.raises(BackendError, match="cannot pack"):
-        get_backend("hqq").storage_bytes((3, 100), 4)
+        make("hqq").storage_bytes((3, 100), 4)
 
 
 def bank(folder: Path, model: Any, fingerprint: str = "a") -> WeightBank:
     loaded = LoadedModel(model, None, torch.float32)
-    return WeightBank(folder, loaded, find_players(model), get_backend("rtn"), {"weights": fingerprint})
+    return WeightBank(folder, loaded, find_players(model), make("rtn"), {"weights": fingerprint})
 
 
 def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
@@ -124,7 +143,7 @@ def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
     again.build((2, 4), progress=lambda stage, *_: seen.append(stage))
     assert not seen
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
-    backend = get_backend("rtn")
+    backend = weight_quantizer("rtn")
     again.set_player(1, 4)
     expected = backend.dequantize(backend.quantize(original, 4), (64, 32), 4, torch.float32)
     assert torch.equal(weight, expected)
@@ -144,7 +163,7 @@ def test_the_bank_keeps_packed_weights_too_and_makes_what_is_lacking(tmp_path: P
     }
     packed = dict(again.packed(bits))
     assert list(packed) == list(bits)
-    for name, tensors in get_backend("rtn").quantize_model(model, None, bits, None):
+    for name, tensors in make("rtn").quantize_model(model, None, bits, None):
         assert packed[name].keys() == tensors.keys()
         assert all(torch.equal(packed[name][key], tensor) for key, tensor in tensors.items())
 
@@ -173,7 +192,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pyt
 def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:
     """torch waits for ever for a file that only its maker removes."""
     code = (
-        "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; from coopq.quantize import "
-        "get_backend; (Path(ext.build_directory) / 'lock').touch(); get_backend('quanto')"
+        "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; "
+        "from coopq.quantizers.quanto import QuantoBackend; (Path(ext.build_directory) / 'lock').touch(); QuantoBackend()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

@@ -1,15 +1,15 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from transformers import AutoTokenizer
 
+from coopq.core.errors import CalibrationError, OptionError
+from coopq.core.specs import TextSpec
 from coopq.model.texts import TokenSet, calibration_set, fitting_set, wikitext2
-from coopq.core.errors import CalibrationError
-from coopq.core.config import CalibrationConfig
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,7 @@ def with_bos(tokenizer: Any) -> bool:
 
 
 def test_the_packaged_sample_gives_whole_windows_of_single_documents(tokenizer: Any) -> None:
-    config = CalibrationConfig(sequences=6, length=96, seed=1)
-    tokens = calibration_set(config, tokenizer)
+    tokens = calibration_set(TextSpec(tokens=6 * 96, sequence_length=96, seed=1), tokenizer)
     assert tokens.tokens.shape == (6, 96)
     assert tokens.n_scored == 6 * 95
     assert tokens.bos == with_bos(tokenizer)
@@ -35,7 +34,7 @@ def test_the_packaged_sample_gives_whole_windows_of_single_documents(tokenizer: 
 
 def test_the_seed_decides_and_the_fingerprint_tells(tokenizer: Any) -> None:
     first, same, other = (
-        calibration_set(CalibrationConfig(sequences=4, length=32, seed=seed), tokenizer) for seed in (0, 0, 1)
+        calibration_set(TextSpec(tokens=4 * 32, sequence_length=32, seed=seed), tokenizer) for seed in (0, 0, 1)
     )
     assert first.fingerprint == same.fingerprint != other.fingerprint
     assert TokenSet(first.tokens.reshape(2, 64), "c4", True).fingerprint != first.fingerprint
@@ -46,21 +45,19 @@ def test_weights_are_fitted_to_what_searches_do_not_see(tmp_path: Path, tokenize
     path.write_text(" ".join(str(number) for number in range(400)))
     length = 20 + with_bos(tokenizer)
     windows = len(tokenizer.encode(path.read_text(), add_special_tokens=False)) // 20
-    config = CalibrationConfig(str(path), 4, length, seed=3, fitting=5)
-    seen, fitted = (of(config, tokenizer).tokens for of in (calibration_set, fitting_set))
+    text = TextSpec(str(path), tokens=4 * length, sequence_length=length, seed=3, fit_tokens=5 * length)
+    seen, fitted = (draw(text, tokenizer).tokens for draw in (calibration_set, fitting_set))
     assert fitted.shape == (5, length)
     assert len(np.unique(np.concatenate([seen, fitted]), axis=0)) == 9
-    left = fitting_set(replace(config, fitting=None), tokenizer).tokens
+    left = fitting_set(replace(text, fit_tokens=None), tokenizer).tokens
     assert left.shape == (windows - 4, length), "what the text has left"
     np.testing.assert_array_equal(left[:5], fitted)
-    with pytest.raises(CalibrationError, match=f"and {windows + 1} are wanted, 1 of them to fit weights to; use fewer"):
-        fitting_set(replace(config, sequences=windows, fitting=None), tokenizer)
-    with pytest.raises(CalibrationError, match="cannot be fitted to 0 sequences; take at least 1"):
-        fitting_set(replace(config, fitting=0), tokenizer)
+    with pytest.raises(CalibrationError, match=f"and {windows + 1} are needed, 1 of them to fit weights to; use fewer"):
+        fitting_set(replace(text, tokens=windows * length, fit_tokens=None), tokenizer)
 
 
 def test_as_many_as_make_32768_tokens_unless_told(tokenizer: Any) -> None:
-    assert fitting_set(CalibrationConfig(sequences=3, length=128), tokenizer).tokens.shape == (256, 128)
+    assert fitting_set(TextSpec(tokens=3 * 128, sequence_length=128), tokenizer).tokens.shape == (256, 128)
 
 
 def test_windows_do_not_overlap_and_cover_a_text_file(tmp_path: Path, tokenizer: Any) -> None:
@@ -70,17 +67,17 @@ def test_windows_do_not_overlap_and_cover_a_text_file(tmp_path: Path, tokenizer:
     whole = tokenizer.encode(text, add_special_tokens=False)
     length = 20 + with_bos(tokenizer)
     n = len(whole) // 20
-    tokens = calibration_set(CalibrationConfig(str(path), n, length), tokenizer).tokens[:, -20:]
+    tokens = calibration_set(TextSpec(str(path), n * length, length), tokenizer).tokens[:, -20:]
     expected = [whole[i * 20 : (i + 1) * 20] for i in range(n)]
     assert sorted(tokens.tolist()) == sorted(expected)
-    with pytest.raises(CalibrationError, match=f"gives {n} sequences of {length} tokens, and {n + 1} are wanted"):
-        calibration_set(CalibrationConfig(str(path), n + 1, length), tokenizer)
+    with pytest.raises(CalibrationError, match=f"gives {n} sequences of {length} tokens, and {n + 1} are needed"):
+        calibration_set(TextSpec(str(path), (n + 1) * length, length), tokenizer)
 
 
 def test_sequences_never_cross_documents(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "two.jsonl"
     path.write_text("".join(json.dumps({"text": word * 30}) + "\n" for word in ("cat ", "dog ")) + "\n")
-    sequences = calibration_set(CalibrationConfig(str(path), 4, 12), tokenizer).tokens[:, 1:]
+    sequences = calibration_set(TextSpec(str(path), 4 * 12, 12), tokenizer).tokens[:, 1:]
     decoded = [tokenizer.decode(row) for row in sequences]
     assert all(("cat" in text) != ("dog" in text) for text in decoded)
 
@@ -94,7 +91,7 @@ def test_a_bos_token_opens_each_sequence_only_where_the_tokenizer_does_so_itself
         def encode(self, text: str, **_: Any) -> Any:
             return tokenizer.encode(text, add_special_tokens=False)
 
-    tokens = calibration_set(CalibrationConfig(sequences=3, length=16), Plain())
+    tokens = calibration_set(TextSpec(tokens=3 * 16, sequence_length=16), Plain())
     assert not tokens.bos
     assert tokens.tokens.shape == (3, 16)
     assert tokenizer.bos_token_id not in tokens.tokens
@@ -104,7 +101,7 @@ def test_a_bos_token_opens_each_sequence_only_where_the_tokenizer_does_so_itself
 def test_what_looks_like_a_special_token_stays_text(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "text.txt"
     path.write_text("The tags <s> and </s> are text here. " * 10)
-    tokens = calibration_set(CalibrationConfig(str(path), sequences=2, length=24), tokenizer)
+    tokens = calibration_set(TextSpec(str(path), 2 * 24, 24), tokenizer)
     content = tokens.tokens[:, 1:] if tokens.bos else tokens.tokens
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(content.flatten().tolist())
 
@@ -112,24 +109,26 @@ def test_what_looks_like_a_special_token_stays_text(tmp_path: Path, tokenizer: A
 def test_jsonl_is_cut_at_line_feeds_alone(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps({"text": "One.\u2028Two.\u0085" * 30}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert calibration_set(CalibrationConfig(str(path), 2, 16), tokenizer).tokens.shape == (2, 16)
+    assert calibration_set(TextSpec(str(path), 2 * 16, 16), tokenizer).tokens.shape == (2, 16)
     path.write_text('{"text": null}\n')
     with pytest.raises(CalibrationError, match="line 1"):
-        calibration_set(CalibrationConfig(str(path), 2, 16), tokenizer)
+        calibration_set(TextSpec(str(path), 2 * 16, 16), tokenizer)
 
 
 def test_a_hub_data_set(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "train.jsonl").write_text(
         "".join(json.dumps({"text": f"Tom has {n} red cars. " * 9}) + "\n" for n in range(9))
     )
-    config = CalibrationConfig(f"hub:{tmp_path}", sequences=4, length=16)
-    assert calibration_set(config, tokenizer).tokens.shape == (4, 16)
+    text = TextSpec(f"hub:{tmp_path}", tokens=4 * 16, sequence_length=16)
+    assert calibration_set(text, tokenizer).tokens.shape == (4, 16)
 
 
-@pytest.mark.parametrize(("sequences", "length"), [(0, 16), (4, 1)])
-def test_nothing_to_score_is_refused(sequences: int, length: int, tokenizer: Any) -> None:
-    with pytest.raises(CalibrationError, match="cannot be scored"):
-        calibration_set(CalibrationConfig(sequences=sequences, length=length), tokenizer)
+@pytest.mark.parametrize(
+    "options", [{"tokens": 0}, {"tokens": 4, "sequence_length": 1}, {"tokens": 100}, {"fit_tokens": 0}]
+)
+def test_nothing_to_score_is_refused(options: dict[str, int]) -> None:
+    with pytest.raises(OptionError, match=r"tokens = |sequence-length = "):
+        TextSpec(**options)
 
 
 def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:

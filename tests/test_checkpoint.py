@@ -11,52 +11,59 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import coopq
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank, round_untouched
-from coopq.export.checkpoint import fingerprint_saved, saved_bytes
-from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq import Request
 from coopq.core.errors import ModelError, OutputError, PlanError
-from coopq.plan.methods import plans_on
-from coopq.model.load import LoadedModel, load_model
-from coopq.plan.plan import Plan
-from coopq.model.players import GRANULARITIES, find_players
-from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
-from coopq.quantize.contract import WEIGHT_ONLY
+from coopq.core.specs import QuantizerSpec, SolverSpec
 from coopq.core.types import UNTOUCHED
-from coopq.game.session import open_workbench
+from coopq.export.checkpoint import SavedModel, Source, save_model
+from coopq.export.stored_tensors import stored_tensors
+from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.game.session import open_session, prepare
+from coopq.model.load import LoadedModel, load_model
+from coopq.model.players import GRANULARITIES, find_players
+from coopq.plan.methods import make_plans
+from coopq.plan.plan import Plan
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.contract import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
-from tests.checkpoints import plan_for
+from tests.checkpoints import plan_for, save
 
 
 def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:
-    config = plan.config
-    backend = get_backend(config["backend"], group_size=config["group_size"])
-    players = find_players(loaded.model, config["granularity"])
+    backend = get_backend(plan.quantizer)
+    players = find_players(loaded.model, plan.request.widths.granularity)
     round_untouched(loaded, players, plan.assignment)
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build(sorted(set(plan.assignment)))
-    engine = PrefixEngine(loaded.model, bank, tokens)
+    engine = make_engine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.float32)))
-    assert coopq.export.checkpoint.save_model(loaded, plan, backend, tokens, tmp_path / "saved") == plan
-    assert plan.bytes == saved_bytes(tmp_path / "saved")
-    reloaded = coopq.load(tmp_path / "saved", device="cpu")
+    bank.restore()
+    saved = SavedModel(tmp_path / "saved")
+    assert save(loaded, plan, saved.folder, tokens) == plan
+    assert plan.bytes == saved.n_bytes()
+    reloaded = coopq.load(saved.folder, device="cpu")
     return measured, np.concatenate(list(model_nll(reloaded, tokens)))
 
 
 def test_a_model_is_saved_from_the_bank_without_quantizing_anew(
     stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = CalibrationConfig(sequences=2, length=32)
-    config = RunConfig(stories, "rtn", 16, high=16, device="cpu", calibration=text)
-    with open_workbench(config, tmp_path / "run") as bench:
-        (plan,) = plans_on(bench, "first-last", [Budget.parse("9avg")])
-        monkeypatch.setattr(type(bench.backend), "quantize", pytest.fail)
-        bench.save(plan, tmp_path / "ours")
+    request = Request.from_options(
+        model=stories, group_size=16, bits=(2, 16), device="cpu", tokens=64, sequence_length=32
+    )
+    with open_session(prepare(request), tmp_path / "run") as session:
+        (plan,) = make_plans(session, "first-last", [Budget.parse("9avg")], SolverSpec())
+        monkeypatch.setattr(type(session.backend), "quantize", pytest.fail)
+        source = Source(
+            loaded=session.loaded, players=session.players, backend=session.backend, bank=session.bank
+        )
+        save_model(source, plan, tmp_path / "ours")
     assert set(plan.assignment) == {2, UNTOUCHED}
     monkeypatch.undo()
     coopq.apply(plan, tmp_path / "anew")
-    ours, anew = (load_file(tmp_path / of / "quantized.safetensors") for of in ("ours", "anew"))
+    ours, anew = (load_file(tmp_path / name / "quantized.safetensors") for name in ("ours", "anew"))
     assert ours.keys() == anew.keys()
     assert all(torch.equal(ours[name], anew[name]) for name in ours)
 

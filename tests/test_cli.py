@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from coopq.cli.main import terminal
-from coopq.plan.scores import PAPER_BASELINES
-from coopq.export.checkpoint import saved_bytes
+from coopq.cli import terminal
+from coopq.core.specs import QuantizerSpec, SolverSpec, TargetSpec, option_fields
+from coopq.export.checkpoint import SavedModel
+from coopq.export.formats import FORMS
 from coopq.game.journal import Journal
+from coopq.plan.methods import METHODS, names
 from coopq.plan.plan import Plan
-from coopq.core.config import RunFolder
 from tests.command_line import FAST, PAPER, command, in_new_process, refused
 from tests.conftest import STORIES
 
@@ -27,14 +28,14 @@ def test_show_for_machines(finished: Path) -> None:
         assert list(data["bits"]) == list(data["shapley"]) == list(data["stderr"])
         assert data["status"] == "optimal"
         assert data["gap"] == 0
-        assert 0 < data["layer_forwards"] < data["layer_forwards_unshared"] == 3 * 5 * 5
+        assert 0 < data["block_forwards"] < data["block_forwards_unshared"] == 3 * 5 * 5
 
 
 def test_show_for_people(finished: Path) -> None:
     code, out, _ = command("show", finished.with_name("out-run"))
     assert code == 0
     assert "model.layers.4" in out
-    assert "layer forwards" in out
+    assert "block forwards" in out
 
 
 def test_several_budgets_from_one_estimation(job: Path) -> None:
@@ -51,7 +52,7 @@ def test_several_budgets_from_one_estimation(job: Path) -> None:
     code, out, _ = command("show", run, "--json")
     data = json.loads(out)
     assert set(data["bits"]) == {"3avg", "2.5avg", "3.6bpw", "95KiB"}, "the plan of the one-shot job among them"
-    assert data["layer_forwards"] > 0
+    assert data["block_forwards"] > 0
 
 
 def test_a_plan_is_applied(job: Path, stories: str) -> None:
@@ -69,7 +70,7 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
     code, text, err = command("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
-    assert data["deployment"] == {"name": "hqq", "group_size": None, "act_order": None, "symmetric": None}
+    assert data["deployment"] == {"backend": "hqq", "group_size": None, "act_order": None, "symmetric": None}
     assert data["measured_loss"] is None
     assert data["bytes"] != json.loads((job / "plan.json").read_text())["bytes"]
     code, text, err = command("evaluate", out, "--tokens", "256", "--sequence-length", "64", "--json")
@@ -98,14 +99,14 @@ def test_linear_layers_get_widths_of_their_own(linear_job: Path) -> None:
         len({data["bits"][f"model.layers.{block}.{name}"] for name in ("self_attn.q_proj", "mlp.up_proj")}) == 2
         for block in range(5)
     ), "widths differ within a block"
-    assert 0 < data["layer_forwards"] < data["layer_forwards_unshared"] == 3 * 35 * 5
+    assert 0 < data["block_forwards"] < data["block_forwards_unshared"] == 3 * 35 * 5
     journal = linear_job.with_name("out-run") / "journal.jsonl"
     _, spent = Journal.peek(journal)
     records = [json.loads(line) for line in journal.read_text().splitlines()]
     assert records[0]["fingerprint"]["players"] == "linear"
-    walked = sum(record["layer_forwards"] for record in records[1:-1])  # the last is the plan itself
-    assert walked == data["layer_forwards"] < spent
-    assert saved_bytes(linear_job) == data["bytes"]
+    walked = sum(record["block_forwards"] for record in records[1:-1])  # the last is the plan itself
+    assert walked == data["block_forwards"] < spent
+    assert SavedModel(linear_job).n_bytes() == data["bytes"]
     assert data["bytes"] <= Plan.load(linear_job / "plan.json").budget_bytes
 
 
@@ -115,7 +116,7 @@ def test_a_saved_model_of_linear_players_is_judged_as_measured(linear_job: Path)
     data = json.loads(out)
     (row,) = [row for row in data["comparison"] if row["method"] == "coopq"]
     assert row["nll"] == pytest.approx(data["nll"], abs=1e-5)
-    assert data["bytes"] == saved_bytes(linear_job)
+    assert data["bytes"] == SavedModel(linear_job).n_bytes()
 
 
 def test_plans_of_linear_players_are_allocated_and_deployed(linear_job: Path, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_plans_of_linear_players_are_allocated_and_deployed(linear_job: Path, tm
     code, text, err = command("apply", plan, "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
-    assert data["bytes"] == saved_bytes(out) != Plan.load(plan).bytes
+    assert data["bytes"] == SavedModel(out).n_bytes() != Plan.load(plan).bytes
     assert len(data["bits"]) == 35
 
 
@@ -133,27 +134,6 @@ def test_a_run_keeps_its_granularity(finished: Path, stories: str) -> None:
     run = finished.with_name("out-run")
     line = refused("estimate", stories, "--granularity", "linear", "--run", run, *FAST)
     assert "granularity: 'block' there, 'linear' here" in line
-
-
-def test_runs_and_plans_from_before_there_was_a_granularity_are_of_blocks(job: Path, stories: str) -> None:
-    run = job.with_name("out-run")
-    for path in (job / "plan.json", run / "plans" / "3avg.json", run / "run.json", run / "estimate.json"):
-        record = json.loads(path.read_text())
-        assert record["config"].pop("granularity") == "block"
-        if path.name == "estimate.json":
-            assert [player.pop("block") for player in record["players"]] == [0, 1, 2, 3, 4]
-        path.write_text(json.dumps(record))
-    code, out, err = command("show", run, "--json")
-    assert code == 0, err
-    assert set(json.loads(out)["bits"]) == {"3avg"}, "the plan still belongs to the run"
-    assert [player.block for player in RunFolder(run).load().players] == [0, 1, 2, 3, 4]
-    before = (run / "journal.jsonl").read_bytes()
-    code, _, err = command(
-        "quantize", stories, "--budget", "3avg", "--out", job.with_name("again"), "--run", run, *PAPER
-    )
-    assert code == 0, err
-    assert (run / "journal.jsonl").read_bytes() == before
-    assert command("quantize", stories, "--budget", "3avg", "--out", job, *PAPER)[0] == 0, "finished, and known to be"
 
 
 def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None:
@@ -173,8 +153,8 @@ def test_compare_makes_a_table_and_a_figure_and_resumes(tmp_path: Path, stories:
     assert code == 0, err
     rows = json.loads(out)["comparison"]
     methods = {row["method"] for row in rows if row["budget"] == "2.5avg"}
-    searches, scores = {"active", "coopq", "shapley", "interactions"}, {"fisher", *PAPER_BASELINES, "random"}
-    assert methods == searches | scores
+    searches = {"active", "coopq", "shapley", "interactions"}
+    assert methods == searches | {"fisher", *names(is_in_paper=True), "random"}
     assert all(row["average_bits"] <= 2.5 for row in rows if row["budget"] == "2.5avg")
     assert (tmp_path / "run" / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / "run" / "comparison.svg").read_text()
@@ -241,7 +221,7 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     assert more[0] == 0, more[2]
     assert (run / "journal.jsonl").read_text().startswith(before)
     record = json.loads((run / "run.json").read_text())
-    record["config"]["permutations"] = 9
+    record["request"]["search"]["permutations"] = 9
     (run / "run.json").write_text(json.dumps(record))
     assert "is not finished" in refused("allocate", run, "--budget", "3avg"), "nine walks were asked for, six are done"
 
@@ -265,16 +245,77 @@ def test_names_are_printed_as_they_are(tmp_path: Path, stories: str) -> None:
 def test_help_names_every_command() -> None:
     code, out, _ = in_new_process("--help")
     assert code == 0
-    for name in ("quantize", "estimate", "allocate", "apply", "compare", "evaluate", "show"):
+    for name in ("quantize", "estimate", "allocate", "apply", "export", "show", "compare", "bench", "evaluate"):
         assert name in out
+
+
+def test_help_of_quantize_has_a_section_for_each_kind_of_option() -> None:
+    code, out, _ = command("quantize", "--help")
+    assert code == 0
+    titles = ["Goal", "Quantizer", "Widths", "Calibration text", "Search", "Solver", "Target engine"]
+    places = [out.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places), "as a user meets them"
+    solver = out[places[titles.index("Solver")] : places[titles.index("Target engine")]]
+    assert [word for word in solver.split() if word.startswith("--")] == ["--alpha", "--time-limit"]
+    for kind in (QuantizerSpec, SolverSpec, TargetSpec):
+        for field in option_fields(kind):
+            assert out.count(f"  --{field.encode_name.replace('_', '-')}") == 1
+
+
+def test_an_unknown_option_is_one_line_that_says_where_to_look(tmp_path: Path, stories: str) -> None:
+    line = refused("quantize", stories, "--budgett", "3avg", "--out", tmp_path / "out")
+    assert "No such option" in line
+    assert "--budgett" in line
+    assert line.endswith("`coopq quantize --help` lists what there is")
+    code, out, err = in_new_process("quantise", stories)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("error: ")
+    assert "quantise" in err
+
+
+def test_what_is_missing_is_named(tmp_path: Path, stories: str) -> None:
+    assert "--out" in refused("quantize", stories, "--budget", "3avg")
+    assert "--to" in refused("export", tmp_path, "--out", tmp_path / "model.gguf")
+    assert "MODEL" in refused("quantize", "--budget", "3avg", "--out", tmp_path / "out").upper()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_methods_are_listed() -> None:
+    code, text, err = command("methods")
+    assert code == 0, err
+    code, out, err = command("methods", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(METHODS)
+    for row in rows:
+        method = METHODS[row["name"]]
+        assert row["summary"] == method.summary
+        assert (row["kind"], row["cost"]) == (method.kind, method.cost)
+        assert method.name in text
+
+
+def test_the_targets_are_listed() -> None:
+    code, text, err = command("targets")
+    assert code == 0, err
+    code, out, err = command("targets", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(FORMS) == ["gguf", "openvino", "compressed-tensors", "auto-round"]
+    for row in rows:
+        form = FORMS[row["name"]]
+        assert (row["engine"], row["summary"], row["backends"]) == (form.engine, form.summary, list(form.backends))
+        assert row["name"] in text
+        assert form.engine in text
 
 
 def test_without_a_terminal_progress_is_told_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     log = StringIO()
-    monkeypatch.setattr(terminal, "STDERR", Console(file=log, force_terminal=False))
+    console = Console(file=log, force_terminal=False)
+    monkeypatch.setattr(terminal, "stderr", lambda: console)
     with terminal.progress_bars() as report:
         report("measuring", 1, 3)
         assert "1 of 3" not in log.getvalue()
-        monkeypatch.setattr(terminal, "_SECONDS_A_LINE", 0.0)
+        monkeypatch.setattr(terminal, "_SECONDS_PER_LINE", 0.0)
         report("measuring", 2, 3)
         assert log.getvalue().endswith("measuring: 2 of 3\n")

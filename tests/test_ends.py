@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import coopq
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.export.checkpoint import saved_bytes
-from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq.core.specs import QuantizerSpec
+from coopq.core.types import UNTOUCHED
+from coopq.export.checkpoint import SavedModel
+from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.players import find_players
-from coopq.core.types import UNTOUCHED
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
 from tests.architectures import CONFIGS, tiny_model
-from tests.checkpoints import plan_for
+from tests.checkpoints import plan_for, save
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
@@ -41,9 +42,10 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 97, size=(3, 16))
     loaded = LoadedModel(model, Tokenizer(), torch.float32)
-    bank = WeightBank(tmp_path / "bank", loaded, players, get_backend("rtn", group_size=16), {})
+    backend = get_backend(QuantizerSpec("rtn", 16))
+    bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build((3, 4, 8))
-    engine = PrefixEngine(model, bank, tokens)
+    engine = make_engine(model, bank, tokens)
     points = rng.choice([3, 4, 8, UNTOUCHED], size=(12, len(players))).astype(np.float32)
     points[:2] = [3, *[8] * (len(players) - 1)], [UNTOUCHED, *[8] * (len(players) - 2), 3]
     measured = {assignment.tobytes(): losses for assignment, losses, _ in engine.evaluate(points)}
@@ -55,8 +57,8 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(measured[assignment.tobytes()], own, rtol=1e-5)
     for index, point in enumerate(points[:2]):
         plan = plan_for(model, "rtn", 16, point.tolist(), "block", embeddings=True)
-        coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=16), None, tmp_path / f"{index}")
-        assert saved_bytes(tmp_path / f"{index}") == plan.bytes
+        save(loaded, plan, tmp_path / f"{index}")
+        assert SavedModel(tmp_path / f"{index}").n_bytes() == plan.bytes
         again = coopq.load(tmp_path / f"{index}", device="cpu")
         losses = np.concatenate(list(model_nll(again, tokens)))
         np.testing.assert_allclose(losses, measured[point.tobytes()], rtol=1e-5)
@@ -69,7 +71,7 @@ def test_the_main_job_counts_the_embedding(tmp_path: Path) -> None:
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
     assert plan.players[0].modules == ("model.embed_tokens",)
-    assert plan.bytes == saved_bytes(out) <= 150_000
+    assert plan.bytes == SavedModel(out).n_bytes() <= 150_000
     whole = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert whole - plan.bytes < 20_000, "norms and the file's header are all that is left"
     line = refused(*arguments, "--budget", "4avg", "--method", "zd", "--out", tmp_path / "other")

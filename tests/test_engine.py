@@ -1,6 +1,7 @@
 import itertools
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch._dynamo.utils import counters
 
-import coopq.game.prefix_engine as engine_module
-from coopq.model import blockwise as replay
-from coopq.model import kernels_gpu as compiled
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.model.kernels_gpu import Compiled
-from coopq.game.prefix_engine import PrefixEngine, model_nll, prefix_tree_size
 from coopq.core.errors import EstimationError, ModelError
-from coopq.model.load import LoadedModel
-from coopq.model.kernels_cpu import ByOneDNN
-from coopq.model.players import GRANULARITIES, find_blocks, find_players
+from coopq.core.specs import QuantizerSpec
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
+from coopq.game.prefix_engine import make_engine, model_nll, prefix_tree_size
+from coopq.model import blockwise, kernels_gpu
+from coopq.model.blockwise import Blockwise
+from coopq.model.forward import override_forward
+from coopq.model.kernels_cpu import onednn_forwards
+from coopq.model.load import LoadedModel
+from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import GRANULARITIES, find_blocks, find_players
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
@@ -31,7 +33,7 @@ TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
 
 def build(model: Any, folder: Path, granularity: str = "block") -> WeightBank:
     loaded = LoadedModel(model, None, torch.float32)
-    bank = WeightBank(folder, loaded, find_players(model, granularity), get_backend("rtn", group_size=16), {})
+    bank = WeightBank(folder, loaded, find_players(model, granularity), get_backend(QuantizerSpec("rtn", 16)), {})
     bank.build((2, 4))
     return bank
 
@@ -59,14 +61,14 @@ def test_losses_equal_the_models_own_on_every_architecture(name: str, tmp_path: 
     bank = build(model, tmp_path)
     assert len(bank.players) == 3
     points = np.array([[2, 4, 2], [4, 4, 4], [UNTOUCHED] * 3, [2, 4, UNTOUCHED], [2, 4, 2]], dtype=np.float32)
-    engine = PrefixEngine(model, bank, TOKENS)
+    engine = make_engine(model, bank, TOKENS)
     losses = {assignment.tobytes(): values for assignment, values, _ in engine.evaluate(points)}
     assert len(losses) == 4
     for point in points:
         np.testing.assert_allclose(losses[point.tobytes()], plain_loss(model, bank, point), rtol=2e-5)
     means = [values.mean() for values in losses.values()]
     assert len(set(np.round(means, 6))) == 4, "the bits must matter"
-    assert engine.layer_forwards == 10  # of 12: [2 4 2] and [2 4 16] share two blocks
+    assert engine.block_forwards == 10  # of 12: [2 4 2] and [2 4 16] share two blocks
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -78,32 +80,32 @@ def test_losses_of_linear_players_equal_the_models_own_on_every_architecture(nam
     points[1:4] = points[0]  # and one player of each block differs, the first or the last in it
     for row, player in enumerate((blocks.index(1) - 1, blocks.index(1), len(blocks) - 1), start=1):
         points[row, player] = 2 if points[0, player] == 4 else 4
-    engine = PrefixEngine(model, bank, TOKENS)
+    engine = make_engine(model, bank, TOKENS)
     losses = {assignment.tobytes(): values for assignment, values, _ in engine.evaluate(points)}
     for point in points:
         np.testing.assert_allclose(losses[point.tobytes()], plain_loss(model, bank, point), rtol=2e-5)
     assert len({round(values.mean(), 7) for values in losses.values()}) == 5, "the bits must matter"
-    assert engine.layer_forwards == len(block_prefixes(points, blocks)) == 3 + 3 + 2 + 1 + 3
+    assert engine.block_forwards == len(block_prefixes(points, blocks)) == 3 + 3 + 2 + 1 + 3
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_equal_the_models_own_on_every_architecture(name: str, tmp_path: Path) -> None:
     model = tiny_model(name)
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:4])
+    engine = make_engine(model, build(model, tmp_path), TOKENS[:4])
     list(engine.evaluate(np.full((1, 3), UNTOUCHED, dtype=np.float32)))
-    states = engine.embedded
+    pieces = engine.blockwise
+    states = pieces.embedded
     for depth in range(3):
-        states = engine.forward_block(depth, states)
-    (batch,) = engine.batches
+        states = pieces.forward_block(depth, states)
+    (batch,) = pieces.batches
     with torch.no_grad():
-        torch.testing.assert_close(engine.head(states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(pieces.head(states[0]), model(input_ids=batch).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_states_of_all_batches_lie_in_one_piece_that_holds_nothing_else(tmp_path: Path) -> None:
-    model = tiny_model(next(iter(CONFIGS)))
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
-    engine.record()
-    for states in (engine.embedded, engine.forward_block(0, engine.embedded)):
+def test_states_of_all_batches_lie_in_one_piece_that_holds_nothing_else() -> None:
+    pieces = Blockwise(tiny_model(next(iter(CONFIGS))), TOKENS)
+    pieces.record()
+    for states in (pieces.embedded, pieces.forward_block(0, pieces.embedded)):
         assert [len(batch) for batch in states] == [12, 8]
         (piece,) = {batch.untyped_storage().data_ptr(): batch.untyped_storage() for batch in states}.values()
         assert piece.nbytes() == sum(batch.nbytes for batch in states)
@@ -135,7 +137,7 @@ def test_an_unknown_granularity_names_the_choices() -> None:
 def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     bank = build(model, tmp_path, granularity)
-    engine = PrefixEngine(model, bank, TOKENS)
+    engine = make_engine(model, bank, TOKENS)
     blocks = [player.block for player in bank.players]
     points = np.array([[REMOVED, UNTOUCHED, REMOVED], [REMOVED] * 3], dtype=np.float32)[:, blocks]
     measured = [(losses, spent) for _, losses, spent in engine.evaluate(points)]
@@ -152,30 +154,30 @@ def test_a_removed_block_hands_on_what_it_gets(name: str, granularity: str, tmp_
         np.testing.assert_allclose(losses, expected, rtol=2e-5)
 
 
-def test_what_a_walk_writes_over_is_needed_by_none_of_the_next(tmp_path: Path) -> None:
+def test_a_walk_writes_over_no_states_that_are_still_needed(tmp_path: Path) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path)
     points = np.array(list(itertools.product([REMOVED, 2, 4], repeat=3)), dtype=np.float32)
-    together = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(points)]
+    together = [losses for _, losses, _ in make_engine(model, bank, TOKENS).evaluate(points)]
     for point, losses in zip(points, together, strict=True):
-        ((_, alone, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point[None])
+        ((_, alone, _),) = make_engine(model, bank, TOKENS).evaluate(point[None])
         np.testing.assert_array_equal(losses, alone)
 
 
 def test_a_block_is_removed_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    engine = PrefixEngine(model, build(model, tmp_path, "linear"), TOKENS)
+    engine = make_engine(model, build(model, tmp_path, "linear"), TOKENS)
     points = np.full((2, 21), 4, dtype=np.float32)
     points[1, 7:13] = REMOVED  # all but the last of the second block
     with pytest.raises(EstimationError, match=r"removes some players of block model\.layers\.1 and keeps others"):
         next(engine.evaluate(points))
-    assert not engine.embedded, "noticed before anything is computed"
+    assert not engine.blockwise.embedded, "noticed before anything is computed"
 
 
 def test_the_model_gets_its_own_weights_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
+    engine = make_engine(model, build(model, tmp_path), TOKENS)
     walk = engine.evaluate(np.array([[2, 2, 2], [4, 4, 4]], dtype=np.float32))
     next(walk)
     walk.close()  # given up half-way
@@ -201,7 +203,7 @@ def test_the_prefix_tree_of_smaller_players_has_one_node_for_each_distinct_prefi
 def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: Path) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path, "linear")
-    engine = PrefixEngine(model, bank, TOKENS[:1, :4])
+    engine = make_engine(model, bank, TOKENS[:1, :4])
     blocks = [player.block for player in bank.players]
     # Few players differ, so that points share prefixes, and within blocks too.
     flips = st.lists(st.sets(st.integers(0, len(blocks) - 1), max_size=2), min_size=1, max_size=6)
@@ -209,10 +211,10 @@ def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: 
     @given(flips)
     @settings(max_examples=25, deadline=None)
     def check(raised: list[set[int]]) -> None:
-        points = np.array([[4 if p in of else 2 for p in range(len(blocks))] for of in raised], dtype=np.float32)
-        before = engine.layer_forwards
+        points = np.array([[4 if p in wide else 2 for p in range(len(blocks))] for wide in raised], dtype=np.float32)
+        before = engine.block_forwards
         spent = sum(forwards for _, _, forwards in engine.evaluate(points))
-        assert spent == engine.layer_forwards - before == prefix_tree_size(points, blocks)
+        assert spent == engine.block_forwards - before == prefix_tree_size(points, blocks)
         assert spent == len(block_prefixes(points, blocks))
 
     check()
@@ -220,9 +222,9 @@ def test_the_engine_spends_exactly_the_prefix_tree_of_smaller_players(tmp_path: 
 
 def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS[:2])
+    engine = make_engine(model, build(model, tmp_path), TOKENS[:2])
     list(engine.evaluate(np.array([[4, 4, 4]], dtype=np.float32)))  # the first evaluation also records and checks
-    before = engine.layer_forwards
+    before = engine.block_forwards
     points = np.random.default_rng(1).choice(np.array([2, 4], dtype=np.float32), size=(7, 3))
     calls = 0
 
@@ -234,7 +236,7 @@ def test_the_engine_spends_exactly_the_prefix_tree(tmp_path: Path) -> None:
         block.register_forward_hook(count)
     spent = sum(forwards for _, _, forwards in engine.evaluate(points))
     heads = len(np.unique(points, axis=0)) * 3  # the head's pass calls each block's stub once
-    assert spent == engine.layer_forwards - before == prefix_tree_size(points) == calls - heads
+    assert spent == engine.block_forwards - before == prefix_tree_size(points) == calls - heads
 
 
 def test_blocks_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -> None:
@@ -243,13 +245,13 @@ def test_blocks_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -
     calls = itertools.count()
     model.model.layers[1].register_forward_hook(lambda _, __, output: output + next(calls))
     with pytest.raises(ModelError, match="its blocks depend on more than the hidden states"):
-        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
+        list(make_engine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: Path) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path)
-    engine = PrefixEngine(model, bank, TOKENS[:2])
+    engine = make_engine(model, bank, TOKENS[:2])
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EstimationError, match=r"assignment \[2, 4, 4\] is not a number"):
@@ -269,24 +271,63 @@ def test_linear_layers_by_onednn_are_those_of_torch() -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.Linear(32, 7, bias=False))
     inputs = torch.randn(3, 5, 48)
     expected = layers(inputs)
-    with torch.no_grad(), ByOneDNN(layers):
+    with torch.no_grad(), override_forward(onednn_forwards(layers)):
         replaced = "forward" in vars(layers[0])
         torch.testing.assert_close(layers(inputs), expected, rtol=1e-5, atol=1e-5)
     assert replaced == (torch.backends.cpu.get_cpu_capability() == "AVX512")
     assert "forward" not in vars(layers[0])
     layers(inputs).sum().backward()  # gradients flow again
-    with torch.no_grad(), ByOneDNN(layers.bfloat16()):
-        assert "forward" not in vars(layers[0]), "torch itself takes oneDNN for bfloat16"
+    assert not onednn_forwards(layers.bfloat16()), "torch itself uses oneDNN for bfloat16"
 
 
 def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gemma2")  # whose head caps its logits, and whose embedding is its head
     bank = build(model, tmp_path)
     point = np.array([[2, 4, 2]], dtype=np.float32)
-    ((_, whole, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
-    monkeypatch.setitem(replay.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
-    ((_, parts, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    ((_, whole, _),) = make_engine(model, bank, TOKENS).evaluate(point)
+    monkeypatch.setitem(blockwise.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
+    ((_, parts, _),) = make_engine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
+def test_the_model_is_whole_between_portions_of_the_head() -> None:
+    model = tiny_model("gemma2")
+    pieces = Blockwise(model, TOKENS)
+    pieces.record()
+    weight = model.get_output_embeddings().weight
+    whole = weight.data_ptr(), weight.shape
+    pieces_of_logits = pieces.logits(pieces.embedded[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(blockwise.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
+        first, logits = next(pieces_of_logits)
+    assert (first, logits.shape) == (0, (12 * 39, 7))
+    assert (weight.data_ptr(), weight.shape) == whole, "the generator is not exhausted, closed or collected"
+    assert model(input_ids=torch.from_numpy(TOKENS[:1])).logits.shape == (1, 40, 97)
+
+
+def test_a_head_that_fails_has_all_its_rows_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    pieces = Blockwise(model, TOKENS)
+    pieces.record()
+    monkeypatch.setitem(vars(model.get_output_embeddings()), "forward", lambda *_: 1 / 0)
+    monkeypatch.setitem(blockwise.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)
+    with pytest.raises(ZeroDivisionError):
+        next(pieces.logits(pieces.embedded[0]))
+    assert len(model.get_output_embeddings().weight) == 97
+
+
+def test_overrides_of_forwards_are_nested_and_undone() -> None:
+    layer, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    vars(other)["forward"] = lambda inputs: inputs + 1  # as accelerate's hooks do
+    inputs, own = torch.ones(2), layer(torch.ones(2))
+    with override_forward({layer: lambda inputs: inputs, other: lambda inputs: inputs}):
+        assert layer(inputs) is other(inputs) is inputs
+        with pytest.raises(ZeroDivisionError), override_forward({layer: lambda inputs: 1 / 0}):
+            layer(inputs)
+        assert layer(inputs) is inputs
+    assert "forward" not in vars(layer)
+    assert torch.equal(layer(inputs), own)
+    assert torch.equal(other(inputs), inputs + 1)
 
 
 def test_whole_models_take_as_many_sequences_as_their_logits_have_room_for(
@@ -295,31 +336,22 @@ def test_whole_models_take_as_many_sequences_as_their_logits_have_room_for(
     model = tiny_model("qwen3")
     bank = build(model, tmp_path)
     point = np.array([[2, 4, 2]], dtype=np.float32)
-    ((_, expected, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    ((_, expected, _),) = make_engine(model, bank, TOKENS).evaluate(point)
     whole = list(model_nll(model, TOKENS))
     assert [len(batch) for batch in whole] == [12, 8]
-    monkeypatch.setattr(replay, "WHOLE_LOGIT_BYTES", 5 * 4 * 40 * 97)
-    ((_, found, _),) = PrefixEngine(model, bank, TOKENS).evaluate(point)
+    monkeypatch.setattr(blockwise, "WHOLE_LOGIT_BYTES", 5 * 4 * 40 * 97)
+    ((_, found, _),) = make_engine(model, bank, TOKENS).evaluate(point)
     np.testing.assert_array_equal(found, expected)
     parts = list(model_nll(model, TOKENS))
     assert [len(batch) for batch in parts] == [5, 5, 5, 5]
     np.testing.assert_allclose(np.concatenate(parts), np.concatenate(whole), rtol=1e-5)
 
 
-class Doubled(Compiled):
-    """A compiler that is wrong."""
-
-    def __init__(self, block: Any) -> None:
-        super().__init__(block)
-        forward = self._forward
-        self._forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
-
-
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile for the CPU too, into torch's own operations: without Triton or a C compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(engine_module, "_fast", lambda block, device: Compiled(block))
+    monkeypatch.setattr(blockwise, "is_compilable", lambda model: True)
     torch.compiler.reset()
     counters.clear()
 
@@ -331,9 +363,9 @@ def test_compiled_blocks_of_a_kind_share_a_graph_and_give_the_same_losses(
     model = tiny_model(name)
     bank = build(model, tmp_path)
     points = np.array([[2, 2, 2], [2, 4, 2], [REMOVED, 4, 4], [UNTOUCHED] * 3], dtype=np.float32)
-    expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS[:12]).evaluate(points)]
+    expected = [losses for _, losses, _ in make_engine(model, bank, TOKENS[:12]).evaluate(points)]
     request.getfixturevalue("traced")
-    engine = PrefixEngine(model, bank, TOKENS[:12])
+    engine = make_engine(model, bank, TOKENS[:12])
     found = [losses for _, losses, _ in engine.evaluate(points)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     kinds = 2 if name == "gemma2" else 1  # of attention: torch may tell them apart, or not
@@ -346,18 +378,29 @@ def test_a_compiled_block_that_computes_something_else_is_noticed(
 ) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path)
-    monkeypatch.setattr(engine_module, "_fast", lambda block, device: Doubled(block))
+
+    def doubled(block: Any) -> Any:
+        forward = block.forward
+        return lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+    monkeypatch.setattr(blockwise, "compiled_forward", doubled)
     with pytest.raises(ModelError, match=r"model\.layers\.0 is off by .* TORCH_COMPILE_DISABLE=1"):
-        list(PrefixEngine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
+        list(make_engine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
 
 
-def test_only_what_computes_on_a_gpu_by_its_own_forward_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, gpu = torch.nn.Linear(2, 2), torch.device("cuda")
-    monkeypatch.setattr(compiled, "_works_on", lambda device: True)
-    assert compiled.is_compilable(block, gpu)
-    assert not compiled.is_compilable(block, torch.device("cpu"))
-    vars(block)["forward"] = block.forward  # as accelerate's hooks do
-    assert not compiled.is_compilable(block, gpu)
+def test_blocks_are_compiled_on_a_gpu_unless_they_are_offloaded_or_divided_between_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(kernels_gpu, "_has_compiler", lambda device: True)
+    assert kernels_gpu.is_compilable(SimpleNamespace(device=gpu))
+    assert kernels_gpu.is_compilable(SimpleNamespace(device=gpu, hf_device_map={"": 0}))
+    assert not kernels_gpu.is_compilable(SimpleNamespace(device=torch.device("cpu")))
+    assert not kernels_gpu.is_compilable(SimpleNamespace(device=gpu, hf_device_map={"a": 0, "b": 1}))
+    monkeypatch.setattr(blockwise, "is_compilable", lambda model: True)
+    assert Blockwise(tiny_model("llama"), TOKENS).is_compiled
+    model = tiny_model("llama")
+    assert not Blockwise(model, TOKENS, OffloadedBlocks(model, torch.device("cpu"))).is_compiled
 
 
 def test_where_torch_cannot_compile_it_says_so_once(
@@ -367,9 +410,9 @@ def test_where_torch_cannot_compile_it_says_so_once(
         raise RuntimeError("Failed to find C compiler\nthe rest")
 
     monkeypatch.setattr(torch, "compile", refuse)
-    compiled._works_on.cache_clear()
+    kernels_gpu._has_compiler.cache_clear()
     for _ in range(2):
-        assert not compiled.is_compilable(torch.nn.Linear(2, 2), torch.device("cuda"))
-    compiled._works_on.cache_clear()
+        assert not kernels_gpu.is_compilable(SimpleNamespace(device=torch.device("cuda")))
+    kernels_gpu._has_compiler.cache_clear()
     (record,) = caplog.records
     assert record.message.endswith("uncompiled and slower: Failed to find C compiler")

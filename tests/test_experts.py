@@ -11,19 +11,21 @@ import torch
 import transformers as hf
 
 import coopq
-from coopq.quantize import get_backend
-from coopq.quantize.ggml.types import GGMLBackend, to_blocks
-from coopq.quantize.ggml.gptq import GGMLGPTQ, elimination_order, second_order
-from coopq.quantize.input_statistics import column_importance, second_moments
-from coopq.quantize.bank import WeightBank, round_untouched
-from coopq.export.checkpoint import save_model, saved_bytes
-from coopq.game.prefix_engine import PrefixEngine, model_nll
+from coopq.core.specs import QuantizerSpec
+from coopq.core.types import UNTOUCHED
+from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import predicted_bytes
+from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.players import find_players, weight_of
-from coopq.core.types import UNTOUCHED
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.ggml.gptq import GGMLGPTQ, elimination_order, second_order
+from coopq.quantizers.ggml.library import to_blocks
+from coopq.quantizers.ggml.types import GGMLBackend
+from coopq.quantizers.input_statistics import column_importance, second_moments
 from tests.architectures import GROUPED
-from tests.checkpoints import plan_for
+from tests.checkpoints import plan_for, save
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 from tests.llama_cpp import llama_cpp_nll_of_last
@@ -69,21 +71,22 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 97, size=(3, 16))
     backend_name, group_size, low = quantizer
-    loaded, backend = LoadedModel(model, Tokenizer(), torch.float32), get_backend(backend_name, group_size=group_size)
+    loaded = LoadedModel(model, Tokenizer(), torch.float32)
+    backend = get_backend(QuantizerSpec(backend_name, group_size))
     assert round_untouched(loaded, players, (UNTOUCHED,))
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build((low, 8))
     points = rng.choice([low, 8, UNTOUCHED], size=(6, len(players))).astype(np.float32)
     points[0] = [(low, UNTOUCHED, 8)[player.block] for player in players]
-    measured = {point.tobytes(): losses for point, losses, _ in PrefixEngine(model, bank, tokens).evaluate(points)}
+    measured = {point.tobytes(): losses for point, losses, _ in make_engine(model, bank, tokens).evaluate(points)}
     for point in points:
         for index, bits in enumerate(point):
             bank.set_player(index, int(bits))
         np.testing.assert_allclose(measured[point.tobytes()], np.concatenate(list(model_nll(model, tokens))), rtol=1e-5)
     bank.restore()
     plan = plan_for(model, backend_name, group_size, points[0].tolist(), granularity)
-    save_model(loaded, plan, backend, None, tmp_path / "saved")
-    assert saved_bytes(tmp_path / "saved") == plan.bytes
+    save(loaded, plan, tmp_path / "saved")
+    assert SavedModel(tmp_path / "saved").n_bytes() == plan.bytes
     again = coopq.load(tmp_path / "saved", device="cpu")
     sizes = [layer.mlp.experts.gate_up_proj.numel() for layer in again.model.layers]
     assert sizes == [0, experts.numel(), 0], "nothing is dequantised but in a forward"
@@ -100,13 +103,13 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     code, _, err = command(*arguments, "--budget", "4avg", "--out", tmp_path / "out")
     assert code == 0, err
     plan = coopq.Plan.load(tmp_path / "out" / "plan.json")
-    assert plan.bytes == saved_bytes(tmp_path / "out") <= plan.budget_bytes
+    assert plan.bytes == SavedModel(tmp_path / "out").n_bytes() <= plan.budget_bytes
     code, _, err = command("evaluate", tmp_path / "out", "--tokens", "64", "--sequence-length", "32")
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
-    assert "holds experts, whose outputs cannot be seen; take another method" in line
+    assert "holds experts, whose outputs cannot be observed; choose another --method" in line
     line = refused(*arguments, "--budget", "4avg", "--backend", "gptq", "--out", tmp_path / "another")
-    assert "linear layers alone, and model.layers.0.mlp.experts.gate_up_proj is an embedding or experts" in line
+    assert "plain linear layers only, and model.layers.0.mlp.experts.gate_up_proj is an embedding or experts" in line
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -152,7 +155,7 @@ def test_experts_are_rounded_by_their_own_moments(name: str) -> None:
     of, backend = "model.layers.1.mlp.experts.down_proj", GGMLGPTQ()
     experts, moments = weight_of(model, of).data, second_moments(model, [of], tokens)[of]
     ((_, packed),) = backend.quantize_model(model, None, {of: 4}, tokens)
-    kind = backend.tensor_type(experts.shape[2], 4)
+    kind = backend.format.tensor_type(experts.shape[2], 4)
     for blocks, weight, of_expert in zip(packed["blocks"].chunk(len(experts)), experts, moments, strict=True):
         rounded = to_blocks(kind, weight, of_expert.diagonal())
         assert torch.equal(blocks, second_order(kind, weight, rounded, elimination_order(of_expert)))

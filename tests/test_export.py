@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-from coopq.quantize import Backend, get_backend
-from coopq.quantize.ggml.types import GGMLBackend, IQuants
-from coopq.quantize.input_statistics import column_importance
+from coopq.quantizers import Backend, get_backend
+from coopq.quantizers.ggml.types import GGMLBackend, IQuants
+from coopq.quantizers.input_statistics import column_importance
 from coopq.model.texts import calibration_set
 from coopq.export.checkpoint import read_saved, save_model
 from coopq.game.prefix_engine import model_nll
@@ -30,7 +30,7 @@ from coopq.judge.llama_cpp import llama_cpp_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, gguf_file, load_model
 from coopq.model.players import find_players
 from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.quantize.contract import check_backend
+from coopq.quantizers.contract import check_backend
 from coopq.core.types import Width
 from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
@@ -255,7 +255,7 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
         (
             "gguf",
             {"backend": "ggml", "low": 4, "high": 8},
-            "has no types for rows of 172 weights: they come in blocks of 32",
+            "has no types for rows of 172 weights: blocks have 32",
         ),
         ("ggfu", {}, "target 'ggfu' is unknown; did you mean 'gguf'"),
         ("compressed-tensors", {}, "--backend gptq --symmetric"),

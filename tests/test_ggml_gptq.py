@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coopq.quantize import ggml_gptq
-from coopq.quantize.ggml.types import from_blocks, to_blocks
-from coopq.quantize.ggml.gptq import GGMLGPTQ, code_layout, elimination_order, second_order
-from coopq.quantize.input_statistics import second_moments
+import coopq.quantizers.ggml.gptq as ggml_gptq
 from coopq.model.players import find_players, weight_of
+from coopq.quantizers.ggml.gptq import GGMLGPTQ, code_layout, elimination_order, second_order
+from coopq.quantizers.ggml.library import from_blocks, to_blocks
+from coopq.quantizers.input_statistics import second_moments
 from tests.architectures import tiny_model
 
 BITS = {"Q2_K": 2, "Q3_K": 3, "IQ4_XS": 4, "IQ4_NL": 4, "Q4_K": 4, "Q5_K": 5, "Q5_1": 5, "Q6_K": 6}
-"""Of a weight's own, by type."""
+"""Bits of a weight's own code, by type."""
 SHARED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q8_0")
 
 
@@ -24,7 +24,7 @@ def kind(name: str) -> gguf.GGMLQuantizationType:
 
 
 def inputs(columns: int, n: int = 2048) -> torch.Tensor:
-    """Of correlated columns, some larger than others, shape (n, columns)."""
+    """Inputs whose columns are correlated, some larger than others, shape (n, columns)."""
     generator = torch.Generator().manual_seed(columns)
     mixed = torch.randn(columns, columns, generator=generator) * 0.98 ** torch.arange(columns)[:, None]
     return torch.randn(n, columns, generator=generator) @ mixed
@@ -39,12 +39,12 @@ def test_the_layout_of_codes_is_found(name: str) -> None:
     weight = torch.randn(3, 512)
     blocks = to_blocks(kind(name), weight, None)
     codes = torch.randint(2 ** BITS[name], weight.shape, dtype=torch.uint8)
-    coded = layout.coded(blocks, codes)
+    coded = layout.with_codes(blocks, codes)
     every = torch.stack([from_blocks(kind(name), layout.filled(blocks, code)) for code in range(2 ** BITS[name])])
     assert torch.equal(from_blocks(kind(name), coded), every.gather(0, codes[None].long())[0])
     # ggml rounds to one of these levels, and what it made can be written again.
     own = (every == from_blocks(kind(name), blocks)).int().argmax(dim=0).to(torch.uint8)
-    assert torch.equal(from_blocks(kind(name), layout.coded(blocks, own)), from_blocks(kind(name), blocks))
+    assert torch.equal(from_blocks(kind(name), layout.with_codes(blocks, own)), from_blocks(kind(name), blocks))
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -63,19 +63,19 @@ def test_outputs_lose_less_than_by_rounding(name: str) -> None:
     blocks = to_blocks(kind(name), weight, moments.diagonal())
     solved = second_order(kind(name), weight, blocks, elimination_order(moments))
 
-    def lost(of: torch.Tensor) -> float:
-        return float((seen @ (from_blocks(kind(name), of) - weight).T).square().mean())
+    def lost(found: torch.Tensor) -> float:
+        return float((seen @ (from_blocks(kind(name), found) - weight).T).square().mean())
 
     assert lost(solved) < 0.5 * lost(blocks)
 
 
 def by_definition(levels: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """Each column in turn at its nearest level, and all that are still free where outputs are then best.
+    """Each column in turn at its nearest level, and all columns still free where outputs are then best.
 
     Args:
-        levels: Of each weight, shape (levels, out, in).
-        weight: Shape (out, in).
-        moments: Damped, shape (in, in).
+        levels: Levels of each weight, shape (levels, out, in).
+        weight: The weight, shape (out, in).
+        moments: Damped second moments, shape (in, in).
     """
     order = moments.diagonal().argsort(descending=True, stable=True).tolist()
     chosen, free = weight.clone(), weight.clone()
@@ -122,7 +122,7 @@ def test_rows_are_rounded_alike_in_whatever_parts(monkeypatch: pytest.MonkeyPatc
 
 
 def test_layers_are_the_same_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is searched on, all widths at once, is what is saved, of mixed widths; and so it is with little memory."""
+    """All widths at once, as searched on, give the weights of mixed widths, as saved; with little memory too."""
     model = tiny_model("llama")
     tokens = np.random.default_rng(0).integers(3, 97, size=(4, 64))
     names = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]

@@ -15,28 +15,36 @@ import torch
 from safetensors.torch import load_file
 
 import coopq
-from coopq.quantize import get_backend
-from coopq.model.texts import calibration_set, fitting_set
-from coopq.export.checkpoint import saved_bytes
+from coopq.core.errors import BackendError, OutputError
+from coopq.core.specs import Goal, Request, TextSpec
+from coopq.export.checkpoint import SavedModel
 from coopq.game.prefix_engine import model_nll
-from coopq.core.errors import BackendError
 from coopq.model.load import load_model
-from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.model.texts import calibration_set, fitting_set
+from tests.quantizers import backend as make
 
 PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
 
 STORIES = str(Path(__file__).parent / "data" / "stories260k")
-TEXT = CalibrationConfig(sequences=4, length=128, fitting=4)
+TEXT = TextSpec(tokens=512, sequence_length=128, fit_tokens=512)
 
 
 @pytest.fixture(scope="module", params=["gptq", "gptq-static"])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     """The main job with GPTQ: bank at 2 and 4 bits, some players as they are, a saved checkpoint."""
     out = tmp_path_factory.mktemp("gptq") / "out"
-    settings: dict[str, Any] = {"backend": request.param, "group_size": 32, "calibration": TEXT, "device": "cpu"}
-    config = RunConfig(STORIES, **settings, between=(4,), high=16)
-    return coopq.quantize(config, "6avg", out, method="first-last"), out
+    asked = Request.from_options(
+        model=STORIES,
+        device="cpu",
+        backend=request.param,
+        group_size=32,
+        bits=(2, 4, 16),
+        tokens=TEXT.tokens,
+        sequence_length=TEXT.sequence_length,
+        fit_tokens=TEXT.fit_tokens,
+    )
+    return coopq.quantize(asked, Goal(budget="6avg", method="first-last"), out), out
 
 
 def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Plan, Path]) -> None:
@@ -48,7 +56,7 @@ def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Pla
     assert plan.fingerprint["fitted to"] == fitting_set(TEXT, tokenizer).fingerprint != plan.fingerprint["tokens"]
     tokens = calibration_set(TEXT, tokenizer).tokens
     loss = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
-    if plan.config["backend"] == "gptq":
+    if plan.quantizer.backend == "gptq":
         # The bank's weights were made with uniform inputs, the saved ones with mixed inputs: near, not equal.
         assert plan.saved_loss == pytest.approx(loss, rel=1e-6)
         assert loss == pytest.approx(plan.measured_loss, rel=0.1)
@@ -56,7 +64,7 @@ def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Pla
     else:
         assert plan.saved_loss is None
         assert loss == pytest.approx(plan.measured_loss, rel=1e-5)
-    assert saved_bytes(out) == plan.bytes
+    assert SavedModel(out).n_bytes() == plan.bytes
     rules = json.loads((out / "quantize_config.json").read_text())
     others = [bits for bits in plan.assignment if bits != rules["bits"]]
     assert len(rules["dynamic"]) == 7 * len(others)
@@ -95,7 +103,7 @@ save_file({{"ids": ids, "logits": logits, **weights}}, {str(tmp_path / "theirs.s
         ours = model(input_ids=theirs["ids"]).logits
     torch.testing.assert_close(ours, theirs["logits"], atol=0.1, rtol=0.02)
     assert torch.equal(ours.argmax(-1)[0, -8:], theirs["logits"].argmax(-1)[0, -8:])
-    backend = get_backend("gptq", group_size=32)
+    backend = make("gptq", group_size=32)
     plan = coopq.Plan.load(out / "plan.json")
     packed = load_file(out / "model.safetensors")
     for name, bits in plan.quantized.items():
@@ -129,10 +137,10 @@ def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
         )
     }
     settings: dict[str, Any] = {"group_size": 32, "act_order": True, "symmetric": False}
-    backend = get_backend("gptq", **settings)
+    backend = make("gptq", **settings)
     packed = dict(backend.quantize_model(loaded.model, loaded.tokenizer, bits, tokens))[name]
     # Nothing is before the first layers, so that both ways solve the same: the library packed one, we the other.
-    by_itself = get_backend("gptq-static", **settings)
+    by_itself = make("gptq-static", **settings)
     ((_, ours),) = by_itself.quantize_model(loaded.model, loaded.tokenizer, {name: 4}, tokens)
     assert ours.keys() == packed.keys()
     for part, tensor in ours.items():
@@ -148,13 +156,24 @@ def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
 
 def test_options_of_gptq_are_refused_elsewhere() -> None:
     with pytest.raises(BackendError, match="backend 'rtn' has no option act_order"):
-        get_backend("rtn", act_order=True)
+        make("rtn", act_order=True)
+
+
+def test_a_full_temporary_folder_is_noticed_before_the_work(stories: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load_model(stories, device="cpu")
+    tokens = np.random.default_rng(0).integers(3, 500, size=(2, 16))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    quantized = make("gptq").quantize_model(loaded.model, loaded.tokenizer, {"model.layers.0.mlp.up_proj": 4}, tokens)
+    with pytest.raises(
+        OutputError, match=r"GPTQModel's copy of the model needs 2 MiB in .*, and .* set TMPDIR to a folder"
+    ):
+        next(quantized)
 
 
 def test_a_worker_ends_when_its_parent_is_killed() -> None:
     worker = """
 import multiprocessing, time
-from coopq.quantize.gptq.subprocess_job import end_with_parent
+from coopq.quantizers.gptq.subprocess_job import end_with_parent
 end_with_parent()
 time.sleep(1)
 child = multiprocessing.get_context("fork").Process(target=int)  # libraries have such

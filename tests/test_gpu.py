@@ -7,20 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import coopq.quantize.gptq.autoround as autoround
-from coopq.quantize import get_backend
-from coopq.quantize.ggml.gptq import GGMLGPTQ
-from coopq.model.kernels_gpu import Compiled
-from coopq.game.prefix_engine import PrefixEngine
-from coopq.model.offload import HostedBlocks
-from coopq.plan.methods import plans_on
-from coopq.model.load import load_model
-from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunConfig
+import coopq.quantizers.gptq.autoround as autoround
 from coopq.core.sizes import Budget
-from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 from coopq.core.types import REMOVED, UNTOUCHED
-from coopq.game.session import open_workbench
+from coopq.game.prefix_engine import make_engine
+from coopq.game.session import open_session, prepare
+from coopq.model.load import load_model
+from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import find_players
+from coopq.plan.methods import make_plans
+from coopq.quantizers import get_backend
+from coopq.quantizers.ggml.gptq import GGMLGPTQ
 from tests.architectures import CONFIGS, tiny_model
 from tests.conftest import STORIES
 from tests.test_engine import TOKENS, build
@@ -35,7 +33,7 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(name: str, loss: str, tmp_path: Pa
     expected, found = (
         np.array([losses for _, losses, _ in engine.evaluate(POINTS)])
         for engine in (
-            PrefixEngine(model, build(model, tmp_path / model.device.type), TOKENS, loss)
+            make_engine(model, build(model, tmp_path / model.device.type), TOKENS, loss)
             for model in (tiny_model(name), tiny_model(name).cuda())
         )
     )
@@ -44,15 +42,15 @@ def test_losses_on_a_gpu_are_those_on_the_cpu(name: str, loss: str, tmp_path: Pa
 
 def test_blocks_on_a_gpu_are_compiled(tmp_path: Path) -> None:
     model = tiny_model("llama").cuda()
-    engine = PrefixEngine(model, build(model, tmp_path), TOKENS)
-    assert all(isinstance(engine.fast(d), Compiled) for d in range(3))
+    engine = make_engine(model, build(model, tmp_path), TOKENS)
+    assert engine.blockwise.is_compiled
 
 
-def test_blocks_that_visit_a_gpu_give_the_losses_of_the_cpu(tmp_path: Path) -> None:
+def test_offloaded_blocks_on_a_gpu_give_the_losses_of_the_cpu(tmp_path: Path) -> None:
     model = tiny_model("gemma2")
     bank = build(model, tmp_path)
-    expected = [losses for _, losses, _ in PrefixEngine(model, bank, TOKENS).evaluate(POINTS)]
-    engine = LayerMajorEngine(model, bank, TOKENS, HostedBlocks(model, torch.device("cuda")))
+    expected = [losses for _, losses, _ in make_engine(model, bank, TOKENS).evaluate(POINTS)]
+    engine = make_engine(model, bank, TOKENS, offloaded=OffloadedBlocks(model, torch.device("cuda")))
     np.testing.assert_allclose([losses for _, losses, _ in engine.evaluate(POINTS)], expected, rtol=1e-4)
     assert {tensor.device.type for tensor in model.model.layers.parameters()} == {"cpu"}
 
@@ -60,13 +58,12 @@ def test_blocks_that_visit_a_gpu_give_the_losses_of_the_cpu(tmp_path: Path) -> N
 def test_a_search_on_a_gpu_ends_with_the_plan_of_the_cpu(tmp_path: Path) -> None:
     plans = []
     for device in ("cpu", "cuda"):
-        text = CalibrationConfig(sequences=4, length=64)
-        config = RunConfig(str(STORIES), backend="rtn", device=device, calibration=text)
-        with open_workbench(config, tmp_path / device) as bench:
-            plans += plans_on(bench, "active", [Budget.parse("3avg")])
-    ours, theirs = plans
-    assert ours.assignment == theirs.assignment
-    assert ours.measured_loss == pytest.approx(theirs.measured_loss, abs=1e-5)
+        request = Request.from_options(model=str(STORIES), device=device, tokens=256, sequence_length=64)
+        with open_session(prepare(request), tmp_path / device) as session:
+            plans += make_plans(session, "active", [Budget.parse("3avg")], SolverSpec())
+    on_cpu, on_gpu = plans
+    assert on_cpu.assignment == on_gpu.assignment
+    assert on_cpu.measured_loss == pytest.approx(on_gpu.measured_loss, abs=1e-5)
 
 
 def test_weights_rounded_by_gptq_on_a_gpu_are_nearly_those_of_the_cpu() -> None:
@@ -101,7 +98,7 @@ def test_every_library_rounds_on_a_gpu_as_well_as_on_the_cpu(
     AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path)
     tokens = np.random.default_rng(0).integers(3, 500, size=(4, 64))
-    backend = get_backend(name, group_size=group_size)
+    backend = get_backend(QuantizerSpec(name, group_size))
     lost = {}
     for device in ("cpu", "cuda"):
         loaded = load_model(str(tmp_path), device=device)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from coopq.model import safetensors_io as tensors
 from coopq.cli.main import main
+from coopq.model import safetensors_io
 from coopq.plan.plan import Plan
 
 METHODS = {
@@ -112,11 +112,11 @@ def test_an_interrupt_waits_for_a_file_that_is_read(stories: str, monkeypatch: p
         finished.append("read")
         return {}
 
-    monkeypatch.setattr(tensors, "load_file", load_file)
+    monkeypatch.setattr(safetensors_io, "load_file", load_file)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            tensors.load_tensors(Path(stories), way_out="")
+            safetensors_io.load_tensors(Path(stories), way_out="")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import coopq
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine
-from coopq.model.offload import HostedBlocks
-from coopq.game.journal import Journal
-from coopq.game.losses import Portions, Reference, portions_divergence, portions_nll
-from coopq.model.memory import Footprint
-from coopq.model.load import LoadedModel
-from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunFolder
-from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.errors import EstimationError
+from coopq.core.specs import QuantizerSpec, TextSpec
 from coopq.core.types import UNTOUCHED, Assignment
+from coopq.game.journal import Journal
+from coopq.game.losses import Portions, Reference, make_loss, portions_divergence, portions_nll
+from coopq.game.prefix_engine import make_engine
+from coopq.model.load import LoadedModel
+from coopq.model.memory import Footprint
+from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import find_players
+from coopq.quantizers import get_backend
+from coopq.quantizers.bank import WeightBank
 from tests.architectures import CONFIGS, tiny_model
 from tests.command_line import command
 from tests.conftest import STORIES
@@ -41,7 +41,7 @@ def test_portions_give_what_whole_logits_do(n: int, vocabulary: int, size: int, 
     nll = functional.cross_entropy(ours, targets, reduction="none")
     torch.testing.assert_close(portions_nll(portions(ours, size), targets), nll, rtol=1e-4, atol=1e-5)
     expected = functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
-    found = portions_divergence(portions(ours, size), Reference.of(portions(theirs, size)))
+    found = portions_divergence(portions(ours, size), Reference.from_logits(portions(theirs, size)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 
@@ -52,7 +52,9 @@ def test_the_divergence_is_that_of_the_models_own_logits(name: str, embeddings: 
         pytest.skip("its embedding is no player")
     model = tiny_model(name)
     players = find_players(model, "block", embeddings=embeddings)
-    bank = WeightBank(tmp_path, LoadedModel(model, None, torch.float32), players, get_backend("rtn", group_size=16), {})
+    bank = WeightBank(
+        tmp_path, LoadedModel(model, None, torch.float32), players, get_backend(QuantizerSpec("rtn", 16)), {}
+    )
     bank.build((2, 4))
     points = np.random.default_rng(0).choice([2, 4], size=(6, len(players))).astype(np.float32)
     points[0] = UNTOUCHED
@@ -67,14 +69,18 @@ def test_the_divergence_is_that_of_the_models_own_logits(name: str, embeddings: 
         return logits.log_softmax(-1)
 
     whole = own(points[0])
-    for engine in (
-        PrefixEngine(model, bank, TOKENS, "kl"),
-        *(() if embeddings else (LayerMajorEngine(model, bank, TOKENS, HostedBlocks(model, whole.device), "kl"),)),
-    ):
+    for is_offloaded in (False,) if embeddings else (False, True):
+        offloaded = OffloadedBlocks(model, whole.device) if is_offloaded else None
+        engine = make_engine(model, bank, TOKENS, "kl", offloaded)
         for point, losses, _ in list(engine.evaluate(points)):
             expected = (whole.exp() * (whole - own(point))).sum(-1).mean(-1)
             np.testing.assert_allclose(losses, expected, rtol=1e-3, atol=2e-6)
             assert (point == UNTOUCHED).all() == (losses.mean() < 1e-6)
+
+
+def test_an_unknown_loss_is_refused_with_a_hint() -> None:
+    with pytest.raises(EstimationError, match="loss 'kll' is unknown; did you mean 'kl'"):
+        make_loss("kll")
 
 
 def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
@@ -86,7 +92,7 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     assert "divergence from full precision" in shown
     plan = coopq.Plan.load(out / "plan.json")
     assert plan.fingerprint["loss"] == "kl"
-    (assignments, losses), _ = Journal.peek(RunFolder(tmp_path / "out-run").journal)
+    (assignments, losses), _ = Journal.peek(tmp_path / "out-run" / "journal.jsonl")
     assert len(assignments) == len(losses)
     assert 0 < losses.min() < losses.max()
     code, _, err = command(*arguments[:-6], "--out", tmp_path / "other", "--run", tmp_path / "out-run", *arguments[-4:])
@@ -94,8 +100,10 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     assert "loss: 'kl' there, 'nll' here" in err
 
 
-def test_the_distributions_kept_are_foreseen() -> None:
-    model, text = tiny_model("llama"), CalibrationConfig(sequences=3, length=32)
+def test_the_footprint_counts_the_distributions_of_full_precision() -> None:
+    model, text = tiny_model("llama"), TextSpec(tokens=96, sequence_length=32)
     players = find_players(model)
-    plain, diverging = (Footprint.of(model, players, text, "cpu", diverges=diverges) for diverges in (False, True))
+    plain, diverging = (
+        Footprint.estimate(model, players, text, "cpu", diverges=diverges) for diverges in (False, True)
+    )
     assert diverging.states - plain.states == 4 * 3 * 32 * model.config.vocab_size

@@ -6,53 +6,56 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coopq.export.checkpoint import saved_bytes
-from coopq.search import Setting, run_estimator
-from coopq.plan.methods import METHODS, SEARCHES, measure, plans_on
-from coopq.plan.by_search import BELIEVERS
-from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
-from coopq.quantize.contract import HIGH, LOW, SyntheticGame
-from coopq.game.session import open_workbench
+from coopq.core.specs import Request, SolverSpec
+from coopq.export.checkpoint import SavedModel
+from coopq.game.session import open_session, prepare
+from coopq.plan.by_search import make_search
+from coopq.plan.confidence import Confidence, confidence, measure_plan
+from coopq.plan.methods import METHODS, get_method, make_plans
+from coopq.search import SearchSpace, run
+from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
-CALIBRATION = CalibrationConfig(sequences=4, length=64)
+REQUEST = Request.from_options(model=str(STORIES), permutations=4, tokens=256, sequence_length=64)
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("methods") / "run"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, run: Path) -> None:
-    config = RunConfig(str(STORIES), low=2, high=4, permutations=4, calibration=CALIBRATION)
-    with open_workbench(config, run) as bench:
+def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, folder: Path) -> None:
+    with open_session(prepare(REQUEST), folder) as session:
         budgets = [Budget.parse("2.5avg"), Budget.parse("3.3avg")]
-        plans = [measure(bench, plan) for plan in plans_on(bench, method, budgets)]
-        best = [measure(bench, plan).measured_loss for plan in plans_on(bench, "exact", budgets)]
-    for plan, optimum in zip(plans, best, strict=True):
+        plans, best = (
+            [measure_plan(session, plan) for plan in make_plans(session, name, budgets, SolverSpec())]
+            for name in (method, "exact")
+        )
+    for plan, best_plan in zip(plans, best, strict=True):
+        optimum = best_plan.measured_loss
         assert plan.method == method
         assert plan.bytes <= plan.budget_bytes
         assert plan.measured_loss is not None
         assert optimum is not None
         assert plan.measured_loss >= optimum - 1e-12
-        assert plan.evidence is not None
-        assert plan.evidence.stderr is not None
-        assert 0 <= plan.layer_forwards <= plan.layer_forwards_unshared
-        assert plan.layer_forwards > 0 or method in ("regression", "zd", "zd-two-sided", "first-last"), (
+        assert plan.confidence is not None
+        assert plan.confidence.stderr is not None
+        assert 0 <= plan.block_forwards <= plan.block_forwards_unshared
+        assert plan.block_forwards > 0 or method in ("regression", "zd", "zd-two-sided", "first-last"), (
             "these measure nothing new"
         )
         if method in ("active", "exact"):
             assert plan.measured_loss == optimum, "32 assignments are searched wholly"
-            assert plan.evidence.probability is not None
-            assert plan.evidence.interval is not None
-            assert plan.evidence.interval[0] <= (plan.evidence.difference or 0) <= plan.evidence.interval[1]
-        if method in SEARCHES:
+            assert plan.confidence.probability is not None
+            assert plan.confidence.interval is not None
+            assert plan.confidence.interval[0] <= (plan.confidence.difference or 0) <= plan.confidence.interval[1]
+        if get_method(method).kind == "search":
             assert plan.fidelity is not None
-            assert (plan.predicted_loss is None) or method in BELIEVERS, "of what was not measured"
+            assert (plan.predicted_loss is None) or get_method(method).trusts_surrogate, "of what was not measured"
 
 
 def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:
@@ -64,7 +67,7 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     code, out, err = command(*arguments, "--out", screened, "--screen-tokens", "64")
     assert code == 0, err
     quick = json.loads(out)
-    assert quick["layer_forwards"] < 0.7 * thorough["layer_forwards"]
+    assert quick["block_forwards"] < 0.7 * thorough["block_forwards"]
     assert quick["measured_loss"] >= thorough["measured_loss"] - 0.02
     assert (tmp_path / "screened-run" / "screening-1.jsonl").is_file()
     assert command(*arguments, "--out", whole, "--permutations", "7")[0] == 0, "finished, and known to be"
@@ -76,23 +79,22 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", ["greedy-down", "greedy-up"])
 def test_greedy_moves_many_players_several_a_step(method: str) -> None:
-    setting = Setting((LOW, HIGH), np.ones(96, dtype=np.int64), (48,))
+    space = SearchSpace.uniform((LOW, HIGH), np.ones(96, dtype=np.int64), (48,))
     game = SyntheticGame(96, "quadratic", 0)
-    nothing = setting.assignments(np.zeros((0, 96), dtype=bool))
-    search = run_estimator(SEARCHES[method](setting, (nothing, np.zeros(0)), nothing), game)
-    assert len(search.measured) < 96 + 18 * 33, "a third of the players in each of 16 steps of 3"
+    no_starts = np.zeros((0, 96), dtype=np.float32)
+    search = run(make_search(get_method(method), space, (no_starts, np.zeros(0)), no_starts), game)
+    assert len(search.measured) < 96 + 18 * 33, "a third of the players before each of 16 moves of 3 players"
     chosen = search.choose(48)
     assert (chosen == HIGH).sum() == 48
-    alone = np.argsort(game.linear)[:48]  # what costs least alone is lowered
-    simple = setting.assignments(np.isin(np.arange(96), alone))
+    alone = np.argsort(game.a)[:48]  # the players that cost least alone are lowered
+    simple = space.assignments(np.isin(np.arange(96), alone))
     assert game(chosen[None])[0] < game(simple[None])[0]
 
 
 def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
-    config = RunConfig(str(STORIES), low=2, high=4, calibration=CALIBRATION)
-    with open_workbench(config, tmp_path / "run") as bench:
-        budgets = [Budget.parse(f"{average}avg") for average in (2, 2.4, 2.8, 3.2, 3.6, 4)]
-        front = [measure(bench, plan) for plan in plans_on(bench, "exact", budgets)]
+    budgets = [Budget.parse(f"{average}avg") for average in (2, 2.4, 2.8, 3.2, 3.6, 4)]
+    with open_session(prepare(REQUEST), tmp_path / "run") as session:
+        front = [measure_plan(session, plan) for plan in make_plans(session, "exact", budgets, SolverSpec())]
     losses = [plan.measured_loss or 0.0 for plan in front]
     assert losses == sorted(losses, reverse=True)
     limit = (losses[2] + losses[3]) / 2
@@ -102,13 +104,13 @@ def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
     assert code == 0, err
     plan = json.loads(text)
     assert plan["measured_loss"] <= limit
-    assert plan["bytes"] == saved_bytes(out) == front[3].bytes, "the next smaller size is over the limit"
+    assert plan["bytes"] == SavedModel(out).n_bytes() == front[3].bytes, "the next smaller size is over the limit"
     assert command(*arguments, "--out", out)[1] == text, "finished, and known to be"
 
 
 def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Path) -> None:
     out: list[str | Path] = ["--out", tmp_path / "out", *TEXT]
-    assert "with every player at 4 bits it is" in refused("quantize", STORIES, "--max-loss", "0.5", *out)
+    assert "with every player at 4 bits the loss is" in refused("quantize", STORIES, "--max-loss", "0.5", *out)
     assert "and not both" in refused("quantize", STORIES, "--max-loss", "9", "--budget", "3avg", *out)
     assert "and not both" in refused("quantize", STORIES, *out)
     assert "cannot search for a loss" in refused("quantize", STORIES, "--max-loss", "9", "--method", "lim", *out)
@@ -120,7 +122,7 @@ def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Pa
     assert not (tmp_path / "run" / "bank").exists(), "refused before weights are quantized"
     assert "did you mean 'active'" in refused("quantize", STORIES, "--budget", "3avg", "--method", "activ", *out)
     line = refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "512", *out)
-    assert "8 screening sequences are not 1 to 4" in line
+    assert "screen-tokens = 512 is more than tokens = 256" in line
     assert "not a multiple" in refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "65", *out)
 
 
@@ -137,17 +139,15 @@ def test_a_front_from_one_estimation(job: Path) -> None:
     assert -1 <= json.loads(out)["covariance_correlation"] <= 1
 
 
-def test_evidence_by_hand() -> None:
-    from coopq.plan.confidence import Evidence
-
+def test_confidence_by_hand() -> None:
     chosen, other = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.5, 2.5, 3.5, 4.5])
-    sure = Evidence.of(chosen, other)
+    sure = confidence(chosen, other)
     assert sure.stderr == pytest.approx(np.sqrt(5 / 3) / 2)
     assert sure.difference == 0.5
     assert sure.interval == (0.5, 0.5)
     assert sure.probability == 1
-    assert Evidence.of(chosen, chosen).probability == 0.5
-    split = Evidence.of(chosen, chosen + np.array([1.0, -1.0, 1.0, -1.0]))
+    assert confidence(chosen, chosen).probability == 0.5
+    split = confidence(chosen, chosen + np.array([1.0, -1.0, 1.0, -1.0]))
     assert split.interval == (-1.0, 1.0)
     assert split.probability == pytest.approx(0.5, abs=0.02)
-    assert Evidence.of(chosen[:1], None) == Evidence(None, None, None, None)
+    assert confidence(chosen[:1], None) == Confidence(None, None, None, None)

@@ -41,7 +41,7 @@ def test_a_model_without_blocks(tmp_path: Path, stories: str) -> None:
     [
         ("empty.txt", b"", "is empty"),
         ("blank.txt", b" \n\n", "is empty"),
-        ("short.txt", b"Once upon a time.", "gives 0 sequences of 64 tokens, and 2 are wanted"),
+        ("short.txt", b"Once upon a time.", "gives 0 sequences of 64 tokens, and 2 are needed"),
         ("latin.txt", "Il était une fois".encode("latin-1"), "is not UTF-8"),
         ("broken.jsonl", b'{"text": "fine"}\n{"words": 1}\n', "line 2"),
         ("table.csv", b"a,b", "neither .txt nor .jsonl"),
@@ -72,22 +72,25 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--act-order"], "'rtn' has no option act_order"),
         (["--backend", "hqq", "--fit-tokens", "512"], "'hqq' fits its weights to no text; leave --fit-tokens out"),
         (["--backend", "autoround", "--act-order"], "'autoround' has no option act_order"),
-        (["--backend", "autoround", "--group-size", "32"], "weights as they are, for it wants multiples of 32"),
-        (["--bits", "4"], "is not two widths"),
-        (["--loss", "kld"], "loss 'kld' is unknown; did you mean 'kl'"),
-        (["--bits", "4,4"], "must be different widths"),
+        (["--backend", "autoround", "--group-size", "32"], "weights unquantized: sides must be multiples of 32"),
+        (["--bits", "4"], "bits = 4 are not two or more different widths; write 2,4"),
+        (["--bits", "two,4"], "bits = 'two,4' are not widths with commas between; write 2,4"),
+        (["--bits", "4,4"], "bits = 4, 4 are not two or more different widths"),
         (["--budget", "1.5avg"], "the smallest is 2avg"),
         (["--budget", "small"], "'small' cannot be read"),
-        (["--tokens", "100"], "not a multiple"),
+        (["--tokens", "100"], "tokens = 100 is not a multiple of sequence-length = 64"),
         (["--tokens", "1024", "--sequence-length", "1024"], "exceed the model's 512 positions"),
-        (["--permutations", "1"], "at least 2"),
-        (["--time-limit", "-1"], "time limit -1.0 is not a positive number"),
-        (["--granularity", "head"], "granularity 'head' is unknown; choose from block, fused, linear"),
-        (["--seed", "-1"], "must not be negative"),
-        (["--method", "lmi"], "method 'lmi' is unknown"),
-        (["--alpha", "2"], "alpha = 2.0 is not between 0 and 1"),
+        (["--permutations", "1"], "permutations = 1 does not fit: expected int >= 2"),
+        (["--time-limit", "-1"], "time-limit = -1.0 is not a positive number of seconds; leave it out"),
+        (["--granularity", "head"], "granularity = 'head' does not fit: choose from block, fused, linear"),
+        (["--loss", "kld"], "loss = 'kld' does not fit: choose from nll, kl"),
+        (["--seed", "-1"], "seed = -1 does not fit: expected int >= 0"),
+        (["--context", "0"], "context = 0 is not a number of tokens"),
+        (["--target", "ggfu"], "'ggfu' is unknown; did you mean 'gguf'?"),
+        (["--method", "lmi"], "method 'lmi' is unknown; did you mean 'lim'?"),
+        (["--alpha", "2"], "alpha = 2.0 does not fit: expected float <= 1"),
         (["--device", "warp"], "device 'warp' is not available"),
-        (["--dtype", "int3"], "dtype 'int3' is unknown"),
+        (["--dtype", "int3"], "dtype = 'int3' does not fit: choose from auto, float32, bfloat16, float16"),
         (["--calibration", "hub:/nowhere/at/all"], "cannot read data set"),
     ],
 )
@@ -172,18 +175,54 @@ def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
     assert "is not a run folder" in refused("show", tmp_path / "empty")
     assert "is not a run folder" in refused("allocate", tmp_path / "empty", "--budget", "3avg")
     plan = json.loads((job / "plan.json").read_text())
-    changes: list[dict[str, object]] = [{"config": {}}, {"players": [{"name": "x"}]}]
+    changes: list[dict[str, object]] = [{"request": {}}, {"players": [{"name": "x"}]}, {"colour": "blue"}]
     for change in changes:
         (tmp_path / "plan.json").write_text(json.dumps(plan | change))
-        assert "is not a complete plan" in refused("show", tmp_path / "plan.json")
-    (tmp_path / "plan.json").write_text(json.dumps(plan | {"format_version": 99}))
-    assert "plan format 99" in refused("show", tmp_path / "plan.json")
+        line = refused("show", tmp_path / "plan.json")
+        assert "is not a complete plan" in line
+        assert line.endswith("allocate it again")
     estimate = job.with_name("out-run") / "estimate.json"
-    for content, message in (('{"format_version": 1}', "is not complete"), ("{", "is not readable as JSON")):
+    record = json.loads(estimate.read_text())
+    del record["estimate"]
+    for content, message in (
+        (json.dumps(record), "estimate.json is not a complete estimation"),
+        ("{", "estimate.json is not a"),
+    ):
         estimate.write_text(content)
-        assert message in refused("show", job.with_name("out-run"))
+        line = refused("show", job.with_name("out-run"))
+        assert message in line
+        assert line.endswith("use another run folder")
     estimate.unlink()
     assert "is not finished" in refused("allocate", job.with_name("out-run"), "--budget", "3avg")
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path, tmp_path: Path, stories: str) -> None:
+    run = job.with_name("out-run")
+
+    def line_for(path: Path, *arguments: str | Path) -> str:
+        """What is said if `path` has the other format, which is put right again."""
+        content = path.read_text()
+        first, newline, rest = content.partition("\n") if path.suffix == ".jsonl" else (content, "", "")
+        path.write_text(json.dumps(json.loads(first) | {"format_version": version}) + newline + rest)
+        line = refused(*arguments)
+        assert str(path) in line
+        assert "reads 2" in line, "the format that is read"
+        path.write_text(content)
+        return line
+
+    show, allocate = ("show", run), ("allocate", run, "--budget", "2.5avg")
+    again = ("quantize", stories, "--budget", "2.5avg", "--out", tmp_path / "other", "--run", run, *PAPER)
+    assert f"has plan format {version}" in line_for(job / "plan.json", "show", job)
+    assert "allocate it again" in line_for(run / "plans" / "3avg.json", *show)
+    for arguments in (show, allocate, again):
+        assert "use another run folder" in line_for(run / "run.json", *arguments)
+    for arguments in (show, allocate):
+        assert "use another run folder" in line_for(run / "estimate.json", *arguments)
+    line = line_for(run / "journal.jsonl", *again)
+    assert f"has format {version}" in line
+    assert "use another run folder" in line
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_output_folder_that_is_not_empty(job: Path, tmp_path: Path, stories: str) -> None:

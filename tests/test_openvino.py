@@ -9,7 +9,7 @@ import pytest
 
 import coopq
 import openvino
-from coopq.quantize import get_backend
+from coopq.quantizers import get_backend
 from coopq.model.texts import calibration_set
 from coopq.export.checkpoint import save_model
 from coopq.game.prefix_engine import model_nll

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from coopq.core.errors import EstimationError
-from coopq.search import SPQE, run_estimator
-from coopq.search.strategies.exhaustive import shapley_values
+from coopq.search import SPQE, run
 from coopq.search.shapley import marginals, permutation_walk
-from coopq.quantize.contract import HIGH, LOW, TableGame
+from coopq.search.strategies.exhaustive import shapley_values
+from coopq.search.synthetic import HIGH, LOW, TableGame
 
 tables = st.integers(2, 4).flatmap(
     lambda n: arrays(np.float64, 2**n, elements=st.floats(-10, 10, allow_nan=False, width=32))
@@ -40,10 +40,10 @@ def test_every_estimate_is_efficient_and_its_covariance_has_no_row_sums(
     table: "np.ndarray[tuple[int], np.dtype[np.float64]]", walks: int, seed: int
 ) -> None:
     game = TableGame(table)
-    estimate = run_estimator(SPQE(game.n_players, low=LOW, high=HIGH, permutations=walks, seed=seed), game).estimate()
+    estimate = run(SPQE(game.n_players, low=LOW, high=HIGH, permutations=walks, seed=seed), game).estimate()
     assert estimate.loss_high == table[0]
     assert estimate.loss_low == table[-1]
-    # Each walk's marginals add up to the whole increase, so their sums do not vary.
+    # The marginal contributions of every walk add up to the whole loss increase, so their sum does not vary.
     assert estimate.shapley.sum() == pytest.approx(table[-1] - table[0], abs=1e-9)
     np.testing.assert_allclose(estimate.covariance.sum(axis=0), 0, atol=1e-8)
 
@@ -51,7 +51,7 @@ def test_every_estimate_is_efficient_and_its_covariance_has_no_row_sums(
 def test_mean_error_and_covariance_by_hand() -> None:
     game = TableGame(np.array([0.0, 1.0, 2.0, 7.0]))  # players 0 and 1 interact by 4
     estimator = SPQE(2, low=LOW, high=HIGH, permutations=40, seed=3)
-    estimate = run_estimator(estimator, game).estimate()
+    estimate = run(estimator, game).estimate()
     first = np.array([[1.0, 6.0] if order[0] == 0 else [5.0, 2.0] for order in estimator.orders])
     np.testing.assert_allclose(estimate.shapley, first.mean(axis=0))
     np.testing.assert_allclose(estimate.stderr, first.std(axis=0, ddof=1) / np.sqrt(40))

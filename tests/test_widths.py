@@ -1,8 +1,7 @@
-"""Games of more than two widths: each step of a player from a width to the next lower one is decided."""
+"""Games with more than two widths: a player has a step from each width down to the next lower width."""
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,21 +15,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import coopq
-from coopq.search.solver.exact import allocate, best_allocations
-from coopq.plan.scores import random_assignments
+from coopq.search.solver.exact import allocate
+from coopq.judge.references import random_assignments
 from coopq.model.texts import calibration_set
 from coopq.export.checkpoint import saved_bytes
 from coopq.game.prefix_engine import model_nll
-from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, Setting, run_estimator, run_search
+from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, SearchSpace, run
 from coopq.search.strategies.active import descent
-from coopq.plan.methods import METHODS, OF_TWO_WIDTHS, SEARCHES, measure, plans_on
+from coopq.plan.by_search import make_search
+from coopq.plan.methods import METHODS, OF_TWO_WIDTHS, get_method, measure, names, plans_on
 from coopq.plan.by_score import probes_of, terms_on
 from coopq.model.load import load_model
-from coopq.search.solver.quadratic_program import QuadraticProgram, descend, local_optima, neighbours, random_fill
+from coopq.search.solver.local_search import descend, local_optima, neighbours, random_fill
+from coopq.search.solver.quadratic_program import QuadraticProgram
 from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.core.sizes import Budget, Storage
-from coopq.quantize.contract import SteppedGame, SyntheticGame
-from coopq.core.types import Assignments, Game, Losses
+from coopq.core.sizes import Budget, Sizes
+from coopq.search.synthetic import SteppedGame, SyntheticGame
+from coopq.core.types import Assignments, Losses
 from coopq.game.session import open_workbench
 from tests.command_line import command, refused
 from tests.conftest import STORIES
@@ -40,89 +41,89 @@ HALVES = (2, 2.5, 4, 8)
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
 
 
-def setting_of(seed: int, n: int, n_widths: int, n_capacities: int = 1) -> Setting:
-    """A setting whose players have all widths, or with an odd seed some of those between."""
-    rng, widths = np.random.default_rng(seed), HALVES[-n_widths:]
-    low, *between, high = widths
-    levels = tuple((low, *(width for width in between if rng.random() < 0.5 or seed % 2 == 0), high) for _ in range(n))
-    costs = rng.integers(1, 100, size=sum(map(len, levels)) - n)
-    capacities = sorted(int(x) for x in rng.integers(0, costs.sum() + 1, size=n_capacities))
-    return Setting(widths, costs, tuple(capacities), seed, levels if seed % 2 else None)
+def random_space(seed: int, n: int, n_widths: int, n_capacities: int = 1) -> SearchSpace:
+    """A space whose players have all widths; with an odd seed, players lack some widths between the ends."""
+    rng, (low, *between, high) = np.random.default_rng(seed), HALVES[-n_widths:]
+    player_widths = tuple(
+        (low, *(width for width in between if rng.random() < 0.5 or seed % 2 == 0), high) for _ in range(n)
+    )
+    step_bytes = rng.integers(1, 100, size=sum(map(len, player_widths)) - n)
+    capacities = sorted(int(x) for x in rng.integers(0, step_bytes.sum() + 1, size=n_capacities))
+    return SearchSpace(player_widths, step_bytes, tuple(capacities), seed)
 
 
-def everything(setting: Setting) -> Assignments:
-    return np.array(list(product(*setting.levels_of_players)), dtype=np.float32)
+def all_assignments(space: SearchSpace) -> Assignments:
+    return np.array(list(product(*space.player_widths)), dtype=np.float32)
 
 
-def program_of(setting: Setting, seed: int, quadratic: bool = True) -> QuadraticProgram:
-    rng, n = np.random.default_rng(seed), setting.n_steps
-    pairs = rng.normal(size=(n, n)) * quadratic
-    program = setting.program(setting.capacities[0])
-    return replace(program, linear=rng.normal(size=n), quadratic=pairs + pairs.T)
+def random_program(space: SearchSpace, seed: int, quadratic: bool = True) -> QuadraticProgram:
+    rng, n = np.random.default_rng(seed), space.n_steps
+    K = rng.normal(size=(n, n)) * quadratic
+    return replace(space.constraint(space.capacities[0]), a=rng.normal(size=n), K=K + K.T)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(2, 4))
 @settings(max_examples=30, deadline=None)
 def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> None:
-    setting = setting_of(seed, n, n_widths)
-    points = everything(setting)
-    lowered = setting.lowered(points)
-    assert lowered.shape == (len(points), len(setting.costs))
-    assert np.array_equal(setting.assignments(lowered), points)
-    for step, owner in enumerate(setting.owners):
-        levels = setting.levels_of_players[owner][::-1]
-        steps_down = step - int(np.flatnonzero(setting.owners == owner)[0]) + 1
-        alone, raised = (setting.assignments(of())[step] for of in (setting.alone, setting.raised_alone))
-        assert alone[owner] == levels[steps_down]
-        assert raised[owner] == levels[steps_down - 1]
-        assert all(alone[other] == max(setting.levels_of_players[other]) for other in range(n) if other != owner)
-        assert all(raised[other] == min(setting.levels_of_players[other]) for other in range(n) if other != owner)
-    loose = replace(setting.program(0), capacity=int(setting.costs.sum()))
-    everywhere = np.array(list(product([False, True], repeat=setting.n_steps)))
-    assert {q.tobytes() for q in everywhere if loose.feasible(q)} == {q.tobytes() for q in lowered}
-    for q in lowered:
+    space = random_space(seed, n, n_widths)
+    assignments = all_assignments(space)
+    points = space.steps_down(assignments)
+    assert points.shape == (len(assignments), space.n_steps)
+    assert np.array_equal(space.assignments(points), assignments)
+    for step, player in enumerate(space.player_of_step):
+        widths = space.player_widths[player][::-1]
+        steps_down = step - int(np.flatnonzero(space.player_of_step == player)[0]) + 1
+        down, up = (space.assignments(q[step]) for q in (space.one_player_down(), space.one_player_up()))
+        assert down[player] == widths[steps_down]
+        assert up[player] == widths[steps_down - 1]
+        assert all(down[k] == max(space.player_widths[k]) for k in range(n) if k != player)
+        assert all(up[k] == min(space.player_widths[k]) for k in range(n) if k != player)
+    loose = space.constraint(int(space.step_bytes.sum()))
+    every_q = np.array(list(product([False, True], repeat=space.n_steps)))
+    assert {q.tobytes() for q in every_q if loose.is_feasible(q)} == {q.tobytes() for q in points}
+    for q in points:
         back, down = loose.movable(q)
-        for step in range(setting.n_steps):
+        for step in range(space.n_steps):
             flipped = q.copy()
             flipped[step] = not flipped[step]
-            assert (back if q[step] else down)[step] == loose.feasible(flipped)
+            assert (back if q[step] else down)[step] == loose.is_feasible(flipped)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(3, 4), quadratic=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_programs_are_solved_to_the_optimum(seed: int, n: int, n_widths: int, quadratic: bool) -> None:
-    setting = setting_of(seed, n, n_widths)
-    program = program_of(setting, seed, quadratic)
-    values = sorted(program.objective(q) for q in setting.lowered(everything(setting)) if program.feasible(q))
+    space = random_space(seed, n, n_widths)
+    program = random_program(space, seed, quadratic)
+    points = space.steps_down(all_assignments(space))
+    lowest = min(program.objective(q) for q in points if program.is_feasible(q))
     allocation = allocate(program)
-    assert program.feasible(allocation.q)
-    assert allocation.objective == pytest.approx(values[0], abs=1e-6)
-    assert allocation.bound <= values[0] + 1e-6
-    found = [of.objective for of in best_allocations(program, 3)]
-    assert found == pytest.approx(values[:3], abs=1e-6)
+    assert program.is_feasible(allocation.q)
+    assert allocation.objective == pytest.approx(lowest, abs=1e-6)
+    assert allocation.bound <= lowest + 1e-6
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6), n_widths=st.integers(3, 4))
 @settings(max_examples=40, deadline=None)
 def test_descents_keep_budget_and_order(seed: int, n: int, n_widths: int) -> None:
-    setting, rng = setting_of(seed, n, n_widths), np.random.default_rng(seed)
-    program = program_of(setting, seed)
+    space, rng = random_space(seed, n, n_widths), np.random.default_rng(seed)
+    program = random_program(space, seed)
     start = random_fill(program, rng)
     end = descend(program, start)
     assert program.objective(end) <= program.objective(start)
     for q in (start, end, *neighbours(program, end)):
-        assert program.feasible(q)
+        assert program.is_feasible(q)
     assert all(program.objective(q) >= program.objective(end) - 1e-9 for q in neighbours(program, end))
 
 
 def test_descents_regroup_steps_of_unequal_size() -> None:
-    # Raising player 0 from 4 to 8 bits is worth most, and takes all four others from 3 to 2.
-    setting = Setting((2, 3, 4, 8), np.tile([40, 10, 10], 5), (40,))
-    linear = np.array([[5.0, 1.0, 1.0]] + [[0.1, 0.2, 1.0]] * 4).ravel()
-    program = replace(setting.program(60), linear=linear)
+    # Player 0 gains most by 8 instead of 4 bits, whose bytes all four other players save by 2 instead of 3 bits.
+    space = SearchSpace.uniform((2, 3, 4, 8), np.tile([40, 10, 10], 5), (40,))
+    a = np.array([[5.0, 1.0, 1.0]] + [[0.1, 0.2, 1.0]] * 4).ravel()
+    program = replace(space.constraint(60), a=a)
     start = np.array([[1, 1, 0]] + [[1, 1, 0]] * 4, dtype=bool).ravel()
-    assert program.feasible(start)
-    best = min(program.objective(q) for q in setting.lowered(everything(setting)) if program.feasible(q))
+    assert program.is_feasible(start)
+    points = space.steps_down(all_assignments(space))
+    best = min(program.objective(q) for q in points if program.is_feasible(q))
     assert program.objective(descend(program, start)) == pytest.approx(best)
     assert program.objective(local_optima(program, start[None], 0, np.random.default_rng(0))[0]) == pytest.approx(best)
 
@@ -131,20 +132,20 @@ def test_descents_regroup_steps_of_unequal_size() -> None:
 @settings(max_examples=20, deadline=None)
 def test_random_assignments_fill_the_budget(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    sizes = np.cumsum(rng.integers(1, 50, size=(3, 5)), axis=0)
-    storage = Storage((10,) * 5, {width: tuple(of.tolist()) for width, of in zip((2, 4, 8), sizes, strict=True)})
-    limit = int(rng.integers(sizes[0].sum(), sizes[2].sum() + 1))
-    for assignment in random_assignments(storage, (2, 4, 8), limit, n=3, seed=seed):
-        assert storage.bytes_of(assignment) <= limit
+    n_bytes = np.cumsum(rng.integers(1, 50, size=(3, 5)), axis=0)
+    sizes = Sizes((10,) * 5, dict(zip((2, 4, 8), map(tuple, n_bytes.tolist()), strict=True)))
+    limit = int(rng.integers(n_bytes[0].sum(), n_bytes[2].sum() + 1))
+    for assignment in random_assignments(sizes, (2, 4, 8), limit, n=3, seed=seed):
+        assert sizes.total_bytes(assignment) <= limit
         for player, bits in enumerate(assignment):
             if bits < 8:
                 raised = assignment.copy()
                 raised[player] = {2: 4, 4: 8}[int(bits)]
-                assert storage.bytes_of(raised) > limit
+                assert sizes.total_bytes(raised) > limit
 
 
 class Smooth:
-    """Errors that fall by four for each bit, weighted by player, with an interaction between neighbours."""
+    """A game whose errors fall to a quarter with each bit, weighted by player; neighbouring players interact."""
 
     def __init__(self, n: int, seed: int) -> None:
         self._weights = np.random.default_rng(seed).lognormal(0, 1, n)
@@ -155,30 +156,33 @@ class Smooth:
         return np.tanh(error.sum(axis=1) / 4 + 0.2 * (error[:, 1:] * error[:, :-1]).sum(axis=1))
 
 
+def space_of_bits(widths: tuple[int, ...], n: int, shares: tuple[float, ...], seed: int = 0) -> SearchSpace:
+    """A space of players of one weight each, whose capacities are shares of the bits of all steps."""
+    bits = np.tile(np.diff(widths)[::-1], n)
+    return SearchSpace.uniform(widths, bits, tuple(int(share * bits.sum()) for share in shares), seed)
+
+
 def test_active_finds_the_optimum_of_small_games() -> None:
     for seed in range(3):
         for n_widths, n, game in (
-            (3, 6, SteppedGame(SyntheticGame(12, "saturating", seed), setting_of(0, 6, 3))),
+            (3, 6, SteppedGame(SyntheticGame(12, "saturating", seed), random_space(0, 6, 3))),
             (4, 5, Smooth(5, seed)),
         ):
-            widths = WIDTHS[-n_widths:]
-            costs = np.tile(np.diff(widths)[::-1], n)
-            setting = Setting(widths, costs, (int(costs.sum()) // 5, int(costs.sum()) // 2), seed)
-            search, all_of = run_estimator(ActiveSearch(setting), game), run_estimator(Enumeration(setting), game)
-            assert len(search.measured) < len(all_of.measured) / 2
-            for capacity in setting.capacities:
-                assert search.measured.lowest(capacity) == pytest.approx(all_of.measured.lowest(capacity), abs=1e-9)
+            space = space_of_bits(WIDTHS[-n_widths:], n, (0.2, 0.5), seed)
+            search, enumeration = run(ActiveSearch(space), game).measured, run(Enumeration(space), game).measured
+            assert len(search) < len(enumeration) / 2
+            for capacity in space.capacities:
+                assert search.lowest(capacity) == pytest.approx(enumeration.lowest(capacity), abs=1e-9)
 
 
 def test_rounds_are_as_small_with_several_widths() -> None:
-    """Surrogates then learn as often from as many points, however many steps there are between widths."""
+    """Surrogates are fitted as often, however many widths players have."""
     n, sizes = 72, []
     for widths in (WIDTHS[:2], WIDTHS):
-        costs = np.tile(np.diff(widths)[::-1], n)
-        setting = Setting(widths, costs, (int(costs.sum()) // 2,), 0)
-        game, search, opening = Smooth(n, 0), ActiveSearch(setting), descent(setting)
+        space = space_of_bits(widths, n, (0.5,))
+        game, search, opening = Smooth(n, 0), ActiveSearch(space), descent(space)
         assert opening is not None
-        n_descended = len(run_estimator(opening, game).measured)
+        n_descended = len(run(opening, game).measured)
         while len(search.measured) < n_descended:
             points = search.propose()
             search.learn(points, game(points))
@@ -188,19 +192,12 @@ def test_rounds_are_as_small_with_several_widths() -> None:
 
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_greedy_of_many_steps_ends_near_the_optimum_of_a_smooth_game(direction: str) -> None:
-    game = Smooth(30, 0)
-    costs = np.tile(np.diff(WIDTHS)[::-1], 30)
-    setting = Setting(WIDTHS, costs, (60, 100), 0)
-    search = run_estimator(Greedy.paced(setting, direction), game)
-    for capacity in setting.capacities:
-        chosen = search.choose(capacity)
-        uniform = game(random_assignments_of(setting, capacity))
-        assert game(chosen[None])[0] < uniform.min()
-
-
-def random_assignments_of(setting: Setting, capacity: int) -> Assignments:
-    rng = np.random.default_rng(0)
-    return setting.assignments(np.array([random_fill(setting.program(capacity), rng) for _ in range(50)]))
+    game, rng = Smooth(30, 0), np.random.default_rng(0)
+    space = SearchSpace.uniform(WIDTHS, np.tile(np.diff(WIDTHS)[::-1], 30), (60, 100))
+    search = run(Greedy.paced(space, direction), game)
+    for capacity in space.capacities:
+        drawn = space.assignments(np.array([random_fill(space.constraint(capacity), rng) for _ in range(50)]))
+        assert game(search.choose(capacity)[None])[0] < game(drawn).min()
 
 
 def test_one_shot_is_the_optimum_where_steps_add_up() -> None:
@@ -213,27 +210,22 @@ def test_one_shot_is_the_optimum_where_steps_add_up() -> None:
         def __call__(self, assignments: Assignments) -> Losses:
             return table[np.arange(5), np.searchsorted(HALVES, assignments)].sum(axis=1)
 
-    setting = setting_of(1, 5, 4, 2)
-    best = run_estimator(Enumeration(setting), Additive()).measured
-    for search in (OneShot(setting, "high"), OneShot(setting, "low"), Regression(setting, n_points=200)):
-        run_estimator(search, Additive())
-        for capacity in setting.capacities:
+    space = random_space(1, 5, 4, 2)
+    best = run(Enumeration(space), Additive()).measured
+    for search in (OneShot(space, "high"), OneShot(space, "low"), Regression(space, n_points=200)):
+        run(search, Additive())
+        for capacity in space.capacities:
             value = float(Additive()(search.choose(capacity)[None])[0])
             assert value == pytest.approx(best.lowest(capacity), abs=0.05 if isinstance(search, Regression) else 1e-9)
 
 
-def always(game: Game) -> Callable[[float], Game]:
-    return lambda _: game
-
-
-@pytest.mark.parametrize("name", [name for name in SEARCHES if name not in OF_TWO_WIDTHS])
+@pytest.mark.parametrize("name", names(kind="search", most_widths=None))
 def test_searches_keep_every_budget(name: str) -> None:
     for seed in range(3):
-        setting = setting_of(seed, 5, 3, 2)
-        nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
-        search = run_search(SEARCHES[name](setting, (nothing, np.zeros(0)), nothing), always(Smooth(5, seed)))
-        for capacity in setting.capacities:
-            assert setting.program(capacity).feasible(setting.lowered(search.choose(capacity)))
+        space, no_starts = random_space(seed, 5, 3, 2), np.zeros((0, 5), dtype=np.float32)
+        search = run(make_search(get_method(name), space, (no_starts, np.zeros(0)), no_starts), Smooth(5, seed))
+        for capacity in space.capacities:
+            assert space.constraint(capacity).is_feasible(space.steps_down(search.choose(capacity)))
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -1,8 +1,8 @@
 """CoopQ: mixed-precision quantization of language models, decided by a cooperative game between layers.
 
 >>> import coopq
->>> config = coopq.RunConfig("demo", low=3, high=4, permutations=10)
->>> plan = coopq.quantize(config, "3.5avg", Path("smollm2-3.5"))
+>>> request = coopq.Request.from_options(model="demo", bits=(3, 4), tokens=1024, sequence_length=128)
+>>> plan = coopq.quantize(request, coopq.Goal(budget="3.5avg"), Path("smollm2-3.5"))
 >>> model = coopq.load("smollm2-3.5")
 """
 
@@ -11,21 +11,23 @@ from typing import Any
 
 _PUBLIC = {
     "Budget": "coopq.core.sizes",
-    "CalibrationConfig": "coopq.core.config",
     "CoopQError": "coopq.core.errors",
+    "Goal": "coopq.core.specs",
     "Plan": "coopq.plan.plan",
-    "RunConfig": "coopq.core.config",
-    "RunFolder": "coopq.core.config",
+    "QuantizerSpec": "coopq.core.specs",
+    "Request": "coopq.core.specs",
+    "SolverSpec": "coopq.core.specs",
+    "allocate": "coopq.pipeline",
     "apply": "coopq.pipeline",
     "compare": "coopq.judge.comparison",
-    "estimate": "coopq.pipeline",
     "compare_plan": "coopq.judge.comparison",
-    "evaluate_model": "coopq.judge.comparison",
-    "evaluate_saved": "coopq.judge.comparison",
+    "estimate": "coopq.pipeline",
+    "evaluate_model": "coopq.judge.perplexity",
+    "evaluate_saved": "coopq.judge.perplexity",
+    "export_model": "coopq.export.formats",
     "find_players": "coopq.model.players",
     "load": "coopq.export.checkpoint",
     "load_model": "coopq.model.load",
-    "plan_budget": "coopq.plan.plan",
     "quantize": "coopq.pipeline",
 }
 __all__ = sorted(_PUBLIC)

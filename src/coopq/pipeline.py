@@ -1,112 +1,94 @@
-"""The stages in order over a run folder: estimate, allocate, quantize."""
+"""The main job, from a request to a saved model, as a page that reads top to bottom.
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
-from functools import partial
+quantize = prepare -> open a session -> plans of the budget -> measure the plan -> save the model. Each stage keeps what
+the stage computes in the run folder, so that an interrupted job goes on from there.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import round_untouched
-from coopq.model.texts import calibration_set, fitting_set
-from coopq.export.checkpoint import is_saved_model, save_model
-from coopq.game.ray_cluster import RayConfig
-from coopq.core.errors import BackendError, BudgetError, EstimationError, InfeasibleBudget, Mismatch, OutputError
-from coopq.export.formats import storage_for
-from coopq.core.files import require_new_folder
+from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
+from coopq.core.files import as_plain, require_new_folder
+from coopq.core.sizes import Budget, Sizes
+from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, SolverSpec
+from coopq.core.types import UNTOUCHED, ProgressCallback, silent
+from coopq.export.checkpoint import SavedModel, Source, save_model
+from coopq.export.formats import target_sizes
+from coopq.game.session import Session, open_session, prepare, weights_fingerprint
+from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
-from coopq.plan.methods import (
-    SEARCHES,
-    SHRUNK,
-    UNPROVEN,
-    check_method,
-    check_players,
-    estimate_on,
-    measure,
-    plans_on,
-    smallest_on,
-)
-from coopq.model.load import fingerprint_weights, load_model
-from coopq.plan.plan import WALK_METHODS, Plan, check_solver
-from coopq.model.players import find_players
-from coopq.core.config import Estimation, RunConfig
-from coopq.core.sizes import Budget, Storage
-from coopq.core.types import ProgressCallback, silent
-from coopq.game.session import open_workbench
+from coopq.model.texts import calibration_set, fitting_set
+from coopq.plan.allocate import allocate_run
+from coopq.plan.by_search import smallest_plan
+from coopq.plan.by_walks import estimate_walks
+from coopq.plan.confidence import measure_plan
+from coopq.plan.estimation import Estimation
+from coopq.plan.methods import METHODS, check_methods, get_method, make_plans
+from coopq.plan.plan import Plan
 
+if TYPE_CHECKING:  # Ray is optional
+    from coopq.game.ray_cluster import RayConfig
 
-def estimate(
-    config: RunConfig, run: Path, progress: ProgressCallback = silent, *, ray: RayConfig | None = None
-) -> Estimation:
-    """Play the game on the permutation walks of SPQE; an interrupted run goes on where it was.
+__all__ = ["allocate", "apply", "default_run", "estimate", "quantize"]
 
-    Args:
-        config: What to measure.
-        run: The run folder.
-        progress: Told of every loss.
-        ray: Where workers are that measure; None measures here.
-    """
-    check = partial(check_players, ["coopq"], n_widths=len(config.widths))
-    with open_workbench(config, run, progress, check=check, ray=ray) as bench:
-        return estimate_on(bench)
+allocate = allocate_run
 
 
 def quantize(
-    config: RunConfig,
-    budget: str | None,
+    request: Request,
+    goal: Goal,
     out: Path,
     *,
-    max_loss: float | None = None,
+    solver: SolverSpec = DEFAULT_SOLVER,
     run: Path | None = None,
-    method: str = "active",
-    alpha: float = 0.5,
-    time_limit: float | None = None,
     progress: ProgressCallback = silent,
-    ray: RayConfig | None = None,
+    ray: "RayConfig | None" = None,
 ) -> Plan:
     """The main job: search the assignment of a budget, measure it, save the quantized model.
 
     Args:
-        config: The model and how to measure it.
-        budget: "2.5avg", "2.8bpw" or "40MiB"; None with a limit on the loss instead.
-        max_loss: Find the smallest size whose loss on the calibration set stays under this, nats per token.
-        out: Folder of the quantized model; it appears whole, at the end.
-        run: Folder of the work, "<out>-run" by default; an interrupted job goes on from it.
-        method: One of `coopq.plan.methods.METHODS`: "active", "coopq" as in the paper, another search, or a baseline.
-        alpha: Shrinkage of the covariance.
-        time_limit: Seconds for the solver.
+        request: The model and how to measure it.
+        goal: The budget, or a limit on the loss, and the method.
+        out: Folder of the quantized model; the folder appears whole, at the end.
+        solver: How programs are solved.
+        run: Folder of the work, "<out>-run" by default; an interrupted job goes on from there.
         progress: Told of every step.
-        ray: Where workers are that measure; None measures here.
+        ray: Where the workers are that measure; None measures in this process.
     Returns:
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
-    budgets = [] if budget is None else [Budget.parse(budget)]
-    check_solver(alpha, time_limit)
-    check_method(method)
-    if (budget is None) == (max_loss is None):
-        raise BudgetError("give a budget, or a limit on the loss, and not both")
-    if max_loss is not None and not math.isfinite(max_loss):
-        raise BudgetError(f"a loss of {max_loss} is no limit; give nats per token, 3.8 for example")
-    if config.screening is not None and (max_loss is not None or method not in SEARCHES):
-        goal = f"method {method!r}" if max_loss is None else "a limit on the loss"
-        raise EstimationError(f"screening is for searches of a budget, not for {goal}; leave --screen-tokens out")
-    if max_loss is not None and method != "active":
-        raise EstimationError(f"method {method!r} cannot search for a loss; leave it out, the active search can")
     out = out.resolve()
-    if is_saved_model(out):
-        asked = {"method": method, "alpha": alpha if method in SHRUNK else None, "max_loss": max_loss}
-        return _finished(config, asked | ({"budget": budgets[0].text} if budgets else {}), time_limit, out)
+    _check_goal(request, goal)
+    if SavedModel(out).exists:
+        return _finished(request, goal, solver, out)
     require_new_folder(out)
-    check = partial(check_players, [method], n_widths=len(config.widths))
-    with open_workbench(config, run or default_run(out), progress, *budgets, check=check, ray=ray) as bench:
-        if max_loss is None:
-            (plan,) = plans_on(bench, method, budgets, alpha=alpha, time_limit=time_limit)
+    budgets = [] if goal.budget is None else [Budget.parse(goal.budget)]
+    prepared = prepare(request, sizes_for=target_sizes)
+    check_methods([goal.method], prepared.players, len(request.widths.bits))
+    prepared.check_budgets(budgets)
+    with open_session(prepared, run or default_run(out), progress, ray=ray) as session:
+        if goal.max_loss is None:
+            (plan,) = make_plans(session, goal.method, budgets, solver)
         else:
-            plan = smallest_on(bench, max_loss, time_limit=time_limit)
-        plan = measure(bench, plan)
-        return bench.save(plan, out)
+            plan = smallest_plan(session, goal.max_loss, solver)
+        return save_model(_source(session), measure_plan(session, plan), out, progress)
+
+
+def estimate(
+    request: Request, run: Path, progress: ProgressCallback = silent, *, ray: "RayConfig | None" = None
+) -> Estimation:
+    """Measure the permutation walks of SPQE, and estimate Shapley values; an interrupted run goes on.
+
+    Args:
+        request: What to measure.
+        run: The run folder.
+        progress: Told of every loss.
+        ray: Where the workers are that measure; None measures in this process.
+    """
+    prepared = prepare(request, sizes_for=target_sizes)
+    check_methods(["coopq"], prepared.players, len(request.widths.bits))
+    with open_session(prepared, run, progress, ray=ray) as session:
+        return estimate_walks(session)
 
 
 def apply(
@@ -114,8 +96,7 @@ def apply(
     out: Path,
     *,
     model: str | None = None,
-    backend: str | None = None,
-    group_size: int | None = None,
+    deployment: QuantizerSpec | None = None,
     progress: ProgressCallback = silent,
 ) -> Plan:
     """Quantize the model of a plan and save it.
@@ -124,95 +105,139 @@ def apply(
         plan: The plan.
         out: Folder of the quantized model.
         model: Where the model is now; None takes the plan's word.
-        backend: Deploy with this backend instead of the one that was measured; the saved plan says so.
-        group_size: Group size of that other backend.
+        deployment: Deploy with this quantizer instead of the one that was measured; the saved plan says so.
         progress: Told of every step.
     Returns:
         The plan as it was saved.
     Raises:
         Mismatch: If the model is not the plan's.
+        InfeasibleBudget: If the deployed weights do not keep the plan's budget.
     """
     out = out.resolve()
     require_new_folder(out)
-    config = RunConfig.from_json(plan.config)
-    if backend is None and group_size is not None:
-        raise BackendError(f"group size {group_size} goes with a backend to deploy by; name one, or leave it out")
-    deployed = RunConfig(config.model, backend or "", group_size).quantizer
-    if backend is not None and deployed != plan.quantizer:
-        plan = dataclasses.replace(plan, deployment=deployed, measured_loss=None, evidence=None, predicted_loss=None)
-    quantizer = get_backend(**plan.quantizer, bits=tuple(sorted(set(plan.assignment))))
-    progress("loading the model", 0, 1)
-    where: dict[str, Any] = {"dtype": plan.fingerprint["dtype"], "device": config.device}
-    source = model or config.model
-    loaded = load_model(source, **where, on_host=not weights_fit(source, **where))
-    progress("loading the model", 1, 1)
-    ours: dict[str, Any] = {"weights": fingerprint_weights(loaded.model)}
-    if plan.deployment is None:
-        ours["backend"] = json.loads(json.dumps(quantizer.fingerprint()))
-    theirs = {name: plan.fingerprint[name] for name in ours}
-    if ours != theirs:
+    place = model or plan.request.model.source
+    request = plan.request.replace(model=place, dtype=plan.fingerprint["dtype"])
+    if deployment is not None and deployment != plan.quantizer:
+        plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
+    if plan.deployment is not None:
+        widths = {*plan.assignment, request.widths.low, request.widths.high}
+        request = _with_quantizer(request, plan.deployment).replace(bits=tuple(widths))
+    prepared = prepare(request, sizes_for=target_sizes)
+    spec = request.model
+    loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
+    backend, text = prepared.backend, request.text
+    fitting = calibration = None
+    if backend.calibrated:
+        positions = max_positions(loaded.model)
+        fitting = fitting_set(text, loaded.tokenizer, positions)
+        calibration = calibration_set(text, loaded.tokenizer, positions)
+    found = as_plain(weights_fingerprint(prepared, loaded, fitting))
+    compared = ("weights",) if plan.deployment is not None else ("weights", "backend", "fitted to")
+    ours, theirs = ({key: of_plan.get(key) for key in compared} for of_plan in (found, as_plain(plan.fingerprint)))
+    if differing(ours, theirs):
         raise Mismatch(
-            f"the plan was made for another model than {source!r}, or by another backend",
+            f"the plan was made for another model than {place!r}, or by another backend",
             ours,
             theirs,
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
-    players = find_players(loaded.model, config.granularity, config.embeddings)
-    round_untouched(loaded, players, config.widths)
     if plan.deployment is not None:
-        options = {"backend" if key == "name" else key: value for key, value in plan.quantizer.items()}
-        by_other = dataclasses.replace(config, model=source, **options)
-        plan = _resized(plan, storage_for(by_other, loaded.model, players, quantizer))
-    if not quantizer.calibrated:
-        return save_model(loaded, plan, quantizer, None, out, progress)
-    fitting, seen = (of(config.calibration, loaded.tokenizer).tokens for of in (fitting_set, calibration_set))
-    return save_model(loaded, plan, quantizer, fitting, out, progress, calibration=seen)
-
-
-def _resized(plan: Plan, storage: Storage) -> Plan:
-    """The plan with the sizes of the backend that deploys it, if they still keep the budget."""
-    config = RunConfig.from_json(plan.config)
-    limit, n_bytes = (
-        storage.limit(Budget.parse(plan.budget), config.low, config.high),
-        storage.bytes_of(plan.assignment),
-    )
-    if n_bytes > limit:
-        raise InfeasibleBudget(
-            f"by backend {plan.quantizer['name']!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
-            f"{limit}; allocate a smaller budget, or estimate with that backend"
-        )
-    return dataclasses.replace(
-        plan,
-        bytes=n_bytes,
-        untouched_bytes=storage.untouched_bytes(plan.assignment),
-        budget_bytes=limit,
-        bits_per_weight=storage.bits_per_weight(plan.assignment),
-    )
+        plan = _resized(plan, prepared.sizes)
+    source = Source(loaded=loaded, players=prepared.players, backend=backend, fitting=fitting, calibration=calibration)
+    return save_model(source, plan, out, progress)
 
 
 def default_run(out: Path) -> Path:
-    """The run folder of an output folder: beside it, so that the output holds nothing but the model."""
+    """The run folder of an output folder: beside the output, which holds nothing but the model."""
     out = out.resolve()
     return out.with_name(f"{out.name}-run")
 
 
-def _finished(config: RunConfig, asked: Mapping[str, Any], time_limit: float | None, out: Path) -> Plan:
-    """The plan of an output that is complete, if it answers this very request."""
+def _check_goal(request: Request, goal: Goal) -> None:
+    """Check that a goal can be reached by its method, before any work.
+
+    Raises:
+        EstimationError: If not.
+    """
+    method, screens = get_method(goal.method), request.text.screen_tokens is not None
+    if screens and (goal.max_loss is not None or method.kind != "search"):
+        what = f"method {method.name!r}" if goal.max_loss is None else "a limit on the loss"
+        raise EstimationError(f"screening is for searches of a budget, not for {what}; leave --screen-tokens out")
+    if goal.max_loss is not None and method.name != "active":
+        raise EstimationError(
+            f"method {method.name!r} cannot search for a loss; leave --method out, the active search can"
+        )
+
+
+def _source(session: Session) -> Source:
+    """What the model of a session is saved from."""
+    return Source(
+        loaded=session.loaded,
+        players=session.players,
+        backend=session.backend,
+        fitting=session.fitting,
+        calibration=session.calibration,
+        bank=session.bank,
+    )
+
+
+def _with_quantizer(request: Request, quantizer: QuantizerSpec) -> Request:
+    """The request with another quantizer."""
+    return Request(request.model, quantizer, request.widths, request.text, request.search, request.target)
+
+
+def _resized(plan: Plan, sizes: Sizes) -> Plan:
+    """The plan with the sizes of the backend that deploys it.
+
+    Raises:
+        InfeasibleBudget: If they do not keep the plan's budget.
+    """
+    widths = plan.request.widths
+    limit, n_bytes = sizes.limit(Budget.parse(plan.budget), widths.low, widths.high), sizes.total_bytes(plan.assignment)
+    if n_bytes > limit:
+        raise InfeasibleBudget(
+            f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
+            f"{limit}; allocate a smaller budget, or estimate with that backend"
+        )
+    return plan.replace(
+        bytes=n_bytes,
+        untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
+        budget_bytes=limit,
+        bits_per_weight=sizes.bits_per_weight(plan.assignment),
+    )
+
+
+def _finished(request: Request, goal: Goal, solver: SolverSpec, out: Path) -> Plan:
+    """The plan of an output that is complete, if the output answers this very request.
+
+    Raises:
+        OutputError: If the output was made for another request, with the options that differ.
+    """
     plan = Plan.load(out / "plan.json")
-    ours = {**config.to_json(), **asked, "deployment": None}
-    theirs = {
-        **RunConfig.from_json(plan.config).to_json(),
-        **{name: getattr(plan, name) for name in asked},
+    method = METHODS[goal.method]
+    ours: dict[str, Any] = {
+        **request.options(),
+        "method": goal.method,
+        "alpha": solver.alpha if method.takes_alpha else None,
+        "max_loss": goal.max_loss,
+        "deployment": None,
+    }
+    theirs: dict[str, Any] = {
+        **plan.request.options(),
+        "method": plan.method,
+        "alpha": plan.alpha,
+        "max_loss": plan.max_loss,
         "deployment": plan.deployment,
     }
-    if plan.method not in WALK_METHODS:
+    if goal.budget is not None:
+        ours["budget"], theirs["budget"] = Budget.parse(goal.budget).text, plan.budget
+    if METHODS[plan.method].kind != "walks":
         ours["permutations"] = theirs["permutations"]
-    if time_limit is None and plan.method not in UNPROVEN:  # a proof is asked for
+    if solver.time_limit is None and METHODS[plan.method].proves:  # a proof is asked for
         ours["solver"], theirs["solver"] = "optimal", plan.solver.status
-    if ours != theirs:
-        differing = Mismatch("", ours, theirs, "").fields
+    if fields := differing(ours, theirs):
         raise OutputError(
-            f"output folder {out} is not empty: it holds a model made with another {', '.join(differing)}; "
+            f"output folder {out} is not empty: it holds a model made with another {', '.join(fields)}; "
             "name another folder, or empty it first"
         )
     return plan

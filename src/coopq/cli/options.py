@@ -1,193 +1,177 @@
-"""What several commands ask for: types of arguments and options with their help, and what their values mean."""
+"""Command-line options made from the specs: names, types, defaults and help come from `coopq.core.specs`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import typer
+import click
+from click.shell_completion import CompletionItem
+from msgspec import Meta
+from msgspec.structs import FieldInfo, fields
 
-from coopq.core.errors import CalibrationError, EstimationError
-from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.errors import EstimationError, OptionError
+from coopq.core.spec import Spec, build
+from coopq.core.specs import (
+    Goal,
+    ModelSpec,
+    QuantizerSpec,
+    Request,
+    SearchSpec,
+    SolverSpec,
+    TargetSpec,
+    TextSpec,
+    WidthsSpec,
+)
 from coopq.core.types import as_widths
+from coopq.export.formats import FORMS
+from coopq.plan.methods import METHODS
+from coopq.quantizers import BACKENDS
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.game.ray_cluster import RayConfig
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file, or 'demo'.")]
-Budget_ = Annotated[
-    str | None, typer.Option("--budget", help="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
-]
-Granularity = Annotated[
-    str,
-    typer.Option(help="What gets a width of its own: block, fused (q/k/v and gate/up together), or linear (layer)."),
-]
-Embeddings = Annotated[
-    bool, typer.Option("--embeddings", help="The embedding and the head are players too; one, where they are tied.")
-]
-Target = Annotated[
-    str | None,
-    typer.Option(
-        help="Form that the model will be exported to (gguf, openvino, compressed-tensors, auto-round): what that "
-        "cannot hold is refused at once, and a budget in bytes is that of the exported file."
-    ),
-]
-Base = Annotated[
-    str | None, typer.Option(help="For --target gguf or openvino: the model in full precision in that form.")
-]
-Context = Annotated[int | None, typer.Option(min=1, help="A budget in bytes holds the KV cache of so many tokens too.")]
-Backend = Annotated[
-    str, typer.Option(help="rtn, quanto, hqq, gptq, gptq-static, autoround, ggml, ggml-iq or ggml-gptq.")
-]
-METHOD_HELP = (
-    "active searches on the true loss; coopq is the paper's; shapley, interactions and pruning read walks otherwise; "
-    "greedy-down, greedy-up, evopress, regression, cross-layer, one-shot-high, one-shot-low, exact; or a score: "
-    "fisher, llm-mq, llm-mq-block, lim, zd, zd-two-sided, activation, first-last, hawq, auto-quantize, "
-    "auto-quantize-kl."
-)
-Method = Annotated[str, typer.Option(help=METHOD_HELP)]
-GroupSize = Annotated[int | None, typer.Option(help="Weights that share a scale. (default: the backend's)")]
-ActOrder = Annotated[
-    bool | None, typer.Option("--act-order/--no-act-order", help="gptq: columns by decreasing Hessian diagonal.")
-]
-Symmetric = Annotated[
-    bool | None, typer.Option("--symmetric/--asymmetric", help="gptq, autoround: zero points in the middle.")
-]
-Bits = Annotated[str, typer.Option(help="The widths to choose from, two or more.")]
-Permutations = Annotated[
-    int, typer.Option(help="Random walks to measure, for methods that walk; more can be added to a run later.")
-]
-Seed = Annotated[int, typer.Option(help="Seed of the walks, or of the search.")]
-Calibration = Annotated[str, typer.Option(help="'c4' (packaged), a .txt or .jsonl file, hub:NAME or hub:NAME:CONFIG.")]
-CalibrationSeed = Annotated[int, typer.Option(help="Seed of the choice of calibration sequences.")]
-Tokens = Annotated[int, typer.Option(help="Calibration tokens, in whole sequences.")]
-FitTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="gptq, autoround, ggml: further tokens of the text that weights are fitted to. (default: 32768, or what "
-        "it has left)"
-    ),
-]
-Length = Annotated[int, typer.Option("--sequence-length", help="Tokens of a calibration sequence.")]
-ScreenTokens = Annotated[
-    int | None, typer.Option(help="Calibration tokens that a search looks at; all decide at the end. (default: all)")
-]
-Loss = Annotated[
-    str,
-    typer.Option(
-        help="What searches lower: nll, as in the paper, or kl, the divergence from full precision, of which few "
-        "tokens say more."
-    ),
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ..., or 'sharded': over all GPUs.")]
-Alpha = Annotated[float, typer.Option(help="Shrinkage of the covariance towards its diagonal, 0 to 1.")]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        help="Seconds for the solver. (default: until proven; a quarter of a minute where only surrogates are solved)"
-    ),
-]
-RayAddress = Annotated[
-    str | None,
-    typer.Option(help="Measure on a Ray cluster: its address, 'auto' for this machine's, 'local' to start one here."),
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Workers on the cluster. (default: one a GPU, or one a CPU core)")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Run = Annotated[Path | None, typer.Option(help="Folder of the work. (default: OUT-run)")]
+_SECTIONS: dict[type[Spec], str] = {
+    ModelSpec: "Model",
+    Goal: "Goal",
+    QuantizerSpec: "Quantizer",
+    WidthsSpec: "Widths",
+    TextSpec: "Calibration text",
+    SearchSpec: "Search",
+    SolverSpec: "Solver",
+    TargetSpec: "Target engine",
+}
+_REQUEST = (ModelSpec, QuantizerSpec, WidthsSpec, TextSpec, SearchSpec, TargetSpec)
+_NAMES: dict[str, Mapping[str, Any]] = {"backend": BACKENDS, "method": METHODS, "target": FORMS}
+"""Options whose values are names of a registry."""
+
+Command = Callable[..., None]
 
 
-def run_config(
-    *,
-    model: Model,
-    granularity: Granularity = "block",
-    embeddings: Embeddings = False,
-    target: Target = None,
-    base: Base = None,
-    context: Context = None,
-    backend: Backend = "rtn",
-    group_size: GroupSize = None,
-    act_order: ActOrder = None,
-    symmetric: Symmetric = None,
-    bits: Bits = "2,4",
-    permutations: Permutations = 25,
-    seed: Seed = 0,
-    calibration: Calibration = "c4",
-    calibration_seed: CalibrationSeed = 0,
-    tokens: Tokens = 8192,
-    sequence_length: Length = 512,
-    fit_tokens: FitTokens = None,
-    screen_tokens: ScreenTokens = None,
-    loss: Loss = "nll",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-) -> RunConfig:
-    """What a command is asked to measure."""
-    for option, n in (("--tokens", tokens), ("--screen-tokens", screen_tokens), ("--fit-tokens", fit_tokens)):
-        if sequence_length < 1 or (n is not None and n % sequence_length):
-            raise CalibrationError(
-                f"{option} {n} is not a multiple of --sequence-length {sequence_length}; sequences are never padded"
-            )
+class SectionedCommand(click.Command):
+    """A command whose help groups the options by the spec that they belong to."""
 
-    def in_sequences(n: int | None) -> int | None:
-        return None if n is None else n // sequence_length
-
-    try:
-        low, *between, high = sorted(as_widths(bits.split(",")))
-    except ValueError as error:
-        raise EstimationError(f"--bits {bits!r} is not two widths or more; write 2,4 or 2,3,4,8") from error
-    return RunConfig(
-        model,
-        backend,
-        low=low,
-        between=tuple(between),
-        high=high,
-        group_size=group_size,
-        act_order=act_order,
-        symmetric=symmetric,
-        granularity=granularity,
-        embeddings=embeddings,
-        target=target,
-        base=base,
-        context=context,
-        permutations=permutations,
-        seed=seed,
-        calibration=CalibrationConfig(
-            calibration, tokens // sequence_length, sequence_length, calibration_seed, in_sequences(fit_tokens)
-        ),
-        screening=in_sequences(screen_tokens),
-        loss=loss,
-        dtype=dtype,
-        device=device,
-    )
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each spec, and one for the options of the command itself."""
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
-def measures(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command, whose first parameter is a `RunConfig`, ask for the options that `run_config` makes one from.
+class SpecOption(click.Option):
+    """An option of a spec, with the section of the help that the option belongs to."""
+
+    def __init__(self, *args: Any, section: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.section = section
+
+
+class _Name(click.ParamType):
+    """A name that is checked elsewhere, with completion."""
+
+    name = "text"
+
+    def __init__(self, choices: Iterable[str]) -> None:
+        self._choices = list(choices)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that begin with what is typed."""
+        return [CompletionItem(name) for name in self._choices if name.startswith(incomplete)]
+
+
+class _Widths(click.ParamType):
+    """Widths with commas between."""
+
+    name = "widths"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The widths as numbers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return tuple(as_widths(value.split(",")))
+        except ValueError as error:
+            raise OptionError(f"bits = {value!r} are not widths with commas between; write 2,4 or 2,3,4,8") from error
+
+
+def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Give a command the options of specs; the command gets the specs built from them, as keywords.
 
     Args:
-        without: Options that it does not need.
+        kinds: `Request` (keyword `request`), `Goal` (`goal`), `SolverSpec` (`solver`).
+        without: Names of options that the command does not need; they keep their defaults.
     """
+    specs = [spec for kind in kinds for spec in (_REQUEST if kind is Request else (kind,))]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        asked = {name: of for name, of in signature(run_config).parameters.items() if name not in without}
-        own = [of.replace(kind=Parameter.KEYWORD_ONLY) for of in list(signature(command).parameters.values())[1:]]
-
+    def decorate(command: Command) -> Command:
         @wraps(command)
-        def with_options(**values: Any) -> None:
-            command(run_config(**{name: values.pop(name) for name in asked}), **values)
+        def with_specs(**values: Any) -> None:
+            given: dict[str, Any] = {}
+            for kind in kinds:
+                own = {name: values[name] for name in _option_names(kind) if name in values}
+                built = Request.from_options(**own) if kind is Request else build(kind, own)  # type: ignore[arg-type]
+                given[_KEYWORDS[kind]] = built
+            taken = {name for kind in kinds for name in _option_names(kind)}
+            command(**given, **{name: value for name, value in values.items() if name not in taken})
 
-        # The model, then what is the command's own, then the rest.
-        model, *others = asked.values()
-        parameters = [model, *own, *others]
-        with_options.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {of.name: of.annotation for of in parameters}
-        return with_options
+        for spec in reversed(specs):
+            for field in reversed(fields(spec)):
+                if field.encode_name not in without:
+                    _parameter(spec, field)(with_specs)
+        return with_specs
 
     return decorate
+
+
+_KEYWORDS: dict[type[Any], str] = {Request: "request", Goal: "goal", SolverSpec: "solver"}
+
+
+def _option_names(kind: type[Any]) -> list[str]:
+    return [field.encode_name for spec in (_REQUEST if kind is Request else (kind,)) for field in fields(spec)]
+
+
+def _parameter(spec: type[Spec], field: FieldInfo) -> Callable[[Command], Command]:
+    """The argument or option of a field."""
+    if field.required:
+        return click.argument(field.encode_name)
+    kind, meta = _unpacked(field.type)
+    name = field.encode_name
+    flag = "--" + name.replace("_", "-")
+    settings: dict[str, Any] = {"default": field.default, "help": _help(name, meta), "section": _SECTIONS[spec]}
+    if kind is bool:
+        switches = meta.extra["flags"] if meta.extra else f"{flag}/--no-{flag[2:]}"
+        return click.option(switches if field.default is None else flag, name, cls=SpecOption, is_flag=True, **settings)
+    settings |= {"type": _click_type(name, kind), "show_default": field.default is not None}
+    if name == "bits":
+        settings["show_default"] = ",".join(map(str, field.default))
+    return click.option(flag, name, cls=SpecOption, **settings)
+
+
+def _unpacked(annotation: Any) -> tuple[Any, Meta]:
+    """The plain type of a field, None left out, and what the spec says of the field."""
+    kind, meta = get_args(annotation)[:2]
+    others = [part for part in get_args(kind) if part is not type(None)]
+    is_union = get_origin(kind) not in (Literal, tuple) and others
+    return (others[0] if is_union else kind), meta
+
+
+def _help(name: str, meta: Meta) -> str:
+    description = meta.description or ""
+    return f"{description} One of: {', '.join(_NAMES[name])}." if name in _NAMES else description
+
+
+def _click_type(name: str, kind: Any) -> Any:
+    if name == "bits":
+        return _Widths()
+    if name in _NAMES:
+        return _Name(_NAMES[name])
+    return _Name(get_args(kind)) if get_origin(kind) is Literal else kind
 
 
 def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
@@ -199,3 +183,25 @@ def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
     from coopq.game.ray_cluster import RayConfig
 
     return RayConfig(address, workers)
+
+
+def takes_cluster(command: Command) -> Command:
+    """Give a command the options of a Ray cluster."""
+    for option in (
+        click.option("--workers", type=click.IntRange(min=1), help="Workers. Default: one a GPU, or one a CPU core."),
+        click.option(
+            "--ray-address",
+            help="Measure on a Ray cluster: its address, 'auto' for this machine's cluster, 'local' to start one here.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+out_folder = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of the quantized model; it appears whole, at the end.",
+)

@@ -1,4 +1,4 @@
-"""What the command line shows: progress bars, results, errors."""
+"""What the command line shows: progress bars, results, errors. rich is imported when something is shown."""
 
 import json
 import logging
@@ -8,107 +8,119 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console, RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+import click
 
 from coopq.core.types import ProgressCallback
 
-STDOUT = Console()
-STDERR = Console(stderr=True)
-_SECONDS_A_LINE = 60.0
-"""Of a log that nobody watches."""
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_SECONDS_PER_LINE = 60.0
+"""How often progress is printed where nobody watches a terminal."""
+
+
+@cache
+def stderr() -> "Console":
+    """Where progress and notes are printed."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """Print a line on standard error as it is; bars that are shown stay below the line."""
+    stderr().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def progress_bars() -> Iterator[ProgressCallback]:
-    """A bar for every stage, with rate and time left, on standard error; where that is no terminal, a line a minute."""
+    """A bar for every stage, with rate and time left, on standard error; without a terminal, a line a minute."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        _RateColumn(),
+        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=STDERR) as bars:
+    with Progress(*columns, console=stderr()) as bars:
         tasks: dict[str, TaskID] = {}
         told = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
             nonlocal told
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, completed=done)
-            bars.update(tasks[stage], completed=done, total=total)
-            if not STDERR.is_terminal and time.monotonic() - told >= _SECONDS_A_LINE:
+                tasks[stage] = bars.add_task(stage, total=total, completed=done, rate="")
+            task = bars.tasks[bars.task_ids.index(tasks[stage])]
+            bars.update(tasks[stage], completed=done, total=total, rate=_rate(task.finished_speed or task.speed))
+            if not stderr().is_terminal and time.monotonic() - told >= _SECONDS_PER_LINE:
                 told = time.monotonic()
-                STDERR.print(f"{stage}: {done} of {total}", highlight=False, soft_wrap=True, markup=False)
+                note(f"{stage}: {done} of {total}")
 
         try:
             yield report
         except KeyboardInterrupt:
-            STDERR.print("interrupted; nothing computed is lost: run the same command again to go on")
+            note("interrupted; nothing computed is lost: run the same command again to go on")
             raise
 
 
-class _RateColumn(ProgressColumn):
-    """Steps a second, or seconds a step where that is more than one."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+def _rate(speed: float | None) -> str:
+    """Steps a second, or seconds a step where a step takes longer than a second."""
+    if not speed:
+        return ""
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
 
 
 class _AboveTheBars(logging.Handler):
-    """Prints a line as it is: bars that are shown stay below it."""
+    """Prints the log's lines as they are."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        STDERR.print(record.getMessage(), highlight=False, soft_wrap=True, markup=False)
+        note(record.getMessage())
 
 
 def show_log() -> None:
-    """Show what this package says, memory before work for one, and what others warn of, above the bars."""
+    """Show what this package logs, and what other libraries warn of, above the bars."""
     logging.basicConfig(level=logging.WARNING, handlers=[_AboveTheBars()])
     logging.getLogger("coopq").setLevel(logging.INFO)
-    for library in ("torchao", "torch.utils._pytree", "lm_eval"):  # full of warnings that nobody here can heed
+    for library in ("torchao", "torch.utils._pytree", "lm_eval"):  # their warnings are about themselves
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to our own bars; the libraries' errors still come as exceptions."""
+    """Leave the terminal to our own bars; errors of the libraries still come as exceptions."""
     from transformers.utils import logging as library
 
     library.set_verbosity_error()
     library.disable_progress_bar()
-    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # they would round what is asked for in 32 bits
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # those cores would round float32
 
 
-def print_result(data: Any, text: RenderableType, as_json: bool) -> None:
+def print_result(data: Any, text: "RenderableType", as_json: bool) -> None:
     """Print a result: its data for machines, or its text for people."""
     if as_json:
-        typer.echo(json.dumps(data, indent=1))
-    else:
-        STDOUT.print(text, highlight=False, soft_wrap=True, markup=False)
+        click.echo(json.dumps(data, indent=1))
+        return
+    from rich.console import Console
+
+    Console().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(message: str, debug: bool) -> None:
     """End with exit code 2 and one line, after a traceback if asked for."""
     if debug:
         traceback.print_exc()
-    typer.echo(f"error: {message}", err=True)
+    click.echo(f"error: {message}", err=True)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""Everything that can go wrong for a user. Each message names the thing, the value and the way out."""
+"""Errors that a user can meet. Each message names the thing, the value and the way out."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,12 +8,17 @@ from typing import Any
 def hint(name: str, known: Iterable[str]) -> str:
     """What to write instead of an unknown name."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(known)}"
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names of the fields in which two records differ, in order."""
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
 
 
 class CoopQError(Exception):
-    """Base of all errors that are a user's to solve; the command line prints one line for it."""
+    """Base of all errors that a user can solve; the command line prints them as one line."""
 
 
 class ModelError(CoopQError):
@@ -68,11 +73,15 @@ class PlanError(CoopQError):
     """A plan file that cannot be read."""
 
 
+class OptionError(CoopQError):
+    """A value that an option cannot take."""
+
+
 class Mismatch(CoopQError):
     """Two things that do not belong together; the message lists the fields that differ."""
 
     def __init__(self, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], way_out: str) -> None:
-        fields = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        differences = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in fields)
+        differences = "; ".join(
+            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing(ours, theirs)
+        )
         super().__init__(f"{what} ({differences}); {way_out}")
-        self.fields = fields

@@ -7,11 +7,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from filelock import FileLock, Timeout
 
-from coopq.core.errors import OutputError, RunError
+from coopq.core.errors import CoopQError, OutputError, RunError
+
+Kind = TypeVar("Kind")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -63,6 +66,45 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not readable as JSON ({error}); delete it and run the same command again") from error
 
 
+def read_record(
+    path: Path, kind: type[Kind], version: int, *, what: str, missing: str, way_out: str, error: type[CoopQError]
+) -> Kind:
+    """A record from a JSON file, checked against its type.
+
+    Args:
+        path: The file.
+        kind: Type of the record: a dataclass or a msgspec Struct.
+        version: The format version that the file has to have.
+        what: What the file is, for messages: "plan".
+        missing: The message if there is no file.
+        way_out: What a user should do about a damaged file.
+        error: The class of the errors.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        found = data.pop("format_version")
+    except FileNotFoundError as reason:
+        raise error(missing) from reason
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
+        raise error(f"{path} is not a {what} ({reason!r}); {way_out}") from reason
+    if found != version:
+        raise error(f"{path} has {what} format {found}, and this version of coopq reads {version}; {way_out}")
+    try:
+        return msgspec.convert(data, kind)
+    except (msgspec.ValidationError, CoopQError) as reason:
+        raise error(f"{path} is not a complete {what} ({reason}); {way_out}") from reason
+
+
+def write_record(path: Path, record: Any, version: int) -> None:
+    """Write a dataclass or a msgspec Struct as JSON, with its format version; see `write_json`."""
+    write_json(path, {"format_version": version, **msgspec.to_builtins(record)})
+
+
+def as_plain(data: Any) -> Any:
+    """Data as a JSON file gives it back: tuples are lists, and keys are texts."""
+    return json.loads(json.dumps(data))
+
+
 def require_new_folder(path: Path) -> None:
     """Check that `path` can be made as a new folder.
 
@@ -90,9 +132,14 @@ def require_writable(folder: Path) -> None:
         raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
 
 
-def require_space(folder: Path, n_bytes: int, what: str) -> None:
+def require_space(folder: Path, n_bytes: int, what: str, way_out: str = "choose another folder") -> None:
     """Check that the disk of `folder` has room.
 
+    Args:
+        folder: The folder.
+        n_bytes: Bytes that will be written.
+        what: What will be written, for the message.
+        way_out: How a user chooses another folder.
     Raises:
         OutputError: With the bytes needed and free.
     """
@@ -100,7 +147,7 @@ def require_space(folder: Path, n_bytes: int, what: str) -> None:
     if n_bytes > free:
         raise OutputError(
             f"{what} needs {n_bytes / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free; "
-            "free some space or choose another folder, then run again: nothing computed is lost"
+            f"free some space or {way_out}, then run again: nothing computed is lost"
         )
 
 

@@ -28,10 +28,10 @@ _BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(avg|bpw|KiB|MiB|GiB|kB|KB|MB|
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper limit on the bytes of the quantized weights, scales, zeros and padding included.
+    """An upper limit on the bytes of the quantized weights; scales, zeros and padding count.
 
-    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per weight) or a
-    unit of bytes. Build it with `Budget.parse`.
+    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per weight) or a unit of bytes.
+    Build a budget with `Budget.parse`.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Budget:
         """The budget written as "2.5avg", "2.8bpw" or "40MiB".
 
         Raises:
-            BudgetError: If it reads otherwise.
+            BudgetError: If the text has another form.
         """
         match = _BUDGET.fullmatch(text)
         if match is None:
@@ -55,44 +55,44 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Storage:
-    """Bytes of every player at every bit-width.
+class Sizes:
+    """Bytes of every player at every width.
 
     Attributes:
         n_weights: Weights of each player, shape (n_players,).
-        n_bytes: Bytes of each player for each bit-width, as they will lie on disk.
-        fixed: Bytes beside the players that budgets in bytes have to hold too: all else of an exported file, a cache.
+        n_bytes: Bytes of each player for each width, as they will lie on disk.
+        fixed: Bytes beside the players that a budget in bytes holds too: the rest of an exported file, a KV cache.
     """
 
     n_weights: tuple[int, ...]
     n_bytes: Mapping[Width, tuple[int, ...]]
     fixed: int = 0
 
-    def bytes_of(self, assignment: Assignment | Sequence[Width]) -> int:
-        """Bytes of the players' weights under `assignment`."""
-        return sum(self._width(float(bits))[player] for player, bits in enumerate(assignment))
+    def total_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
+        """Bytes of the players' weights under an assignment of shape (n_players,)."""
+        return sum(self._at(float(bits))[player] for player, bits in enumerate(assignment))
 
     def untouched_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
-        """Those of them that belong to players left untouched."""
+        """Bytes of the players that an assignment leaves untouched."""
         kept = (player for player, bits in enumerate(assignment) if bits == UNTOUCHED)
         return sum(self.n_bytes[UNTOUCHED][player] for player in kept)
 
     def bits_per_weight(self, assignment: Assignment | Sequence[Width]) -> float:
-        """Stored bits per quantized weight, scales, zeros and padding included."""
-        return 8 * self.bytes_of(assignment) / sum(self.n_weights)
+        """Stored bits per quantized weight; scales, zeros and padding count."""
+        return 8 * self.total_bytes(assignment) / sum(self.n_weights)
 
     def average_bits(self, assignment: Assignment | Sequence[Width]) -> float:
-        """Bit-width averaged over the weights; scales and zeros do not count."""
+        """Width averaged over the weights; scales and zeros do not count."""
         return sum(n * float(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
 
     def limit(self, budget: Budget, low: Width, high: Width) -> int:
-        """The budget in bytes for assignments of widths from `low` to `high`.
+        """The budget in bytes, for assignments between the widths `low` and `high`.
 
         Raises:
-            InfeasibleBudget: If every assignment is larger, or even the largest leaves room.
-        Source: the average-bits form is B(b) of CoopQ (2026).
+            InfeasibleBudget: If every assignment is larger than the budget, or if even the largest leaves room.
+        Source: the form in average bits is B(b) of CoopQ (2026).
         """
-        smallest, largest = sum(self._width(low)), sum(self._width(high))
+        smallest, largest = sum(self._at(low)), sum(self._at(high))
         if budget.unit == "avg":
             limit = smallest + (budget.value - Fraction(low)) / Fraction(high - low) * (largest - smallest)
         elif budget.unit == "bpw":
@@ -106,58 +106,68 @@ class Storage:
             )
         return int(limit)
 
-    def levels(self, *widths: Width) -> tuple[tuple[Width, ...], ...]:
-        """Those of some widths that each player has: not one between that takes no less than a wider one.
+    def capacity(self, budget: Budget, low: Width, high: Width) -> int:
+        """The bytes of a budget that are left above the smallest assignment: what raising players may cost together.
+
+        Raises:
+            InfeasibleBudget: As `limit`.
+        """
+        return self.limit(budget, low, high) - sum(self._at(low))
+
+    def player_widths(self, widths: Sequence[Width]) -> tuple[tuple[Width, ...], ...]:
+        """Widths usable by each player; dominated widths (not smaller than a wider one) are removed.
 
         Args:
             widths: Ascending.
         Returns:
-            Ascending, for each player at least the lowest and the highest.
+            For each player its widths, ascending; the lowest and the highest are always among them.
         Raises:
-            UnsupportedBits: If the lowest takes no less than a wider one, or a width is of no player.
+            UnsupportedBits: If the lowest width is dominated for a player, or a width for all players.
         """
         low, high = widths[0], widths[-1]
-        levels: list[tuple[Width, ...]] = []
+        found: list[tuple[Width, ...]] = []
         for player in range(len(self.n_weights)):
             kept = [high]
             for width in reversed(widths[:-1]):
-                if self._width(width)[player] < self._width(kept[0])[player]:
+                if self._at(width)[player] < self._at(kept[0])[player]:
                     kept.insert(0, width)
                 elif width == low:
                     raise UnsupportedBits(
                         f"player {player} takes no more bytes at {kept[0]} bits than at {low}; "
                         "leave one of these widths out"
                     )
-            levels.append(tuple(kept))
+            found.append(tuple(kept))
         for width in widths:
-            if not any(width in of_player for of_player in levels):
+            if not any(width in own for own in found):
                 raise UnsupportedBits(
                     f"every player takes no more bytes at a wider width than at {width}; leave it out"
                 )
-        return tuple(levels)
+        return tuple(found)
 
-    def raise_costs(self, *widths: Width) -> npt.NDArray[np.int64]:
-        """Bytes between neighbouring `levels` of each player, from the highest one down.
+    def step_bytes(self, widths: Sequence[Width]) -> npt.NDArray[np.int64]:
+        """Bytes that each step between neighbouring `player_widths` saves, from the highest width down.
 
-        Args and errors: as for `levels`.
+        Args and errors: as for `player_widths`.
 
         Returns:
-            Shape (n_steps,), those of a player together; with two widths, what raising each player costs.
+            Shape (n_steps,); the steps of a player lie together.
         """
         return np.array(
             [
                 self.n_bytes[high][player] - self.n_bytes[low][player]
-                for player, levels in enumerate(self.levels(*widths))
-                for low, high in reversed(list(pairwise(levels)))
+                for player, own in enumerate(self.player_widths(widths))
+                for low, high in reversed(list(pairwise(own)))
             ],
             dtype=np.int64,
         )
 
-    def _width(self, bits: Width) -> tuple[int, ...]:
+    def _at(self, bits: Width) -> tuple[int, ...]:
+        """Bytes of each player at a width, shape (n_players,)."""
         if bits not in self.n_bytes:
             raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
         return self.n_bytes[bits]
 
     def _describe(self, n_bytes: int, bits: Width, towards_feasible: Callable[[float], int]) -> str:
+        """A size in the three units of budgets."""
         bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
         return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"

@@ -1,4 +1,4 @@
-"""Named arrays and protocols that the stages hand to each other."""
+"""Arrays with names, and the protocols that stages share."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,32 +8,32 @@ import numpy as np
 import numpy.typing as npt
 
 Width: TypeAlias = float
-"""Bits of a weight, as its backend counts them: whole, but for types of ggml that lie between."""
+"""Bits of a weight as its backend counts them: whole numbers, except for some types of ggml (2.5, 3.5, 4.5)."""
 
 Assignment: TypeAlias = npt.NDArray[np.float32]
-"""Bit-width of each player, shape (n_players,); `UNTOUCHED` leaves a player as it is."""
+"""Width of each player, shape (n_players,); `UNTOUCHED` leaves a player as it is."""
 
 Assignments: TypeAlias = npt.NDArray[np.float32]
 """Several assignments, shape (n_assignments, n_players)."""
 
 Losses: TypeAlias = npt.NDArray[np.float64]
-"""Mean negative log-likelihood of each assignment, shape (n_assignments,), nats per token."""
+"""Loss of each assignment, shape (n_assignments,), nats per token: negative log-likelihood, or KL divergence."""
 
 UNTOUCHED = 16
-"""The bit-width that stands for a player's original weights, of which 16 bits are stored; all backends have it."""
+"""The width of a player that keeps its original weights, stored in 16 bits; every backend has it."""
 
 REMOVED = 0
-"""The bit-width of a player that is left out: its block hands on what it gets. The pruning game's low width."""
+"""The width of a player that is removed: its block passes its input on. It is the low width of the pruning game."""
 
 
 def as_width(number: Width | str) -> Width:
-    """A width as a plain number: an integer where it is whole, as backends' libraries want and people read."""
+    """A width as a plain number: an int if it is whole, which the backends' libraries want."""
     width = float(number)
     return int(width) if width.is_integer() else width
 
 
 def as_widths(numbers: Iterable[Width | str]) -> list[Width]:
-    """Several, of an assignment for example."""
+    """Several widths as plain numbers, of an assignment for example."""
     return [as_width(number) for number in numbers]
 
 
@@ -46,7 +46,7 @@ def silent(stage: str, done: int, total: int) -> None:
 
 
 class Game(Protocol):
-    """The loss of a model as a function of the bit-widths of its players."""
+    """The loss of a model as a function of the widths of its players."""
 
     @property
     def n_players(self) -> int:
@@ -60,15 +60,15 @@ class Game(Protocol):
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One matrix that is quantized: its name in the model and its shape (out, in).
+    """One matrix that is quantized.
 
-    It is the weight of the module of that name; or, where experts are kept in one tensor, that parameter, with the rows
-    of all experts one after the other.
+    The matrix is the weight of an `nn.Linear` or of an embedding, or a tensor that holds all experts of a block: then
+    the rows of the experts lie one after the other.
 
     Attributes:
-        name: In the model.
+        name: Name of the module, or of the parameter that holds experts.
         shape: Outputs and inputs.
-        is_plain: Whether it is an `nn.Linear`'s, and neither an embedding nor experts.
+        is_plain: Whether it is the weight of an `nn.Linear`.
     """
 
     name: str
@@ -77,19 +77,19 @@ class LinearLayer:
 
     @property
     def n_weights(self) -> int:
-        """Number of entries of the weight matrix."""
+        """Number of entries of the matrix."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class Player:
-    """What gets one bit-width: linear layers of one transformer block, all of them, some, or a single one.
+    """What gets one width: all, some or one of the linear layers of a transformer block.
 
     Attributes:
-        name: Module name of the block or of the linear layer; of several, with a "+" between.
-        linears: Its linear layers.
-        block: Index of the transformer block that they lie in.
-        is_end: Whether it is the embedding, which counts as one of the first block, or the head, one of the last.
+        name: Module name of the block or of the linear layer; names of several layers are joined by "+".
+        linears: The linear layers.
+        block: Index of the transformer block that holds them.
+        is_end: Whether the player is the embedding, which counts to the first block, or the head, to the last.
     """
 
     name: str
@@ -99,5 +99,5 @@ class Player:
 
     @property
     def n_weights(self) -> int:
-        """Number of weights that are quantized with this player."""
+        """Number of weights of the player."""
         return sum(linear.n_weights for linear in self.linears)

@@ -1,1 +1,1 @@
-"""Saved models and the files of engines."""
+"""Saved models, and the files that engines load."""

@@ -1,30 +1,57 @@
-"""The model that a plan was made for, which forms that start from a full-precision base compare with it."""
+"""The model in full precision that some forms start from."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 from coopq.core.errors import Mismatch
+from coopq.core.specs import Request
+from coopq.core.types import ProgressCallback
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.plan.plan import Plan
-from coopq.core.config import RunConfig
-from coopq.core.types import ProgressCallback
 
 
-def load_source(plan: Plan, model: str | None, progress: ProgressCallback) -> LoadedModel:
-    """Load a plan's model on the CPU.
+@dataclass(frozen=True)
+class BaseModel:
+    """The model of a plan in full precision.
 
-    Args:
-        plan: The plan.
-        model: Where the model is now; None takes the plan's word.
-        progress: Told of the loading.
-    Raises:
-        Mismatch: If it is another model.
+    Attributes:
+        path: The model in the engine's own form: a GGUF file, or a folder of OpenVINO; None if none is named.
+        source: The model as coopq loads it; see `coopq.core.specs.ModelSpec`.
     """
-    source = model or RunConfig.from_json(plan.config).model
-    progress("loading the model", 0, 1)
-    loaded = load_model(source, dtype=plan.fingerprint["dtype"], device="cpu")
-    ours, theirs = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
-    if ours != theirs:
-        way_out = "name the plan's model with --model"
-        raise Mismatch(
-            f"the plan was made for another model than {source!r}", {"weights": ours}, {"weights": theirs}, way_out
-        )
-    progress("loading the model", 1, 1)
-    return loaded
+
+    path: Path | None
+    source: str
+
+    @classmethod
+    def find(cls, request: Request, path: Path | None = None, source: str | None = None) -> "BaseModel":
+        """The base that is named, or else the base that a request names.
+
+        Args:
+            request: What the plan was made for.
+            path: The model in the engine's own form.
+            source: Where the model is now.
+        """
+        asked = request.target.base
+        return cls(path or (None if asked is None else Path(asked)), source or request.model.source)
+
+    def load(self, plan: Plan, progress: ProgressCallback) -> LoadedModel:
+        """Load the model on the CPU.
+
+        Args:
+            plan: A plan of the model.
+            progress: Told of the loading.
+        Raises:
+            Mismatch: If the plan was made for another model.
+        """
+        progress("loading the model", 0, 1)
+        loaded = load_model(self.source, dtype=plan.fingerprint["dtype"], device="cpu")
+        ours, theirs = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
+        if ours != theirs:
+            raise Mismatch(
+                f"the plan was made for another model than {self.source!r}",
+                {"weights": ours},
+                {"weights": theirs},
+                "name the plan's model with --model",
+            )
+        progress("loading the model", 1, 1)
+        return loaded

@@ -1,21 +1,146 @@
-"""Saved models in the forms that engines load: one file for each form."""
+"""The forms that engines load, in one table: checks, help texts and tables are made from the table.
 
+A form's module is imported when the form is asked for, so this module imports no torch.
+"""
+
+import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from coopq.quantize import Backend
-from coopq.quantize.bank import measure_storage
 from coopq.core.errors import ExportError, hint
-from coopq.export.hf_folder import Layout, check_backend, check_columns, fixed_bytes, folder_bytes
+from coopq.core.sizes import Sizes
+from coopq.core.specs import Request
+from coopq.core.types import Player, ProgressCallback, silent
 from coopq.plan.plan import Plan
-from coopq.core.config import RunConfig
-from coopq.core.sizes import Storage
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, silent
 
-FORMS = ("gguf", "openvino", "compressed-tensors", "auto-round")
-"""Their sizes are known before they are written."""
+if TYPE_CHECKING:  # these import torch
+    from coopq.export.base_model import BaseModel
+    from coopq.export.checkpoint import SavedModel
+    from coopq.quantizers.backend import Backend
+
+_CACHE_BYTES = 2
+"""Bytes of a number in a KV cache."""
+
+
+class FormEntry(NamedTuple):
+    """A line of the table of forms.
+
+    Attributes:
+        path: Module and class, "module:class".
+        engine: What loads the form.
+        summary: What the form is for, in a clause.
+        backends: Names of the backends whose weights the form can hold; `Form.check` also looks at their options.
+        takes_base: Whether the form starts from the model in full precision, `--base` and `--model`.
+    """
+
+    path: str
+    engine: str
+    summary: str
+    backends: tuple[str, ...]
+    takes_base: bool = False
+
+
+_GPTQ_TENSORS = ("gptq", "gptq-static", "autoround")
+
+FORMS: dict[str, FormEntry] = {
+    "gguf": FormEntry(
+        "coopq.export.gguf:GGUF",
+        "llama.cpp",
+        "one file for llama.cpp and everything that is built on llama.cpp",
+        ("ggml", "ggml-iq", "ggml-gptq"),
+        takes_base=True,
+    ),
+    "openvino": FormEntry(
+        "coopq.export.openvino:OpenVINO",
+        "OpenVINO",
+        "a folder for CPUs, GPUs and NPUs of Intel; embeddings can be quantized too",
+        ("rtn", "quanto", "hqq", *_GPTQ_TENSORS),
+        takes_base=True,
+    ),
+    "compressed-tensors": FormEntry(
+        "coopq.export.compressed_tensors:CompressedTensors",
+        "vLLM, transformers",
+        "a folder for servers; layers that vLLM fuses need one width",
+        _GPTQ_TENSORS,
+    ),
+    "auto-round": FormEntry(
+        "coopq.export.auto_round:AutoRound",
+        "transformers",
+        "a folder for transformers, with a width for each layer",
+        _GPTQ_TENSORS,
+    ),
+}
+
+
+class Form(Protocol):
+    """How saved models become what an engine loads. Sizes are known before anything is written."""
+
+    def check(self, backend: "Backend") -> None:
+        """Check that the form can hold what a backend makes.
+
+        Raises:
+            ExportError: If not.
+        """
+        ...
+
+    def sizes(
+        self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
+    ) -> Sizes:
+        """Sizes of players in a file of this form, with the bytes beside the players in `fixed`.
+
+        Args:
+            ours: Sizes as coopq itself saves the players.
+            request: What is asked for; `request.target.form` is this form.
+            skeleton: The model without storage.
+            players: The players, by block.
+            backend: What quantizes; it passed `check`.
+        Raises:
+            ExportError: If the form cannot hold the model.
+        """
+        ...
+
+    def size(self, plan: Plan, backend: "Backend", base: "BaseModel") -> int:
+        """Bytes of the file that holds the weights of a plan.
+
+        Args:
+            plan: The plan.
+            backend: What makes the plan's weights; it passed `check`.
+            base: The plan's model in full precision.
+        Raises:
+            ExportError: If the form cannot hold the model.
+        """
+        ...
+
+    def write(self, saved: "SavedModel", out: Path, base: "BaseModel", progress: ProgressCallback) -> int:
+        """Write a saved model in this form; `out` appears whole or not at all.
+
+        Args:
+            saved: The saved model; its backend passed `check`.
+            out: The file or the folder to write.
+            base: The model in full precision.
+            progress: Told of every step.
+        Returns:
+            Bytes of the file that holds the weights, as `size` predicts them.
+        Raises:
+            ExportError: If the form cannot hold the model, or the base is missing.
+            Mismatch: If the base is another model.
+        """
+        ...
+
+
+def get_form(name: str) -> Form:
+    """The form of a name.
+
+    Raises:
+        ExportError: If the name is unknown.
+    """
+    if name not in FORMS:
+        raise ExportError(f"form {name!r} is unknown; {hint(name, FORMS)}")
+    module, _, attribute = FORMS[name].path.partition(":")
+    form: Form = getattr(importlib.import_module(module), attribute)()
+    return form
 
 
 def export_model(
@@ -31,113 +156,68 @@ def export_model(
 
     Args:
         saved: Folder of the saved model.
-        form: One of `FORMS`.
-        out: The file, or for the others the folder.
-        base: For "gguf" and "openvino": the model in full precision in that form.
-        model: For these: where the plan's model is now.
+        form: A name of `FORMS`.
+        out: The file to write, or for most forms the folder.
+        base: For forms with `takes_base`: the model in full precision in that form.
+        model: For forms with `takes_base`: where the plan's model is now.
         progress: Told of every step.
     Returns:
         Bytes of the file that holds the weights.
     Raises:
         ExportError: If the form is unknown, or cannot hold the model.
     """
-    if form == "gguf":
-        from coopq.export.gguf import export_gguf
+    from coopq.export.base_model import BaseModel
+    from coopq.export.checkpoint import SavedModel
 
-        return export_gguf(saved, out, base=base, model=model, progress=progress)
-    if form == "openvino":
-        from coopq.export.openvino import export_openvino
-
-        return export_openvino(saved, out, base=base, model=model, progress=progress)
-    if form not in FORMS:
-        raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
-    if base is not None or model is not None:
-        raise ExportError(f"--base and --model are for gguf and openvino; {form} takes all from the saved model")
-    if form == "compressed-tensors":
-        from coopq.export.compressed_tensors import export_compressed_tensors
-
-        return export_compressed_tensors(saved, out, progress=progress)
-    from coopq.export.auto_round import export_auto_round
-
-    return export_auto_round(saved, out, progress=progress)
+    chosen, source = get_form(form), SavedModel(saved)
+    if not FORMS[form].takes_base and not (base is None and model is None):
+        takers = " and ".join(name for name, entry in FORMS.items() if entry.takes_base)
+        raise ExportError(f"--base and --model are for {takers}; {form} needs the saved model only")
+    chosen.check(source.backend)
+    return chosen.write(source, out, BaseModel.find(source.plan.request, base, model), progress)
 
 
 def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: str | None = None) -> int:
-    """Bytes of the file that holds the weights of a plan in the form of an engine, before it is written.
+    """Bytes of the file that holds the weights of a plan in the form of an engine, before the file is written.
 
-    Args: as for `export_model`.
-    Raises:
-        ExportError: If the form is unknown, or cannot hold the model.
+    Args and errors: as for `export_model`.
     """
-    if form == "gguf":
-        from coopq.export import gguf
+    from coopq.export.base_model import BaseModel
+    from coopq.quantizers.packed_modules import PackedWeights
 
-        return gguf.predicted_bytes(plan, base=base, model=model)
-    if form == "openvino":
-        from coopq.export import openvino
-
-        return openvino.predicted_bytes(plan, base=base, model=model)
-    return folder_bytes(plan, form, _layout(form), model=model)
+    chosen, backend = get_form(form), PackedWeights(plan.quantizer).backend
+    chosen.check(backend)
+    return chosen.size(plan, backend, BaseModel.find(plan.request, base, model))
 
 
-def _layout(form: str) -> Layout:
-    """Shapes of the tensors of a form."""
-    from coopq.export import auto_round, compressed_tensors
-
-    layouts = {"compressed-tensors": compressed_tensors.layout, "auto-round": auto_round.layout}
-    if form not in layouts:
-        raise ExportError(f"form {form!r} is unknown; {hint(form, FORMS)}")
-    return layouts[form]
-
-
-def storage_for(config: RunConfig, model: Any, players: Sequence[Player], backend: Backend) -> Storage:
-    """Sizes of the players, and what else budgets in bytes have to hold; what the target cannot hold is refused.
+def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend") -> Sizes:
+    """Sizes of players in the file of a request's target, and the bytes that budgets have to hold beside the players.
 
     Args:
-        config: With the target, if there is one.
-        model: The model, or its skeleton.
-        players: Its players.
+        request: What is asked for; without a target, sizes are those of a model that coopq saves.
+        skeleton: The model, or the model without storage.
+        players: The players, by block.
         backend: What quantizes.
     Raises:
-        BackendError: If a layer's shape cannot be quantized.
+        BackendError: If the backend cannot quantize a layer.
         ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
     """
-    storage, fixed = measure_storage(players, backend, config.widths), 0
-    if config.target == "gguf":
-        from coopq.export import gguf
+    from coopq.game.session import sizes_in_our_form
 
-        fixed = gguf.fixed_bytes(config, [linear.name for player in players for linear in player.linears])
-        if UNTOUCHED in config.widths:
-            as_in_base = gguf.untouched_bytes(config, players)
-            storage = replace(storage, n_bytes={**storage.n_bytes, UNTOUCHED: as_in_base})
-    elif config.target == "openvino":
-        from coopq.export import openvino
-
-        openvino.check_affine(backend)
-        _check_columns(players, backend, config.target)
-        fixed = openvino.fixed_bytes(config, players, backend)
-    elif config.target in FORMS:
-        from coopq.export.compressed_tensors import check_fused
-
-        gptq = check_backend(backend, config.target)
-        if config.target == "compressed-tensors":
-            check_fused({linear.name: i for i, player in enumerate(players) for linear in player.linears})
-        _check_columns(players, backend, config.target)
-        fixed = fixed_bytes(config, model, players, gptq, _layout(config.target))
-    elif config.target is not None:
-        raise ExportError(f"target {config.target!r} is unknown; {hint(config.target, FORMS)}")
-    return replace(storage, fixed=fixed + cache_bytes(model, config.context or 0))
-
-
-def _check_columns(players: Sequence[Player], backend: Backend, form: str) -> None:
-    """Check that rows of every layer are whole groups."""
-    for linear in (linear for player in players for linear in player.linears):
-        check_columns(linear.name, linear.shape[1], backend.settings["group_size"], form)
+    target, sizes = request.target, sizes_in_our_form(request, skeleton, players, backend)
+    if target.form is not None:
+        form = get_form(target.form)
+        form.check(backend)
+        sizes = form.sizes(sizes, request, skeleton, players, backend)
+    if target.context is not None:
+        sizes = replace(sizes, fixed=sizes.fixed + cache_bytes(skeleton, target.context))
+    return sizes
 
 
 def cache_bytes(model: Any, context: int) -> int:
-    """Bytes of a KV cache of 16 bits, at most: sliding windows need less."""
+    """Bytes of a KV cache of `context` tokens in 16 bits, at most: models with sliding windows need less."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * 2 * int(text.num_hidden_layers) * int(heads) * int(width) * context
+    per_token = 2 * int(text.num_hidden_layers) * int(heads) * int(width)  # keys and values
+    return _CACHE_BYTES * per_token * context

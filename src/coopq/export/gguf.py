@@ -1,11 +1,12 @@
-"""GGUF files for llama.cpp: a full-precision GGUF of the model, with the plan's types in the players' places.
+"""GGUF files for llama.cpp: a full-precision GGUF file of the model, with the plan's types in the players' places.
 
-What is not a player, tokenizer and settings come from that base as they are, so that every architecture that
-llama.cpp's own converter writes can be exported.
+Everything else (other tensors, tokenizer, settings) is copied from that base. So every architecture that llama.cpp's
+converter writes can be exported.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,151 +15,157 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.quantize import Backend, get_backend
-from coopq.quantize.ggml.types import GGMLBackend
-from coopq.export.checkpoint import read_saved, saved_plan
 from coopq.core.errors import ExportError, Mismatch
-from coopq.export.base_model import load_source
 from coopq.core.files import atomic_file, require_space
+from coopq.core.sizes import Sizes
+from coopq.core.specs import Request
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
+from coopq.export.base_model import BaseModel
+from coopq.export.checkpoint import SavedModel
 from coopq.model.load import gguf_file
-from coopq.plan.plan import Plan
 from coopq.model.players import weight_of
-from coopq.core.config import RunConfig
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.plan.plan import Plan
+from coopq.quantizers.backend import Backend
+from coopq.quantizers.ggml.types import GGMLFormat
+from coopq.quantizers.packed_modules import PackedWeights
 
+_ARCHITECTURE_KEY = "general.architecture"
 _TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
+"""Settings that a written file has values of its own for."""
 
 
-def export_gguf(
-    saved: Path, out: Path, *, base: Path | None = None, model: str | None = None, progress: ProgressCallback = silent
-) -> int:
-    """Write a saved model as a GGUF file; it appears whole or not at all.
+class GGUF:
+    """The form "gguf"; see `coopq.export.formats.Form`."""
+
+    def check(self, backend: Backend) -> None:
+        """See `Form.check`."""
+        _tensor_format(backend)
+
+    def sizes(self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
+        """See `Form.sizes`; `fixed` holds the most padding that the players' tensors can have."""
+        reader = _open_base(BaseModel.find(request))
+        player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
+        tensors = _module_tensors(reader, player_of)
+        beside = _bytes_beside(reader, [tensor.name for tensor, _ in tensors])
+        sizes = replace(ours, fixed=beside + len(tensors) * (reader.alignment - 1))
+        if UNTOUCHED not in request.widths.bits:
+            return sizes
+        untouched = [0] * len(players)
+        for tensor, module in tensors:
+            untouched[player_of[module]] += _n_bytes(tensor, backend, UNTOUCHED)
+        return replace(sizes, n_bytes={**sizes.n_bytes, UNTOUCHED: tuple(untouched)})
+
+    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+        """See `Form.size`; the base file and the plan are enough."""
+        return _file_bytes(plan, backend, _open_base(base))
+
+    def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
+        """See `Form.write`; `out` is a file, and an older file is replaced."""
+        import gguf
+
+        plan, reader = saved.plan, _open_base(base)
+        size = _file_bytes(plan, saved.backend, reader)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        require_space(out.parent, size, str(out))
+        tensors = _PlannedTensors(plan, reader, saved.backend, base.load(plan, progress).model, saved.read()[0])
+        with atomic_file(out) as temporary:
+            writer = gguf.GGUFWriter(temporary, _text(reader, _ARCHITECTURE_KEY))
+            _copy_settings(reader, writer)
+            for done, tensor in enumerate(reader.tensors):
+                progress("writing", done, len(reader.tensors))
+                data, kind = tensors.planned(tensor)
+                writer.add_tensor(tensor.name, data, raw_dtype=kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            written = temporary.stat().st_size
+            assert written == size, (written, size)
+        progress("writing", len(reader.tensors), len(reader.tensors))
+        return size
+
+
+class _PlannedTensors:
+    """The tensors of a base in the types of a plan.
 
     Args:
-        saved: A model saved with the backend ggml, ggml-iq or ggml-gptq.
-        out: The file to write, or to write over.
-        base: The model in full precision as GGUF; None where the plan's model is a GGUF file itself.
-        model: Where the plan's model is now; None takes the plan's word.
-        progress: Told of every tensor.
-    Returns:
-        Bytes of the file, which are those that `predicted_bytes` foretells.
-    Raises:
-        ExportError: If the saved model is of another backend, or there is no base.
-        Mismatch: If the base is not the plan's model.
+        plan: The plan.
+        reader: The base.
+        backend: What packed the weights.
+        model: The plan's model in full precision.
+        packed: The packed weights by module.
     """
+
+    def __init__(self, plan: Plan, reader: Any, backend: Backend, model: Any, packed: PackedWeights) -> None:
+        self._widths = plan.modules
+        self._format = _tensor_format(backend)
+        self._model, self._packed = model, packed
+        self._modules = {tensor.name: module for tensor, module in _module_tensors(reader, plan.modules)}
+        self._n_tensors = Counter(self._modules.values())
+
+    def planned(self, tensor: Any) -> tuple[npt.NDArray[Any], Any]:
+        """Data and type of a tensor of the base.
+
+        Raises:
+            Mismatch: If the tensor belongs to a player, and has other weights than the model.
+        """
+        module = self._modules.get(tensor.name)
+        if module is None:
+            return tensor.data, tensor.tensor_type
+        weight = weight_of(self._model, module).data.flatten(0, -2)
+        order = _row_order(tensor, weight, module, self._n_tensors[module])
+        if _stays(tensor, self._widths[module]):
+            return tensor.data, tensor.tensor_type
+        kind = self._format.tensor_type(int(tensor.shape[0]), self._widths[module])
+        rows = self._packed[module]["blocks"] if module in self._packed else weight.half()
+        return rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1), kind
+
+
+def _copy_settings(reader: Any, writer: Any) -> None:
+    """Give a writer the base's alignment and settings."""
     import gguf
 
-    plan = _plan(saved)
-    backend = _ggml(plan.quantizer)
-    assert backend is not None
-    reader = _reader(plan, base, model)
-    modules = {tensor.name: name for tensor, name in _tensors(reader, plan.modules)}
-    n_tensors = Counter(modules.values())
-    size = _size(plan, reader)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    require_space(out.parent, size, str(out))
-    loaded = load_source(plan, model, progress)
-    packed, _ = read_saved(saved)
-    with atomic_file(out) as temporary:
-        writer = gguf.GGUFWriter(temporary, _text(reader, "general.architecture"))
-        writer.data_alignment = reader.alignment
-        for field in reader.fields.values():
-            if field.name.startswith("GGUF.") or field.name in ("general.architecture", _TYPE_KEY, _VERSION_KEY):
-                continue  # what the writer says itself
-            kind = field.types[0]
-            sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
-        writer.add_file_type(gguf.LlamaFileType.GUESSED)
-        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for done, tensor in enumerate(reader.tensors):
-            progress("writing", done, len(reader.tensors))
-            data, kind = tensor.data, tensor.tensor_type
-            if tensor.name in modules:
-                name = modules[tensor.name]
-                weight = weight_of(loaded.model, name).data.flatten(0, -2)
-                order = _row_order(tensor, weight, name, n_tensors[name])
-                if not _stays(tensor, plan.modules[name]):
-                    kind = backend.tensor_type(int(tensor.shape[0]), plan.modules[name])
-                    rows = packed[name]["blocks"] if name in packed else weight.half()
-                    data = rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1)
-            writer.add_tensor(tensor.name, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        written = temporary.stat().st_size
-        assert written == size, (written, size)
-    progress("writing", len(reader.tensors), len(reader.tensors))
-    return size
+    writer.data_alignment = reader.alignment
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in (_ARCHITECTURE_KEY, _TYPE_KEY, _VERSION_KEY):
+            continue
+        kind = field.types[0]
+        sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
+    writer.add_file_type(gguf.LlamaFileType.GUESSED)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def predicted_bytes(plan: Plan, *, base: Path | None = None, model: str | None = None) -> int:
-    """Bytes of the file that a plan will be exported to, from the base and the plan alone.
-
-    Args and errors: as for `export_gguf`.
-    """
-    return _size(plan, _reader(plan, base, model))
-
-
-def _size(plan: Plan, reader: Any) -> int:
-    """Bytes of a plan's file over a base."""
-    backend = get_backend(**plan.quantizer)
+def _file_bytes(plan: Plan, backend: Backend, reader: Any) -> int:
+    """Bytes of a plan's file."""
+    widths = plan.modules
     sizes = {
-        tensor.name: _bytes(tensor, backend, plan.modules[name]) for tensor, name in _tensors(reader, plan.modules)
+        tensor.name: _n_bytes(tensor, backend, widths[module]) for tensor, module in _module_tensors(reader, widths)
     }
-    return _beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
+    return _bytes_beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
 
 
 def _stays(tensor: Any, bits: Width) -> bool:
-    """Whether a tensor of the base goes into the file as it is: one of 32 bits is rounded to 16."""
+    """Whether a tensor of the base goes into the file as it is: a tensor of 32 bits is rounded to 16."""
     import gguf
 
     return bits == UNTOUCHED and tensor.tensor_type != gguf.GGMLQuantizationType.F32
 
 
-def _bytes(tensor: Any, backend: Backend, bits: Width) -> int:
+def _n_bytes(tensor: Any, backend: Backend, bits: Width) -> int:
     """Bytes of a tensor of the base at a width."""
     if _stays(tensor, bits):
         return int(tensor.n_bytes)
     return backend.storage_bytes((int(np.prod(tensor.shape[1:])), int(tensor.shape[0])), bits)
 
 
-def untouched_bytes(config: RunConfig, players: Sequence[Player]) -> tuple[int, ...]:
-    """Bytes that each player takes where it is left untouched, shape (n_players,).
+def _bytes_beside(reader: Any, players: Collection[str]) -> int:
+    """Bytes of the head of the file and of all tensors but the players'.
 
-    Args and errors: as for `fixed_bytes`.
+    Args:
+        reader: The base.
+        players: Names of the players' tensors.
     """
-    reader, backend = _base_reader(config), get_backend(**config.quantizer)
-    player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
-    sizes = [0] * len(players)
-    for tensor, name in _tensors(reader, list(player_of)):
-        sizes[player_of[name]] += _bytes(tensor, backend, UNTOUCHED)
-    return tuple(sizes)
-
-
-def _base_reader(config: RunConfig) -> Any:
-    import gguf
-
-    return gguf.GGUFReader(_base(None if config.base is None else Path(config.base), config.model))
-
-
-def fixed_bytes(config: RunConfig, modules: Sequence[str]) -> int:
-    """Bytes of a file beside the players' own, at most: these are padded to a multiple each.
-
-    Raises:
-        ExportError: If the backend is not ggml's, there is no base, or it has no tensor for a module.
-    """
-    if _ggml(config.quantizer) is None:
-        raise ExportError(
-            f"GGUF files hold ggml's types, not those of {config.backend!r}; add --backend ggml, ggml-iq or ggml-gptq"
-        )
-    reader = _base_reader(config)
-    tensors = [tensor.name for tensor, _ in _tensors(reader, modules)]
-    return _beside(reader, tensors) + len(tensors) * (reader.alignment - 1)
-
-
-def _beside(reader: Any, quantized: Collection[str]) -> int:
-    """Bytes of the head of the file and of the tensors that stay as they are."""
     head = 24  # magic, version, and the numbers of tensors and keys
     for key in (_TYPE_KEY, _VERSION_KEY):
         head += 8 + len(key) + 4 + 4
@@ -166,94 +173,88 @@ def _beside(reader: Any, quantized: Collection[str]) -> int:
         if not field.name.startswith("GGUF.") and field.name not in (_TYPE_KEY, _VERSION_KEY):
             head += sum(part.nbytes for part in field.parts)
     head += sum(part.nbytes for tensor in reader.tensors for part in tensor.field.parts)
-    others = (tensor for tensor in reader.tensors if tensor.name not in quantized)
-    return _padded(head, reader.alignment) + sum(_padded(int(tensor.n_bytes), reader.alignment) for tensor in others)
+    copied = (tensor for tensor in reader.tensors if tensor.name not in players)
+    return _padded(head, reader.alignment) + sum(_padded(int(tensor.n_bytes), reader.alignment) for tensor in copied)
 
 
-def _plan(saved: Path) -> Plan:
-    """The plan of a saved model that ggml quantized."""
-    plan = saved_plan(saved)
-    if _ggml(plan.quantizer) is None:
+def _tensor_format(backend: Backend) -> GGMLFormat:
+    """The tensor format of a backend of ggml's types.
+
+    Raises:
+        ExportError: If the backend makes other weights.
+    """
+    if not isinstance(backend.format, GGMLFormat):
         raise ExportError(
-            f"{saved} was quantized by {plan.quantizer['name']!r}, and GGUF files hold ggml's types; search with "
-            f"--backend ggml, or deploy the plan with it: coopq apply {saved / 'plan.json'} --backend ggml --out FOLDER"
+            f"GGUF files hold ggml's types, not those of backend {backend.name!r}; search with --backend ggml, ggml-iq "
+            "or ggml-gptq, or deploy a plan with one of these: coopq apply PLAN --backend ggml --out FOLDER"
         )
-    return plan
+    return backend.format
 
 
-def _ggml(quantizer: Mapping[str, Any]) -> GGMLBackend | None:
-    """The backend of these settings if it is ggml's."""
-    backend = get_backend(**quantizer)
-    return backend if isinstance(backend, GGMLBackend) else None
+def _open_base(base: BaseModel) -> Any:
+    """A reader of the base's GGUF file.
 
+    Raises:
+        ExportError: If there is no such file.
+    """
+    import gguf
 
-def _base(base: Path | None, source: str) -> Path:
-    """The GGUF file to start from."""
-    found = base or gguf_file(source)
-    if found is None:
+    file = base.path or gguf_file(base.source)
+    if file is None:
         raise ExportError(
-            f"model {source!r} is no GGUF file; name one of it in full precision with --base: llama.cpp's "
-            "convert_hf_to_gguf.py writes it"
+            f"model {base.source!r} is no GGUF file; name a GGUF file of the model in full precision with --base: "
+            "llama.cpp's convert_hf_to_gguf.py writes one"
         )
-    if not found.is_file():
-        raise ExportError(f"there is no file {found}; name a GGUF file of the model in full precision with --base")
-    return found
+    if not file.is_file():
+        raise ExportError(f"there is no file {file}; name a GGUF file of the model in full precision with --base")
+    return gguf.GGUFReader(file)
 
 
 def _text(reader: Any, key: str) -> str:
     return str(reader.fields[key].contents())
 
 
-def _reader(plan: Plan, base: Path | None, model: str | None) -> Any:
-    """The base of a plan, opened."""
-    import gguf
+def _module_tensors(reader: Any, modules: Iterable[str]) -> list[tuple[Any, str]]:
+    """The tensors of modules in a GGUF file, each with the name of its module.
 
-    config = RunConfig.from_json(plan.config)
-    named = base or (None if config.base is None else Path(config.base))
-    return gguf.GGUFReader(_base(named, model or config.model))
-
-
-def _tensors(reader: Any, modules: Collection[str]) -> list[tuple[Any, str]]:
-    """The tensors of modules in the file, each with the name of its module.
-
-    Experts have one, or two where transformers keeps gates and ups together and llama.cpp does not.
+    Experts have one tensor, or two where transformers keeps gates and ups together and llama.cpp does not.
 
     Raises:
-        ExportError: If a module has none of its own.
+        ExportError: If a module has no tensor of its own.
     """
     import gguf
 
-    architecture = _text(reader, "general.architecture")
+    architecture = _text(reader, _ARCHITECTURE_KEY)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     n_blocks = int(reader.fields[f"{architecture}.block_count"].contents())
     names = gguf.get_tensor_name_map(kinds[architecture], n_blocks)
-    there = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     found = []
     for module in modules:
         experts = module.removesuffix(".gate_up_proj") if module.endswith(".experts.gate_up_proj") else None
         for part in (module,) if experts is None else (f"{experts}.gate_proj", f"{experts}.up_proj"):
             name = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
-            if name not in there:
+            if name not in tensors:
                 raise ExportError(
                     f"{part} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
                     "that llama.cpp stores in another form cannot be exported"
                 )
-            found.append((there[name], module))
+            found.append((tensors[name], module))
     return found
 
 
-def _row_order(tensor: Any, weight: Tensor, name: str, n_tensors: int) -> npt.NDArray[np.intp]:
-    """Which row of a weight each row of the base's tensor is: llama.cpp orders those of some projections anew.
+def _row_order(tensor: Any, weight: Tensor, module: str, n_tensors: int) -> npt.NDArray[np.intp]:
+    """Which row of the model's weight each row of the base's tensor is.
 
-    Equal rows have equal blocks: any of them will do.
+    llama.cpp reorders the rows of some projections. Equal rows have equal blocks, so any of several equal rows will do.
 
     Args:
-        tensor: The base's.
-        weight: The model's, shape (rows, columns).
-        name: Of its module.
-        n_tensors: How many of the base hold the module, each with as many rows.
+        tensor: The base's tensor.
+        weight: The model's weight, shape (rows, columns).
+        module: Name of the module.
+        n_tensors: Number of the base's tensors that hold the module, each with as many rows.
     Raises:
-        Mismatch: If the rows are others.
+        Mismatch: If the base has other rows.
     """
     import gguf
 
@@ -270,10 +271,10 @@ def _row_order(tensor: Any, weight: Tensor, name: str, n_tensors: int) -> npt.ND
         if order.min() >= 0:
             return order
     raise Mismatch(
-        f"{tensor.name} of the GGUF file is not {name} of the model",
+        f"{tensor.name} of the GGUF file is not {module} of the model",
         {"rows": ours.shape},
         {"rows": theirs.shape},
-        "name a GGUF file of the very same weights, unquantized, with --base",
+        "name an unquantized GGUF file of the same weights with --base",
     )
 
 

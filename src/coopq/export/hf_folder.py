@@ -1,150 +1,172 @@
-"""What the forms that transformers loads have in common: a folder with other tensors and another configuration."""
+"""What the forms that transformers loads have in common: the folder of a saved model with other tensors."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from coopq.quantize import Backend, get_backend
-from coopq.quantize.gptq.backend import GPTQBackend
-from coopq.export.checkpoint import saved_plan
 from coopq.core.errors import ExportError
 from coopq.core.files import atomic_folder, read_json, require_new_folder, write_json
+from coopq.core.sizes import Sizes
+from coopq.core.specs import Request
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
+from coopq.export.base_model import BaseModel
+from coopq.export.checkpoint import SavedModel
+from coopq.export.stored_tensors import stored_tensors
 from coopq.model.load import checkpoint_dtype, load_skeleton
-from coopq.plan.plan import Plan
 from coopq.model.players import weight_of
-from coopq.core.config import RunConfig
 from coopq.model.safetensors_io import save_tensors, saved_size
-from coopq.core.types import UNTOUCHED, Player, Width
+from coopq.plan.plan import Plan
+from coopq.quantizers.backend import Backend, Packed
+from coopq.quantizers.gptq.format import GPTQFormat
 
 _WEIGHTS = "model.safetensors"
 _NOT_COPIED = ("plan.json", "quantize_config.json", _WEIGHTS)
+_OFFSET_DIGITS = 4
+"""Digits that the two offsets of a tensor may have more in the file's header where players stay untouched: two each."""
 
 
-def write_folder(saved: Path, out: Path, tensors: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> int:
-    """Write a saved model's folder with other tensors; it appears whole or not at all.
+class HFFolder(ABC):
+    """A form made from GPTQ's tensors, symmetric and in order; see `coopq.export.formats.Form`."""
 
-    Args:
-        saved: The saved model.
-        out: A folder that does not exist, or is empty.
-        tensors: All tensors, by name.
-        quantization: What config.json says of them.
-    Returns:
-        Bytes of the weights' file.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(out) as folder:
-        for file in saved.iterdir():
-            if file.is_file() and file.name not in _NOT_COPIED:
-                shutil.copy(file, folder)
-        write_json(folder / "config.json", read_json(saved / "config.json") | {"quantization_config": quantization})
-        save_tensors(tensors, folder / _WEIGHTS)
-        return (folder / _WEIGHTS).stat().st_size
+    name: ClassVar[str]
+    """The form's name in `coopq.export.formats.FORMS`, and the method's name in config.json."""
 
+    @abstractmethod
+    def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
+        """Tensors of a module of shape (out, in), without storage; shapes and dtypes are those that `pack` gives."""
 
-Layout: TypeAlias = Callable[[tuple[int, int], int, int], dict[str, Tensor]]
-"""Tensors without storage of a module of shape (out, in), of its bits and group size."""
+    @abstractmethod
+    def pack(self, packed: Packed, bits: Width, tensor_format: GPTQFormat) -> dict[str, Tensor]:
+        """Tensors of a module from GPTQ's tensors."""
 
+    @abstractmethod
+    def quantization_config(self, plan: Plan, tensor_format: GPTQFormat) -> dict[str, Any]:
+        """What config.json says about the quantized modules."""
 
-def folder_bytes(plan: Plan, form: str, layout: Layout, *, model: str | None = None) -> int:
-    """Bytes of the weights' file that a plan will be exported to, from the plan and the model's configuration alone.
+    def check_widths(self, widths: Mapping[str, Width]) -> None:  # noqa: B027 (most forms take any widths)
+        """Check that engines take these widths together.
 
-    Args:
-        plan: A plan of a backend with GPTQ's tensors.
-        form: Its name, for errors.
-        layout: Of the form.
-        model: Where the plan's model is now; None takes the plan's word.
-    Raises:
-        ExportError: If the form cannot hold what the backend makes.
-    """
-    backend = check_backend(get_backend(**plan.quantizer), form)
-    source = model or RunConfig.from_json(plan.config).model
-    dtype = checkpoint_dtype(source)
-    return saved_size(_expected(load_skeleton(source), dtype, plan.modules, backend.group_size, layout))
+        Args:
+            widths: Width of each module by name; before widths are chosen, the index of the player instead.
+        Raises:
+            ExportError: If not.
+        """
 
+    def check(self, backend: Backend) -> None:
+        """See `Form.check`."""
+        self._tensor_format(backend)
 
-def fixed_bytes(config: RunConfig, model: Any, players: Sequence[Player], backend: GPTQBackend, layout: Layout) -> int:
-    """Bytes of that file beside what the backend's tensors of the players take, at most."""
-    linears = [linear for player in players for linear in player.linears]
-    widest = config.quantized_widths[-1]
-    every = {linear.name: widest for linear in linears}
-    expected = _expected(model, checkpoint_dtype(config.model), every, backend.group_size, layout)
-    # The header tells where tensors begin and end, in numbers that may have two digits more with 16 bits.
-    n_bytes = saved_size(expected) + 4 * len(expected)
-    for linear in linears:
-        sizes = {
-            bits: _bytes_of(layout(linear.shape, int(bits), backend.group_size)) for bits in config.quantized_widths
-        }
-        apart = [size - backend.storage_bytes(linear.shape, bits) for bits, size in sizes.items()]
-        n_bytes += max(apart + [0] * (UNTOUCHED in config.widths)) - sizes[widest]
-    return n_bytes
+    def sizes(self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
+        """See `Form.sizes`; `fixed` is right to a few bytes of the header, and never too small."""
+        group_size, widths = self._tensor_format(backend).group_size, request.widths
+        linears = [linear for player in players for linear in player.linears]
+        self.check_widths({linear.name: index for index, player in enumerate(players) for linear in player.linears})
+        for linear in linears:
+            check_columns(linear.name, linear.shape[1], group_size, self.name)
+        widest = widths.quantized[-1]
+        all_at_widest = {linear.name: widest for linear in linears}
+        expected = self._expected(skeleton, checkpoint_dtype(request.model.source), all_at_widest, group_size)
+        fixed = saved_size(expected) + _OFFSET_DIGITS * len(expected)
+        for linear in linears:
+            n_bytes = {bits: _n_bytes(self.layout(linear.shape, int(bits), group_size)) for bits in widths.quantized}
+            beyond_ours = [n_bytes[bits] - backend.storage_bytes(linear.shape, bits) for bits in widths.quantized]
+            if UNTOUCHED in widths.bits:
+                beyond_ours.append(0)
+            fixed += max(beyond_ours) - n_bytes[widest]
+        return replace(ours, fixed=fixed)
 
+    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+        """See `Form.size`; the model's configuration is enough."""
+        group_size, dtype = self._tensor_format(backend).group_size, checkpoint_dtype(base.source)
+        return saved_size(self._expected(load_skeleton(base.source), dtype, plan.modules, group_size))
 
-def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+    def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
+        """See `Form.write`; the saved model is enough.
 
+        Raises:
+            OutputError: If `out` is not empty.
+        """
+        plan, tensor_format = saved.plan, self._tensor_format(saved.backend)
+        if not plan.quantized:
+            raise ExportError(f"{saved.folder} has no quantized weights; engines load the model as it is")
+        require_new_folder(out)
+        self.check_widths(plan.modules)
+        packed, tensors = saved.read()
+        for done, (name, bits) in enumerate(plan.quantized.items()):
+            progress("packing", done, len(plan.quantized))
+            parts = packed.pop(name)
+            check_columns(name, parts["g_idx"].numel(), tensor_format.group_size, self.name)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in self.pack(parts, bits, tensor_format).items()}
+        progress("packing", len(plan.quantized), len(plan.quantized))
+        quantization = {"quant_method": self.name, **self.quantization_config(plan, tensor_format)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(out) as folder:
+            for file in saved.folder.iterdir():
+                if file.is_file() and file.name not in _NOT_COPIED:
+                    shutil.copy(file, folder)
+            config = read_json(saved.folder / "config.json")
+            write_json(folder / "config.json", config | {"quantization_config": quantization})
+            save_tensors(tensors, folder / _WEIGHTS)
+            return (folder / _WEIGHTS).stat().st_size
 
-def _expected(
-    model: Any, dtype: torch.dtype, widths: Mapping[str, Width], group_size: int, layout: Layout
-) -> dict[str, Tensor]:
-    """All tensors of a folder, without storage: `layout`'s, and the others as `save_model` keeps them."""
-    quantized = {name for name, bits in widths.items() if bits != UNTOUCHED}
-    halved = {id(weight_of(model, name)) for name in widths if name not in quantized}
-    seen = {id(weight_of(model, name)) for name in quantized}
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            kept = dtype if tensor.is_floating_point() else tensor.dtype
-            kept = torch.float16 if id(tensor) in halved and kept.itemsize > 2 else kept
-            tensors[name] = torch.empty(tensor.shape, dtype=kept, device="meta")
-    for name in quantized:
-        rows, columns = weight_of(model, name).shape
-        parts = layout((rows, columns), int(widths[name]), group_size)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    return tensors
+    def _tensor_format(self, backend: Backend) -> GPTQFormat:
+        """The tensor format of a backend whose weights the form can hold.
 
+        Raises:
+            ExportError: If the form cannot hold the backend's weights.
+        """
+        found = backend.format
+        if not isinstance(found, GPTQFormat) or not found.symmetric or found.act_order:
+            raise ExportError(
+                f"{self.name} holds symmetric integers in groups along the rows, and not what backend "
+                f"{backend.name!r} makes with {backend.settings}; search with --backend gptq --symmetric "
+                "--no-act-order, or autoround --symmetric"
+            )
+        return found
 
-def begin(saved: Path, out: Path, form: str) -> tuple[Plan, GPTQBackend]:
-    """The plan and the backend of a saved model that is to be written in a form, once both and `out` are checked.
+    def _expected(
+        self, model: Any, dtype: torch.dtype, widths: Mapping[str, Width], group_size: int
+    ) -> dict[str, Tensor]:
+        """All tensors of a folder, without storage.
 
-    Raises:
-        ExportError: If the form cannot hold what the backend made.
-        OutputError: If `out` is there and not empty.
-    """
-    plan = saved_plan(saved)
-    backend = check_backend(get_backend(**plan.quantizer), form)
-    if not plan.quantized:
-        raise ExportError(f"{saved} has no quantized weights; engines load the model as it is")
-    require_new_folder(out)
-    return plan, backend
-
-
-def check_backend(backend: Backend, form: str) -> GPTQBackend:
-    """Check that what a backend makes can be written.
-
-    Raises:
-        ExportError: If not.
-    """
-    if not isinstance(backend, GPTQBackend) or not backend.symmetric or backend.act_order:
-        raise ExportError(
-            f"{form} holds symmetric integers in groups along the rows, and not what backend {backend.name!r} makes "
-            f"with {backend.settings}; search with --backend gptq --symmetric --no-act-order, or autoround --symmetric"
-        )
-    return backend
+        Args:
+            model: The model without storage.
+            dtype: The checkpoint's dtype.
+            widths: Width of each of the players' modules by name.
+            group_size: Weights along a row that share a scale.
+        """
+        tensors = dict(stored_tensors(model, widths, dtype))
+        for name, bits in widths.items():
+            if bits != UNTOUCHED:
+                rows, columns = weight_of(model, name).shape
+                parts = self.layout((rows, columns), int(bits), group_size)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return tensors
 
 
 def check_columns(name: str, columns: int, group_size: int | str, form: str) -> None:
-    """Check that rows of a layer are whole groups; "auto" are whatever divides them.
+    """Check that rows of a layer are whole groups.
 
+    Args:
+        name: The layer.
+        columns: Weights in a row.
+        group_size: Weights in a group; "auto" is a size that divides the row.
+        form: Name of the form, for the message.
     Raises:
-        ExportError: If not.
+        ExportError: If rows are not whole groups.
     """
     if isinstance(group_size, int) and columns % group_size:
         raise ExportError(
-            f"rows of {name} hold {columns} weights, no whole groups of {group_size}, as {form} wants; "
+            f"rows of {name} hold {columns} weights, no whole groups of {group_size}, as {form} needs; "
             "search with a --group-size that divides them"
         )
+
+
+def _n_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())

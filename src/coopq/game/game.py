@@ -1,4 +1,4 @@
-"""The quantization game: losses by assignment, measured once and journalled."""
+"""The quantization game: the loss of each assignment, measured once and kept in a journal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -6,31 +6,32 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from coopq.game.prefix_engine import prefix_tree_size
+from coopq.core.errors import EstimationError
+from coopq.core.types import Assignment, Assignments, Game, Losses, ProgressCallback, as_widths, silent
 from coopq.game.journal import Journal
-from coopq.core.types import Assignment, Assignments, Game, Losses, ProgressCallback, silent
+from coopq.game.prefix_engine import prefix_tree_size
 
 
 class Engine(Protocol):
-    """What measures assignments: `coopq.game.prefix_engine.PrefixEngine`, or a cluster of them."""
+    """Measures assignments: `coopq.game.prefix_engine.PrefixEngine` here, or workers on a cluster."""
 
     def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
-        """Each distinct assignment in any order, its loss on each sequence, and the layer forwards that it took."""
+        """Each distinct assignment in any order, its loss on each sequence, and the block forwards that it took."""
         ...
 
 
 class QuantizationGame:
-    """v(assignment) = mean negative log-likelihood per token on one fixed token set.
+    """v(assignment) = mean loss per token on one fixed token set; the engine decides which loss.
 
     Args:
-        engine: What measures.
-        journal: What it knows is never measured again.
+        engine: Measures assignments.
+        journal: Losses measured before; they are not measured again.
         n_players: Length of an assignment.
-        progress: Told of every value.
+        progress: Told of every loss.
         stage: Name of the work for `progress`.
 
     Attributes:
-        journal: Where values are kept.
+        journal: The journal, with every loss measured here.
     """
 
     def __init__(
@@ -54,35 +55,53 @@ class QuantizationGame:
         return self._n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
-        """Losses of the assignments, nats per token, shape (n,)."""
+        """Losses of the assignments, nats per token, shape (n,).
+
+        Raises:
+            EstimationError: As `per_sequence`.
+        """
         return self.per_sequence(assignments).mean(axis=1)
 
     def per_sequence(self, assignments: Assignments) -> npt.NDArray[np.float64]:
-        """Losses of each assignment on each sequence, shape (n, n_sequences)."""
+        """Losses of each assignment on each sequence, nats per token, shape (n, n_sequences).
+
+        Raises:
+            EstimationError: If the engine returns no loss for an assignment.
+        """
         unique = np.unique(assignments, axis=0)
         unknown = np.array([row for row in unique if self.journal.get(row) is None], dtype=np.float32)
         self._total += len(unique)
         self._done += len(unique) - len(unknown)
         if len(unknown):
             self._progress(self._stage, self._done, self._total)
-            for assignment, losses, layer_forwards in self._engine.evaluate(unknown):
-                self.journal.append(assignment, losses, layer_forwards)
+            for assignment, losses, block_forwards in self._engine.evaluate(unknown):
+                self.journal.append(assignment, losses, block_forwards)
                 self._done += 1
                 self._progress(self._stage, self._done, self._total)
-        known = [self.journal.get(row) for row in assignments]
-        return np.stack([losses for losses in known if losses is not None])
+        return np.stack([self._recorded(row) for row in assignments])
+
+    def _recorded(self, assignment: Assignment) -> npt.NDArray[np.float64]:
+        """The losses of an assignment that was measured, shape (n_sequences,)."""
+        losses = self.journal.get(assignment)
+        if losses is None:
+            raise EstimationError(
+                f"the engine returned no loss for assignment {as_widths(assignment)}; run the same command again: "
+                "losses that are in the journal are not measured again"
+            )
+        return losses
 
 
 class Meter:
-    """A game that counts what is measured of it for the first time.
+    """A game that counts the assignments that are measured for the first time.
 
     Args:
         game: The game.
-        blocks: The block of each player.
-        known: Assignments that count as measured, shape (n, n_players).
+        blocks: Block of each player, shape (n_players,).
+        known: Assignments that count as measured before, shape (n, n_players).
 
     Attributes:
-        layer_forwards: Block forwards over all tokens that an uninterrupted run spends, prefixes shared in each call.
+        block_forwards: Block forwards over all tokens that an uninterrupted run spends. Assignments share prefixes
+            within a call only.
         evaluations: Assignments measured.
     """
 
@@ -90,7 +109,7 @@ class Meter:
         self._game = game
         self._blocks = blocks
         self._known = {row.tobytes() for row in known}
-        self.layer_forwards = 0
+        self.block_forwards = 0
         self.evaluations = 0
 
     @property
@@ -99,29 +118,29 @@ class Meter:
         return self._game.n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
-        """Losses of the assignments."""
+        """Losses of the assignments, nats per token, shape (n,)."""
         new = [row for row in np.unique(assignments, axis=0) if row.tobytes() not in self._known]
         if new:
             self._known.update(row.tobytes() for row in new)
-            self.layer_forwards += prefix_tree_size(np.array(new), self._blocks)
+            self.block_forwards += prefix_tree_size(np.array(new), self._blocks)
             self.evaluations += len(new)
         return self._game(assignments)
 
 
 class Meters:
-    """Meters of a game on more and less of its sequences; what each counts is taken by its share of them.
+    """Meters of one game on different shares of its sequences; work on a share counts as that share of the work.
 
     Args:
-        game_of: The game on a number of sequences.
-        n_sequences: All of them.
-        blocks: As in `Meter`.
-        known: Likewise.
+        make_game: Returns the game on the first n sequences.
+        n_sequences: Number of all sequences.
+        blocks: Block of each player, shape (n_players,).
+        known: Assignments that count as measured before, shape (n, n_players).
     """
 
     def __init__(
-        self, game_of: Callable[[int], Game], n_sequences: int, blocks: Sequence[int], known: Assignments
+        self, make_game: Callable[[int], Game], n_sequences: int, blocks: Sequence[int], known: Assignments
     ) -> None:
-        self._game_of = game_of
+        self._make_game = make_game
         self._n_sequences = n_sequences
         self._blocks = blocks
         self._known = known
@@ -131,15 +150,15 @@ class Meters:
         """The game on a share of the sequences, at least one."""
         n = max(1, round(share * self._n_sequences))
         if n not in self._meters:
-            self._meters[n] = Meter(self._game_of(n), self._blocks, self._known)
+            self._meters[n] = Meter(self._make_game(n), self._blocks, self._known)
         return self._meters[n]
 
     @property
-    def layer_forwards(self) -> float:
-        """Block forwards, in those over all sequences."""
-        return sum(n * meter.layer_forwards for n, meter in self._meters.items()) / self._n_sequences
+    def block_forwards(self) -> float:
+        """Block forwards, in units of one over all sequences."""
+        return sum(n * meter.block_forwards for n, meter in self._meters.items()) / self._n_sequences
 
     @property
     def evaluations(self) -> float:
-        """Assignments measured, likewise."""
+        """Assignments measured, in units of one on all sequences."""
         return sum(n * meter.evaluations for n, meter in self._meters.items()) / self._n_sequences

@@ -1,7 +1,8 @@
-"""What assignments are judged by: losses from logits, which may come a portion of the vocabulary at a time."""
+"""The losses that searches can lower, from logits that come a portion of the vocabulary at a time."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,15 +10,83 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coopq.core.errors import EstimationError, hint
 from coopq.model.kernels_gpu import log_total
 
 Portions = Iterable[tuple[int, Tensor]]
-"""The first token of a portion of the vocabulary, and the logits of some positions, shape (n, size)."""
+"""The first token of each portion of the vocabulary, and the logits of the portion, shape (n, size)."""
 LOSSES = {
     "nll": "negative log-likelihood of the next token, the paper's loss",
-    "kl": "Kullback-Leibler divergence of the next token's distribution from that in full precision",
+    "kl": "Kullback-Leibler divergence of the next token's distribution from full precision",
 }
-"""The losses that searches can lower, both in nats per token."""
+"""What each loss is, in nats per token."""
+
+
+class Loss(Protocol):
+    """What an engine measures from the logits of a batch.
+
+    Attributes:
+        needs_reference: Whether `set_reference` has to be called before the first loss.
+    """
+
+    needs_reference: bool
+
+    def set_reference(self, batches: Iterable[Portions]) -> None:
+        """Keep what the loss needs of the full-precision model's logits of each batch."""
+        ...
+
+    def sequence_losses(self, j: int, portions: Portions, tokens: Tensor) -> npt.NDArray[np.float64]:
+        """Loss of each sequence of one batch.
+
+        Args:
+            j: Index of the batch.
+            portions: Logits of all positions but the last of each sequence.
+            tokens: Shape (n_sequences, length), on the device of the logits.
+        Returns:
+            Shape (n_sequences,), nats per token.
+        """
+        ...
+
+
+class NegativeLogLikelihood:
+    """Mean negative log-likelihood of the next token."""
+
+    needs_reference = False
+
+    def set_reference(self, batches: Iterable[Portions]) -> None:
+        """Nothing to keep."""
+
+    def sequence_losses(self, j: int, portions: Portions, tokens: Tensor) -> npt.NDArray[np.float64]:
+        """See `Loss`."""
+        return sequence_means(portions_nll(portions, tokens[:, 1:].flatten()), tokens)
+
+
+class Divergence:
+    """Mean Kullback-Leibler divergence of the next token's distribution from the full-precision model's."""
+
+    needs_reference = True
+
+    def __init__(self) -> None:
+        self._references: list[Reference] = []
+
+    def set_reference(self, batches: Iterable[Portions]) -> None:
+        """Keep the distributions of the full-precision model."""
+        self._references = [Reference.from_logits(portions) for portions in batches]
+
+    def sequence_losses(self, j: int, portions: Portions, tokens: Tensor) -> npt.NDArray[np.float64]:
+        """See `Loss`."""
+        return sequence_means(portions_divergence(portions, self._references[j]), tokens)
+
+
+def make_loss(name: str) -> Loss:
+    """A loss by its name in `LOSSES`.
+
+    Raises:
+        EstimationError: If the name is unknown.
+    """
+    if name not in LOSSES:
+        raise EstimationError(f"loss {name!r} is unknown; {hint(name, LOSSES)}")
+    return Divergence() if name == "kl" else NegativeLogLikelihood()
 
 
 @torch.no_grad()
@@ -26,7 +95,7 @@ def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
 
     Args:
         logits: Shape (n_sequences, length, vocabulary).
-        tokens: Shape (n_sequences, length); the first token of each is not scored.
+        tokens: Shape (n_sequences, length); the first token of each sequence is not scored.
     Returns:
         Shape (n_sequences,), nats per token, summed in float64.
     """
@@ -35,10 +104,10 @@ def sequence_nll(logits: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
 
 
 def sequence_means(scores: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
-    """Mean over the scored tokens of each sequence, summed in float64, shape (n_sequences,).
+    """Mean score of each sequence, shape (n_sequences,), summed in float64.
 
     Args:
-        scores: Of all tokens but the first of each sequence, one sequence after the other, shape (n,).
+        scores: Scores of all tokens but the first of each sequence, one sequence after the other, shape (n,).
         tokens: Shape (n_sequences, length).
     """
     return scores.cpu().double().reshape(len(tokens), -1).mean(dim=1).numpy()
@@ -51,31 +120,31 @@ def portions_nll(portions: Portions, targets: Tensor) -> Tensor:
         portions: The logits.
         targets: The next tokens, shape (n,).
     """
-    totals, of_target = [], torch.zeros(len(targets), device=targets.device)
+    totals, target_logits = [], torch.zeros(len(targets), device=targets.device)
     for first, logits in portions:
         totals.append(log_total(logits))
         size = logits.shape[1]
-        inside = (targets >= first) & (targets < first + size)
+        is_inside = (targets >= first) & (targets < first + size)
         found = logits.gather(1, (targets - first).clamp(0, size - 1)[:, None])[:, 0]
-        of_target = torch.where(inside, found.float(), of_target)
-    return torch.logsumexp(torch.stack(totals), dim=0) - of_target
+        target_logits = torch.where(is_inside, found.float(), target_logits)
+    return torch.logsumexp(torch.stack(totals), dim=0) - target_logits
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The distributions that divergence is measured from.
+    """Distributions of the next token by the full-precision model.
 
     Attributes:
-        probabilities: Of each token at each position, shape (n, vocabulary), float32.
-        entropy: Of each distribution, nats, shape (n,).
+        probabilities: Probability of each token at each position, shape (n, vocabulary), float32.
+        entropy: Entropy of each distribution, nats, shape (n,).
     """
 
     probabilities: Tensor
     entropy: Tensor
 
     @classmethod
-    def of(cls, portions: Portions) -> "Reference":
-        """From logits."""
+    def from_logits(cls, portions: Portions) -> "Reference":
+        """The distributions that logits stand for."""
         log_probabilities = functional.log_softmax(torch.cat([logits for _, logits in portions], dim=1).float(), dim=1)
         probabilities = log_probabilities.exp()
         return cls(probabilities, -torch.linalg.vecdot(probabilities, log_probabilities))
@@ -83,8 +152,9 @@ class Reference:
 
 def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
     """Kullback-Leibler divergence from the reference at each position, in nats, shape (n,)."""
-    totals, crossed = [], torch.zeros_like(reference.entropy)
+    totals, expected_logits = [], torch.zeros_like(reference.entropy)
     for first, logits in portions:
         totals.append(log_total(logits))
-        crossed += torch.linalg.vecdot(reference.probabilities[:, first : first + logits.shape[1]], logits.float())
-    return torch.logsumexp(torch.stack(totals), dim=0) - crossed - reference.entropy
+        probabilities = reference.probabilities[:, first : first + logits.shape[1]]
+        expected_logits += torch.linalg.vecdot(probabilities, logits.float())
+    return torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy

@@ -1,264 +1,249 @@
-"""Losses of many assignments, computing every common prefix of blocks once: the hot path.
+"""Losses of many assignments, with every common prefix of blocks computed once: the hot path.
 
-The hidden state after block d depends only on the bits of the players in blocks 0..d. Assignments in lexicographic
-order are a depth-first walk of their prefix tree, so one hidden state per depth is all that has to be kept.
+The hidden states after block d depend only on the widths of the players in blocks 0 to d. Assignments in lexicographic
+order are a depth-first walk of their prefix tree, so the engine keeps one hidden state for each depth.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from coopq.quantize.bank import WeightBank
-from coopq.model.kernels_gpu import Compiled, is_compilable
 from coopq.core.errors import EstimationError, ModelError
-from coopq.game.losses import Reference, portions_divergence, portions_nll, sequence_means, sequence_nll
-from coopq.model.kernels_cpu import ByOneDNN
-from coopq.model.blockwise import Replay, whole_size
-from coopq.core.types import REMOVED, UNTOUCHED, Assignment, Assignments, as_widths
+from coopq.core.types import UNTOUCHED, Assignment, Assignments, as_widths
+from coopq.game.assigned_model import AssignedModel, Traversal, Walk
+from coopq.game.layer_major_engine import layer_major
+from coopq.game.losses import Loss, NegativeLogLikelihood, make_loss, sequence_nll
+from coopq.model.blockwise import Blockwise, States, whole_size
+from coopq.model.offload import OffloadedBlocks
+from coopq.quantizers.bank import WeightBank
 
 _TOLERANCE = 1e-3
-"""Nats per token by which a replay may differ from the model's own forward; it repeats the same operations."""
+"""Most nats per token between the loss block by block and by the model's own forward, which has the same operations."""
 _ROUNDING = 0.05
-"""Share of their norm by which states after a compiled block may differ: 16 bits are rounded in other places."""
+"""Most difference between the states after a block and after the compiled block, as a share of the states' norm. In
+bfloat16 on an H100 either differs from float32 by 0.013 of the norm (docs/results/gpu.md)."""
 
 
 def prefix_tree_size(assignments: Assignments, blocks: Sequence[int] | None = None) -> int:
-    """Number of distinct prefixes of one or more blocks: the block forwards that a set of assignments costs.
+    """Block forwards that a set of assignments takes: the number of distinct prefixes of one or more blocks.
 
     Args:
         assignments: Shape (n, n_players).
-        blocks: Block of each player, ascending from 0, shape (n_players,); None where each player is a block.
+        blocks: Block of each player, ascending from 0, shape (n_players,); None if each player is a block.
     """
     unique = np.unique(assignments, axis=0)
-    block_of = np.arange(unique.shape[1]) if blocks is None else np.asarray(blocks)
-    shared = block_of[(unique[1:] != unique[:-1]).argmax(axis=1)]
-    return int((block_of[-1] + 1) * len(unique) - shared.sum())
+    block_of_player = np.arange(unique.shape[1]) if blocks is None else np.asarray(blocks)
+    shared = block_of_player[(unique[1:] != unique[:-1]).argmax(axis=1)]
+    return int((block_of_player[-1] + 1) * len(unique) - shared.sum())
 
 
-class PrefixEngine(Replay):
-    """Evaluates assignments of one model on one fixed set of tokens.
+def make_engine(
+    model: Any,
+    bank: WeightBank,
+    tokens: npt.NDArray[np.int64],
+    loss: str = "nll",
+    offloaded: OffloadedBlocks | None = None,
+) -> "PrefixEngine":
+    """The engine for a model: depth-first, or layer by layer if the model's blocks are offloaded.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
-        bank: Its players' weights; the model's weights are the bank's to move.
+        bank: The weights of the model's players at each width.
         tokens: Shape (n_sequences, length).
-        loss: Which of `coopq.game.losses.LOSSES`; the divergence keeps the full-precision model's distributions.
+        loss: A name in `coopq.game.losses.LOSSES`.
+        offloaded: The model's offloaded blocks.
+    Raises:
+        EstimationError: If the loss is unknown.
+    """
+    assigned = AssignedModel(Blockwise(model, tokens, offloaded), bank)
+    return PrefixEngine(assigned, depth_first if offloaded is None else layer_major, make_loss(loss))
+
+
+def depth_first(model: AssignedModel, assignments: Assignments, left_out: npt.NDArray[np.bool_]) -> Walk:
+    """Walk the prefix tree depth-first: an assignment starts at the first block that differs from the one before.
+
+    Args:
+        model: The model, with all blocks where it computes.
+        assignments: Distinct, in lexicographic order, shape (n, n_players).
+        left_out: Which blocks each assignment leaves out, shape (n, n_blocks).
+    """
+    depth = len(model.members)
+    states: list[States] = [[] for _ in range(depth + 1)]
+    made: list[States | None] = [None] * depth  # what each block made last, which its next result is written over
+    previous: Assignment | None = None
+    for assignment, without in zip(assignments, left_out, strict=True):
+        first = model.first_difference(assignment, previous)
+        if first == 0:
+            states[0] = model.embed(assignment)
+        for d in range(first, depth):
+            if without[d]:
+                states[d + 1] = states[d]
+                continue
+            with model.block_at(d, assignment[model.members[d]]):
+                states[d + 1] = made[d] = model.blockwise.forward_block(d, states[d], made[d])
+        yield assignment, states[depth], int((~without[first:]).sum())
+        previous = assignment
+
+
+class PrefixEngine:
+    """Measures the loss of assignments of one model on fixed tokens; `make_engine` builds it.
+
+    Args:
+        model: The model at the widths of assignments.
+        traversal: The order in which blocks compute.
+        loss: What is measured.
 
     Attributes:
-        layer_forwards: Forwards of one block over all tokens spent so far.
-        members: Indices of the players in each block, ascending.
+        blockwise: The model, block by block.
+        block_forwards: Forwards of one block over all tokens so far.
     """
 
-    def __init__(self, model: Any, bank: WeightBank, tokens: npt.NDArray[np.int64], loss: str = "nll") -> None:
-        super().__init__(model, tokens)
-        self._bank = bank
-        # Blocks that only visit the device where the model computes are no matter for a CPU.
-        on_cpu = model.device.type == "cpu"
-        self._fast_model: AbstractContextManager[None] = ByOneDNN(model) if on_cpu else nullcontext()
-        self._fast_blocks = [_fast(block, model.device) for block in self._blocks]
-        self.layer_forwards = 0
-        self.members: list[list[int]] = [[] for _ in self._blocks]
-        for index, player in enumerate(bank.players):
-            self.members[player.block].append(index)
-        self._embeddings: dict[int, list[Tensor]] = {}
-        self._embedding = 0 if bank.players[0].is_end else None
-        self._diverges = loss == "kl"
-        self._reference: list[Reference] | None = None
+    def __init__(self, model: AssignedModel, traversal: Traversal, loss: Loss) -> None:
+        self.blockwise = model.blockwise
+        self.block_forwards = 0
+        self._model = model
+        self._traversal = traversal
+        self._loss = loss
 
     def evaluate(
         self, assignments: Assignments
     ) -> Generator[tuple[Assignment, npt.NDArray[np.float64], int], None, None]:
-        """Walk the prefix tree of the assignments.
+        """Measure the loss of each distinct assignment.
 
         Args:
             assignments: Shape (n, n_players); duplicates are evaluated once.
         Yields:
-            Each distinct assignment in lexicographic order, the loss of each sequence (shape (n_sequences,),
-            nats per token), and the block forwards spent since the one before.
+            Each distinct assignment in lexicographic order, the loss of each sequence (shape (n_sequences,), nats per
+            token), and the block forwards spent since the assignment before.
         Raises:
             EstimationError: If a loss is not finite, or some but not all players of a block are `REMOVED`.
             ModelError: If the model's own forward gives another loss for the first batch of the first assignment.
         """
         unique = np.unique(assignments, axis=0)
-        left_out = self._left_out(unique)
-        unchecked = self.record()
+        left_out = self._model.left_out(unique)
+        is_unchecked = self._record()
         try:
-            for (assignment, hidden, spent), without in zip(self._walk(unique, left_out), left_out, strict=True):
-                self.layer_forwards += spent
-                losses = self.losses(hidden)
+            walk = self._traversal(self._model, unique, left_out)
+            for (assignment, states, spent), without in zip(walk, left_out, strict=True):
+                self.block_forwards += spent
+                losses = self._losses(self._loss, states)
                 if not np.isfinite(losses).all():
                     raise EstimationError(
                         f"the loss of assignment {as_widths(assignment)} is not a number; "
                         "compute in float32, or use a wider low bit-width"
                     )
-                if unchecked:
-                    self._check(assignment, without, hidden)
-                    unchecked = False
+                if is_unchecked:
+                    self._check(assignment, without, states)
+                    is_unchecked = False
                 yield assignment, losses, spent
         finally:
-            self._bank.restore()
+            self._model.restore()
 
-    def _walk(
-        self, unique: Assignments, left_out: npt.NDArray[np.bool_]
-    ) -> Generator[tuple[Assignment, list[Tensor], int], None, None]:
-        """Each assignment, its states after the last block, and the block forwards spent since the one before."""
-        depth = len(self._blocks)
-        hidden: list[list[Tensor]] = [self.embedded] + [[] for _ in range(depth)]
-        room: list[list[Tensor] | None] = [None] * depth
-        previous: Assignment | None = None
-        for assignment, without in zip(unique, left_out, strict=True):
-            first = 0 if previous is None else self._first_block(assignment, previous)
-            if first == 0:
-                hidden[0] = self.entering(assignment)
-            for d in range(first, depth):
-                if without[d]:
-                    hidden[d + 1] = hidden[d]
-                    continue
-                self._set(d, assignment[self.members[d]])
-                with self.fast(d):
-                    hidden[d + 1] = room[d] = self.forward_block(d, hidden[d], room[d])
-            yield assignment, hidden[depth], int((~without[first:]).sum())
-            previous = assignment
-
-    def entering(self, assignment: Assignment) -> list[Tensor]:
-        """States before the first block, by batch: those of the embedding, at its width where it is a player."""
-        width = UNTOUCHED if self._embedding is None else assignment[self._embedding].item()
-        if width == UNTOUCHED:
-            return self.embedded
-        if width not in self._embeddings:
-            self._bank.set_player(0, width)
-            self._embeddings[width] = self.embed()
-        return self._embeddings[width]
-
-    def fast(self, d: int) -> AbstractContextManager[None]:
-        """Let block d compute as fast as it can, without gradients."""
-        return self._fast_blocks[d]
-
-    def _set(self, d: int, bits: Assignment) -> None:
-        """Let block d have the weights of its players at some widths, shape (n_members,)."""
-        for player, width in zip(self.members[d], bits.tolist(), strict=True):
-            self._bank.set_player(player, width)
-
-    def _first_block(self, assignment: Assignment, previous: Assignment) -> int:
-        """The first block in which two assignments differ."""
-        return self._bank.players[int(np.argmax(assignment != previous))].block
-
-    def _left_out(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
-        """Which blocks each assignment leaves out, shape (n, n_blocks)."""
-        removed = assignments == REMOVED
-        left_out = np.stack([removed[:, players].all(axis=1) for players in self.members], axis=1)
-        for d, players in enumerate(self.members):
-            if (removed[:, players].any(axis=1) != left_out[:, d]).any():
-                raise EstimationError(
-                    f"an assignment removes some players of block {self._prefix}.{d} and keeps others; "
-                    "a block is left out as a whole: remove all of its players, or none"
-                )
-        return left_out
+    def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
+        """What `clock` returns for one block, and for the head with the loss, over all tokens."""
+        self._record()
+        blockwise = self.blockwise
+        with blockwise.placed(0), blockwise.fast(0):
+            out = blockwise.forward_block(0, blockwise.embedded)
+            block = clock(lambda: blockwise.forward_block(0, blockwise.embedded, out))
+        return block, clock(lambda: self._losses(self._loss, blockwise.embedded))
 
     @torch.no_grad()
-    def _check(self, assignment: Assignment, left_out: npt.NDArray[np.bool_], hidden: list[Tensor]) -> None:
-        """Compare what an assignment came to with the model's own forward, which goes without some blocks.
+    def _losses(self, loss: Loss, states: States) -> npt.NDArray[np.float64]:
+        """Loss of each sequence from states after the last block, by the model's own norm and head.
 
-        They differ for models whose blocks hand each other more than the hidden states, which a replay cannot see.
+        States may cover the first batches only.
         """
-        kept = np.flatnonzero(~left_out).tolist()
-        for d in kept:
-            self._set(d, assignment[self.members[d]])
-        states = hidden[0]
-        if any(isinstance(fast, Compiled) for fast in self._fast_blocks):
-            # They round otherwise, and an assignment that breaks the model makes much of that.
-            states = self.entering(assignment)[0]
-            for d in kept:
-                states = self.call_block(d, 0, states)
-        length, vocabulary = self.batches[0].shape[1], self._model.config.get_text_config().vocab_size
-        batch = self.batches[0][: whole_size(states.device.type, length, vocabulary)]
-        own = sequence_nll(self.own_logits(batch, np.flatnonzero(left_out).tolist()), batch)
-        found = self._scores([states], None)[: len(batch)]
-        if not np.allclose(own, found, rtol=_TOLERANCE, atol=_TOLERANCE):
-            raise ModelError(
-                f"{type(self._model).__name__}: block by block its loss is {found.mean():.5f}, by its own "
-                f"forward {own.mean():.5f}; its blocks depend on more than the hidden states, so it cannot be measured"
+        with self.blockwise.fast_head():
+            return np.concatenate(
+                [
+                    loss.sequence_losses(j, self.blockwise.logits(batch), tokens.to(batch.device))
+                    for j, (batch, tokens) in enumerate(zip(states, self.blockwise.batches, strict=False))
+                ]
             )
 
-    @torch.no_grad()
-    def losses(self, hidden: list[Tensor]) -> npt.NDArray[np.float64]:
-        """Loss of each sequence from the states after the last block, by the model's own norm and head."""
-        return self._scores(hidden, self._reference)
-
-    def _scores(self, hidden: list[Tensor], reference: list[Reference] | None) -> npt.NDArray[np.float64]:
-        """Negative log-likelihood of each sequence, or divergence from a reference if there is one.
-
-        States may be of the first batches alone.
-        """
-        with self._fast_model:
-            found = []
-            for j, (states, tokens) in enumerate(zip(hidden, self.batches, strict=False)):
-                portions = self.logits(states)
-                if reference is None:
-                    scores = portions_nll(portions, tokens[:, 1:].flatten().to(states.device))
-                else:
-                    scores = portions_divergence(portions, reference[j])
-                found.append(sequence_means(scores, tokens))
-            return np.concatenate(found)
-
-    def record(self) -> bool:
-        """See `Replay.record`; what the full-precision model predicts is kept then, if need be.
+    def _record(self) -> bool:
+        """Watch the model call its blocks, and keep what the loss needs of full precision; whether that is new.
 
         Raises:
             ModelError: If a compiled block computes something else than the block.
         """
-        is_new = super().record()
-        if is_new and isinstance(self._fast_blocks[0], Compiled):
+        is_new = self.blockwise.record()
+        if is_new and self.blockwise.is_compiled:
             self._check_compiled()
-        if is_new and self._diverges:
-            self._reference = self._refer()
+        if is_new and self._loss.needs_reference:
+            self._set_reference()
         return is_new
 
     @torch.no_grad()
-    def _check_compiled(self) -> None:
-        """Compare the first block with what torch compiles of it, on the first batch."""
-        plain = self.call_block(0, 0, self.embedded[0]).float()
-        with self.fast(0):
-            compiled = self.call_block(0, 0, self.embedded[0]).float()
-        off = float((compiled - plain).norm() / plain.norm())
-        if not off <= _ROUNDING:
+    def _set_reference(self) -> None:
+        """Hand the logits of the full-precision model to the loss."""
+        untouched = np.full((1, self._model.members[-1].stop), UNTOUCHED, dtype=np.float32)
+        ((_, states, spent),) = self._traversal(self._model, untouched, self._model.left_out(untouched))
+        self.block_forwards += spent
+        with self.blockwise.fast_head():
+            self._loss.set_reference(self.blockwise.logits(batch) for batch in states)
+
+    @torch.no_grad()
+    def _check(self, assignment: Assignment, left_out: npt.NDArray[np.bool_], states: States) -> None:
+        """Compare the negative log-likelihood of the first batch with the model's own forward.
+
+        They differ for models whose blocks hand each other more than the hidden states.
+
+        Args:
+            assignment: The assignment.
+            left_out: Which blocks it leaves out, shape (n_blocks,).
+            states: Its states after the last block.
+        """
+        blockwise = self.blockwise
+        kept = np.flatnonzero(~left_out).tolist()
+        for d in kept:
+            self._model.set_block(d, assignment[self._model.members[d]])
+        final = states[0]
+        if blockwise.is_compiled:
+            # Compiled blocks round differently, and low widths that ruin the model amplify rounding differences.
+            final = self._model.embed(assignment)[0]
+            for d in kept:
+                final = blockwise.call_block(d, 0, final)
+        n_sequences = whole_size(final.device.type, blockwise.batches[0].shape[1], blockwise.vocabulary)
+        batch = blockwise.batches[0][:n_sequences]
+        own = sequence_nll(blockwise.own_logits(batch, np.flatnonzero(left_out).tolist()), batch)
+        found = self._losses(NegativeLogLikelihood(), [final])[: len(batch)]
+        if not np.allclose(own, found, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(
-                f"compiled by torch, block {self._prefix}.0 is off by {off:.3g} of its norm, and {_ROUNDING} are "
-                "allowed; set TORCH_COMPILE_DISABLE=1 to run uncompiled"
+                f"{blockwise.model_class}: its loss is {found.mean():.5f} block by block and {own.mean():.5f} by its "
+                "own forward; its blocks depend on more than the hidden states, so it cannot be measured"
             )
 
     @torch.no_grad()
-    def _refer(self) -> list[Reference]:
-        """What the full-precision model makes of each batch."""
-        whole = np.full((1, len(self._bank.players)), UNTOUCHED, dtype=np.float32)
-        ((_, hidden, spent),) = self._walk(whole, np.zeros((1, len(self._blocks)), dtype=np.bool_))
-        self.layer_forwards += spent
-        with self._fast_model:
-            return [Reference.of(self.logits(states)) for states in hidden]
-
-    def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
-        """What `clock` says of one block and of the head with the loss, over all tokens."""
-        self.record()
-        with self.placed(0), self.fast(0):
-            room = self.forward_block(0, self.embedded)
-            block = clock(lambda: self.forward_block(0, self.embedded, room))
-        return block, clock(lambda: self.losses(self.embedded))
-
-
-def _fast(block: Any, device: torch.device) -> AbstractContextManager[None]:
-    """Lets a block compute as fast as it can on its device."""
-    if device.type == "cpu":
-        return ByOneDNN(block)
-    return Compiled(block) if is_compilable(block, device) else nullcontext()
+    def _check_compiled(self) -> None:
+        """Compare the first block with its compiled form on the first batch."""
+        blockwise = self.blockwise
+        plain = blockwise.call_block(0, 0, blockwise.embedded[0]).float()
+        with blockwise.fast(0):
+            compiled = blockwise.call_block(0, 0, blockwise.embedded[0]).float()
+        difference = float((compiled - plain).norm() / plain.norm())
+        if not difference <= _ROUNDING:
+            raise ModelError(
+                f"compiled by torch, block {blockwise.prefix}.0 is off by {difference:.3g} of its norm, more than the "
+                f"{_ROUNDING} allowed; set TORCH_COMPILE_DISABLE=1 to run uncompiled"
+            )
 
 
 def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
-    """Loss of each sequence by the model's plain forward, a batch at a time; see `sequence_nll`."""
+    """Mean negative log-likelihood of each sequence by the model's plain forward, a batch at a time.
+
+    Args:
+        model: A causal language model of transformers, in evaluation mode.
+        tokens: Shape (n_sequences, length); the first token of each sequence is not scored.
+    Yields:
+        The losses of the next sequences, nats per token.
+    Raises:
+        EstimationError: If a loss is not finite.
+    """
     ids = torch.from_numpy(tokens).to(model.device)
     vocabulary = model.config.get_text_config().vocab_size
     for batch in ids.split(whole_size(model.device.type, tokens.shape[1], vocabulary)):

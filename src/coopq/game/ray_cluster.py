@@ -1,34 +1,36 @@
-"""The same game on a Ray cluster: workers hold the model and the bank, the driver owns proposals and journal."""
+"""The same game on a Ray cluster: workers hold the model and the bank, the driver owns proposals and the journal."""
 
 import importlib.util
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank, round_untouched
-from coopq.game.prefix_engine import PrefixEngine
 from coopq.core.errors import EstimationError, Mismatch
-from coopq.model.load import fingerprint_weights, load_model
-from coopq.model.players import find_players
-from coopq.core.config import RunConfig
+from coopq.core.specs import Request
 from coopq.core.types import Assignment, Assignments, Width
+from coopq.game.prefix_engine import PrefixEngine, make_engine
+from coopq.game.session import prepare
+from coopq.model.load import fingerprint_weights
+from coopq.quantizers.bank import WeightBank, round_untouched
+
+if TYPE_CHECKING:
+    from coopq.game.session import Session
 
 _CHUNKS_PER_WORKER = 4
-"""Chunks of one call for each worker: small, so that one that is slow or lost holds up little; large, so that the
+"""Chunks of one call for each worker: small, so that a worker that is slow or lost holds up little; large, so that the
 assignments of a chunk share prefixes."""
-_LEAST_IN_CHUNK = 8
+_MIN_CHUNK = 8
 
 Measurement = tuple[Assignment, npt.NDArray[np.float64], int]
-"""An assignment, its loss on each sequence, and the layer forwards that it took."""
+"""An assignment, the loss on each sequence, and the block forwards that the loss took."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class RayConfig:
     """Where the workers are.
 
     Attributes:
-        address: Of a running cluster; "auto" for the one that this machine belongs to, "local" to start one here.
-        workers: Their number; None takes one for each GPU, or for each CPU core of a cluster without GPUs.
+        address: Address of a running cluster; "auto" for the one of this machine, "local" to start one here.
+        workers: Number of workers; None takes one for each GPU, or for each CPU core of a cluster without GPUs.
     """
 
     address: str
@@ -45,40 +47,43 @@ class RayConfig:
 
 
 class Worker:
-    """A model and its bank in a process of their own; Ray makes an actor of it.
+    """A model and its bank in a process of their own; Ray makes an actor of a worker.
 
     Args:
-        config: What is measured.
+        request: What is measured.
         weights: What the bank's weights depend on, as the driver has it.
-        bank: The driver's bank, for workers that see its disk; others quantize the model themselves.
-        tokens: Calibration tokens for backends that take them, shape (n_sequences, length).
-        levels: The widths that each player has.
-        n_threads: That it computes with.
+        bank: The driver's bank, for workers that see its disk; other workers quantize the model themselves.
+        fitting: Tokens that weights are fitted to, shape (n_sequences, length); None for backends that fit none.
+        player_widths: The widths of each player.
+        n_threads: Threads that the worker computes with.
     """
 
     def __init__(
         self,
-        config: RunConfig,
-        weights: dict[str, Any],
+        request: Request,
+        weights: Mapping[str, Any],
         bank: str,
-        tokens: npt.NDArray[np.int64],
-        levels: Sequence[Sequence[Width]],
+        fitting: npt.NDArray[np.int64] | None,
+        player_widths: Sequence[Sequence[Width]],
         n_threads: int,
     ) -> None:
         torch.set_num_threads(n_threads)
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device)
+        # Sizes for a target need the target's base file, which may lie on the driver's disk alone.
+        prepared = prepare(request.replace(target=None, base=None))
+        loaded = prepared.load()
         if (found := fingerprint_weights(loaded.model)) != weights["weights"]:
-            ours, theirs = {"weights": weights["weights"]}, {"weights": found}
-            way_out = "give workers the driver's files and versions"
-            raise Mismatch(f"a worker found another model under {config.model!r}", ours, theirs, way_out)
-        players = find_players(loaded.model, config.granularity, config.embeddings)
-        backend = get_backend(**config.quantizer, bits=config.widths)
-        round_untouched(loaded, players, config.widths)
+            raise Mismatch(
+                f"a worker found another model under {request.model.source!r}",
+                {"weights": weights["weights"]},
+                {"weights": found},
+                "give workers the driver's files and versions",
+            )
+        round_untouched(loaded, prepared.players, request.widths.bits)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
-        self._bank = WeightBank(folder, loaded, players, backend, weights)
+        self.bank = WeightBank(folder, loaded, prepared.players, prepared.backend, weights)
         if folder != shared:
-            self._bank.build(config.widths, tokens, levels=levels)
+            self.bank.build(request.widths.bits, fitting, player_widths=player_widths)
         self._model = loaded.model
         self._engines: dict[tuple[str, str], PrefixEngine] = {}
 
@@ -87,37 +92,26 @@ class Worker:
     ) -> list[Measurement]:
         """Losses of assignments on the tokens called `name`."""
         if (name, loss) not in self._engines:
-            self._engines[name, loss] = PrefixEngine(self._model, self._bank, tokens, loss)
+            self._engines[name, loss] = make_engine(self._model, self.bank, tokens, loss)
         return list(self._engines[name, loss].evaluate(assignments))
 
     def process(self) -> int:
-        """The number of its process."""
+        """The number of the worker's process."""
         return os.getpid()
 
 
 class Cluster:
-    """Workers of one run on Ray.
+    """Workers of one session on Ray; a context manager that lets the workers go at its end.
 
     Args:
-        where: Where they are.
-        config: What is measured.
+        where: Where the workers are.
+        session: The driver's session.
         weights: What the bank's weights depend on.
-        bank: The bank's folder.
-        tokens: Calibration tokens for backends that take them.
-        levels: The widths that each player has.
     Raises:
         EstimationError: If Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(
-        self,
-        where: RayConfig,
-        config: RunConfig,
-        weights: dict[str, Any],
-        bank: Path,
-        tokens: npt.NDArray[np.int64],
-        levels: Sequence[Sequence[Width]],
-    ) -> None:
+    def __init__(self, where: RayConfig, session: "Session", weights: Mapping[str, Any]) -> None:
         if importlib.util.find_spec("ray") is None:
             raise EstimationError("a cluster needs Ray; run: pip install 'coopq[ray]'")
         import ray
@@ -143,25 +137,41 @@ class Cluster:
         n_threads = max(1, n_cpus // self.n_workers)
         # Ray starts a worker that died anew and gives it its unfinished chunk again.
         actor = ray.remote(num_cpus=n_threads, num_gpus=per_gpu, max_restarts=-1, max_task_retries=-1)(Worker)
-        self._tokens = ray.put(tokens)  # kept: a worker that starts anew asks for them again
+        # The reference is kept: a worker that starts anew asks for the tokens again.
+        self._fitting = ray.put(None if session.fitting is None else session.fitting.tokens)
+        bank = str(session.folder.bank)
         self.workers = [
-            actor.remote(config, weights, str(bank), self._tokens, levels, n_threads) for _ in range(self.n_workers)
+            actor.remote(session.request, weights, bank, self._fitting, session.player_widths, n_threads)
+            for _ in range(self.n_workers)
         ]
 
-    def close(self) -> None:
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Let the workers go; a cluster that was there before stays."""
         for worker in self.workers:
             self._ray.kill(worker)
         self._ray.shutdown()
 
+    def engine(self, name: str, tokens: npt.NDArray[np.int64], loss: str) -> "ClusterEngine":
+        """What a game asks for losses on some tokens.
+
+        Args:
+            name: A name of the tokens that no other tokens have.
+            tokens: Shape (n_sequences, length).
+            loss: "nll" or "kl".
+        """
+        return ClusterEngine(self, name, self._ray.put(tokens), loss)
+
     def evaluate(self, name: str, tokens: Any, assignments: Assignments, loss: str) -> Iterator[Measurement]:
         """Losses of assignments, as they come.
 
         Chunks are neighbours in lexicographic order, which share most of their prefixes. A worker that has nothing left
-        to do measures what others have not finished; the first answer counts.
+        to do measures what other workers have not finished; the first answer counts.
         """
         unique = np.unique(assignments, axis=0)
-        n_chunks = max(self.n_workers, min(self.n_workers * _CHUNKS_PER_WORKER, len(unique) // _LEAST_IN_CHUNK))
+        n_chunks = max(self.n_workers, min(self.n_workers * _CHUNKS_PER_WORKER, len(unique) // _MIN_CHUNK))
         chunks = np.array_split(unique, n_chunks)
         waiting = [chunk for chunk in chunks if len(chunk)]
         running: dict[Any, tuple[Any, Assignments]] = {}
@@ -169,7 +179,7 @@ class Cluster:
         idle = list(self.workers)
         while waiting or running:
             for worker in idle:
-                chunk = waiting.pop(0) if waiting else self._slowest(running, done)
+                chunk = waiting.pop(0) if waiting else _slowest(running, done)
                 if chunk is not None:
                     running[worker.evaluate.remote(name, tokens, chunk, loss)] = worker, chunk
             idle = []
@@ -183,14 +193,32 @@ class Cluster:
             if not waiting and all(chunk.tobytes() in done for _, chunk in running.values()):
                 break  # only copies are left
 
-    @staticmethod
-    def _slowest(running: dict[Any, tuple[Any, Assignments]], done: set[bytes]) -> Assignments | None:
-        """The chunk that began first of those that only one worker has; None if there is none."""
-        keys = [chunk.tobytes() for _, chunk in running.values()]
-        for _, chunk in running.values():
-            if chunk.tobytes() not in done and keys.count(chunk.tobytes()) == 1:
-                return chunk
-        return None
+
+class ClusterEngine:
+    """What a game asks for losses, answered by a cluster; `Cluster.engine` makes one.
+
+    Args:
+        cluster: The workers.
+        name: Name of the tokens.
+        tokens: Ray's reference to the tokens.
+        loss: "nll" or "kl".
+    """
+
+    def __init__(self, cluster: Cluster, name: str, tokens: Any, loss: str) -> None:
+        self._cluster, self._name, self._tokens, self._loss = cluster, name, tokens, loss
+
+    def evaluate(self, assignments: Assignments) -> Iterator[Measurement]:
+        """Losses of distinct assignments, in any order."""
+        return self._cluster.evaluate(self._name, self._tokens, assignments, self._loss)
+
+
+def _slowest(running: Mapping[Any, tuple[Any, Assignments]], done: set[bytes]) -> Assignments | None:
+    """The chunk that began first among those that only one worker has; None if there is none."""
+    keys = [chunk.tobytes() for _, chunk in running.values()]
+    for _, chunk in running.values():
+        if chunk.tobytes() not in done and keys.count(chunk.tobytes()) == 1:
+            return chunk
+    return None
 
 
 def _knock(address: str) -> None:
@@ -202,24 +230,3 @@ def _knock(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-class ClusterEngine:
-    """What a game asks for losses, answered by a cluster.
-
-    Args:
-        cluster: The workers.
-        name: Of the tokens.
-        tokens: Shape (n_sequences, length).
-        loss: As for `PrefixEngine`.
-    """
-
-    def __init__(self, cluster: Cluster, name: str, tokens: npt.NDArray[np.int64], loss: str) -> None:
-        self._cluster = cluster
-        self._name = name
-        self._loss = loss
-        self._tokens = cluster._ray.put(tokens)
-
-    def evaluate(self, assignments: Assignments) -> Iterator[Measurement]:
-        """Losses of distinct assignments, in any order."""
-        return self._cluster.evaluate(self._name, self._tokens, assignments, self._loss)

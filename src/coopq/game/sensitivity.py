@@ -1,7 +1,8 @@
-"""Activations and gradients of the full-precision model, streamed block by block: no second copy of the model."""
+"""Activations and gradients of the full-precision model, streamed block by block without a second copy of the model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -9,45 +10,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine
 from coopq.core.types import UNTOUCHED, Player, Width
+from coopq.game.assigned_model import players_of_blocks
+from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, weight_gradients
+from coopq.model.blockwise import Blockwise, States
+from coopq.quantizers.bank import WeightBank
 
 _STEP = 3e-3
-"""Of central differences, as a share of the root mean square of the weights."""
+"""Step of central differences, as a share of the root mean square of the weights. With this step the traces of tiny
+models are within 2 % of those by exact second derivatives (tests/test_scores.py)."""
+
+Term: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""What is summed over a linear layer's outputs, from how far quantization moves the outputs and the gradient of each
+sequence's mean loss by the outputs, all of shape (n_sequences, length, out)."""
 
 
-class Probe:
-    """What one-layer scores look at.
+class Sensitivity:
+    """What one-layer scores are computed from: states, gradients and errors of the full-precision model.
 
     Args:
-        engine: The model on its calibration tokens.
-        bank: Its players' weights.
-        low: The lower of the two widths.
-        high: The higher one.
-        levels: The widths that each player has; at another one it is what it is at the next wider. None where all have
-            both.
+        blockwise: The model on its calibration tokens.
+        bank: The weights of the model's players at each width.
+        low: The lower of two widths.
+        high: The higher of two widths.
+        player_widths: Widths that each player has. A player without `low` or `high` has the next wider of its widths.
+            None if all players have both.
 
     Attributes:
-        layer_forwards: Forwards of one block over all tokens that were asked for, though what is known is not computed
-            again; a backward counts as two.
+        block_forwards: Forwards of one block over all tokens that were asked for, cached results included. A backward
+            counts as two.
     """
 
     def __init__(
         self,
-        engine: PrefixEngine,
+        blockwise: Blockwise,
         bank: WeightBank,
         low: Width,
         high: Width,
-        levels: Sequence[Sequence[Width]] | None = None,
+        player_widths: Sequence[Sequence[Width]] | None = None,
     ) -> None:
-        self._engine = engine
+        self._blockwise = blockwise
         self._bank = bank
-        self._levels = levels
+        self._members = players_of_blocks(bank.players)
+        self._player_widths = player_widths
         self._first_order: tuple[int, dict[Width, list[list[float]]]] | None = None
         self.low = low
         self.high = high
-        self.layer_forwards = 0
+        self.block_forwards = 0
 
     @property
     def players(self) -> Sequence[Player]:
@@ -56,240 +65,213 @@ class Probe:
 
     @property
     def blocks(self) -> list[int]:
-        """The block of each player: what turns scores of blocks into scores of players, shape (n_players,)."""
+        """Block of each player, shape (n_players,): an index that turns scores of blocks into scores of players."""
         return [player.block for player in self.players]
 
     @property
     def shares(self) -> npt.NDArray[np.float64]:
-        """Share of its block's weights that each player has, shape (n_players,); 1 where players are blocks."""
+        """Share of its block's weights that each player has, shape (n_players,); 1 if players are blocks."""
         n_weights = np.array([player.n_weights for player in self.players], dtype=np.float64)
         return n_weights / np.bincount(self.blocks, n_weights)[self.blocks]
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens of a sequence that are predicted: all but the first."""
-        return int(self._engine.batches[0].shape[1]) - 1
+        """Predicted tokens of a sequence: all but the first."""
+        return int(self._blockwise.batches[0].shape[1]) - 1
 
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self._bank.weights(player, UNTOUCHED)
 
     def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
-        """The same, quantized and dequantised."""
-        return self._bank.weights(player, self._level(player, bits))
-
-    def _level(self, player: int, bits: Width) -> Width:
-        return bits if self._levels is None else min(level for level in self._levels[player] if level >= bits)
+        """Weights of a player's linear layers by name, quantized and dequantized, each of shape (out, in)."""
+        return self._bank.weights(player, self._width(player, bits))
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hidden states before and after each block, shape (n_sequences, length, width) both; two at a time."""
-        self._engine.record()
-        states = self._engine.embedded
-        for block in range(len(self._engine.members)):
-            outputs = self._engine.forward_block(block, states)
-            self.layer_forwards += 1
-            yield torch.cat(states), torch.cat(outputs)
-            states = outputs
+        """Hidden states before and after each block, both of shape (n_sequences, length, width); two are held."""
+        self._blockwise.record()
+        before = self._blockwise.embedded
+        for block in range(self._blockwise.n_blocks):
+            after = self._blockwise.forward_block(block, before)
+            self.block_forwards += 1
+            yield torch.cat(before), torch.cat(after)
+            before = after
 
     def gradients(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Gradients of the mean loss by each player's weights, from the last player to the first.
 
+        A block's forward is repeated with a graph, once for all its players, when its turn comes. So only hidden states
+        and one block's gradients are held.
+
         Yields:
-            The player, and d loss / d weight by name of the linear layer, shape (out, in). A block's forward is
-            repeated with a graph when its turn comes, once for all its players, so that only hidden states and one
-            block's gradients are held.
+            The player, and d loss / d weight by name of the linear layer, shape (out, in).
         """
-        engine = self._engine
-        engine.record()
-        states = [engine.embedded]
-        for block in range(len(engine.members)):
-            states.append(engine.forward_block(block, states[-1]))
-        upstream = [self._head_gradient(j, final) for j, final in enumerate(states.pop())]
-        self.layer_forwards += len(engine.members)
-        for block, members in reversed(list(enumerate(engine.members))):
-            self.layer_forwards += 3
-            with engine.placed(block):
-                weights = {name: weight for player in members for name, weight in self._bank.parameters(player).items()}
-                totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-                for j, leaf in enumerate(states.pop()):
-                    with torch.enable_grad():
-                        leaf = leaf.detach().requires_grad_()
-                        output = engine.call_block(block, j, leaf)
-                    upstream[j], *gradients = torch.autograd.grad(output, [leaf, *weights.values()], upstream[j])
-                    for total, gradient in zip(totals.values(), gradients, strict=True):
-                        total += gradient
+        states = self._all_states()
+        upstream = head_gradients(self._blockwise, states.pop())
+        for block, members in reversed(list(enumerate(self._members))):
+            self.block_forwards += 3
+            parameters = [self._bank.parameters(player) for player in members]
+            weights = {name: weight for by_name in parameters for name, weight in by_name.items()}
+            found = weight_gradients(self._blockwise, block, states.pop(), upstream, weights)
             for player in reversed(members):
-                yield player, {linear.name: totals[linear.name] for linear in self.players[player].linears}
+                yield player, {linear.name: found[linear.name] for linear in self.players[player].linears}
 
     def first_order_changes(self) -> dict[Width, list[list[float]]]:
-        """<dL/dW, W - Q_b(W)> by width, player and linear layer, nats per token."""
-        before = self.layer_forwards
+        """<dL/dW, W - Q_b(W)> by width, player and linear layer, nats per token; computed once."""
+        before = self.block_forwards
         if self._first_order is None:
-            changes: dict[Width, list[list[float]]] = {
-                bits: [[] for _ in self.players] for bits in (self.low, self.high)
-            }
+            changes: dict[Width, list[list[float]]] = {b: [[] for _ in self.players] for b in (self.low, self.high)}
             for player, gradients in self.gradients():
                 weights = self.weights(player)
-                for bits, of_players in changes.items():
+                for bits, changes_by_player in changes.items():
                     quantized = self.quantized(player, bits)
-                    of_players[player] = [
-                        float(
-                            (gradient.double() * (weights[name] - quantized[name]).to(gradient.device).double()).sum()
-                        )
+                    changes_by_player[player] = [
+                        _inner_product(gradient, weights[name] - quantized[name])
                         for name, gradient in gradients.items()
                     ]
-            self._first_order = self.layer_forwards - before, changes
+            self._first_order = self.block_forwards - before, changes
         spent, changes = self._first_order
-        self.layer_forwards = before + spent
+        self.block_forwards = before + spent
         return changes
 
     def sequence_changes(self) -> npt.NDArray[np.float64]:
-        """What quantizing each player does to the loss of each sequence, to first order.
+        """First-order change of each sequence's loss by quantizing each player alone.
 
         <g_s, Q_b(W) - W>, where g_s is the gradient of the mean loss of sequence s. No gradient by a weight is formed:
-        with the inputs x and the gradients y of a layer's outputs it is the sum over tokens of y (Q_b(W) - W) x.
+        with a layer's inputs x and the gradients y by its outputs, the change is the sum over tokens of
+        y (Q_b(W) - W) x.
 
         Returns:
             Shape (2, n_players, n_sequences), nats per token; at the low width, then at the high one.
         """
-        return self._of_outputs(lambda moved, gradient: moved * gradient)
+        return self._sums_over_outputs(lambda moved, gradient: moved * gradient)
 
     def output_errors(self) -> npt.NDArray[np.float64]:
-        """How far quantizing each player moves the outputs of its linear layers, weighted by squared gradients.
+        """Squared errors of linear layers' outputs by quantizing each player alone, weighted by squared gradients.
 
-        Sum over tokens and outputs of (y (Q_b(W) - W) x)^2, where y is the gradient of the mean loss of the sequence by
+        The sum over tokens and outputs of (y (Q_b(W) - W) x)^2, where y is the gradient of the sequence's mean loss by
         the output.
 
         Returns:
             Shape (2, n_players, n_sequences); at the low width, then at the high one.
         """
-        return self._of_outputs(lambda moved, gradient: (moved * gradient).square())
-
-    def _of_outputs(self, term: Callable[[Tensor, Tensor], Tensor]) -> npt.NDArray[np.float64]:
-        """Sums over the outputs of linear layers, at both widths, by player and sequence; see `sequence_changes`.
-
-        Args:
-            term: From how an output moves and the gradient of its sequence's mean loss by it, both of shape
-                (n_sequences, length, out), what is summed.
-        """
-        engine = self._engine
-        engine.record()
-        states = [engine.embedded]
-        for block in range(len(engine.members)):
-            states.append(engine.forward_block(block, states[-1]))
-        # The mean over all sequences, times their number, is the sum of their means.
-        n_sequences = sum(len(batch) for batch in engine.batches)
-        upstream = [self._head_gradient(j, final) * n_sequences for j, final in enumerate(states.pop())]
-        self.layer_forwards += len(engine.members)
-        sums = np.zeros((2, len(self.players), n_sequences))
-        starts = np.cumsum([0, *(len(batch) for batch in engine.batches)])
-        for block, members in reversed(list(enumerate(engine.members))):
-            self.layer_forwards += 5  # forward, gradient of the states, and two products for each weight
-            with engine.placed(block):
-                for j, leaf in enumerate(states.pop()):
-                    leaf = leaf.detach().requires_grad_()
-                    with torch.enable_grad(), self._bank.watching(members) as seen:
-                        output = engine.call_block(block, j, leaf)
-                    outputs = [of_layer for _, of_layer in seen.values()]
-                    upstream[j], *gradients = torch.autograd.grad(output, [leaf, *outputs], upstream[j])
-                    of_output = dict(zip(seen, gradients, strict=True))
-                    for player, (row, bits) in product(members, enumerate((self.low, self.high))):
-                        for name, weight in self.weights(player).items():
-                            delta = (self.quantized(player, bits)[name] - weight).to(seen[name][0].device)
-                            moved = functional.linear(seen[name][0], delta)
-                            total = term(moved, of_output[name]).flatten(1).double().sum(dim=1)
-                            sums[row, player, starts[j] : starts[j + 1]] += total.cpu().numpy()
-        return sums
+        return self._sums_over_outputs(lambda moved, gradient: (moved * gradient).square())
 
     def traces(self, n_samples: int, seed: int) -> dict[str, float]:
-        """Traces of the Hessian of the mean loss by the weights of each linear layer, by name, as Hutchinson estimates.
+        """Traces of the Hessian of the mean loss by each linear layer's weights, by name: Hutchinson's estimates.
 
-        E[v'Hv] over random signs v. Hv is a central difference of gradients, of all layers at once: between layers the
-        signs are independent, so that what one layer adds to another's estimate is zero on average.
+        E[v'Hv] over random signs v. Hv is a central difference of gradients, for all layers at once: the signs of
+        different layers are independent, so layers add nothing to each other's estimate on average.
 
         Args:
             n_samples: Draws of the signs.
-            seed: Where they come from.
+            seed: Seed of the draws.
         """
-        names = [
-            (player, linear.name) for player in range(len(self.players)) for linear in self.players[player].linears
-        ]
-        originals = {name: self.weights(player)[name] for player, name in names}
+        owners = {linear.name: index for index, player in enumerate(self.players) for linear in player.linears}
+        originals = {name: self.weights(player)[name] for name, player in owners.items()}
         squares = [weight.float().square().mean().cpu() for weight in originals.values()]
         step = _STEP * float(torch.stack(squares).mean().sqrt())
         traces = dict.fromkeys(originals, 0.0)
         try:
-            for sample, sign in product(range(n_samples), (1, -1)):
-                draws = torch.Generator().manual_seed(seed * n_samples + sample)
-                signs = {
-                    name: (torch.randint(2, weight.shape, generator=draws, dtype=torch.int8) * 2 - 1).to(weight.device)
-                    for name, weight in originals.items()
-                }
-                for player, name in names:
-                    moved = torch.add(originals[name], signs[name], alpha=sign * step)
+            for sample, direction in product(range(n_samples), (1, -1)):
+                signs = _random_signs(originals, seed * n_samples + sample)
+                for name, player in owners.items():
+                    moved = torch.add(originals[name], signs[name], alpha=direction * step)
                     self._bank.parameters(player)[name].data = moved
                 for _, gradients in self.gradients():
                     for name, gradient in gradients.items():
                         along = float((gradient.double() * signs[name].to(gradient.device)).sum())
-                        traces[name] += sign * along / (2 * step * n_samples)
+                        traces[name] += direction * along / (2 * step * n_samples)
         finally:
             self._bank.restore()
         return traces
 
     @torch.no_grad()
     def divergences(self) -> npt.NDArray[np.float64]:
-        """KL divergence of the next token from that of full precision, when one player alone is quantized.
+        """KL divergence of the next token from full precision if one player alone is quantized.
 
         Returns:
             Shape (2, n_players), nats per token; at the low width, then at the high one.
         """
-        engine = self._engine
-        engine.record()
-        states = [engine.embedded]
-        for block in range(len(engine.members)):
-            states.append(engine.forward_block(block, states[-1]))
-        self.layer_forwards += len(engine.members)
+        states = self._all_states()
         found = np.zeros((2, len(self.players)))
         try:
-            for block, members in enumerate(engine.members):
-                for player, (row, bits) in product(members, enumerate((self.low, self.high))):
-                    self._bank.set_player(player, self._level(player, bits))
-                    moved = states[block]
-                    for after in range(block, len(engine.members)):
-                        moved = engine.forward_block(after, moved)
-                        self.layer_forwards += 1
-                    self._bank.set_player(player, UNTOUCHED)
-                    pairs = zip(states[-1], moved, strict=True)
-                    found[row, player] = np.concatenate([self._divergence(of, other) for of, other in pairs]).mean()
+            for player, (row, bits) in product(range(len(self.players)), enumerate((self.low, self.high))):
+                block = self.players[player].block
+                self._bank.set_player(player, self._width(player, bits))
+                moved = states[block]
+                for after in range(block, self._blockwise.n_blocks):
+                    moved = self._blockwise.forward_block(after, moved)
+                    self.block_forwards += 1
+                self._bank.set_player(player, UNTOUCHED)
+                found[row, player] = divergence(self._blockwise, states[-1], moved).mean()
         finally:
             self._bank.restore()
         return found
 
-    def _divergence(self, states: Tensor, other: Tensor) -> npt.NDArray[np.float64]:
-        """KL divergence at each scored position of a batch, from two forms of the states after the last block."""
-        portion = self._engine.positions_at_once()
-        found = []
-        for pair in zip(*(of[:, :-1].flatten(0, 1).split(portion) for of in (states, other)), strict=True):
-            logs = [functional.log_softmax(self._engine.head(some.unsqueeze(1)).float()[:, 0], dim=1) for some in pair]
-            found.append(functional.kl_div(logs[1], logs[0], reduction="none", log_target=True).double().sum(dim=1))
-        return torch.cat(found).cpu().numpy()
+    def _width(self, player: int, bits: Width) -> Width:
+        """The narrowest width of a player that is at least `bits`."""
+        return bits if self._player_widths is None else min(w for w in self._player_widths[player] if w >= bits)
 
-    def _head_gradient(self, j: int, final: Tensor) -> Tensor:
-        """Gradient of the mean loss by the states after the last block, for one batch of tokens.
+    def _all_states(self) -> list[States]:
+        """States before the first block and after each block."""
+        self._blockwise.record()
+        states = [self._blockwise.embedded]
+        for block in range(self._blockwise.n_blocks):
+            states.append(self._blockwise.forward_block(block, states[-1]))
+        self.block_forwards += self._blockwise.n_blocks
+        return states
 
-        The head gets a portion of the positions at a time, as sequences of one token.
+    def _sums_over_outputs(self, term: Term) -> npt.NDArray[np.float64]:
+        """Sums over the outputs of linear layers, shape (2, n_players, n_sequences); see `sequence_changes`."""
+        sizes = [len(batch) for batch in self._blockwise.batches]
+        starts, n_sequences = np.cumsum([0, *sizes]), sum(sizes)
+        states = self._all_states()
+        # Each sequence's own mean loss: the mean over all sequences, times their number, is the sum of these.
+        upstream = [gradient * n_sequences for gradient in head_gradients(self._blockwise, states.pop())]
+        sums = np.zeros((2, len(self.players), n_sequences))
+        for block in reversed(range(self._blockwise.n_blocks)):
+            self.block_forwards += 5  # a forward, the gradient by the states, and two products for each weight
+            with self._blockwise.placed(block):
+                members = self._members[block]
+                for j, batch in enumerate(states.pop()):
+                    leaf = batch.detach().requires_grad_()
+                    with torch.enable_grad(), self._bank.watching(members) as seen:
+                        output = self._blockwise.call_block(block, j, leaf)
+                    upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
+                    for player, (row, bits) in product(members, enumerate((self.low, self.high))):
+                        sums[row, player, starts[j] : starts[j + 1]] += self._sum_terms(term, player, bits, gradients)
+        return sums
+
+    def _sum_terms(
+        self, term: Term, player: int, bits: Width, gradients: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> npt.NDArray[np.float64]:
+        """Terms of a player at a width, summed over its layers' outputs and tokens, shape (n_sequences,).
+
+        Args:
+            term: What is summed.
+            player: The player.
+            bits: The width.
+            gradients: Inputs and gradients by the outputs of the block's linear layers, by name.
         """
-        tokens = self._engine.batches[j]
-        n_scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in self._engine.batches)
-        portion = self._engine.positions_at_once()
-        scored, targets = final[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-        parts = []
-        for some, target in zip(scored.split(portion), targets.split(portion), strict=True):
-            with torch.enable_grad():
-                leaf = some.detach().unsqueeze(1).requires_grad_()
-                logits = self._engine.head(leaf).float()[:, 0]
-                loss = functional.cross_entropy(logits, target.to(logits.device), reduction="sum")
-            parts.append(torch.autograd.grad(loss / n_scored, leaf)[0][:, 0])
-        gradient = torch.zeros_like(final)
-        gradient[:, :-1] = torch.cat(parts).unflatten(0, (len(final), -1))
-        return gradient
+        quantized = self.quantized(player, bits)
+        total: npt.NDArray[np.float64] = np.zeros(())
+        for name, weight in self.weights(player).items():
+            inputs, gradient = gradients[name]
+            moved = functional.linear(inputs, (quantized[name] - weight).to(inputs.device))
+            total = total + term(moved, gradient).flatten(1).double().sum(dim=1).cpu().numpy()
+        return total
+
+
+def _inner_product(gradient: Tensor, change: Tensor) -> float:
+    """<gradient, change> in float64, on the gradient's device."""
+    return float((gradient.double() * change.to(gradient.device).double()).sum())
+
+
+def _random_signs(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A random sign for each weight, the same for the same seed, on the weights' devices."""
+    draws = torch.Generator().manual_seed(seed)
+    return {
+        name: (torch.randint(2, weight.shape, generator=draws, dtype=torch.int8) * 2 - 1).to(weight.device)
+        for name, weight in weights.items()
+    }

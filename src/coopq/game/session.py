@@ -1,41 +1,172 @@
-"""A loaded model with everything that measures it, held open over a locked run folder."""
+"""Opening a model: `prepare` checks a request without weights, `open_session` loads the model over a run folder.
+
+Everything that measures, quantizes or judges a model opens the model here.
+"""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from coopq.quantize import Backend, get_backend
-from coopq.quantize.bank import WeightBank, round_untouched
-from coopq.model.texts import TokenSet, calibration_set, check_calibration, check_length, fitting_set
-from coopq.export.checkpoint import save_model
-from coopq.game.ray_cluster import Cluster, ClusterEngine, RayConfig
-from coopq.game.prefix_engine import PrefixEngine
-from coopq.core.errors import BackendError, CalibrationError, EstimationError, OutOfMemory, hint
-from coopq.export.formats import storage_for
+import torch
+
+from coopq.core.errors import BackendError, OutOfMemory
 from coopq.core.files import locked, require_writable
-from coopq.game.game import Engine, QuantizationGame
-from coopq.model.offload import HostedBlocks
-from coopq.game.journal import Journal
-from coopq.game.losses import LOSSES
-from coopq.model.memory import Footprint, free_memory, gib
-from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
-from coopq.plan.plan import Plan
-from coopq.model.players import check_granularity, find_players
-from coopq.core.config import RunConfig, RunFolder, Subject
-from coopq.core.sizes import Budget
-from coopq.game.layer_major_engine import LayerMajorEngine
+from coopq.core.sizes import Budget, Sizes
+from coopq.core.specs import Request
+from coopq.core.subject import Subject
 from coopq.core.types import Player, ProgressCallback, silent
+from coopq.game.game import Engine, QuantizationGame
+from coopq.game.journal import Journal
+from coopq.game.prefix_engine import PrefixEngine, make_engine
+from coopq.game.run_folder import RunFolder
+from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
+from coopq.model.memory import Footprint, free_memory, gib
+from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import find_players
+from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
+from coopq.quantizers import get_backend
+from coopq.quantizers.backend import Backend
+from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.sizes import packed_sizes
+
+if TYPE_CHECKING:  # Ray is optional
+    from coopq.game.ray_cluster import Cluster, RayConfig
 
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
+SizesFor: TypeAlias = Callable[[Request, Any, Sequence[Player], Backend], Sizes]
+"""Sizes of players from a request, the model's skeleton, the players and the backend."""
+
+
+def sizes_in_our_form(request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
+    """Sizes of players as coopq itself saves them."""
+    return packed_sizes(players, backend, request.widths.bits)
+
 
 @dataclass(frozen=True)
-class Workbench(Subject):
-    """A loaded model with everything that measures it, held open over a locked run folder."""
+class Prepared:
+    """A request that passed every check that needs no weights.
+
+    Attributes:
+        request: What was asked for.
+        skeleton: The model without storage, in the dtype that it will compute in.
+        players: The players, by block.
+        backend: What quantizes.
+        sizes: Bytes of the players at each width, to the byte.
+        device: Where the model computes.
+    """
+
+    request: Request
+    skeleton: Any
+    players: tuple[Player, ...]
+    backend: Backend
+    sizes: Sizes
+    device: torch.device
+
+    def check_budgets(self, budgets: Sequence[Budget]) -> None:
+        """Check that budgets are feasible.
+
+        Raises:
+            InfeasibleBudget: With the smallest and the largest feasible budget.
+        """
+        for budget in budgets:
+            self.sizes.limit(budget, self.request.widths.low, self.request.widths.high)
+
+    def footprint(self) -> Footprint:
+        """Bytes that measuring this request holds at its peak."""
+        request = self.request
+        n_widths, diverges = len(request.widths.quantized), request.search.loss == "kl"
+        return Footprint.estimate(
+            self.skeleton, self.players, request.text, self.device.type, n_widths, diverges=diverges
+        )
+
+    def fit(self) -> tuple[Footprint, int | None]:
+        """What the run takes and what is free, in bytes, once the run is known to fit.
+
+        Raises:
+            OutOfMemory: If the run does not fit, with the setting that would fit.
+        """
+        needed, free = self.footprint(), free_memory(self.request.model.device)
+        needed.check(free)
+        if needed.must_offload(free) and self.request.widths.embeddings:
+            raise OutOfMemory(
+                f"{needed}, and {gib(free)} are free: blocks must stay on the host, and then the embedding is no "
+                "player; leave --embeddings out"
+            )
+        return needed, free
+
+    def load(self, progress: ProgressCallback = silent, *, on_host: bool = False) -> LoadedModel:
+        """Load the weights.
+
+        Args:
+            progress: Told of the loading.
+            on_host: Leave the weights in the host's memory.
+        """
+        spec = self.request.model
+        progress("loading the model", 0, 1)
+        loaded = load_model(spec.source, dtype=spec.dtype, device=spec.device, on_host=on_host)
+        progress("loading the model", 1, 1)
+        return loaded
+
+    def load_to_measure(
+        self, progress: ProgressCallback = silent
+    ) -> tuple[LoadedModel, OffloadedBlocks | None, Footprint, int | None]:
+        """Load the weights where they fit; blocks that do not fit on the device stay on the host.
+
+        Returns:
+            The model, its offloaded blocks if there are any, what the run takes, and what was free before.
+        Raises:
+            OutOfMemory: As `fit`.
+        """
+        needed, free = self.fit()
+        _log.info("%s; %s free on the %s", needed, gib(free), self.device.type)
+        must_offload = needed.must_offload(free)
+        loaded = self.load(progress, on_host=must_offload)
+        return loaded, OffloadedBlocks(loaded.model, self.device) if must_offload else None, needed, free
+
+
+def prepare(request: Request, *, sizes_for: SizesFor = sizes_in_our_form, judge_length: int = 0) -> Prepared:
+    """Check a request and look at the model without its weights.
+
+    Args:
+        request: What is asked for.
+        sizes_for: Sizes of the players: as coopq saves them, or as the file of a target engine holds them.
+        judge_length: Tokens of the windows that assignments will be judged on, if they will be.
+    Raises:
+        CoopQError: Naming what is wrong.
+    """
+    check_text(request.text)
+    backend = get_backend(request.quantizer, request.widths.bits)
+    if request.text.fit_tokens is not None and not backend.calibrated:
+        raise BackendError(f"backend {request.quantizer.backend!r} fits its weights to no text; leave --fit-tokens out")
+    spec, widths = request.model, request.widths
+    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
+    check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
+    players = find_players(skeleton, widths.granularity, widths.embeddings)
+    sizes = sizes_for(request, skeleton, players, backend)
+    sizes.player_widths(widths.bits)  # refuses widths that save nothing
+    return Prepared(request, skeleton, players, backend, sizes, pick_device(spec.device))
+
+
+@dataclass(frozen=True)
+class Session(Subject):
+    """A loaded model with everything that measures the model, held open over a locked run folder.
+
+    Attributes:
+        folder: The run folder.
+        loaded: The model in full precision.
+        backend: What quantizes.
+        bank: Weights of every player at every width.
+        calibration: The tokens that searches see.
+        fitting: The tokens that weights are fitted to; None for backends that fit none.
+        progress: Told of every step.
+        offloaded: The blocks that stay on the host; None where the whole model is on the device.
+        cluster: Workers that measure; None where this process does.
+    """
 
     folder: RunFolder
     loaded: LoadedModel
@@ -44,39 +175,39 @@ class Workbench(Subject):
     calibration: TokenSet
     fitting: TokenSet | None
     progress: ProgressCallback
-    hosted: HostedBlocks | None = None
-    cluster: Cluster | None = None
+    offloaded: OffloadedBlocks | None = None
+    cluster: "Cluster | None" = None
 
     def engine(self, tokens: TokenSet, loss: str = "nll") -> PrefixEngine:
-        """What measures a loss on `tokens` in this process."""
-        if self.hosted is not None:
-            return LayerMajorEngine(self.loaded.model, self.bank, tokens.tokens, self.hosted, loss)
-        return PrefixEngine(self.loaded.model, self.bank, tokens.tokens, loss)
+        """What measures a loss on tokens in this process."""
+        return make_engine(self.loaded.model, self.bank, tokens.tokens, loss, self.offloaded)
 
     @contextmanager
-    def game(self, tokens: TokenSet, journal: Path, stage: str, loss: str = "nll") -> Iterator[QuantizationGame]:
-        """The game on `tokens`, with its values in `journal`."""
+    def game(self, stage: str, n_sequences: int | None = None) -> Iterator[QuantizationGame]:
+        """The game that searches play.
+
+        Args:
+            stage: Name of the work, for progress.
+            n_sequences: Only the first calibration sequences, with a journal of their own; None takes all.
+        """
+        tokens, journal = self.calibration, self.folder.journal
+        if n_sequences is not None and n_sequences < self.request.text.n_sequences:
+            tokens = replace(tokens, tokens=tokens.tokens[:n_sequences])
+            journal = self.folder.screening(n_sequences)
+        with self.game_on(tokens, journal, stage, self.request.search.loss) as game:
+            yield game
+
+    @contextmanager
+    def game_on(self, tokens: TokenSet, journal: Path, stage: str, loss: str = "nll") -> Iterator[QuantizationGame]:
+        """The game on other tokens, with its losses in `journal`."""
         fingerprint = {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos, "loss": loss}
-        with Journal(journal, fingerprint) as values:
+        with Journal(journal, fingerprint) as losses:
             if self.cluster is None:
                 engine: Engine = self.engine(tokens, loss)
             else:
-                engine = ClusterEngine(self.cluster, tokens.fingerprint, tokens.tokens, loss)
+                engine = self.cluster.engine(tokens.fingerprint, tokens.tokens, loss)
                 stage = f"{stage}, {self.cluster.n_workers} workers"
-            yield QuantizationGame(engine, values, len(self.players), self.progress, stage)
-
-    @contextmanager
-    def calibration_game(self, stage: str) -> Iterator[QuantizationGame]:
-        """The game that searches play."""
-        with self.game(self.calibration, self.folder.journal, stage, self.config.loss) as game:
-            yield game
-
-    def save(self, plan: Plan, out: Path) -> Plan:
-        """Quantize the model by a plan and save it in `out`; see `save_model`."""
-        fitting = None if self.fitting is None else self.fitting.tokens
-        packed = None if self.backend.whole_model else self.bank.packed(plan.quantized)
-        seen = self.calibration.tokens
-        return save_model(self.loaded, plan, self.backend, fitting, out, self.progress, calibration=seen, packed=packed)
+            yield QuantizationGame(engine, losses, len(self.players), self.progress, stage)
 
     def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
         """The items, with progress."""
@@ -85,160 +216,90 @@ class Workbench(Subject):
             yield item
         self.progress(stage, len(items), len(items))
 
-    @property
-    def n_screening(self) -> int:
-        """Number of sequences that searches look at, the first ones; all where there is no screening."""
-        return self.config.screening or self.config.calibration.sequences
-
-    @property
-    def screening_share(self) -> float:
-        """The same as a share of the calibration sequences."""
-        return self.n_screening / self.config.calibration.sequences
-
-    @contextmanager
-    def screening_game(self, stage: str) -> Iterator[QuantizationGame]:
-        """The game on the sequences that searches look at."""
-        with self.first_sequences(self.n_screening, stage) as game:
-            yield game
-
-    @contextmanager
-    def first_sequences(self, n: int, stage: str) -> Iterator[QuantizationGame]:
-        """The game on the first n calibration sequences, with a journal of its own unless these are all."""
-        if n == self.config.calibration.sequences:
-            with self.calibration_game(stage) as game:
-                yield game
-            return
-        tokens = replace(self.calibration, tokens=self.calibration.tokens[:n])
-        with self.game(tokens, self.folder.path / f"screening-{n}.jsonl", stage, self.config.loss) as game:
-            yield game
-
 
 @contextmanager
-def open_workbench(
-    config: RunConfig,
+def open_session(
+    prepared: Prepared,
     run: Path,
     progress: ProgressCallback = silent,
-    *budgets: Budget,
-    check: Callable[[Sequence[Player]], None] = lambda _: None,
-    ray: RayConfig | None = None,
+    *,
     bank: Path | None = None,
-    judge_length: int = 0,
-) -> Iterator[Workbench]:
-    """Check the request, load the model and lock the run folder; cheap checks come first.
+    ray: "RayConfig | None" = None,
+) -> Iterator[Session]:
+    """Load a prepared model over a locked run folder, and quantize every player at every width.
 
     Args:
-        config: What to measure.
-        run: The run folder; it is made when missing.
+        prepared: The request, checked.
+        run: The run folder; it is made if it is missing.
         progress: Told of every step.
-        budgets: Checked for feasibility before anything expensive.
-        check: Raises if the players are not what the caller can do with.
-        ray: Where workers are that measure; None measures here.
-        bank: Folder of the weight bank, which several runs may share; None keeps it in the run folder.
-        judge_length: Tokens of the windows that assignments will be judged on, if they will be.
+        bank: Folder of the weight bank, which several runs may share; None keeps the bank in the run folder.
+        ray: Where the workers are that measure; None measures in this process.
+    Raises:
+        Mismatch: If the run folder belongs to another request, model or text.
+        OutOfMemory: If the run does not fit.
     """
-    check_config(config)
-    backend = get_backend(**config.quantizer, bits=config.widths)
-    if config.calibration.fitting is not None and not backend.calibrated:
-        raise BackendError(f"backend {config.backend!r} fits its weights to no text; leave --fit-tokens out")
     require_writable(run)
     folder = RunFolder(run, bank)
     with locked(run):
-        folder.check(config)
-        progress("loading the model", 0, 1)
-        skeleton = load_skeleton(config.model, dtype=config.dtype, device=config.device)
-        check_length(max(config.calibration.length, judge_length), max_positions(skeleton))
-        players = find_players(skeleton, config.granularity, config.embeddings)
-        check(players)
-        storage = storage_for(config, skeleton, players, backend)
-        levels = storage.levels(*config.widths)
-        for budget in budgets:
-            storage.limit(budget, config.low, config.high)
-        device = pick_device(config.device)
-        footprint = Footprint.of(
-            skeleton,
-            players,
-            config.calibration,
-            device.type,
-            len(config.quantized_widths),
-            diverges=config.loss == "kl",
-        )
-        free = free_memory(config.device)
-        footprint.check(free)
-        _log.info("%s; %s free on the %s", footprint, gib(free), device.type)
-        is_hosted = footprint.is_hosted(free)
-        if is_hosted and config.embeddings:
-            raise OutOfMemory(
-                f"{footprint}, and {gib(free)} are free: blocks must stay on the host, and then the embedding is no "
-                "player; leave --embeddings out"
-            )
-        if is_hosted and ray is not None:
-            raise OutOfMemory(f"{footprint}, and {gib(free)} are free: workers need a GPU each that holds the model")
-        loaded = load_model(config.model, dtype=config.dtype, device=config.device, on_host=is_hosted)
-        progress("loading the model", 1, 1)
-        calibration = calibration_set(config.calibration, loaded.tokenizer, max_positions(loaded.model))
-        weights = {
-            "weights": fingerprint_weights(loaded.model),
-            "players": config.granularity + (" and embeddings" if config.embeddings else ""),
-            "backend": backend.fingerprint(),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "device": device.type,
-        }
+        folder.check(prepared.request)
+        loaded, offloaded, needed, free = prepared.load_to_measure(progress)
+        if offloaded is not None and ray is not None:
+            raise OutOfMemory(f"{needed}, and {gib(free)} are free: workers need a GPU each that holds the model")
+        text = prepared.request.text
+        calibration = calibration_set(text, loaded.tokenizer, max_positions(loaded.model))
         fitting = None
-        if backend.calibrated:
-            fitting = fitting_set(config.calibration, loaded.tokenizer, max_positions(loaded.model))
-            weights["fitted to"] = fitting.fingerprint
-        if round_untouched(loaded, players, config.widths):
-            weights["rounded to"] = "float16"
-        fingerprint = {**weights, "tokens": calibration.fingerprint, "bos": calibration.bos, "loss": config.loss}
-        # What belongs to another model refuses before anything is written over.
+        if prepared.backend.calibrated:
+            fitting = fitting_set(text, loaded.tokenizer, max_positions(loaded.model))
+        weights = weights_fingerprint(prepared, loaded, fitting)
+        fingerprint = {
+            **weights,
+            "tokens": calibration.fingerprint,
+            "bos": calibration.bos,
+            "loss": prepared.request.search.loss,
+        }
+        # A journal of another model is refused before anything is written over.
         with Journal(folder.journal, fingerprint):
             pass
-        # In the host's memory what is kept is mapped: the system drops what it has no room for.
-        resident = device.type == "cpu" or is_hosted or footprint.holds_bank(free)
-        weight_bank = WeightBank(folder.bank, loaded, players, backend, weights, resident=resident)
-        folder.start(config)
-        weight_bank.build(config.widths, None if fitting is None else fitting.tokens, progress, levels)
-        hosted = HostedBlocks(loaded.model, device) if is_hosted else None
-        with ExitStack() as stack:
-            cluster = None
-            if ray is not None:
-                cluster = Cluster(ray, config, weights, folder.bank, calibration.tokens, levels)
-                stack.callback(cluster.close)
-            yield Workbench(
-                config,
-                players,
-                storage,
-                fingerprint,
-                folder,
-                loaded,
-                backend,
-                weight_bank,
-                calibration,
-                fitting,
-                progress,
-                hosted,
-                cluster,
-            )
-
-
-def check_config(config: RunConfig) -> None:
-    """Check everything that needs no model.
-
-    Raises:
-        CoopQError: Naming what is wrong.
-    """
-    if list(config.widths) != sorted(set(config.widths)):
-        raise EstimationError(f"bits {config.widths_text} must be different widths, the lower ones first")
-    if config.permutations < 2:
-        raise EstimationError(f"permutations = {config.permutations}, but a covariance needs at least 2")
-    if config.seed < 0 or config.calibration.seed < 0:
-        raise EstimationError(f"seeds {config.seed} and {config.calibration.seed} must not be negative")
-    sequences = config.calibration.sequences
-    if config.screening is not None and not 1 <= config.screening <= sequences:
-        raise CalibrationError(
-            f"{config.screening} screening sequences are not 1 to {sequences}, the number of calibration sequences"
+        # In the host's memory the bank's files are mapped: the system drops pages that it has no room for.
+        resident = prepared.device.type == "cpu" or offloaded is not None or needed.holds_bank(free)
+        weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, resident=resident)
+        folder.start(prepared.request)
+        session = Session(
+            request=prepared.request,
+            players=prepared.players,
+            sizes=prepared.sizes,
+            fingerprint=fingerprint,
+            folder=folder,
+            loaded=loaded,
+            backend=prepared.backend,
+            bank=weight_bank,
+            calibration=calibration,
+            fitting=fitting,
+            progress=progress,
+            offloaded=offloaded,
         )
-    if config.loss not in LOSSES:
-        raise EstimationError(f"loss {config.loss!r} is unknown; {hint(config.loss, LOSSES)}")
-    check_granularity(config.granularity)
-    check_calibration(config.calibration)
+        tokens = None if fitting is None else fitting.tokens
+        weight_bank.build(prepared.request.widths.bits, tokens, progress, session.player_widths)
+        with ExitStack() as stack:
+            if ray is not None:
+                from coopq.game.ray_cluster import Cluster
+
+                session = replace(session, cluster=stack.enter_context(Cluster(ray, session, weights)))
+            yield session
+
+
+def weights_fingerprint(prepared: Prepared, loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
+    """What quantized weights depend on; weights that may stay untouched are rounded to 16 bits here."""
+    widths = prepared.request.widths
+    weights = {
+        "weights": fingerprint_weights(loaded.model),
+        "players": widths.granularity + (" and embeddings" if widths.embeddings else ""),
+        "backend": prepared.backend.fingerprint(),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": prepared.device.type,
+    }
+    if fitting is not None:
+        weights["fitted to"] = fitting.fingerprint
+    if round_untouched(loaded, prepared.players, widths.bits):
+        weights["rounded to"] = "float16"
+    return weights

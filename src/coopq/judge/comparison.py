@@ -1,114 +1,60 @@
-"""Perplexity of models and plans on text that no search has seen."""
+"""Plans beside references: full precision, uniform widths, and random assignments of the same budgets."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from coopq.plan.scores import PAPER_BASELINES, random_assignments, uniform_assignment
-from coopq.model.texts import TokenSet, wikitext2
-from coopq.export.checkpoint import fingerprint_saved, load, saved_bytes
-from coopq.game.prefix_engine import model_nll
-from coopq.core.files import locked, require_writable
-from coopq.model.offload import HostedBlocks
-from coopq.game.journal import Journal
-from coopq.model.memory import weights_fit
-from coopq.plan.methods import check_method, check_players, measure, plans_on
-from coopq.model.load import load_model, max_positions, pick_device
-from coopq.plan.plan import Plan
-from coopq.model.players import find_players
-from coopq.core.config import RunConfig
-from coopq.judge.results import Comparison, Evaluation
 from coopq.core.sizes import Budget
-from coopq.core.types import UNTOUCHED, Assignment, Assignments, Losses, ProgressCallback, silent
-from coopq.game.session import Workbench, open_workbench
+from coopq.core.specs import Request, SolverSpec, spec_options
+from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, silent
+from coopq.export.formats import target_sizes
+from coopq.game.session import Session, open_session, prepare
+from coopq.judge.perplexity import judge_windows, judging_text
+from coopq.judge.references import (
+    FULL_PRECISION,
+    N_RANDOM,
+    RANDOM,
+    UNIFORM,
+    random_assignments,
+    uniform_assignment,
+)
+from coopq.judge.results import Comparison
+from coopq.plan.confidence import measure_plan
+from coopq.plan.methods import check_methods, get_method, make_plans, names
+from coopq.plan.plan import Plan
 
-_HIDDEN_BYTES = 2**31
-"""Hidden states that the prefix walk may hold at once, one for each depth; longer texts go in portions."""
-_N_RANDOM = 5
+COMPARED = names(is_compared=True)
+"""Methods that `compare` takes if none is named: those that take little beside the walks. "shapley" and "interactions"
+are other readings of the walks of "coopq", and show what the covariance of "coopq" adds."""
 _RANDOM_SEED = 0
-COMPARED = ("active", "coopq", "shapley", "interactions", "fisher", *PAPER_BASELINES)
-"""Methods that are compared unless others are named: those that take little beside the walks. `shapley` and
-`interactions` are other readings of the walks of `coopq`, and show what its covariance adds."""
 
 
-def evaluate_model(
-    source: str,
-    *,
-    length: int,
-    max_tokens: int | None = None,
-    device: str = "auto",
-    progress: ProgressCallback = silent,
-) -> Evaluation:
-    """WikiText-2 perplexity of a model in full precision.
+@dataclass(frozen=True)
+class Judged:
+    """Assignments of one method at one budget, with their losses.
 
-    Args:
-        source: As in `coopq.model.load.load_model`.
-        length: Tokens of a window.
-        max_tokens: Only the first tokens of the text; None takes all.
-        device: Where to compute.
-        progress: Told of every batch.
+    Attributes:
+        method: Name of the method or of the reference.
+        budget: The budget as the user wrote it; None for full precision and uniform widths.
+        assignments: Shape (n, n_players).
+        block_forwards: Block forwards that the method takes; 0 for references.
+        average_bits: Mean of the assignments' average bits.
+        bits_per_weight: Mean of the assignments' bits per weight.
+        calibration: Losses on the calibration set, shape (n,), nats per token.
+        windows: Losses on each window of WikiText-2, shape (n, n_windows), nats per token.
     """
-    is_hosted = not weights_fit(source, device=device)
-    loaded = load_model(source, device=device, on_host=is_hosted)
-    if is_hosted:
-        HostedBlocks(loaded.model, pick_device(device))
-    players = find_players(loaded.model)
-    text = wikitext2(loaded.tokenizer, length, max_tokens, max_positions(loaded.model))
-    losses: list[float] = []
-    for batch in model_nll(loaded.model, text.tokens):
-        losses.extend(batch)
-        progress("evaluating", len(losses), len(text.tokens))
-    n_bytes = sum(player.n_weights for player in players) * loaded.checkpoint_dtype.itemsize
-    return Evaluation(float(np.mean(losses)), text.n_scored, n_bytes, text.describe())
 
-
-def evaluate_saved(
-    folder: Path,
-    run: Path,
-    *,
-    length: int,
-    max_tokens: int | None = None,
-    device: str = "auto",
-    progress: ProgressCallback = silent,
-) -> Evaluation:
-    """WikiText-2 perplexity of a quantized model as it lies on disk, by its own packed layers.
-
-    Args:
-        folder: The saved model.
-        run: Run folder that keeps what is measured; an interrupted evaluation goes on.
-        length: Tokens of a window.
-        max_tokens: Only the first tokens of the text; None takes all.
-        device: Where to compute.
-        progress: Told of every batch.
-    """
-    from transformers import AutoTokenizer
-
-    plan = Plan.load(folder / "plan.json")
-    model = load(folder, device=device)
-    text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, max_positions(model))
-    assignment = np.array(plan.assignment, dtype=np.float32)
-    weights = fingerprint_saved(folder)
-    total, done = 0.0, 0
-    require_writable(run)
-    with locked(run):
-        for portion, journal in _portions(model, text, run / "evaluation", f"saved-{weights[:8]}"):
-            fingerprint = {"file": weights, "tokens": portion.fingerprint, "device": model.device.type}
-            with Journal(journal, fingerprint) as values:
-                losses = values.get(assignment)
-                if losses is None:
-                    parts = []
-                    for batch in model_nll(model, portion.tokens):
-                        parts.append(batch)
-                        progress("evaluating the saved model", done + sum(map(len, parts)), len(text.tokens))
-                    losses = np.concatenate(parts)
-                    values.append(assignment, losses, model.config.get_text_config().num_hidden_layers)
-            total, done = total + float(losses.sum()), done + len(losses)
-    return Evaluation(total / done, text.n_scored, saved_bytes(folder), text.describe())
+    method: str
+    budget: str | None
+    assignments: Assignments
+    block_forwards: int
+    average_bits: float
+    bits_per_weight: float
+    calibration: Losses
+    windows: npt.NDArray[np.float64]
 
 
 def compare_plan(
@@ -121,31 +67,29 @@ def compare_plan(
     device: str | None = None,
     progress: ProgressCallback = silent,
 ) -> list[Comparison]:
-    """A plan beside full precision, uniform widths, and random assignments of its budget.
+    """A plan beside full precision, uniform widths, and random assignments of the plan's budget.
 
     Args:
         plan: The plan.
-        run: Its run folder, whose weight bank and journals are used; it is made when missing.
+        run: The plan's run folder, whose weight bank and journals are used; it is made if it is missing.
         length: Tokens of a window of WikiText-2.
         max_tokens: Only the first tokens of the text; None takes all.
-        model: Where the plan's model is now; None takes the plan's word.
-        device: Where to compute; None takes the plan's word.
+        model: Where the plan's model is now; None looks where the plan says.
+        device: Where to compute; None computes where the plan says.
         progress: Told of every step.
     """
-    config, quantizer = RunConfig.from_json(plan.config), plan.quantizer
-    config = replace(
-        config,
-        model=model or config.model,
-        device=device or config.device,
-        backend=quantizer.pop("name"),
-        **quantizer,
+    request = plan.request.replace(
+        **spec_options(plan.quantizer),
+        model=model or plan.request.model.source,
+        device=device or plan.request.model.device,
     )
-    with open_workbench(config, run, progress, judge_length=length) as bench:
-        return compare_on(bench, [plan], length=length, max_tokens=max_tokens)
+    prepared = prepare(request, sizes_for=target_sizes, judge_length=length)
+    with open_session(prepared, run, progress) as session:
+        return compare_on(session, [plan], length=length, max_tokens=max_tokens)
 
 
 def compare(
-    config: RunConfig,
+    request: Request,
     budgets: Sequence[str],
     run: Path,
     *,
@@ -157,97 +101,118 @@ def compare(
     """Methods at several budgets, beside uniform widths and random assignments.
 
     Args:
-        config: The model and how to measure it.
-        budgets: As for `coopq.quantize`.
-        run: The run folder; what it knows is not measured again.
+        request: The model, and how to measure it.
+        budgets: Budgets, as for `coopq.quantize`.
+        run: The run folder; losses in its journals are not measured again.
         length: Tokens of a window of WikiText-2.
         max_tokens: Only the first tokens of the text; None takes all.
-        methods: Which ones; see `coopq.plan.methods.METHODS`.
+        methods: Names of `coopq.plan.methods.METHODS`.
         progress: Told of every step.
     """
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
-        check_method(method)
-    check = partial(check_players, methods, n_widths=len(config.widths))
-    with open_workbench(config, run, progress, *parsed, check=check, judge_length=length) as bench:
-        _judging_text(bench, length, max_tokens)  # too short a text is noticed before the walks
-        plans = [measure(bench, plan) for method in methods for plan in plans_on(bench, method, parsed)]
-        return compare_on(bench, plans, length=length, max_tokens=max_tokens)
+        get_method(method)
+    prepared = prepare(request, sizes_for=target_sizes, judge_length=length)
+    check_methods(methods, prepared.players, len(request.widths.bits))
+    prepared.check_budgets(parsed)
+    with open_session(prepared, run, progress) as session:
+        judging_text(session, length, max_tokens)  # a text that is too short is an error before the walks
+        plans = make_measured_plans(session, methods, parsed)
+        return compare_on(session, plans, length=length, max_tokens=max_tokens)
 
 
-def compare_on(bench: Workbench, plans: list[Plan], *, length: int, max_tokens: int | None = None) -> list[Comparison]:
-    """Plans of one open workbench beside full precision, uniform widths, and random assignments of their budgets."""
-    widths, n_players = bench.config.widths, len(bench.players)
-    groups: list[tuple[str, str | None, Assignments]] = [
-        ("full precision", None, uniform_assignment(n_players, UNTOUCHED)[None]),
-        *(("uniform", None, uniform_assignment(n_players, bits)[None]) for bits in reversed(bench.common_widths)),
+def compare_on(
+    session: Session, plans: Sequence[Plan], *, length: int, max_tokens: int | None = None
+) -> list[Comparison]:
+    """Plans of an open session beside full precision, uniform widths, and random assignments of their budgets."""
+    judged = beside_references(session, plans, _RANDOM_SEED, length=length, max_tokens=max_tokens)
+    losses = [one.windows.mean(axis=1) for one in judged]
+    rows = [
+        Comparison(
+            method=one.method,
+            budget=one.budget,
+            n=len(one.assignments),
+            average_bits=one.average_bits,
+            bits_per_weight=one.bits_per_weight,
+            loss=session.request.search.loss,
+            calibration_loss=float(one.calibration.mean()),
+            nll=float(nll.mean()),
+            perplexity=float(np.exp(nll).mean()),
+        )
+        for one, nll in zip(judged, losses, strict=True)
     ]
-    groups += [(plan.method, plan.budget, np.array([plan.assignment], dtype=np.float32)) for plan in plans]
-    for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
-        random = random_assignments(bench.storage, widths, limit, _N_RANDOM, _RANDOM_SEED)
-        groups.append(("random", budget, random))
-    points = np.unique(np.concatenate([assignments for _, _, assignments in groups]), axis=0)
-    with bench.calibration_game("comparing on the calibration set") as game:
+    return sorted(rows, key=lambda row: row.method == RANDOM)  # random assignments last
+
+
+def make_measured_plans(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> list[Plan]:
+    """The plans of all budgets by each method, their losses on the calibration set measured."""
+    return [
+        measure_plan(session, plan)
+        for method in methods
+        for plan in make_plans(session, method, budgets, SolverSpec())
+    ]
+
+
+def beside_references(
+    session: Session, plans: Sequence[Plan], seed: int, *, length: int, max_tokens: int | None = None
+) -> list[Judged]:
+    """Losses of full precision, of uniform widths, of random assignments of the plans' budgets, and of plans.
+
+    Args:
+        session: The session that the plans are from.
+        plans: The plans.
+        seed: Seed of the random assignments.
+        length: Tokens of a window of WikiText-2.
+        max_tokens: Only the first tokens of the text; None takes all.
+    Returns:
+        The references, then the plans in their order.
+    """
+    groups: list[tuple[str, str | None, Assignments, int]] = [
+        *((method, budget, assignments, 0) for method, budget, assignments in _references(session, plans, seed)),
+        *((plan.method, plan.budget, _as_row(plan), plan.block_forwards) for plan in plans),
+    ]
+    points = np.concatenate([assignments for _, _, assignments, _ in groups])
+    with session.game("comparing on the calibration set") as game:
         calibration = game(points)
-    judged = judge_on(bench, points, length=length, max_tokens=max_tokens)
-    position = {row.tobytes(): i for i, row in enumerate(points)}
-    rows = []
-    for method, budget_text, assignments in groups:
-        where = [position[row.tobytes()] for row in assignments]
-        rows.append(
-            Comparison(
+    windows = judge_windows(session, points, length=length, max_tokens=max_tokens)
+    ends = np.cumsum([len(assignments) for _, _, assignments, _ in groups])[:-1]
+    judged = []
+    for group, on_calibration, on_windows in zip(
+        groups, np.split(calibration, ends), np.split(windows, ends), strict=True
+    ):
+        method, budget, assignments, block_forwards = group
+        if method == FULL_PRECISION:
+            average_bits = bits_per_weight = 8.0 * session.loaded.checkpoint_dtype.itemsize
+        else:
+            average_bits = float(np.mean([session.sizes.average_bits(row) for row in assignments]))
+            bits_per_weight = float(np.mean([session.sizes.bits_per_weight(row) for row in assignments]))
+        judged.append(
+            Judged(
                 method=method,
-                budget=budget_text,
-                n=len(assignments),
-                average_bits=float(np.mean([_average_bits(bench, row) for row in assignments])),
-                bits_per_weight=float(np.mean([_bits_per_weight(bench, row) for row in assignments])),
-                calibration_nll=float(calibration[where].mean()),
-                nll=float(judged[where].mean()),
-                perplexity=float(np.exp(judged[where]).mean()),
+                budget=budget,
+                assignments=assignments,
+                block_forwards=block_forwards,
+                average_bits=average_bits,
+                bits_per_weight=bits_per_weight,
+                calibration=on_calibration,
+                windows=on_windows,
             )
         )
-    return rows
+    return judged
 
 
-def judge_on(bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None) -> Losses:
-    """WikiText-2 loss of each assignment, shape (n,), nats per token; kept apart from what searches see."""
-    return judge_windows(bench, points, length=length, max_tokens=max_tokens).mean(axis=1)
+def _references(
+    session: Session, plans: Sequence[Plan], seed: int
+) -> Iterator[tuple[str, str | None, Assignments]]:
+    """Name, budget and assignments of each reference."""
+    n_players = len(session.players)
+    yield FULL_PRECISION, None, uniform_assignment(n_players, UNTOUCHED)[None]
+    for bits in reversed(session.common_widths):
+        yield UNIFORM, None, uniform_assignment(n_players, bits)[None]
+    for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
+        yield RANDOM, budget, random_assignments(session.sizes, session.request.widths.bits, limit, N_RANDOM, seed)
 
 
-def judge_windows(
-    bench: Workbench, points: Assignments, *, length: int, max_tokens: int | None = None
-) -> npt.NDArray[np.float64]:
-    """The same for each window of the text, shape (n, n_windows)."""
-    text = _judging_text(bench, length, max_tokens)
-    parts = []
-    for portion, journal in _portions(bench.loaded.model, text, bench.folder.evaluation, "wikitext2"):
-        with bench.game(portion, journal, "judging on WikiText-2") as game:
-            parts.append(game.per_sequence(points))
-    return np.concatenate(parts, axis=1)
-
-
-def _judging_text(bench: Workbench, length: int, max_tokens: int | None) -> TokenSet:
-    return wikitext2(bench.loaded.tokenizer, length, max_tokens, max_positions(bench.loaded.model))
-
-
-def _average_bits(bench: Workbench, assignment: Assignment) -> float:
-    if (assignment == UNTOUCHED).all():
-        return 8.0 * bench.loaded.checkpoint_dtype.itemsize
-    return bench.storage.average_bits(assignment)
-
-
-def _bits_per_weight(bench: Workbench, assignment: Assignment) -> float:
-    if (assignment == UNTOUCHED).all():
-        return _average_bits(bench, assignment)
-    return bench.storage.bits_per_weight(assignment)
-
-
-def _portions(model: Any, text: TokenSet, folder: Path, name: str) -> Iterator[tuple[TokenSet, Path]]:
-    """The text in portions whose hidden states fit into memory, each with the journal that keeps its values."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.config.get_text_config()
-    per_token = (config.num_hidden_layers + 1) * config.hidden_size * model.dtype.itemsize
-    windows = max(1, _HIDDEN_BYTES // (per_token * text.tokens.shape[1]))
-    for start in range(0, len(text.tokens), windows):
-        portion = replace(text, tokens=text.tokens[start : start + windows])
-        yield portion, folder / f"{name}-{portion.fingerprint[:16]}.jsonl"
+def _as_row(plan: Plan) -> Assignments:
+    """The plan's assignment, shape (1, n_players)."""
+    return np.array([plan.assignment], dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Losses of GGUF files by llama.cpp: by its own bindings, or by those of a fork, whose wheel needs no compiler."""
+"""Losses of GGUF files by llama.cpp: by its own bindings, or by the bindings of a fork, which need no compiler."""
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -9,19 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BackendError
+from coopq.core.versions import check_version
 
 _OWN, _FORK = "llama-cpp-python", "ik-llama-cpp-python"
+_TRIED = "0.1.5"
+"""Version of the fork whose private modules, `_ctypes_api` and `_internals`, are in use."""
 _Logits = Callable[[list[int]], npt.NDArray[np.float32]]
-"""Of the tokens of a sequence, shape (length, vocabulary)."""
+"""From the tokens of a sequence to logits, shape (length, vocabulary)."""
 
 
 def llama_cpp_package() -> str:
-    """Name and version of the package that computes: llama.cpp's own where it is installed.
+    """Name and version of the package that computes: llama.cpp's own package where it is installed.
 
-    The fork (0.1.5) was seen to err with Q4_1 and Q5_1 in rows of 576 weights, and with experts of Mixtral's form.
+    The fork (0.1.5) has wrong losses for Q4_1 and Q5_1 in rows of 576 weights, and for experts in Mixtral's form.
 
     Raises:
-        BackendError: If there is none.
+        BackendError: If no package is installed.
     """
     for name in (_OWN, _FORK):
         try:
@@ -29,7 +32,7 @@ def llama_cpp_package() -> str:
         except PackageNotFoundError:
             continue
     raise BackendError(
-        f"losses by llama.cpp need a package; run: pip install {_OWN} (which is compiled), or {_FORK} (a fork)"
+        f"losses by llama.cpp need a package; run: pip install {_OWN} (needs a compiler), or {_FORK} (a fork)"
     )
 
 
@@ -41,62 +44,72 @@ def llama_cpp_nll(file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1)
     Returns:
         Shape (n_sequences, length - 1), nats.
     """
-    of_sequences = zip(llama_cpp_log_probabilities(file, tokens, n_threads), tokens, strict=True)
-    return np.stack([nll_of(scores, sequence) for scores, sequence in of_sequences])
+    scored = zip(llama_cpp_log_probabilities(file, tokens, n_threads), tokens, strict=True)
+    return np.stack([token_nll(log_probabilities, sequence) for log_probabilities, sequence in scored])
 
 
-def nll_of(log_probabilities: npt.NDArray[np.float32], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Losses of the tokens of a sequence after its first, nats, shape (length - 1,)."""
+def token_nll(log_probabilities: npt.NDArray[np.float32], sequence: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Losses of the tokens of a sequence after the first token.
+
+    Args:
+        log_probabilities: What the engine predicts after each token but the last, shape (length - 1, vocabulary).
+        sequence: The tokens, shape (length,).
+    Returns:
+        Shape (length - 1,), nats.
+    """
     return -log_probabilities[np.arange(len(log_probabilities)), sequence[1:]].astype(np.float64)
 
 
 def llama_cpp_log_probabilities(
     file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """What the engine expects after each token but the last of a sequence.
+    """What the engine predicts after each token but the last of a sequence.
 
-    It rounds activations to eight bits, so that losses differ a little from ours, and keeps its cache in 16 bits.
+    The engine rounds activations to 8 bits and keeps a KV cache in 16 bits, so its losses differ a little from ours.
 
     Args:
         file: The GGUF file.
         tokens: Shape (n_sequences, length).
-        n_threads: Of the engine.
+        n_threads: Threads of the engine.
     Yields:
-        Of each sequence, shape (length - 1, vocabulary).
+        Log-probabilities for each sequence, shape (length - 1, vocabulary).
     Raises:
         BackendError: If the package is missing.
     """
     is_own = llama_cpp_package().startswith(_OWN)
-    logits_of = (_own if is_own else _fork)(str(file), tokens.shape[1], n_threads)
+    compute = (_own if is_own else _fork)(str(file), tokens.shape[1], n_threads)
     for sequence in tokens.tolist():
-        logits = logits_of(sequence)[:-1]
+        logits = compute(sequence)[:-1]
         below = logits - logits.max(axis=1, keepdims=True)
         yield below - np.log(np.exp(below).sum(axis=1, keepdims=True))
 
 
 def _own(file: str, length: int, n_threads: int) -> _Logits:
+    """Logits by llama.cpp's own bindings."""
     from llama_cpp import Llama
 
-    of_threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
-    model = Llama(file, n_ctx=length, n_batch=length, n_ubatch=length, **of_threads, logits_all=True, verbose=False)
+    threads = {"n_threads": n_threads, "n_threads_batch": n_threads}
+    model = Llama(file, n_ctx=length, n_batch=length, n_ubatch=length, **threads, logits_all=True, verbose=False)
 
-    def logits_of(sequence: list[int]) -> npt.NDArray[np.float32]:
+    def compute(sequence: list[int]) -> npt.NDArray[np.float32]:
         model.reset()
         model.eval(sequence)
-        logits: npt.NDArray[np.float32] = model.scores[: len(sequence)]  # its context may be longer
+        logits: npt.NDArray[np.float32] = model.scores[: len(sequence)]  # the context may be longer
         return logits
 
-    return logits_of
+    return compute
 
 
 def _fork(file: str, length: int, n_threads: int) -> _Logits:
+    """Logits by the fork's bindings."""
+    check_version(_FORK, _TRIED, "llama_cpp_nll")
     from ik_llama_cpp import _ctypes_api as api
     from ik_llama_cpp._internals import IkContext, IkModel
 
     model = IkModel(file)
     context = IkContext(model, n_ctx=length, n_threads=n_threads, flash_attn=False)
 
-    def logits_of(sequence: list[int]) -> npt.NDArray[np.float32]:
+    def compute(sequence: list[int]) -> npt.NDArray[np.float32]:
         batch: Any = api.llama_batch_init(length, 0, 1)
         batch.n_tokens = length
         context.kv_cache_clear()
@@ -109,4 +122,4 @@ def _fork(file: str, length: int, n_threads: int) -> _Logits:
         api.llama_batch_free(batch)
         return logits
 
-    return logits_of
+    return compute

@@ -1,40 +1,45 @@
-"""Assignments that know nothing of the game, to compare with under the same budget."""
+"""Assignments that are chosen without measuring anything, to compare methods with at the same budget."""
 
 import numpy as np
 
-from coopq.core.sizes import Storage
+from coopq.core.sizes import Sizes
 from coopq.core.types import Assignment, Assignments, Width
+
+FULL_PRECISION, UNIFORM, RANDOM = REFERENCES = ("full precision", "uniform", "random")
+"""Names of the references, in tables and saved files."""
+N_RANDOM = 5
+"""Random assignments of each budget; losses are averaged over them."""
 
 
 def uniform_assignment(n_players: int, bits: Width) -> Assignment:
-    """Every player at `bits`."""
+    """Every player at `bits`, shape (n_players,)."""
     return np.full(n_players, bits, dtype=np.float32)
 
 
-def random_assignments(storage: Storage, widths: tuple[Width, ...], limit: int, n: int, seed: int) -> Assignments:
+def random_assignments(sizes: Sizes, widths: tuple[Width, ...], limit: int, n: int, seed: int) -> Assignments:
     """Random assignments that use up a budget.
 
-    Players are taken in random order, and each is raised by a width if it still fits.
+    Steps up are taken in random order; a step is taken if it still fits into the budget.
 
     Args:
-        storage: Sizes of the players.
+        sizes: Bytes of the players at each width.
         widths: The widths to choose from, ascending.
-        limit: Bytes of the quantized weights at most.
-        n: How many.
+        limit: Most bytes of the quantized weights.
+        n: Number of assignments.
         seed: Seed of the orders.
     Returns:
         Shape (n, n_players).
     """
-    levels = storage.levels(*widths)
-    players = np.repeat(np.arange(len(levels)), [len(of_player) - 1 for of_player in levels])
-    found = np.full((n, len(levels)), widths[0], dtype=np.float32)
+    player_widths = sizes.player_widths(widths)
+    player_of_step = np.repeat(np.arange(len(player_widths)), [len(own) - 1 for own in player_widths])
+    found = np.full((n, len(player_widths)), widths[0], dtype=np.float32)
     for row, assignment in enumerate(found):
-        raised, left = [0] * len(levels), limit - storage.bytes_of(assignment)
-        for player in np.random.default_rng([seed, row]).permutation(players):
-            width, wider = levels[player][raised[player] :][:2]
-            cost = storage.n_bytes[wider][player] - storage.n_bytes[width][player]
-            if cost <= left:
-                left -= cost
-                raised[player] += 1
+        steps_up, left = [0] * len(player_widths), limit - sizes.total_bytes(assignment)
+        for player in np.random.default_rng([seed, row]).permutation(player_of_step):
+            width, wider = player_widths[player][steps_up[player] :][:2]
+            step_bytes = sizes.n_bytes[wider][player] - sizes.n_bytes[width][player]
+            if step_bytes <= left:
+                left -= step_bytes
+                steps_up[player] += 1
                 assignment[player] = wider
     return found

@@ -1,4 +1,4 @@
-"""What an evaluation finds out."""
+"""What judging finds out: records for tables and for JSON."""
 
 import math
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ class Evaluation:
 
     Attributes:
         nll: Mean negative log-likelihood, nats per scored token.
-        tokens: Scored tokens.
+        tokens: Number of scored tokens.
         bytes: Bytes of the players' weights.
-        text: Which text, in which windows.
+        text: Name of the text, and how the text is cut into windows.
     """
 
     nll: float
@@ -28,16 +28,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of a comparison: the assignments of one method at one budget, their values averaged.
+    """One row of a comparison: the assignments of one method at one budget, averaged.
 
     Attributes:
-        method: "coopq", a baseline, "random", "uniform" or "full precision".
-        budget: As the user wrote it; None for what has no budget.
+        method: A name of `coopq.plan.methods.METHODS`, or "random", "uniform", "full precision".
+        budget: The budget as the user wrote it; None for rows without a budget.
         n: Number of assignments.
-        average_bits: Weight bits alone.
-        bits_per_weight: With scales, zeros and padding.
-        calibration_nll: Loss on the calibration set, nats per token.
-        nll: Loss on the judging text, nats per token.
+        average_bits: Width averaged over the weights; scales and zeros do not count.
+        bits_per_weight: Stored bits per weight; scales, zeros and padding count.
+        loss: Which loss `calibration_loss` is: "nll" or "kl", as in `coopq.core.specs.SearchSpec`.
+        calibration_loss: Loss on the calibration set, nats per token.
+        nll: Negative log-likelihood on the judging text, nats per token.
         perplexity: Mean of the assignments' perplexities on the judging text.
     """
 
@@ -46,13 +47,14 @@ class Comparison:
     n: int
     average_bits: float
     bits_per_weight: float
-    calibration_nll: float
+    loss: str
+    calibration_loss: float
     nll: float
     perplexity: float
 
     @property
     def name(self) -> str:
-        """Method and budget for people, or the width where it is uniform."""
+        """Method and budget for people, or the width of a uniform row."""
         if self.method == "uniform":
             return f"uniform {self.average_bits:g}"
         mean = f" (mean of {self.n})" if self.n > 1 else ""
@@ -61,15 +63,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a model is right at a task.
+    """How often a model answers the questions of a task correctly.
 
     Attributes:
-        task: Its name.
-        accuracy: Share of the questions answered rightly.
-        stderr: Its standard error over questions.
-        normalized: The same with each choice's log-likelihood divided by its length in characters, and its standard
-            error; None for tasks without it.
-        questions: How many were asked.
+        task: Name of the task.
+        accuracy: Share of the questions answered correctly.
+        stderr: Standard error of the accuracy over questions.
+        normalized: Accuracy with the log-likelihood of each choice divided by the length of the choice in characters, and
+            the standard error; None for tasks without.
+        questions: Number of questions.
     """
 
     task: str

@@ -1,24 +1,24 @@
-"""Zero-shot accuracy of a model, by lm-eval."""
+"""Zero-shot accuracy of a model, measured by lm-eval."""
 
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from coopq.export.checkpoint import is_saved_model, load
 from coopq.core.errors import EstimationError, RunError
-from coopq.model.load import load_model
-from coopq.model.kernels_cpu import ByOneDNN
-from coopq.judge.results import Accuracy
 from coopq.core.types import ProgressCallback, silent
+from coopq.export.checkpoint import SavedModel, load
+from coopq.judge.results import Accuracy
+from coopq.model.forward import override_forward
+from coopq.model.kernels_cpu import onednn_forwards
+from coopq.model.load import load_model
 
 _FORMS: dict[frozenset[str], dict[str, str]] = {
-    # Questions end as lm-eval's own tasks end them.
     frozenset({"query", "choices", "gold"}): {
         "output_type": "multiple_choice",
+        # Questions end as in the tasks of lm-eval itself.
         "doc_to_text": "{{query.strip()}}{% if query.startswith('Question:') %}\nAnswer:{% endif %}",
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
@@ -35,14 +35,14 @@ _FORMS: dict[frozenset[str], dict[str, str]] = {
         "doc_to_target": "{{' ' + continuation}}",
     },
 }
-"""What a line of a task file holds, and how lm-eval is to read it. Source of the forms: MosaicML's llm-foundry."""
+"""Fields of a line of a task file, and how lm-eval reads the line. Source of the forms: MosaicML's llm-foundry."""
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
     """Check that tasks can be read, before a model is loaded.
 
     Raises:
-        RunError: If lm-eval is missing, a file is not in a known form, or a name is not one of lm-eval's tasks.
+        RunError: If lm-eval is missing, a file is not in a known form, or lm-eval has no task of a name.
     """
     try:
         from lm_eval.tasks import TaskManager
@@ -70,13 +70,13 @@ def evaluate_tasks(
 
     Args:
         source: The model.
-        tasks: As in `zero_shot`.
-        limit: Likewise.
+        tasks: Tasks, as in `zero_shot`.
+        limit: Only the first questions of each task; None asks all.
         device: Where to compute.
         progress: Told of every task.
     """
     check_tasks(tasks)
-    if is_saved_model(Path(source)):
+    if SavedModel(Path(source)).exists:
         from transformers import AutoTokenizer
 
         return zero_shot(load(source, device=device), AutoTokenizer.from_pretrained(source), tasks, limit, progress)
@@ -90,14 +90,13 @@ def zero_shot(
     """Accuracy without examples in the prompt.
 
     Args:
-        model: A transformers model.
-        tokenizer: Its tokenizer.
-        tasks: Names of lm-eval's tasks, whose data comes from the hub, or `.jsonl` files that need no network. A line
-            of a file has `query`, `choices`, `gold` (the right choice's index), or `context_options`, `continuation`,
-            `gold` (Winogrande's form), or `context`, `continuation` (LAMBADA's).
+        model: A model of transformers.
+        tokenizer: The model's tokenizer.
+        tasks: Names of lm-eval's tasks, whose data comes from the hub, or `.jsonl` files, which need no network. A line
+            of a file has `query`, `choices` and `gold` (index of the correct choice), or `context_options`,
+            `continuation` and `gold` (as Winogrande), or `context` and `continuation` (as LAMBADA).
         limit: Only the first questions of each task; None asks all.
         progress: Told of every task.
-
     Raises:
         EstimationError: If lm-eval gives no accuracy for a task.
     """
@@ -105,25 +104,26 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(model, tokenizer=tokenizer, batch_size=16)
+    fast = onednn_forwards(model) if model.device.type == "cpu" else {}
     found = []
     for done, task in enumerate(tasks):
         progress("zero-shot tasks", done, len(tasks))
         asked = _from_file(Path(task)) if task.endswith(".jsonl") else task
-        with torch.no_grad(), ByOneDNN(model) if model.device.type == "cpu" else nullcontext():
+        with torch.no_grad(), override_forward(fast):
             results = simple_evaluate(lm, tasks=[asked], num_fewshot=0, limit=limit, log_samples=False)
-        assert results is not None  # that is for processes of rank other than 0
-        ((name, of_task),) = results["results"].items()
-        if "acc,none" not in of_task:
-            raise EstimationError(f"lm-eval measures no accuracy at {name!r}; take a task with choices")
-        normalized = (of_task["acc_norm,none"], of_task["acc_norm_stderr,none"]) if "acc_norm,none" in of_task else None
+        assert results is not None  # None is for processes of a rank other than 0
+        ((name, metrics),) = results["results"].items()
+        if "acc,none" not in metrics:
+            raise EstimationError(f"lm-eval measures no accuracy at {name!r}; use a task with choices")
+        normalized = (metrics["acc_norm,none"], metrics["acc_norm_stderr,none"]) if "acc_norm,none" in metrics else None
         questions = results["n-samples"][name]["effective"]
-        found.append(Accuracy(name, of_task["acc,none"], of_task["acc_stderr,none"], normalized, questions))
+        found.append(Accuracy(name, metrics["acc,none"], metrics["acc_stderr,none"], normalized, questions))
     progress("zero-shot tasks", len(tasks), len(tasks))
     return found
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """lm-eval's configuration of a task file."""
+    """Configuration of a task file for lm-eval."""
     try:
         with path.open(encoding="utf-8") as file:
             fields = json.loads(file.readline())

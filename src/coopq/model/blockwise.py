@@ -1,75 +1,105 @@
-"""A model replayed block by block on fixed tokens, each block called as the model itself calls it."""
+"""The forward of a model in pieces on fixed tokens: each block is called as the model itself calls it.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+What a block is called with besides the hidden states (masks, positions, rotary tables) depends on the tokens alone. So
+it is recorded once, in a forward of the model itself, and no architecture needs code of its own.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from coopq.model.forward import Forward, override_forward
+from coopq.model.kernels_cpu import onednn_forwards
+from coopq.model.kernels_gpu import compiled_forward, is_compilable
+from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_blocks
 
+States: TypeAlias = list[Tensor]
+"""Hidden states of all tokens by batch, each of shape (n, length, width)."""
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens that go through a block together, by device. On CPUs, larger batches are hardly faster, and take more."""
+"""Tokens that go through a block together, by device type. Larger batches are hardly faster on CPUs and take memory."""
 WHOLE_LOGIT_BYTES = 2**30
-"""Logits that a forward of the whole model may make at once, in float32."""
+"""Most bytes of float32 logits that a forward of the whole model makes at once."""
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
-"""Logits that are held at once, by device: on CPUs about what the cache holds. Half as much is slower (the C library
-then returns the memory of each batch to the system, and every page of the next one is a fault), and so is twice."""
+"""Bytes of float32 logits held at once, by device type. On CPUs that is about what the cache holds. Half as much is
+slower, because the C library then returns the memory of each batch to the system; twice as much is slower too."""
 
 
-def batch_size(device: str, length: int) -> int:
-    """Sequences of a length that go through a block together, on a type of device."""
-    return max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"]) // length)
+def batch_size(device_type: str, length: int) -> int:
+    """Sequences of `length` tokens that go through a block together."""
+    return max(1, BATCH_TOKENS.get(device_type, BATCH_TOKENS["cuda"]) // length)
 
 
-def whole_size(device: str, length: int, vocabulary: int) -> int:
-    """Sequences of a length that go through a whole model together, head and all."""
-    return max(1, min(batch_size(device, length), WHOLE_LOGIT_BYTES // (4 * length * vocabulary)))
+def whole_size(device_type: str, length: int, vocabulary: int) -> int:
+    """Sequences of `length` tokens that go through the whole model together, head included."""
+    return max(1, min(batch_size(device_type, length), WHOLE_LOGIT_BYTES // (4 * length * vocabulary)))
 
 
-def logit_bytes(device: str) -> int:
-    """Bytes of logits that are held at once on a type of device, where not all of a batch are asked for."""
-    return LOGIT_BYTES.get(device, LOGIT_BYTES["cuda"])
+def logit_bytes(device_type: str) -> int:
+    """Bytes of logits held at once where the logits of a batch come in portions."""
+    return LOGIT_BYTES.get(device_type, LOGIT_BYTES["cuda"])
 
 
 @dataclass(frozen=True)
 class _Call:
-    """How the model itself calls one block: everything but the hidden states depends on the tokens alone."""
+    """How the model calls one block on one batch: all arguments but the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     returns_tuple: bool
 
 
-class Replay:
-    """The forward of a model in pieces: what comes before its blocks, each block, and what comes after them.
+class Blockwise:
+    """The forward of a model in pieces: before its blocks, each block, and after its blocks.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
         tokens: Shape (n_sequences, length).
+        offloaded: The model's offloaded blocks; None if all blocks are where the model computes.
 
     Attributes:
-        batches: The tokens as they go through a block together, each of shape (n, length).
-        embedded: The states that the first block gets, by batch, shape (n, length, width); empty until `record`.
+        batches: The tokens that go through a block together, each of shape (n, length).
+        embedded: The states before the first block; empty until `record`.
+        n_blocks: Number of blocks.
+        prefix: Name of the list of blocks in the model.
+        model_class: Name of the model's class.
+        is_compiled: Whether torch compiles the blocks for a GPU.
     """
 
-    def __init__(self, model: Any, tokens: npt.NDArray[np.int64]) -> None:
+    def __init__(self, model: Any, tokens: npt.NDArray[np.int64], offloaded: OffloadedBlocks | None = None) -> None:
         self._model = model
-        self._prefix, blocks = find_blocks(model)
+        self._offloaded = offloaded
+        self.prefix, blocks = find_blocks(model)
         self._blocks = list(blocks)
+        self.n_blocks = len(self._blocks)
+        self.model_class = type(model).__name__
         ids = torch.from_numpy(tokens).to(model.device)
         self.batches = ids.split(batch_size(model.device.type, tokens.shape[1]))
         self._sizes = [len(batch) for batch in self.batches]
-        self.embedded: list[Tensor] = []
+        self.embedded: States = []
         self._calls: list[list[_Call]] = []
+        self.is_compiled = offloaded is None and is_compilable(model)
+        on_cpu = model.device.type == "cpu"  # offloaded blocks are on the CPU, but compute elsewhere
+        self._fast_model = onednn_forwards(model) if on_cpu else {}
+        if self.is_compiled:
+            self._fast_blocks = [{block: compiled_forward(block)} for block in self._blocks]
+        else:
+            self._fast_blocks = [onednn_forwards(block) if on_cpu else {} for block in self._blocks]
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self._model.config.get_text_config().vocab_size)
 
     def record(self) -> bool:
-        """Watch the model call its blocks, once; whether it was done just now."""
+        """Watch the model call its blocks, in the first call only; whether this was the first call."""
         if self._calls:
             return False
         recorded = [self._record(batch) for batch in self.batches]
@@ -79,7 +109,7 @@ class Replay:
 
     @torch.no_grad()
     def _record(self, batch: Tensor) -> tuple[Tensor, list[_Call]]:
-        """Embedded states of a batch and the call of each block, from one forward of the model."""
+        """States of a batch before the first block, and the call of each block, from one forward of the model."""
         embedded: list[Tensor] = []
         calls: list[_Call] = []
 
@@ -99,129 +129,130 @@ class Replay:
         return embedded[0], calls
 
     def placed(self, d: int) -> AbstractContextManager[None]:
-        """Let block d be where the states are; here it always is."""
-        return nullcontext()
+        """Let block d be on the device of the states inside the `with` block."""
+        return nullcontext() if self._offloaded is None else self._offloaded.placed(d)
+
+    def fast(self, d: int) -> AbstractContextManager[None]:
+        """Let block d compute by the fastest kernels, without gradients, inside the `with` block."""
+        return override_forward(self._fast_blocks[d])
+
+    def fast_head(self) -> AbstractContextManager[None]:
+        """Let everything around the blocks compute by the fastest kernels, without gradients."""
+        return override_forward(self._fast_model)
 
     @torch.no_grad()
-    def forward_block(self, d: int, hidden: list[Tensor], room: list[Tensor] | None = None) -> list[Tensor]:
-        """States after block d from those before it, batch by batch.
+    def forward_block(self, d: int, states: States, out: States | None = None) -> States:
+        """States after block d.
 
         Args:
             d: The block.
-            hidden: The states before it, by batch, each of shape (n, length, width).
-            room: What an earlier call gave and nobody needs any more: it is written over, for new memory is slow.
+            states: The states before it.
+            out: The result of an earlier call that nobody needs any more. It is written over: new memory is slow.
         """
         with self.placed(d):
-            return _together((self.call_block(d, j, states) for j, states in enumerate(hidden)), self._sizes, room)
+            return _together((self.call_block(d, j, batch) for j, batch in enumerate(states)), self._sizes, out)
 
     def call_block(self, d: int, j: int, states: Tensor) -> Tensor:
-        """States of batch j after block d, called as the model itself does."""
+        """States of batch j after block d, which is called as the model calls it."""
         call = self._calls[d][j]
         output = self._blocks[d](states, *call.args, **call.kwargs)
         return output[0] if call.returns_tuple else output
 
     def head(self, states: Tensor) -> Tensor:
-        """Logits from states after the last block, shape (n, length, width), each by itself.
+        """Logits of each position, shape (n, length, vocabulary), by the model's own norm and head.
 
-        It is the model's own forward with every block replaced by one that answers `states`; which tokens it gets does
-        not matter then.
+        The model's own forward runs with every block replaced by a function that returns `states`. The tokens do not
+        matter then.
+
+        Args:
+            states: States after the last block, shape (n, length, width).
         """
 
         def answer(*_: Any, **__: Any) -> Any:
             return (states,) if self._calls[-1][0].returns_tuple else states
 
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-        with self._answering(dict.fromkeys(range(len(self._blocks)), answer)):
+        with override_forward(dict.fromkeys(self._blocks, answer)):
             return self._model(input_ids=ids, use_cache=False).logits
-
-    @contextmanager
-    def _answering(self, answers: Mapping[int, Callable[..., Any]]) -> Iterator[None]:
-        """Let other functions stand in for the forwards of some blocks."""
-        attributes = {d: vars(self._blocks[d]) for d in answers}
-        before = {d: of_block["forward"] for d, of_block in attributes.items() if "forward" in of_block}
-        try:
-            for d, answer in answers.items():
-                attributes[d]["forward"] = answer
-            yield
-        finally:
-            for d in answers:
-                del attributes[d]["forward"]
-                if d in before:
-                    attributes[d]["forward"] = before[d]
 
     def logits(self, states: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Logits of all positions but the last of each sequence, a portion of the vocabulary at a time.
 
-        So they stay in the cache. Positions are sequences of one token.
+        A portion stays in the processor's cache. The head has all its rows again before a portion is handed out, so
+        the model is unchanged at any time, even if not all portions are asked for.
 
         Args:
-            states: After the last block, shape (n, length, width).
+            states: States after the last block, shape (n, length, width).
         Yields:
-            The first token of the portion, and its logits, shape (n * (length - 1), size).
+            The first token of the portion, and the portion's logits, shape (n * (length - 1), size).
         """
-        positions = states[:, :-1].flatten(0, 1).unsqueeze(1)
-        head = self._model.get_output_embeddings()
-        weight, bias = head.weight.data, None if head.bias is None else head.bias.data
+        positions = states[:, :-1].flatten(0, 1).unsqueeze(1)  # sequences of one token
+        n_rows = len(self._model.get_output_embeddings().weight)
         size = max(1, logit_bytes(states.device.type) // (4 * len(positions)))
+        for first in range(0, n_rows, size):
+            with self._head_rows(first, first + size):
+                portion = self.head(positions)[:, 0]
+            yield first, portion
+
+    @contextmanager
+    def _head_rows(self, start: int, stop: int) -> Iterator[None]:
+        """Let the head have only some rows of its weight inside the `with` block."""
+        head = self._model.get_output_embeddings()
+        whole = [(tensor, tensor.data) for tensor in (head.weight, head.bias) if tensor is not None]
         try:
-            for first in range(0, len(weight), size):
-                head.weight.data = weight[first : first + size]
-                if bias is not None:
-                    head.bias.data = bias[first : first + size]
-                yield first, self.head(positions)[:, 0]
+            for tensor, data in whole:
+                tensor.data = data[start:stop]
+            yield
         finally:
-            head.weight.data = weight
-            if bias is not None:
-                head.bias.data = bias
+            for tensor, data in whole:
+                tensor.data = data
 
     @torch.no_grad()
-    def embed(self) -> list[Tensor]:
-        """What the first block gets with the embedding as it is now, by batch."""
+    def embed(self) -> States:
+        """The states before the first block, by the weights that the embedding has now."""
         return _together((self._embed(batch) for batch in self.batches), self._sizes)
 
     def _embed(self, batch: Tensor) -> Tensor:
-        """What the model gives its first block for a batch, by its own forward with blocks that only pass it on."""
+        """What the model hands to its first block, by its own forward with blocks that only pass states on."""
         embedded: list[Tensor] = []
+        pass_on = _pass_on(self._calls[0][0].returns_tuple)
 
-        def answer(*args: Any, **kwargs: Any) -> Any:
+        def first(*args: Any, **kwargs: Any) -> Any:
             embedded.append(args[0] if args else kwargs["hidden_states"])
-            return passed_on(*args, **kwargs)
+            return pass_on(*args, **kwargs)
 
-        passed_on = _pass_on(self._calls[0][0].returns_tuple)
-        answers = dict.fromkeys(range(1, len(self._blocks)), passed_on)
-        with self._answering({0: answer, **answers}):
+        with override_forward({**dict.fromkeys(self._blocks, pass_on), self._blocks[0]: first}):
             self._model.base_model(input_ids=batch, use_cache=False)
         return embedded[0]
 
     def own_logits(self, batch: Tensor, left_out: Sequence[int]) -> Tensor:
         """Logits of a batch by the model's own forward without some blocks, shape (n, length, vocabulary)."""
-        with self._answering({d: _pass_on(self._calls[d][0].returns_tuple) for d in left_out}):
+        with override_forward({self._blocks[d]: _pass_on(self._calls[d][0].returns_tuple) for d in left_out}):
             return self._model(input_ids=batch, use_cache=False).logits
 
     def positions_at_once(self) -> int:
-        """Positions whose logits, of the whole vocabulary, may be held with their gradients."""
-        vocabulary = self._model.config.get_text_config().vocab_size
-        return max(1, logit_bytes(self._model.device.type) // (4 * vocabulary))
+        """Positions whose logits over the whole vocabulary may be held with their gradients."""
+        return max(1, logit_bytes(self._model.device.type) // (4 * self.vocabulary))
 
 
-def _together(batches: Iterable[Tensor], sizes: Sequence[int], room: list[Tensor] | None = None) -> list[Tensor]:
+def _together(batches: Iterable[Tensor], sizes: Sequence[int], out: States | None = None) -> States:
     """Batches, each of shape (size, length, width), in one piece of memory.
 
-    Hidden states outlive the batch that made them. Pieces of a batch each, with what comes and goes within a block
-    allocated between them, leave holes that the C library does not give back.
+    Hidden states outlive the batch that made them. If each batch had memory of its own, with a block's temporary
+    tensors allocated between the batches, the C library could not return the memory to the system.
     """
     made = iter(batches)
     first = next(made)
     if len(sizes) == 1:
         return [first]
-    pieces = room or list(first.new_empty((sum(sizes), *first.shape[1:])).split(list(sizes)))
+    pieces = out or list(first.new_empty((sum(sizes), *first.shape[1:])).split(list(sizes)))
     for piece, states in zip(pieces, chain([first], made), strict=True):
         piece.copy_(states)
     return pieces
 
 
-def _pass_on(returns_tuple: bool) -> Callable[..., Any]:
-    """The forward of a block that is left out."""
+def _pass_on(returns_tuple: bool) -> Forward:
+    """The forward of a block that is left out: it returns the states that it gets."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]

@@ -1,7 +1,7 @@
-"""Linear layers in float32 by oneDNN, where the BLAS that torch calls for them leaves half of the processor idle.
+"""Linear layers by oneDNN on CPUs, where the BLAS library that torch calls leaves half of the processor idle.
 
-On x86 torch multiplies float32 matrices by MKL, whose AVX-512 kernels are for Intel's processors; on others with
-AVX-512 it runs AVX2. oneDNN goes by what a processor can do (benchmarks/layer_forward.py measures both).
+On x86 torch multiplies float32 matrices by MKL. MKL has AVX-512 kernels for Intel processors only; on other processors
+with AVX-512 it runs AVX2 kernels. oneDNN uses what the processor can do: benchmarks/layer_forward.py measures both.
 """
 
 from functools import partial
@@ -9,36 +9,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from coopq.model.forward import Forward
 
-class ByOneDNN:
-    """While it is entered, the float32 linear layers of a model on the CPU compute by oneDNN, without gradients.
 
-    Whether they do depends on the processor alone, so that losses are the same in every run on one machine.
+def onednn_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
+    """Forwards without gradients for the linear layers that oneDNN computes faster, for `override_forward`.
+
+    The processor alone decides, so that losses are the same in every run on one machine.
 
     Args:
-        model: A model, or a part of one, that keeps its dtype and its device.
+        model: A model or a part of a model on the CPU. Its dtype and its device must not change afterwards.
+    Returns:
+        The forward of each float32 linear layer; empty on processors without AVX-512.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        linears = [m for m in model.modules() if type(m) is nn.Linear and _is_better_at(m)]
-        # Into the modules' dictionaries, past torch's own bookkeeping: a block is entered for every layer forward.
-        self._forwards = [(vars(linear), partial(_forward, linear)) for linear in linears]
-
-    def __enter__(self) -> None:
-        for attributes, forward in self._forwards:
-            attributes["forward"] = forward
-
-    def __exit__(self, *_: object) -> None:
-        for attributes, _forward in self._forwards:
-            del attributes["forward"]
+    return {
+        module: partial(_forward, module)
+        for module in model.modules()
+        if type(module) is nn.Linear and _is_faster_by_onednn(module)
+    }
 
 
-def _is_better_at(linear: nn.Linear) -> bool:
-    capable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return capable and linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu"
+def _is_faster_by_onednn(linear: nn.Linear) -> bool:
+    has_avx512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return has_avx512 and linear.weight.dtype == torch.float32 and linear.weight.device.type == "cpu"
 
 
 def _forward(linear: nn.Linear, inputs: Tensor) -> Tensor:
-    """The operation to which torch itself compiles linear layers; its arguments say that nothing follows it."""
+    """The operation to which torch itself compiles linear layers; the last arguments say that nothing is fused."""
     output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, linear.weight, linear.bias, "none", [], "")
     return output

@@ -1,7 +1,7 @@
-"""Kernels that torch compiles for a GPU: what comes between matrix products, fused.
+"""Kernels that torch compiles for a GPU: the operations between matrix products, fused.
 
-By torch's own operations a block of an 8B model spends a third of its time on an H100 there, and the loss more than on
-its matrix product (benchmarks/gpu.py).
+By torch's own operations, a block of an 8B model spends a third of its time on an H100 between matrix products, and the
+loss takes longer than its matrix product (benchmarks/gpu.py).
 """
 
 import logging
@@ -12,52 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopq.model.forward import Forward
+
 _log = logging.getLogger(__name__)
 
 
-class Compiled:
-    """While it is entered, a block on a GPU computes as torch compiles it, without gradients.
+def is_compilable(model: Any) -> bool:
+    """Whether the blocks of a model, none of them offloaded, can be compiled for its GPU.
 
-    Weights are inputs of what is compiled, so that blocks which differ in nothing else share it.
-
-    Args:
-        block: A block whose forward nothing has replaced.
+    Blocks of a model that accelerate divides between GPUs are not compiled: accelerate's hooks move hidden states
+    between the GPUs inside the blocks' forwards.
     """
-
-    def __init__(self, block: Any) -> None:
-        self._attributes = vars(block)
-        self._forward = torch.compile(block.forward, dynamic=False)
-
-    def __enter__(self) -> None:
-        self._attributes["forward"] = self._forward
-
-    def __exit__(self, *_: object) -> None:
-        del self._attributes["forward"]
+    return model.device.type == "cuda" and not _is_sharded(model) and _has_compiler(model.device)
 
 
-def is_compilable(block: Any, device: torch.device) -> bool:
-    """Whether a block computes on a GPU by the forward of its class, and torch can compile there."""
-    return device.type == "cuda" and "forward" not in vars(block) and _works_on(device)
+def compiled_forward(block: Any) -> Forward:
+    """The forward of a block without gradients as torch compiles it, for `override_forward`.
+
+    Weights are inputs of the compiled function, so equal blocks share one.
+    """
+    return torch.compile(block.forward, dynamic=False)
 
 
 def log_total(logits: Tensor) -> Tensor:
     """Logarithm of the sum of exponentials of each row, shape (n,), in float32."""
-    if logits.device.type == "cuda" and _works_on(logits.device):
-        return _log_total()(logits)
-    # One pass of a softmax costs less than a sum that torch composes.
+    if logits.device.type == "cuda" and _has_compiler(logits.device):
+        return _compiled_log_total()(logits)
+    # One pass of a softmax takes less time than torch's own logsumexp, which has several.
     logits = logits.float()
     return logits[:, 0] - torch.log_softmax(logits, dim=1)[:, 0]
 
 
 @cache
-def _log_total() -> Callable[[Tensor], Tensor]:
-    """Compiled when it is first called: torch's compiler is slow to import, and CPUs do without it."""
+def _compiled_log_total() -> Callable[[Tensor], Tensor]:
+    """Compiled at the first call: torch's compiler is slow to import, and CPUs do not need it."""
     return torch.compile(lambda logits: torch.logsumexp(logits.float(), dim=1), dynamic=True)
 
 
+def _is_sharded(model: Any) -> bool:
+    """Whether accelerate divides a model between devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 @cache
-def _works_on(device: torch.device) -> bool:
-    """Whether torch can compile for a device: Triton may be missing, or its C compiler."""
+def _has_compiler(device: torch.device) -> bool:
+    """Whether torch can compile for a device; Triton or its C compiler may be missing."""
     try:
         torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(16, device=device))
     except (RuntimeError, ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What a run holds in memory, known before its model is loaded."""
+"""Bytes that a run holds in memory, predicted before its model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,38 +8,40 @@ from typing import Any
 import torch
 
 from coopq.core.errors import OutOfMemory
+from coopq.core.specs import TextSpec
+from coopq.core.types import Player
+from coopq.model.blockwise import batch_size, logit_bytes, whole_size
 from coopq.model.load import SHARDED, load_skeleton, pick_device
 from coopq.model.players import find_blocks
-from coopq.model.blockwise import batch_size, logit_bytes, whole_size
-from coopq.core.config import CalibrationConfig
-from coopq.core.types import Player
 
+# benchmarks/memory.py set these: peaks of runs on SmolLM2-135M-Instruct are 0.90 to 1.09 times the predicted bytes
+# (docs/results/memory.md, on a CPU), and a run on an H100 takes 45.7 of 47.8 GiB (docs/results/gpu.md).
 _LOGIT_COPIES = 4
-"""In float32, where the model is checked on a CPU: logits, their log-softmax; and as much that allocators keep."""
+"""Copies of the logits in float32 when a CPU checks the model: logits, log-softmax, as much kept by allocators."""
 _STATE_COPIES = 12
-"""Arrays of the width of the states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
+"""Arrays as wide as the hidden states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
 _INNER_COPIES = 3
-"""Arrays of the width of its widest linear layer."""
+"""Arrays as wide as the widest linear layer that a block holds for one batch."""
 _SCRATCH = 2**25
-"""What the libraries keep whatever the model: compiled kernels, their scratchpads, arenas of their threads."""
+"""Bytes that libraries keep whatever the model: compiled kernels, their scratchpads, arenas of their threads."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a run holds at its peak, beside the interpreter and the libraries.
+    """Bytes that a run holds at its peak, besides the interpreter and the libraries.
 
     Attributes:
         weights: The full-precision model.
-        blocks: Those of its blocks, all of them.
-        largest_block: Those of the largest.
-        bank: Dequantised weights of every player at every width.
-        one_width: Those of one width.
-        states: Hidden states over all calibration tokens: of the embedding at each of its widths, after each block, and
-            two that come and go; and what the full-precision model predicts of each token, if that is kept.
-        working: What one batch takes in a block and in the head; of scores, with gradients.
-        device: Type of the device that computes.
-        per_sequence: Bytes of the states of one sequence.
-        length: Tokens of a sequence.
+        blocks: All blocks of the model.
+        largest_block: The largest block of the model.
+        bank: Dequantized weights of every player at every width.
+        one_width: Dequantized weights of every player at one width.
+        states: Hidden states over all calibration tokens (after the embedding at each of its widths, after each block,
+            and two temporary ones) and, for the KL divergence, the full-precision model's distributions.
+        working: One batch in a block and in the head; for scores with gradients.
+        device_type: Type of the device that computes.
+        bytes_per_sequence: Bytes of `states` for one sequence.
+        sequence_length: Tokens of a sequence.
     """
 
     weights: int
@@ -49,106 +51,94 @@ class Footprint:
     one_width: int
     states: int
     working: int
-    device: str
-    per_sequence: int
-    length: int
+    device_type: str
+    bytes_per_sequence: int
+    sequence_length: int
 
     @classmethod
-    def of(
+    def estimate(
         cls,
         model: Any,
         players: Sequence[Player],
-        calibration: CalibrationConfig,
-        device: str,
+        text: TextSpec,
+        device_type: str,
         n_widths: int = 2,
         diverges: bool = False,
     ) -> "Footprint":
-        """Of a model, or of its skeleton without storage, that computes in its dtype.
+        """The footprint of a model, or of its skeleton without storage, that computes in its own dtype.
 
         Args:
             model: The model.
-            players: Its players.
-            calibration: The calibration text.
-            device: Type of the device.
-            n_widths: Widths that weights are quantized to.
-            diverges: Whether the loss is the divergence from full precision, whose distributions are kept.
+            players: The model's players.
+            text: The calibration text.
+            device_type: Type of the device that computes.
+            n_widths: Number of widths that weights are quantized to.
+            diverges: Whether the loss is the KL divergence from full precision.
         """
-        text, itemsize = model.config.get_text_config(), model.dtype.itemsize
-        n_blocks = players[-1].block + 1
-        embedded = n_widths if any(player.is_end for player in players) else 1
-        per_sequence = (n_blocks + 2 + embedded) * text.hidden_size * itemsize * calibration.length
-        per_sequence += 4 * text.vocab_size * calibration.length if diverges else 0
-        batch = min(batch_size(device, calibration.length), calibration.sequences) * calibration.length
-        widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
-        inside = batch * itemsize * (_STATE_COPIES * text.hidden_size + _INNER_COPIES * widest)
-        whole = min(whole_size(device, calibration.length, text.vocab_size), calibration.sequences)
-        positions = batch if diverges else whole * calibration.length
-        n_logits = text.vocab_size * min(batch, max(positions, logit_bytes(device) // (4 * text.vocab_size)))
-        if device == "cpu":
-            working = inside + 4 * _LOGIT_COPIES * n_logits
-        else:
-            # Its allocator returns what a block held before the head wants it: as they are, in float32, and softmax.
-            working = max(inside, (itemsize + 4 + 4) * n_logits)
-        of_width = sum(player.n_weights for player in players) * itemsize
-        of_blocks = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
+        shape, itemsize = model.config.get_text_config(), model.dtype.itemsize
+        n_weights = sum(player.n_weights for player in players)
+        block_bytes = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
+        n_embedded = n_widths if any(player.is_end for player in players) else 1
+        token_bytes = (len(block_bytes) + 2 + n_embedded) * shape.hidden_size * itemsize
+        token_bytes += 4 * shape.vocab_size if diverges else 0
         return cls(
-            blocks=sum(of_blocks),
-            largest_block=max(of_blocks),
             weights=sum(tensor.nbytes for tensor in model.parameters()),
-            bank=n_widths * of_width,
-            one_width=of_width,
-            states=per_sequence * calibration.sequences,
-            working=working + _SCRATCH,
-            device=device,
-            per_sequence=per_sequence,
-            length=calibration.length,
+            blocks=sum(block_bytes),
+            largest_block=max(block_bytes),
+            bank=n_widths * n_weights * itemsize,
+            one_width=n_weights * itemsize,
+            states=token_bytes * text.n_sequences * text.sequence_length,
+            working=_working_bytes(model, players, text, device_type, diverges) + _SCRATCH,
+            device_type=device_type,
+            bytes_per_sequence=token_bytes * text.sequence_length,
+            sequence_length=text.sequence_length,
         )
 
     @property
     def total(self) -> int:
-        """With all of the bank."""
+        """Bytes with all of the bank."""
         return self.weights + self.bank + self.states + self.working
 
     @property
     def needed(self) -> int:
-        """Without the bank, as far as it need not be there.
+        """Bytes without what can be elsewhere.
 
-        On a CPU it is mapped from disk. On a GPU it can stay on the host, but every player has weights of one width
-        beside its own.
+        On a CPU the bank is mapped from disk. On a GPU the bank can stay on the host, except for the weights of one
+        width besides the model's own.
         """
-        return self.total - self.bank + (0 if self.device == "cpu" else self.one_width)
+        return self.total - self.bank + (0 if self.device_type == "cpu" else self.one_width)
 
     @property
-    def hosted(self) -> int:
-        """What is needed on a GPU whose blocks stay on the host: room for one, and for what gradients or moves take."""
+    def needed_offloaded(self) -> int:
+        """Bytes on a GPU with offloaded blocks: room for the largest block and its gradients."""
         return self.total - self.bank - self.blocks + 2 * self.largest_block
 
-    def is_hosted(self, free: int | None) -> bool:
-        """Whether the blocks have to stay on the host."""
-        return self.device != "cpu" and free is not None and free < self.needed
+    def must_offload(self, free: int | None) -> bool:
+        """Whether the blocks have to stay in the host's memory, by the free bytes of the device."""
+        return self.device_type != "cpu" and free is not None and free < self.needed
 
     def holds_bank(self, free: int | None) -> bool:
-        """Whether the bank has room where the model computes."""
+        """Whether all of the bank has room where the model computes, by the free bytes of the device."""
         return free is None or self.total <= free
 
     def check(self, free: int | None) -> None:
-        """Refuse what cannot fit.
+        """Check that the run can fit.
 
         Args:
-            free: Bytes that are there; None if that is not known.
+            free: Free bytes of the device; None if the system does not say.
         Raises:
-            OutOfMemory: With the setting that would fit.
+            OutOfMemory: If the run cannot fit, with the setting that would fit.
         """
-        least = self.needed if self.device == "cpu" else min(self.needed, self.hosted)
+        least = self.needed if self.device_type == "cpu" else min(self.needed, self.needed_offloaded)
         if free is None or least <= free:
             return
-        fitting = max(0, free - (least - self.states)) // self.per_sequence * self.length
+        n_tokens = max(0, free - (least - self.states)) // self.bytes_per_sequence * self.sequence_length
         way_out = (
-            f"take --tokens {fitting} at most"
-            if fitting
-            else "compute in --dtype bfloat16 if that is not the dtype already, or take a device with more memory"
+            f"use --tokens {n_tokens} or fewer"
+            if n_tokens
+            else "compute in --dtype bfloat16 if that is not the dtype already, or use a device with more memory"
         )
-        raise OutOfMemory(f"{self}, and {gib(free)} are free on the {self.device}; {way_out}")
+        raise OutOfMemory(f"{self}, and {gib(free)} are free on the {self.device_type}; {way_out}")
 
     def __str__(self) -> str:
         bank = f" (and {gib(self.bank)} of bank)"
@@ -158,8 +148,24 @@ class Footprint:
         )
 
 
+def _working_bytes(model: Any, players: Sequence[Player], text: TextSpec, device_type: str, diverges: bool) -> int:
+    """Bytes of one batch in a block and in the head."""
+    shape, itemsize, length = model.config.get_text_config(), model.dtype.itemsize, text.sequence_length
+    batch_tokens = min(batch_size(device_type, length), text.n_sequences) * length
+    whole_tokens = min(whole_size(device_type, length, shape.vocab_size), text.n_sequences) * length
+    widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
+    in_block = batch_tokens * itemsize * (_STATE_COPIES * shape.hidden_size + _INNER_COPIES * widest)
+    positions = batch_tokens if diverges else whole_tokens
+    positions = min(batch_tokens, max(positions, logit_bytes(device_type) // (4 * shape.vocab_size)))
+    n_logits = shape.vocab_size * positions
+    if device_type == "cpu":
+        return in_block + 4 * _LOGIT_COPIES * n_logits
+    # The allocator of a GPU reuses the block's memory for the head: logits in the dtype, in float32, and softmax.
+    return max(in_block, (itemsize + 4 + 4) * n_logits)
+
+
 def free_memory(name: str) -> int | None:
-    """Bytes that can be had on a device, by its name as in `pick_device`; None if the system does not say."""
+    """Free bytes of a device, by its name as in `pick_device`; None if the system does not say."""
     device = pick_device(name)
     if name == SHARDED:
         return sum(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count()))
@@ -176,7 +182,7 @@ def free_memory(name: str) -> int | None:
 
 
 def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bool:
-    """Whether the weights of a model have room on a GPU; on a CPU nobody can say how much the system would swap."""
+    """Whether the weights of a model have room on a GPU; True on a CPU, where the system may swap."""
     free = free_memory(device)
     if pick_device(device).type == "cpu" or free is None:
         return True
@@ -184,7 +190,7 @@ def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bo
 
 
 def _left_to_group() -> list[int]:
-    """Bytes that the control group of a container leaves, if it has a limit."""
+    """Bytes that the memory limit of a container's control group leaves; empty without a limit."""
     group = Path("/sys/fs/cgroup")
     try:
         most = int((group / "memory.max").read_text(encoding="ascii"))
@@ -200,5 +206,5 @@ def _left_to_group() -> list[int]:
 
 
 def gib(n_bytes: int | None) -> str:
-    """Bytes for people."""
+    """Bytes as text in GiB."""
     return "an unknown amount" if n_bytes is None else f"{n_bytes / 2**30:.2f} GiB"

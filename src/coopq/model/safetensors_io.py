@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, with errors that say what to do."""
+"""Reading and writing tensors as safetensors files, with errors that say what to do."""
 
 import json
 import signal
@@ -27,13 +27,13 @@ _ORDER = {
     torch.float64: "F64",
     torch.int64: "I64",
 }
-"""Names of dtypes in files, in the order opposite to that of the data."""
+"""Names of dtypes in safetensors files. The file has the tensors of the last dtype first."""
 _METADATA = {"format": "pt"}
-"""PyTorch's mark, which other loaders insist on."""
+"""PyTorch's mark. Other loaders insist on it."""
 
 
 def saved_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file that `save_tensors` would write; the tensors may be without storage."""
+    """Bytes of the file that `save_tensors` would write. The tensors may have no storage."""
     header: dict[str, Any] = {"__metadata__": _METADATA}
     dtypes, end = list(_ORDER), 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-dtypes.index(item[1].dtype), item[0])):
@@ -44,18 +44,18 @@ def saved_size(tensors: Mapping[str, Tensor]) -> int:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors that are contiguous.
+    """Write contiguous tensors.
 
     Raises:
-        OutputError: If the file cannot be written whole.
+        OutputError: If the file cannot be written.
     """
     try:
         save_file(dict(tensors), path, metadata=_METADATA)
     except SafetensorError as error:
         raise OutputError(
-            f"cannot write {path} ({error}); make room and run the same command again: nothing computed is lost"
+            f"cannot write {path} ({error}); free disk space and run the same command again: nothing computed is lost"
         ) from error
-    path.chmod(0o644)  # safetensors leaves it to its owner alone
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def load_tensors(path: Path, device: str = "cpu", *, way_out: str) -> dict[str, Tensor]:
@@ -63,10 +63,10 @@ def load_tensors(path: Path, device: str = "cpu", *, way_out: str) -> dict[str, 
 
     Args:
         path: The file.
-        device: Where the tensors go.
-        way_out: What a user should do about a damaged file.
+        device: The device that the tensors go to.
+        way_out: What a user should do about a damaged or missing file.
     Raises:
-        OutputError: If the file is damaged.
+        OutputError: If the file is damaged or missing.
     """
     try:
         with _interrupts_wait():
@@ -77,10 +77,10 @@ def load_tensors(path: Path, device: str = "cpu", *, way_out: str) -> dict[str, 
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Let Ctrl-C wait until a file is read: safetensors turns it into errors that say nothing of it."""
+    """Let Ctrl-C wait until a file is read: safetensors turns the interrupt into an unrelated error."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # it comes to the main thread alone, if at all
+        yield  # only the main thread gets interrupts
         return
     waiting: list[Any] = []
     signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))

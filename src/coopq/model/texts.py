@@ -1,4 +1,4 @@
-"""Token sequences from text: the calibration set that searches see, and the windows that judge them."""
+"""Token sequences from text: the calibration tokens that searches see, and the held-out tokens that judge them."""
 
 import hashlib
 import importlib.util
@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BackendError, CalibrationError
-from coopq.core.config import CalibrationConfig
+from coopq.core.specs import TextSpec
 
-_FITTING_TOKENS = 32_768
+_FIT_TOKENS = 32_768
+"""Tokens that weights are fitted to if a user does not say how many."""
 _HUB_DOCUMENTS = 2000
-"""Documents read from a hub data set; a calibration set needs no more, and some data sets have no end."""
+"""Documents read from a data set of the hub: more than a calibration set needs, and some data sets have no end."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class TokenSet:
 
     Attributes:
         tokens: Shape (n_sequences, length).
-        source: Where the text came from.
-        bos: Whether each sequence opens with the tokenizer's beginning-of-sequence token. It does exactly when
-            the tokenizer puts one before every text by itself, because such models expect it.
+        source: Name of the text.
+        bos: Whether each sequence starts with the tokenizer's beginning-of-sequence token. This is so if the tokenizer
+            puts the token before every text, because the model then expects the token.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -37,7 +38,7 @@ class TokenSet:
 
     @property
     def n_scored(self) -> int:
-        """Tokens that are predicted: all but the first of each sequence."""
+        """Number of tokens that are predicted: all but the first of each sequence."""
         return self.tokens.shape[0] * (self.tokens.shape[1] - 1)
 
     @property
@@ -49,85 +50,76 @@ class TokenSet:
         return digest.hexdigest()
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for users."""
         sequences, length = self.tokens.shape
         return f"{sequences} x {length} tokens of {self.source}" + (", each after a BOS token" if self.bos else "")
 
 
-def calibration_set(config: CalibrationConfig, tokenizer: Any, max_length: int | None = None) -> TokenSet:
-    """Tokens to calibrate on: windows drawn at random, without replacement, from all documents.
+def calibration_set(text: TextSpec, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
+    """Calibration tokens: windows drawn at random, without replacement, from all documents of a text.
 
-    A document gives its non-overlapping windows of the wanted length; what is left of it is not used.
+    A document gives its non-overlapping windows of the wanted length; the rest of the document is not used.
 
     Args:
-        config: Which text, how many sequences, how long, which seed.
-        tokenizer: The model's.
-        max_length: Positions that the model has; None for no limit.
+        text: Which text, how many tokens, which length and seed.
+        tokenizer: The model's tokenizer.
+        max_positions: Positions of the model; None for no limit.
     Raises:
         CalibrationError: If the text cannot be read or is too short.
     """
-    every = _drawn(config, tokenizer, max_length)
-    return replace(every, tokens=every.tokens[: config.sequences])
+    windows = _shuffled_windows(text, tokenizer, max_positions)
+    return replace(windows, tokens=windows.tokens[: text.n_sequences])
 
 
-def fitting_set(config: CalibrationConfig, tokenizer: Any, max_length: int | None = None) -> TokenSet:
-    """Tokens to fit weights to: the next windows after those of the calibration set, which say more of fitted weights.
+def fitting_set(text: TextSpec, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
+    """Tokens that weights are fitted to: the windows that follow those of the calibration set.
 
-    Args:
-        config: As for `calibration_set`.
-        tokenizer: The model's.
-        max_length: Positions that the model has; None for no limit.
-    Raises:
-        CalibrationError: If the text cannot be read or is too short.
+    Searches do not see these windows, so the calibration loss tells how well fitted weights do on other text.
+
+    Args and errors: as for `calibration_set`.
     """
-    every = _drawn(config, tokenizer, max_length)
-    n = config.fitting or max(1, min(_FITTING_TOKENS // config.length, len(every.tokens) - config.sequences))
-    _require(config, len(every.tokens), config.sequences + n)
-    return replace(every, tokens=every.tokens[config.sequences :][:n])
+    windows = _shuffled_windows(text, tokenizer, max_positions)
+    left = len(windows.tokens) - text.n_sequences
+    n = text.n_fit_sequences or max(1, min(_FIT_TOKENS // text.sequence_length, left))
+    _require(text, len(windows.tokens), text.n_sequences + n)
+    return replace(windows, tokens=windows.tokens[text.n_sequences :][:n])
 
 
-def _drawn(config: CalibrationConfig, tokenizer: Any, max_length: int | None) -> TokenSet:
-    """All windows of a text, in the order in which they are drawn."""
-    check_calibration(config)
+def _shuffled_windows(text: TextSpec, tokenizer: Any, max_positions: int | None) -> TokenSet:
+    """All windows of a text, in random order; at least `text.n_sequences` of them."""
+    check_text(text)
     bos = _bos(tokenizer)
-    content = _content_length(config.length, bos, max_length)
+    content = _content_length(text.sequence_length, bos, max_positions)
     windows = [
-        window for document in _documents(config.source) for window in _windows(_encode(tokenizer, document), content)
+        window for document in _documents(text.source) for window in _windows(_encode(tokenizer, document), content)
     ]
-    _require(config, len(windows), config.sequences)
-    order = np.random.default_rng(config.seed).permutation(len(windows))
-    return TokenSet(_stack([windows[i] for i in order], bos), config.source, bos is not None)
+    _require(text, len(windows), text.n_sequences)
+    order = np.random.default_rng(text.seed).permutation(len(windows))
+    return TokenSet(_stack([windows[i] for i in order], bos), text.source, bos is not None)
 
 
-def _require(config: CalibrationConfig, n: int, wanted: int) -> None:
-    """Raise a CalibrationError where a text gives fewer sequences than are wanted."""
-    if n < wanted:
-        fitted = "" if wanted == config.sequences else f", {wanted - config.sequences} of them to fit weights to"
+def _require(text: TextSpec, n: int, needed: int) -> None:
+    """Raise a CalibrationError if a text gives fewer sequences than are needed."""
+    if n < needed:
+        fitted = f", {needed - text.n_sequences} of them to fit weights to" if needed > text.n_sequences else ""
         raise CalibrationError(
-            f"calibration text {config.source!r} gives {n} sequences of {config.length} tokens, and "
-            f"{wanted} are wanted{fitted}; use fewer tokens, shorter sequences or more text"
+            f"calibration text {text.source!r} gives {n} sequences of {text.sequence_length} tokens, and {needed} are "
+            f"needed{fitted}; use fewer tokens, shorter sequences or more text"
         )
 
 
-def check_calibration(config: CalibrationConfig) -> None:
-    """Check what can be checked without a tokenizer, before a model is loaded.
+def check_text(text: TextSpec) -> None:
+    """Check that a text can be read, before a model is loaded; data sets of the hub are read later.
 
     Raises:
-        CalibrationError: If the request makes no sense or the file is missing or empty.
-        BackendError: If a hub data set is asked for and `datasets` is not installed.
+        CalibrationError: If the file is missing, empty or of another kind.
+        BackendError: If the text is a data set of the hub, and the package datasets is not installed.
     """
-    if config.sequences < 1 or config.length < 2:
-        raise CalibrationError(
-            f"{config.sequences} sequences of {config.length} tokens cannot be scored; "
-            "take at least 1 sequence of at least 2 tokens"
-        )
-    if config.fitting is not None and config.fitting < 1:
-        raise CalibrationError(f"weights cannot be fitted to {config.fitting} sequences; take at least 1")
-    if config.source.startswith("hub:"):
+    if text.source.startswith("hub:"):
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
-    elif config.source != "c4":
-        path = Path(config.source)
+    elif text.source != "c4":
+        path = Path(text.source)
         if not path.is_file():
             raise CalibrationError(
                 f"no calibration file at {path}; give a .txt or .jsonl file, 'c4' (packaged), or 'hub:NAME'"
@@ -137,35 +129,40 @@ def check_calibration(config: CalibrationConfig) -> None:
         _read_text(path)
 
 
-def wikitext2(tokenizer: Any, length: int, max_tokens: int | None = None, max_length: int | None = None) -> TokenSet:
-    """The packaged WikiText-2 test split in non-overlapping windows; for judging only, never searched on.
+def wikitext2(
+    tokenizer: Any, sequence_length: int, max_tokens: int | None = None, max_positions: int | None = None
+) -> TokenSet:
+    """The packaged WikiText-2 test split in non-overlapping windows: held-out text that no search sees.
 
-    The paragraphs are joined by blank lines and tokenised as one text; an incomplete last window is dropped.
+    The paragraphs are joined by blank lines and tokenized as one text; an incomplete last window is dropped.
 
     Args:
-        tokenizer: The model's.
-        length: Tokens of a window.
+        tokenizer: The model's tokenizer.
+        sequence_length: Tokens of a window.
         max_tokens: Use only the first windows, up to this many tokens; None uses all.
-        max_length: Positions that the model has; None for no limit.
+        max_positions: Positions of the model; None for no limit.
     Raises:
         CalibrationError: If not even one window fits.
     """
-    if length < 2 or (max_tokens is not None and max_tokens < 1):
-        raise CalibrationError(f"windows of {length} tokens out of {max_tokens} cannot be scored; take at least 2")
+    if sequence_length < 2 or (max_tokens is not None and max_tokens < 1):
+        raise CalibrationError(
+            f"windows of {sequence_length} tokens out of {max_tokens} cannot be scored; use at least 2 tokens"
+        )
     bos = _bos(tokenizer)
     lines = (resources.files("coopq.model") / "data" / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
     tokens = _encode(tokenizer, "\n\n".join(line for line in lines if line.strip()))
-    windows = _windows(tokens, _content_length(length, bos, max_length))
+    windows = _windows(tokens, _content_length(sequence_length, bos, max_positions))
     if max_tokens is not None:
-        windows = windows[: max_tokens // length]
+        windows = windows[: max_tokens // sequence_length]
     if not windows:
         raise CalibrationError(
-            f"no window of {length} tokens fits into {max_tokens} tokens; take more tokens or shorter windows"
+            f"no window of {sequence_length} tokens fits into {max_tokens} tokens; use more tokens or shorter windows"
         )
     return TokenSet(_stack(windows, bos), "WikiText-2 test", bos is not None)
 
 
 def _documents(source: str) -> list[str]:
+    """Documents of a calibration text."""
     if source.startswith("hub:"):
         return _hub_documents(source.removeprefix("hub:"))
     if source == "c4":
@@ -183,8 +180,8 @@ def _hub_documents(name: str) -> list[str]:
         return [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"cannot read data set {name!r} ({type(error).__name__}: {error}); it needs a split 'train' with a "
-            "column 'text' and, unless it is a local folder, a reachable hub"
+            f"cannot read data set {name!r} ({type(error).__name__}: {error}); give a local folder, or a data set on a "
+            "hub that can be reached, with a split 'train' and a column 'text'"
         ) from error
 
 
@@ -200,7 +197,7 @@ def _jsonl_documents(path: Path) -> list[str]:
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f"calibration file {path}, line {number}: not a JSON object with a field 'text'; "
-                "mend or remove the line"
+                "repair or remove the line"
             ) from error
         documents.append(text)
     return documents
@@ -211,7 +208,7 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"calibration file {path} is not UTF-8 (byte {error.start}); convert it, with iconv say"
+            f"calibration file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
         ) from error
     except OSError as error:
         raise CalibrationError(f"cannot read calibration file {path}: {error.strerror}") from error
@@ -221,33 +218,36 @@ def _read_text(path: Path) -> str:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text and nothing else: what looks like a special token in it stays text.
+    """Tokens of a text and nothing else: characters that look like a special token stay text.
 
-    Documents may be longer than the model's positions, of which the tokenizer would warn; windows are not.
+    The tokenizer's warning about texts longer than the model's positions is off, because windows are shorter.
     """
     tokens: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return tokens
 
 
 def _bos(tokenizer: Any) -> int | None:
-    """The token that the tokenizer itself puts before every text, if it does."""
+    """The token that the tokenizer puts before every text; None if it puts none."""
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer.encode("a")[0] == bos else None
 
 
-def check_length(length: int, max_length: int | None) -> None:
-    """Check the tokens of a sequence against the positions that a model has, if it has a limit.
+def check_length(sequence_length: int, max_positions: int | None) -> None:
+    """Check that sequences fit into the positions of a model.
 
     Raises:
-        CalibrationError: If there are too few.
+        CalibrationError: If not.
     """
-    if max_length is not None and length > max_length:
-        raise CalibrationError(f"sequences of {length} tokens exceed the model's {max_length} positions; shorten them")
+    if max_positions is not None and sequence_length > max_positions:
+        raise CalibrationError(
+            f"sequences of {sequence_length} tokens exceed the model's {max_positions} positions; use shorter sequences"
+        )
 
 
-def _content_length(length: int, bos: int | None, max_length: int | None) -> int:
-    check_length(length, max_length)
-    return length - (bos is not None)
+def _content_length(sequence_length: int, bos: int | None, max_positions: int | None) -> int:
+    """Tokens of a sequence without the beginning-of-sequence token."""
+    check_length(sequence_length, max_positions)
+    return sequence_length - (bos is not None)
 
 
 def _windows(tokens: Sequence[int], length: int) -> list[Sequence[int]]:

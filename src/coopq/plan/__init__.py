@@ -1,1 +1,1 @@
-"""From a budget to a plan: methods, plans, forecasts."""
+"""From a budget to a plan."""

@@ -1,107 +1,142 @@
-"""Plans by what gradients, activations or weights say, without a loss of any assignment."""
+"""Plans by scores: what gradients, activations or weights say, without a loss of any assignment."""
 
-import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from coopq.search.solver.exact import allocate, near_optimum
-from coopq.plan.scores import BASELINES, PAPER_BASELINES, Gains, fisher, get_baseline
 from coopq.core.errors import EstimationError
-from coopq.core.files import read_json, write_json
-from coopq.plan.plan import Plan, plan_gains, setting_of
-from coopq.game.sensitivity import Probe
+from coopq.core.files import as_plain, read_json, write_json
 from coopq.core.sizes import Budget
+from coopq.core.specs import SolverSpec
 from coopq.core.types import Assignments
-from coopq.game.session import Workbench
+from coopq.game.sensitivity import Sensitivity
+from coopq.game.session import Session
+from coopq.plan.allocate import choose_by_gains, make_plan, search_space
+from coopq.plan.estimation import Spent
+from coopq.plan.methods import METHODS, Method, check_methods, names
+from coopq.plan.plan import Plan
+from coopq.plan.scores import Gains
 
 _log = logging.getLogger(__name__)
-SCORES = ("fisher", *BASELINES)
-STARTERS = ("fisher", *PAPER_BASELINES)
-"""Scores whose choices the active search measures first: those that take a few forwards of the model."""
 
 
-def plans_by_score(bench: Workbench, method: str, budgets: Sequence[Budget], time_limit: float | None) -> list[Plan]:
-    """Plans by what gradients, activations or weights say, without a loss of any assignment."""
-    gains, pairs, spent = terms_on(bench, method, probes_of(bench))
+class Score(NamedTuple):
+    """What a score says.
+
+    Attributes:
+        gains: Loss, or what stands for the loss, saved by not taking each step down, shape (n_steps,).
+        pairs: What pairs of steps cost beyond that, shape (n_steps, n_steps); None for scores without pair terms.
+        block_forwards: What the score takes.
+    """
+
+    gains: Gains
+    pairs: Gains | None
+    block_forwards: int
+
+
+def plans_by_score(session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec) -> list[Plan]:
+    """The plans of budgets by a score."""
+    score = cached_score(session, method, sensitivities(session))
+    spent, space = Spent(score.block_forwards, score.block_forwards), search_space(session, budgets)
+    stage = f"solving the program, {method.name}"
     return [
-        plan_gains(bench, method, gains, budget, pairs=pairs, layer_forwards=spent, time_limit=time_limit)
-        for budget in bench.each(f"solving the program, {method}", budgets)
+        make_plan(
+            session,
+            budget,
+            choose_by_gains(space, capacity, method.name, score.gains, score.pairs, spent, solver),
+        )
+        for budget, capacity in zip(session.each(stage, budgets), space.capacities, strict=True)
     ]
 
 
-def probes_of(bench: Workbench) -> list[Probe]:
-    """What scores look at: a score of two widths is that of a step between neighbours, the highest first."""
-    engine = bench.engine(bench.calibration)
-    return [Probe(engine, bench.bank, low, high, bench.levels) for high, low in pairwise(bench.config.widths[::-1])]
+def sensitivities(session: Session) -> list[Sensitivity]:
+    """What scores look at: one for each pair of neighbouring widths, the highest pair first."""
+    blockwise = session.engine(session.calibration).blockwise
+    return [
+        Sensitivity(blockwise, session.bank, low, high, session.player_widths)
+        for high, low in pairwise(session.request.widths.bits[::-1])
+    ]
 
 
-def terms_on(bench: Workbench, method: str, probes: Sequence[Probe]) -> tuple[Gains, Gains | None, int]:
-    """Linear and, for "fisher", pair terms of a score, and the layer forwards that it takes; kept in the run folder."""
-    path = bench.folder.path / "scores" / f"{method}.json"
-    config = bench.config
-    if any(player.is_end for player in bench.players):
-        raise EstimationError(
-            f"method {method!r} scores layers in blocks, not embeddings; take a search, or leave them"
-        )
-    fingerprint = {**bench.fingerprint, "low": config.low, "high": config.high}
-    if config.between:
-        fingerprint["between"] = config.between
-    if any(levels != config.widths for levels in bench.levels):  # which a run's target may change
-        fingerprint["levels"] = bench.levels
+def cached_score(session: Session, method: Method, measured_at: Sequence[Sensitivity]) -> Score:
+    """A score, from the run folder if the score is kept there."""
+    path = session.folder.scores / f"{method.name}.json"
+    fingerprint = as_plain(
+        {**session.fingerprint, "bits": session.request.widths.bits, "player widths": session.player_widths}
+    )
     if path.is_file():
         record = read_json(path)
-        if record.get("fingerprint") == json.loads(json.dumps(fingerprint)):
+        if record.get("fingerprint") == fingerprint:
             pairs = record.get("pairs")
-            return np.array(record["gains"]), None if pairs is None else np.array(pairs), record["layer_forwards"]
-    before = sum(probe.layer_forwards for probe in probes)
-    bench.progress(f"scoring by {method}", 0, 1)
-    if method == "fisher":
-        gains, pairs = fisher.terms(probes)
-    else:
-        gains, pairs = np.stack([get_baseline(method)(probe) for probe in probes], axis=1).ravel(), None
-    layer_forwards = sum(probe.layer_forwards for probe in probes) - before
-    bench.progress(f"scoring by {method}", 1, 1)
-    gains = _of_own_steps(bench, gains)
-    pairs = None if pairs is None else _of_own_steps(bench, _of_own_steps(bench, pairs).T)
-    if not (np.isfinite(gains).all() and np.isfinite(0.0 if pairs is None else pairs).all()):
-        raise EstimationError(f"the scores of {method} are not all numbers; choose another method, or float32")
+            return Score(
+                np.array(record["gains"]), None if pairs is None else np.array(pairs), record["block_forwards"]
+            )
+    session.progress(f"scoring by {method.name}", 0, 1)
+    found = score(method, measured_at)
+    session.progress(f"scoring by {method.name}", 1, 1)
+    own = Score(
+        _sum_to_own_steps(session, found.gains),
+        None if found.pairs is None else _sum_to_own_steps(session, _sum_to_own_steps(session, found.pairs).T),
+        found.block_forwards,
+    )
+    if not all(np.isfinite(terms).all() for terms in (own.gains, own.pairs) if terms is not None):
+        raise EstimationError(
+            f"the scores of {method.name} are not all numbers; choose another method, or compute in --dtype float32"
+        )
     path.parent.mkdir(exist_ok=True)
-    record = {"fingerprint": fingerprint, "gains": gains.tolist(), "layer_forwards": layer_forwards}
-    if pairs is not None:
-        record["pairs"] = pairs.tolist()
+    record = {"fingerprint": fingerprint, "gains": own.gains.tolist(), "block_forwards": own.block_forwards}
+    if own.pairs is not None:
+        record["pairs"] = own.pairs.tolist()
     write_json(path, record)
-    return gains, pairs, layer_forwards
+    return own
 
 
-def _of_own_steps(bench: Workbench, terms: Gains) -> Gains:
-    """Terms of the steps between widths that players have: sums over those between all widths, along the first axis."""
-    ends = np.flatnonzero([width in levels for levels in bench.levels for width in bench.config.widths[-2::-1]])
-    sums: Gains = np.add.reduceat(terms, np.append(0, ends[:-1] + 1), axis=0)
-    return sums
+def score(method: Method, measured_at: Sequence[Sensitivity]) -> Score:
+    """A score of the steps between all widths.
+
+    Args:
+        method: The score.
+        measured_at: One sensitivity for each pair of neighbouring widths, the highest pair first.
+    """
+    before = sum(sensitivity.block_forwards for sensitivity in measured_at)
+    function = method.load()
+    if method.scores_pairs:
+        gains, pairs = function(measured_at)
+    else:
+        gains, pairs = np.stack([function(sensitivity) for sensitivity in measured_at], axis=1).ravel(), None
+    return Score(gains, pairs, sum(sensitivity.block_forwards for sensitivity in measured_at) - before)
 
 
-def starts_on(bench: Workbench, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
-    """What the scores choose for the budgets (fisher's by descents), and the layer forwards that they take."""
-    setting, layer_forwards = setting_of(bench, budgets), 0
-    chosen = np.zeros((0, setting.n_steps), dtype=bool)
-    if any(player.is_end for player in bench.players):  # which scores know nothing of
-        return setting.assignments(chosen), 0
-    probes = probes_of(bench)
-    for method in STARTERS:
+def starts_by_scores(session: Session, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
+    """What the cheap scores choose for budgets, and the block forwards that these scores take."""
+    space, block_forwards = search_space(session, budgets), 0
+    chosen = [space.assignments(np.zeros((0, space.n_steps), dtype=bool))]
+    if any(player.is_end for player in session.players):  # scores know nothing of embeddings
+        return chosen[0], 0
+    measured_at, solver = sensitivities(session), SolverSpec()
+    for name in names(is_start=True):
         try:
-            gains, pairs, spent = terms_on(bench, method, probes)
+            check_methods([name], session.players, len(session.request.widths.bits))
+            found = cached_score(session, METHODS[name], measured_at)
         except EstimationError as error:  # only a hint: the search does without
             _log.warning("%s; the search starts without it", error)
             continue
-        layer_forwards += spent
-        for capacity in setting.capacities:
-            program = dataclasses.replace(setting.program(capacity), linear=gains)
-            if pairs is not None:
-                program = dataclasses.replace(program, quadratic=pairs)
-            solved = allocate(program) if pairs is None else near_optimum(program)
-            chosen = np.concatenate([chosen, solved.q[None]])
-    return setting.assignments(chosen), layer_forwards
+        block_forwards += found.block_forwards
+        spent = Spent(found.block_forwards, found.block_forwards)
+        chosen += [
+            choose_by_gains(space, capacity, name, found.gains, found.pairs, spent, solver).assignment[None]
+            for capacity in space.capacities
+        ]
+    return np.concatenate(chosen), block_forwards
+
+
+def _sum_to_own_steps(session: Session, terms: Gains) -> Gains:
+    """Terms of the steps between widths that players have: sums over steps between all widths, along the first axis."""
+    ends = np.flatnonzero(
+        [width in own for own in session.player_widths for width in session.request.widths.bits[-2::-1]]
+    )
+    sums: Gains = np.add.reduceat(terms, np.append(0, ends[:-1] + 1), axis=0)
+    return sums

@@ -1,88 +1,106 @@
 """Plans by permutation walks: the paper's way, and other readings of the same walks."""
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
-from coopq.game.prefix_engine import prefix_tree_size
-from coopq.search import SPQE, Measured, run_estimator
-from coopq.plan.plan import Plan, plan_budget, plan_gains, plan_search, setting_of
-from coopq.search.solver.quadratic_program import local_optima
-from coopq.core.config import Estimation
 from coopq.core.sizes import Budget
+from coopq.core.specs import SolverSpec
+from coopq.core.types import REMOVED, UNTOUCHED, Assignment, Width
+from coopq.game.prefix_engine import prefix_tree_size
+from coopq.game.session import Session
+from coopq.plan.allocate import Choice, choose_by_gains, choose_by_walks, describe_search, make_plan, search_space
+from coopq.plan.estimation import Estimation, Spent, save_estimation
+from coopq.plan.methods import Method
+from coopq.plan.plan import Plan
+from coopq.search import SPQE, Measured, SearchSpace, run
+from coopq.search.solver.local_search import local_optima
 from coopq.search.surrogate import best_surrogate
-from coopq.core.types import REMOVED, UNTOUCHED, Width, as_widths
-from coopq.game.session import Workbench
+
+_N_STARTS = 100
+"""Random assignments from which descents on a surrogate fitted to walks start."""
 
 
-def plans_by_walks(
-    bench: Workbench, method: str, budgets: Sequence[Budget], alpha: float, time_limit: float | None
-) -> list[Plan]:
-    """Plans by permutation walks: the paper's way, and other readings of the same walks."""
-    estimation = _pruning_on(bench) if method == "pruning" else estimate_on(bench)
-    setting = setting_of(bench, budgets)
-    walked = Measured(setting)
-    if method != "pruning":
-        points = _spqe(bench).points
-        with bench.calibration_game("measuring the walks") as game:
+def plans_by_walks(session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec) -> list[Plan]:
+    """The plans of budgets by a method that reads permutation walks."""
+    removes_blocks = method.whole_blocks
+    estimation = _estimate_pruning(session) if removes_blocks else estimate_walks(session)
+    space = search_space(session, budgets)
+    walked = Measured(space)
+    if not removes_blocks:
+        points = _spqe(session).points
+        with session.game("measuring the walks") as game:
             walked.add(points, game(points))
-    spent: dict[str, Any] = {
-        "layer_forwards": estimation.layer_forwards,
-        "layer_forwards_unshared": estimation.layer_forwards_unshared,
-        "time_limit": time_limit,
-    }
     plans = []
-    for budget, capacity in zip(bench.each(f"solving the program, {method}", budgets), setting.capacities, strict=True):
-        best = [tuple(as_widths(row)) for row in setting.assignments(walked.best(capacity, 2))]
-        if method == "shapley":
-            plan = plan_gains(bench, method, estimation.estimate.shapley, budget, **spent)
-        elif method == "interactions":
-            program = best_surrogate(walked.surrogates(capacity)).program(setting.program(capacity))
-            optima = local_optima(program, walked.best(capacity, 3), 100, np.random.default_rng([setting.seed, 0]))
-            chosen = setting.assignments(optima[0])
-            plan = plan_search(bench, method, chosen, budget, measured=walked, runner_up=None, **spent)
+    stage = f"solving the program, {method.name}"
+    for budget, capacity in zip(session.each(stage, budgets), space.capacities, strict=True):
+        if method.name == "shapley":
+            phi = estimation.estimate.shapley
+            choice = choose_by_gains(space, capacity, method.name, phi, None, estimation.spent, solver)
+        elif method.name == "interactions":
+            choice = _choose_by_interactions(space, capacity, walked, estimation.spent, solver)
         else:
-            plan = plan_budget(estimation, budget, method=method, alpha=alpha, time_limit=time_limit)
-        others = [row for row in best if row != tuple(plan.assignment)]
-        plans.append(dataclasses.replace(plan, runner_up=others[0] if others else None))
+            choice = choose_by_walks(estimation, budget, method.name, solver)
+        plans.append(make_plan(session, budget, replace(choice, runner_up=_runner_up(space, capacity, walked, choice))))
     return plans
 
 
-def estimate_on(bench: Workbench) -> Estimation:
-    """`coopq.estimate` on an open workbench."""
-    estimation = _estimation(bench, _spqe(bench))
-    bench.folder.save(estimation)
+def estimate_walks(session: Session) -> Estimation:
+    """Shapley values and their covariance from walks that lower players; saved in the run folder."""
+    estimation = _estimate(session, _spqe(session))
+    save_estimation(session.folder, estimation)
     return estimation
 
 
-def _pruning_on(bench: Workbench) -> Estimation:
+def _estimate_pruning(session: Session) -> Estimation:
     """The same from walks that remove players instead of lowering them: the paper's ablation."""
-    return _estimation(bench, _spqe(bench, low=REMOVED, high=UNTOUCHED))
+    return _estimate(session, _spqe(session, low=REMOVED, high=UNTOUCHED))
 
 
-def _spqe(bench: Workbench, low: Width | None = None, high: Width | None = None) -> SPQE:
-    config = bench.config
+def _spqe(session: Session, low: Width | None = None, high: Width | None = None) -> SPQE:
+    """The walks of a session's request."""
+    widths, search = session.request.widths, session.request.search
     return SPQE(
-        len(bench.players),
-        low=config.low if low is None else low,
-        high=config.high if high is None else high,
-        permutations=config.permutations,
-        seed=config.seed,
+        len(session.players),
+        low=widths.low if low is None else low,
+        high=widths.high if high is None else high,
+        permutations=search.permutations,
+        seed=search.seed,
     )
 
 
-def _estimation(bench: Workbench, estimator: SPQE) -> Estimation:
-    config, n_players, blocks = bench.config, len(bench.players), [player.block for player in bench.players]
-    with bench.calibration_game("measuring the walks") as game:
-        result = run_estimator(estimator, game).estimate()
+def _estimate(session: Session, spqe: SPQE) -> Estimation:
+    """What walks say, measured."""
+    blocks = session.blocks
+    with session.game("measuring the walks") as game:
+        estimate = run(spqe, game).estimate()
     return Estimation(
-        config=config,
-        players=bench.players,
-        storage=bench.storage,
-        estimate=result,
-        fingerprint=bench.fingerprint,
-        layer_forwards=prefix_tree_size(estimator.points, blocks),
-        layer_forwards_unshared=config.permutations * n_players * len(set(blocks)),
+        request=session.request,
+        players=session.players,
+        sizes=session.sizes,
+        fingerprint=session.fingerprint,
+        estimate=estimate,
+        spent=Spent(
+            prefix_tree_size(spqe.points, blocks),
+            session.request.search.permutations * len(session.players) * len(set(blocks)),
+        ),
     )
+
+
+def _choose_by_interactions(
+    space: SearchSpace, capacity: int, walked: Measured, spent: Spent, solver: SolverSpec
+) -> Choice:
+    """The best local optimum of a surrogate fitted to the walks."""
+    program = best_surrogate(walked.surrogates(capacity)).program(space.constraint(capacity))
+    rng = np.random.default_rng([space.seed, 0])
+    optima = local_optima(program, walked.best(capacity, 3), _N_STARTS, rng)
+    chosen = space.assignments(optima[0])
+    return describe_search(space, capacity, "interactions", chosen, walked, spent, solver)
+
+
+def _runner_up(space: SearchSpace, capacity: int, walked: Measured, choice: Choice) -> Assignment | None:
+    """The best other assignment on the walks, shape (n_players,); None if no other keeps the budget."""
+    best = space.assignments(walked.best(capacity, 2))
+    others = best[(best != choice.assignment).any(axis=1)]
+    return others[0] if len(others) else None

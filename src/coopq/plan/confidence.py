@@ -1,26 +1,32 @@
 """How sure a choice is, from the losses of single sequences."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from coopq.core.types import Losses
 
-_BOOTSTRAPS = 10_000
+if TYPE_CHECKING:
+    from coopq.game.session import Session
+    from coopq.plan.plan import Plan
+
+_N_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """How sure the choice is, as far as the calibration set can say; by its sequences.
+class Confidence:
+    """How sure the choice is, as far as the sequences of the calibration set can say.
 
-    The chosen one is often the best of hundreds on the same sequences, so differences are optimistic; and few sequences
-    give coarse intervals.
+    The chosen assignment is often the best of hundreds on the same sequences, so differences are optimistic. Few
+    sequences give coarse intervals.
 
     Attributes:
-        stderr: Standard error of the measured loss; None for a single sequence.
-        difference: Loss of the runner-up minus that of the chosen, nats per token; None without a runner-up.
-        interval: Its 95 % interval by a paired bootstrap over sequences.
-        probability: Share of the bootstrap's samples in which the chosen one is better.
+        stderr: Standard error of the measured loss over sequences; None for a single sequence.
+        difference: Loss of the runner-up minus the loss of the choice, nats per token; None without a runner-up.
+        interval: 95 % interval of the difference, by a paired bootstrap over sequences.
+        probability: Share of the bootstrap's samples in which the choice is better.
     """
 
     stderr: float | None
@@ -28,15 +34,43 @@ class Evidence:
     interval: tuple[float, float] | None
     probability: float | None
 
-    @classmethod
-    def of(cls, losses: Losses, runner_up: Losses | None) -> "Evidence":
-        """From the losses of both on each sequence, shape (n_sequences,)."""
-        n = len(losses)
-        stderr = float(losses.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-        if runner_up is None or n == 1:
-            return cls(stderr, None if runner_up is None else float((runner_up - losses).mean()), None, None)
-        differences = runner_up - losses
-        means = differences[np.random.default_rng(0).integers(0, n, size=(_BOOTSTRAPS, n))].mean(axis=1)
-        low, high = np.quantile(means, [0.025, 0.975])
-        ties = float((means == 0).mean())
-        return cls(stderr, float(differences.mean()), (float(low), float(high)), float((means > 0).mean()) + ties / 2)
+
+def confidence(losses: Losses, runner_up: Losses | None) -> Confidence:
+    """The confidence in a choice.
+
+    Args:
+        losses: Losses of the choice on each sequence, shape (n_sequences,), nats per token.
+        runner_up: Losses of the runner-up on the same sequences.
+    """
+    from scipy.stats import bootstrap, sem  # slow to import
+
+    n = len(losses)
+    stderr = float(sem(losses)) if n > 1 else None
+    if runner_up is None or n == 1:
+        return Confidence(stderr, None if runner_up is None else float((runner_up - losses).mean()), None, None)
+    differences = runner_up - losses
+    if np.ptp(differences) == 0:
+        mean = float(differences[0])
+        return Confidence(stderr, mean, (mean, mean), 0.5 * (1 + float(np.sign(mean))))
+    result = bootstrap(
+        (differences,), np.mean, n_resamples=_N_RESAMPLES, method="percentile", rng=np.random.default_rng(0)
+    )
+    interval = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return Confidence(stderr, float(differences.mean()), interval, _share_above_zero(result.bootstrap_distribution))
+
+
+def _share_above_zero(means: npt.NDArray[Any]) -> float:
+    """Share of values above zero; ties count half."""
+    return float((means > 0).mean()) + float((means == 0).mean()) / 2
+
+
+def measure_plan(session: "Session", plan: "Plan") -> "Plan":
+    """The plan with its loss on the calibration set measured, and the confidence in it; kept in the run folder."""
+    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
+    with session.game("measuring the plan") as game:
+        chosen, runner_up = game.per_sequence(points)
+    sure = confidence(chosen, None if plan.runner_up is None else runner_up)
+    plan = plan.replace(measured_loss=float(chosen.mean()), confidence=sure)
+    session.folder.plans.mkdir(exist_ok=True)
+    plan.save(session.folder.plans / plan.file_name)
+    return plan

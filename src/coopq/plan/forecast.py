@@ -1,7 +1,7 @@
 """What a run will take, from a look at the model and two seconds of measurement."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,27 +9,25 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import WeightBank
-from coopq.game.prefix_engine import PrefixEngine, prefix_tree_size
-from coopq.search import SPQE, Search, Setting, run_search
+from coopq.core.specs import Request
+from coopq.core.types import Player
+from coopq.game.game import Meters
+from coopq.game.prefix_engine import make_engine, prefix_tree_size
+from coopq.game.session import prepare
+from coopq.model.blockwise import batch_size
+from coopq.model.memory import Footprint
+from coopq.plan.by_search import make_search
+from coopq.plan.methods import METHODS, names
+from coopq.quantizers.bank import WeightBank
+from coopq.search import SPQE, Search, SearchSpace, run_search
+from coopq.search.solver.local_search import random_fill
 from coopq.search.strategies.active import descent, most_points
 from coopq.search.strategies.exhaustive import MOST_PLAYERS
-from coopq.game.game import Meters
-from coopq.model.memory import Footprint, free_memory
-from coopq.plan.methods import OF_TWO_WIDTHS, SEARCHES
-from coopq.model.load import load_model, pick_device
-from coopq.model.players import find_players
-from coopq.search.solver.quadratic_program import random_fill
-from coopq.model.blockwise import batch_size
-from coopq.core.config import RunConfig
-from coopq.quantize.contract import SteppedGame, SyntheticGame
-from coopq.core.types import Player
-from coopq.game.session import check_config
+from coopq.search.synthetic import SteppedGame, SyntheticGame
 
 _SECONDS = 1.0
 """How long the block is timed, and the head."""
-_A_ROUND = 6
+_ROUND_POINTS = 6
 """Points of the active search that share prefixes with each other."""
 
 
@@ -38,12 +36,12 @@ class Work:
     """What a method measures.
 
     Attributes:
-        layer_forwards: Forwards of one block over all calibration tokens.
+        block_forwards: Forwards of one block over all calibration tokens.
         evaluations: Assignments, each with a forward of the head.
-        is_bound: Whether this is about the most that it may take, rather than what it will.
+        is_bound: Whether this is an upper bound rather than a forecast.
     """
 
-    layer_forwards: int
+    block_forwards: int
     evaluations: int
     is_bound: bool = False
 
@@ -57,11 +55,11 @@ class Forecast:
         n_blocks: Number of blocks.
         tokens: Calibration tokens.
         footprint: Memory.
-        free: Bytes of memory that are there; None if the system does not say.
-        layer_forward: Seconds of one block over all calibration tokens, measured.
-        head: Seconds of the head over them, measured.
-        layer_flops: Floating point operations of the linear layers of a block, over all tokens.
-        head_flops: The same of the head.
+        free: Bytes of memory that are free; None if the system does not say.
+        block_seconds: Seconds of one block over all calibration tokens, measured.
+        head_seconds: Seconds of the head over them, measured.
+        block_flops: Floating point operations of the linear layers of a block, over all tokens.
+        head_flops: Floating point operations of the head, over all tokens.
         methods: What methods take for one budget halfway between the widths.
     """
 
@@ -70,101 +68,102 @@ class Forecast:
     tokens: int
     footprint: Footprint
     free: int | None
-    layer_forward: float
-    head: float
-    layer_flops: int
+    block_seconds: float
+    head_seconds: float
+    block_flops: int
     head_flops: int
     methods: dict[str, Work]
 
     def seconds(self, work: Work) -> float:
         """How long the losses of a method take to measure."""
-        return work.layer_forwards * self.layer_forward + work.evaluations * self.head
+        return work.block_forwards * self.block_seconds + work.evaluations * self.head_seconds
 
     def flops(self, work: Work) -> float:
         """Floating point operations of the linear layers."""
-        return float(work.layer_forwards) * self.layer_flops + float(work.evaluations) * self.head_flops
+        return float(work.block_forwards) * self.block_flops + float(work.evaluations) * self.head_flops
 
 
-def forecast(config: RunConfig) -> Forecast:
+def forecast(request: Request) -> Forecast:
     """Load the model, time one of its blocks and its head, and count what methods will ask for.
 
-    Nothing is quantized or written. The time to quantize and to solve programs is not in it.
+    Nothing is quantized or written. The time to quantize and to solve programs is not in the forecast.
 
     Raises:
-        OutOfMemory: If the run does not fit.
+        OutOfMemory: If the run does not fit, before the model is loaded.
     """
-    check_config(config)
-    backend = get_backend(**config.quantizer, bits=config.widths)
-    device, text = pick_device(config.device), config.calibration
-    free = free_memory(config.device)
-    loaded = load_model(config.model, dtype=config.dtype, device=config.device)
-    players = find_players(loaded.model, config.granularity, config.embeddings)
-    n_widths, diverges = len(config.quantized_widths), config.loss == "kl"
-    footprint = Footprint.of(loaded.model, players, text, device.type, n_widths, diverges=diverges)
-    footprint.check(free)
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    batch = min(batch_size(device.type, text.length), text.sequences)
-    ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.length))
+    prepared = prepare(request)
+    loaded, offloaded, footprint, free = prepared.load_to_measure()
+    players, text, device = prepared.players, request.text, prepared.device
+    config = loaded.model.config.get_text_config()
+    batch = min(batch_size(device.type, text.sequence_length), text.n_sequences)
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, text.sequence_length))
     with TemporaryDirectory() as folder:
-        engine = PrefixEngine(loaded.model, WeightBank(Path(folder), loaded, players, backend, {}), ids, config.loss)
-        layer, head = engine.timed(lambda work: _median_seconds(work, device))
-    tokens, n_blocks = text.sequences * text.length, players[-1].block + 1
-    width = loaded.model.config.get_text_config().hidden_size
+        bank = WeightBank(Path(folder), loaded, players, prepared.backend, {})
+        engine = make_engine(loaded.model, bank, ids, request.search.loss, offloaded)
+        block, head = engine.timed(lambda work: _median_seconds(work, device))
+    n_blocks, n_weights = players[-1].block + 1, sum(player.n_weights for player in players if not player.is_end)
     return Forecast(
         n_players=len(players),
         n_blocks=n_blocks,
-        tokens=tokens,
+        tokens=text.tokens,
         footprint=footprint,
         free=free,
-        layer_forward=layer * text.sequences / batch,
-        head=head * text.sequences / batch,
-        layer_flops=2 * tokens * sum(player.n_weights for player in players if not player.is_end) // n_blocks,
-        head_flops=2 * tokens * width * vocabulary,
-        methods=works(players, config),
+        block_seconds=block * text.n_sequences / batch,
+        head_seconds=head * text.n_sequences / batch,
+        block_flops=2 * text.tokens * n_weights // n_blocks,
+        head_flops=2 * text.tokens * config.hidden_size * config.vocab_size,
+        methods=forecast_methods(players, request),
     )
 
 
-def works(players: tuple[Player, ...], config: RunConfig) -> dict[str, Work]:
+def forecast_methods(players: Sequence[Player], request: Request) -> dict[str, Work]:
     """What methods measure for one budget halfway between the widths, without measuring any of it.
 
     Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
-    what they take depends little on the losses.
+    what a search takes depends little on the losses.
     """
-    n, blocks = len(players), [player.block for player in players]
-    n_sequences = config.screening or config.calibration.sequences
-    found: dict[str, Work] = {}
-    if len(config.widths) == 2:
-        walks = np.unique(SPQE(n, low=2, high=4, permutations=config.permutations, seed=config.seed).points, axis=0)
-        found[f"coopq, M = {config.permutations}"] = Work(prefix_tree_size(walks, blocks), len(walks))
-    halves = (-2 * np.diff(config.widths[::-1])).astype(np.int64)
-    costs = np.outer([player.n_weights for player in players], halves).ravel()
-    setting = Setting(config.widths, costs, (int(costs.sum()) // 2,), config.seed)
-    nothing = setting.assignments(np.zeros((0, setting.n_steps), dtype=bool))
-    for name, make in SEARCHES.items():
-        if len(config.widths) > 2 and name in OF_TWO_WIDTHS:
+    n, blocks, widths = len(players), [player.block for player in players], request.widths.bits
+    walks, found = request.search, dict[str, Work]()
+    if len(widths) == 2:
+        spqe = SPQE(n, low=2, high=4, permutations=walks.permutations, seed=walks.seed)
+        points = np.unique(spqe.points, axis=0)
+        found[f"coopq, M = {walks.permutations}"] = Work(prefix_tree_size(points, blocks), len(points))
+    half_bytes = (-2 * np.diff(widths[::-1])).astype(np.int64)
+    step_bytes = np.outer([player.n_weights for player in players], half_bytes).ravel()
+    space = SearchSpace.uniform(widths, step_bytes, (int(step_bytes.sum()) // 2,), walks.seed)
+    nothing = space.assignments(np.zeros((0, space.n_steps), dtype=bool))
+    for name in names(kind="search"):
+        method = METHODS[name]
+        if method.most_widths is not None and len(widths) > method.most_widths:
             continue
         if name == "active":
-            opening, points = descent(setting), most_points(setting)
-            opened = Work(0, 0) if opening is None else _played(opening, setting, blocks, n_sequences)
-            rng, program = np.random.default_rng(0), setting.program(setting.capacities[0])
-            a_round = setting.assignments(np.array([random_fill(program, rng) for _ in range(_A_ROUND)]))
-            searched = prefix_tree_size(a_round, blocks) * points // len(a_round)
-            found[name] = Work(opened.layer_forwards + searched, opened.evaluations + points, is_bound=True)
-        elif name != "exact" or len(config.widths) ** n <= 2**MOST_PLAYERS:
-            found[name] = _played(make(setting, (nothing, np.zeros(0)), nothing), setting, blocks, n_sequences)
+            found[name] = _active(space, blocks, request.text.n_screen_sequences)
+        elif name != "exact" or len(widths) ** n <= 2**MOST_PLAYERS:
+            search = make_search(method, space, (nothing, np.zeros(0)), nothing)
+            found[name] = _play(search, space, blocks, request.text.n_screen_sequences)
     return found
 
 
-def _played(search: Search, setting: Setting, blocks: list[int], n_sequences: int) -> Work:
-    """What a search takes on a synthetic game, those on some of the sequences by their share."""
-    game = SteppedGame(SyntheticGame(setting.n_steps, "quadratic", 0), setting)
+def _active(space: SearchSpace, blocks: list[int], n_sequences: int) -> Work:
+    """At most what the active search takes: its opening descent, then rounds of points that fill the budget."""
+    opening, points = descent(space), most_points(space)
+    opened = Work(0, 0) if opening is None else _play(opening, space, blocks, n_sequences)
+    rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
+    drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))
+    searched = prefix_tree_size(drawn, blocks) * points // len(drawn)
+    return Work(opened.block_forwards + searched, opened.evaluations + points, is_bound=True)
+
+
+def _play(search: Search, space: SearchSpace, blocks: list[int], n_sequences: int) -> Work:
+    """What a search takes on a synthetic game; forwards on some of the sequences count by their share."""
+    game = SteppedGame(SyntheticGame(space.n_steps, "quadratic", 0), space)
     meters = Meters(lambda _: game, n_sequences, blocks, np.zeros((0, len(blocks)), dtype=np.float32))
     run_search(search, meters)
-    return Work(round(meters.layer_forwards), round(meters.evaluations))
+    return Work(round(meters.block_forwards), round(meters.evaluations))
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of repeats within about a second, after a warm-up."""
+    """The median of repeats within about a second, after a warm-up."""
 
     def once() -> float:
         start = time.perf_counter()

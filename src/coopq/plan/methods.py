@@ -1,101 +1,253 @@
-"""Every way from a budget to a plan, by name, on an open workbench: by walks, by scores, by searches."""
+"""All methods in one table: checks, help texts and tables are made from the table.
 
-import dataclasses
-from collections.abc import Sequence
+A method turns a budget into a plan. A "search" measures losses of assignments that the method proposes, "walks" read
+permutation walks, and a "score" looks at weights, activations or gradients alone.
+"""
 
-import numpy as np
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from coopq.core.errors import EstimationError, hint
-from coopq.search.strategies.exhaustive import check_enumerable
-from coopq.plan.confidence import Evidence
-from coopq.plan.by_score import SCORES, plans_by_score
-from coopq.plan.by_search import SEARCHES, begin_with_nothing, plans_by_search, smallest_on
-from coopq.plan.by_walks import estimate_on, plans_by_walks
-from coopq.plan.plan import WALK_METHODS, Plan
 from coopq.core.sizes import Budget
+from coopq.core.specs import SolverSpec
 from coopq.core.types import Player
-from coopq.game.session import Workbench
+from coopq.search.strategies.exhaustive import check_enumerable
 
-__all__ = [
-    "METHODS",
-    "OF_TWO_WIDTHS",
-    "SEARCHES",
-    "SHRUNK",
-    "UNPROVEN",
-    "begin_with_nothing",
-    "check_method",
-    "check_players",
-    "estimate_on",
-    "measure",
-    "plans_on",
-    "smallest_on",
-]
-SHRUNK = ("coopq", "pruning")
-"""Methods that solve the paper's program, with its alpha."""
-OF_TWO_WIDTHS = (*WALK_METHODS, "cross-layer")
-"""Methods whose sources know a lower and a higher width; all others choose among any number."""
-UNPROVEN = (*SEARCHES, "interactions", "fisher")
-"""Methods whose programs are not solved to proof: their optimum is not the point, or nobody would wait for it."""
-METHODS = (*SEARCHES, *WALK_METHODS, *SCORES)
+if TYPE_CHECKING:
+    from coopq.game.session import Session
+    from coopq.plan.plan import Plan
 
 
-def check_method(method: str) -> None:
-    """Check a method's name before anything expensive.
+@dataclass(frozen=True)
+class Method:
+    """One way from a budget to a plan.
+
+    Attributes:
+        name: What users write.
+        kind: "search", "walks" or "score".
+        summary: How the method decides, in a clause.
+        cost: Forwards of the model over the calibration tokens, for five budgets of 30 blocks together; None where the
+            number depends on the players (benchmarks: docs/results/allocators.md).
+        path: Module and name of the strategy or of the score's function; None for methods that read walks.
+        options: Keyword arguments of the strategy.
+        most_widths: Number of widths that the method can choose from; None for any number.
+        learns: Whether the search fits what was measured before the search began.
+        takes_starts: Whether the search measures first what the cheap scores choose.
+        trusts_surrogate: Whether the search chooses what its surrogate predicts to be best, measured or not.
+        takes_alpha: Whether the method solves the paper's program, with its alpha.
+        proves: Whether the program is solved to proof. Otherwise the optimum is not the point, or nobody would wait.
+        scores_pairs: Whether the score has terms for pairs of steps too.
+        is_start: Whether the score takes a few forwards at most, so that the active search measures what it chooses.
+        is_in_paper: Whether the paper compares with the method.
+        is_compared: Whether `coopq compare` takes the method if none is named.
+        whole_blocks: Whether players have to be whole blocks.
+    """
+
+    name: str
+    kind: Literal["search", "walks", "score"]
+    summary: str
+    cost: int | None
+    path: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    most_widths: int | None = None
+    learns: bool = False
+    takes_starts: bool = False
+    trusts_surrogate: bool = False
+    takes_alpha: bool = False
+    proves: bool = False
+    scores_pairs: bool = False
+    is_start: bool = False
+    is_in_paper: bool = False
+    is_compared: bool = False
+    whole_blocks: bool = False
+
+    def load(self) -> Any:
+        """The strategy, or the score's function."""
+        assert self.path is not None, f"{self.name} has no code of its own"
+        return _load(self.path)
+
+
+def _search(name: str, summary: str, cost: int | None, path: str, **traits: Any) -> Method:
+    """A search; its path leads into the folder of the strategies."""
+    return Method(name, "search", summary, cost, f"coopq.search.strategies.{path}", **traits)
+
+
+def _walks(name: str, summary: str, **traits: Any) -> Method:
+    """A method that reads permutation walks between two widths."""
+    return Method(name, "walks", summary, 328, most_widths=2, **traits)
+
+
+def _score(name: str, summary: str, cost: int, path: str, **traits: Any) -> Method:
+    """A score; its path leads into the folder of the scores."""
+    return Method(name, "score", summary, cost, f"coopq.plan.scores.{path}", **{"proves": True, **traits})
+
+
+_BASELINE = {"is_start": True, "is_in_paper": True, "is_compared": True}
+_BELIEVES = {"trusts_surrogate": True}
+_ALL = (
+    _search(
+        "active",
+        "a surrogate proposes, the true loss decides; the default",
+        262,
+        "active:ActiveSearch",
+        learns=True,
+        takes_starts=True,
+        is_compared=True,
+    ),
+    _walks(
+        "coopq",
+        "the paper's method: Shapley values and their covariance from random walks, an integer program",
+        takes_alpha=True,
+        proves=True,
+        is_compared=True,
+    ),
+    _walks("shapley", "the same walks without the covariance: a knapsack", proves=True, is_compared=True),
+    _walks("interactions", "a surrogate fitted to the same walks", is_compared=True),
+    _walks(
+        "pruning",
+        "the paper's ablation: walks that remove blocks instead of lowering their width",
+        takes_alpha=True,
+        proves=True,
+        whole_blocks=True,
+    ),
+    _search(
+        "greedy-down",
+        "from the high width: what costs least by the byte is lowered first",
+        291,
+        "greedy:Greedy.paced",
+        options={"direction": "down"},
+    ),
+    _search(
+        "greedy-up",
+        "from the low width: what gains most by the byte is raised first",
+        267,
+        "greedy:Greedy.paced",
+        options={"direction": "up"},
+    ),
+    _search("evopress", "exchanges of widths, selected on more and more tokens", 602, "evolution:Evolution"),
+    _search(
+        "regression",
+        "a quadratic fitted to random assignments that fill the budgets",
+        170,
+        "regression:Regression",
+        learns=True,
+        **_BELIEVES,
+    ),
+    _search(
+        "cross-layer",
+        "what each player and each pair of players costs (CLADO)",
+        166,
+        "cross_layer:CrossLayer",
+        most_widths=2,
+        **_BELIEVES,
+    ),
+    _search(
+        "one-shot-high",
+        "what each player costs when it alone is lowered",
+        16,
+        "one_shot:OneShot",
+        options={"end": "high"},
+        **_BELIEVES,
+    ),
+    _search(
+        "one-shot-low",
+        "what each player gains when it alone is raised",
+        16,
+        "one_shot:OneShot",
+        options={"end": "low"},
+        **_BELIEVES,
+    ),
+    _search("exact", "all assignments, of up to 14 players", None, "exhaustive:Enumeration"),
+    _score(
+        "fisher",
+        "second order in the loss, all pairs of players, from gradients of each sequence",
+        6,
+        "fisher:terms",
+        proves=False,
+        scores_pairs=True,
+        is_start=True,
+        is_compared=True,
+    ),
+    _score("llm-mq", "first-order sensitivity to rounding", 4, "llm_mq:gains_by_layer", **_BASELINE),
+    _score("llm-mq-block", "the same: absolute value of a block's sum", 4, "llm_mq:gains_by_block", **_BASELINE),
+    _score("lim", "how much a block changes its input", 1, "lim:gains", **_BASELINE),
+    _score("zd", "the share of weights with a z-score above 1", 0, "zd:gains_one_sided", **_BASELINE),
+    _score("zd-two-sided", "the same share above 1 or below -1", 0, "zd:gains_two_sided", **_BASELINE),
+    _score("activation", "the norm of a block's output", 1, "activation:gains", **_BASELINE),
+    _score("first-last", "distance from the middle: the ends keep more bits", 0, "first_last:gains"),
+    _score("hawq", "traces of the Hessian times squared errors of weights", 64, "hawq:gains"),
+    _score("auto-quantize", "output errors weighted by squared gradients", 6, "auto_quantize:gains_by_gradient"),
+    _score("auto-quantize-kl", "KL of each player and width alone", 32, "auto_quantize:gains_by_divergence"),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+_MAKERS = {
+    "search": "coopq.plan.by_search:plans_by_search",
+    "walks": "coopq.plan.by_walks:plans_by_walks",
+    "score": "coopq.plan.by_score:plans_by_score",
+}
+
+
+def make_plans(session: "Session", method: str, budgets: Sequence[Budget], solver: SolverSpec) -> "list[Plan]":
+    """The plans of budgets by a method; a search takes all budgets at once and shares what the search measures."""
+    found = get_method(method)
+    plans: list[Plan] = _load(_MAKERS[found.kind])(session, found, budgets, solver)
+    return plans
+
+
+def names(**traits: Any) -> tuple[str, ...]:
+    """Names of the methods with some values of attributes: `names(kind="score", is_start=True)`."""
+    return tuple(
+        method.name
+        for method in METHODS.values()
+        if all(getattr(method, trait) == value for trait, value in traits.items())
+    )
+
+
+def get_method(name: str) -> Method:
+    """The method of a name.
 
     Raises:
-        EstimationError: If it is unknown.
+        EstimationError: If the name is unknown.
     """
-    if method not in METHODS:
-        raise EstimationError(f"method {method!r} is unknown; {hint(method, METHODS)}")
+    if name not in METHODS:
+        raise EstimationError(f"method {name!r} is unknown; {hint(name, METHODS)}")
+    return METHODS[name]
 
 
-def check_players(methods: Sequence[str], players: Sequence[Player], n_widths: int) -> None:
-    """Check that methods can do with players and widths, before any weights are quantized.
+def _load(path: str) -> Any:
+    """What a path "module:name" leads to. Methods are imported when they are used, so that help needs no torch."""
+    module, _, name = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def check_methods(methods: Sequence[str], players: Sequence[Player], n_widths: int) -> None:
+    """Check that methods can choose widths of these players, before any weights are quantized.
 
     Raises:
-        EstimationError: If there are too many to enumerate, blocks cannot be removed whole, or a method knows only two
-            widths.
+        EstimationError: If a method is unknown or cannot.
     """
-    of_two = [method for method in methods if method in OF_TWO_WIDTHS]
-    if of_two and n_widths > 2:
-        raise EstimationError(
-            f"method {of_two[0]!r} is of two widths, and {n_widths} are given; take two, or another method: 'active'"
-        )
-    scores = [method for method in methods if method in SCORES]
-    if scores and any(player.is_end for player in players):
-        raise EstimationError(
-            f"method {scores[0]!r} scores layers in blocks, not embeddings; take a search, or leave --embeddings out"
-        )
-    if "exact" in methods:
-        check_enumerable(len(players), n_widths)
-    if "pruning" in methods and len({player.block for player in players}) < len(players):
-        raise EstimationError("pruning removes whole blocks; leave out --granularity, or take another method")
-
-
-def plans_on(
-    bench: Workbench,
-    method: str,
-    budgets: Sequence[Budget],
-    *,
-    alpha: float = 0.5,
-    time_limit: float | None = None,
-) -> list[Plan]:
-    """The plans of budgets by a method; a search takes all budgets at once and shares what it measures."""
-    check_method(method)
-    if method in SEARCHES:
-        return plans_by_search(bench, method, budgets, time_limit)
-    if method in SCORES:
-        return plans_by_score(bench, method, budgets, time_limit)
-    return plans_by_walks(bench, method, budgets, alpha, time_limit)
-
-
-def measure(bench: Workbench, plan: Plan) -> Plan:
-    """The plan with its loss on the calibration set truly measured, and the evidence for it; kept in the run folder."""
-    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
-    with bench.calibration_game("measuring the plan") as game:
-        chosen, runner_up = game.per_sequence(points)
-    evidence = Evidence.of(chosen, None if plan.runner_up is None else runner_up)
-    plan = dataclasses.replace(plan, measured_loss=float(chosen.mean()), evidence=evidence)
-    bench.folder.plans.mkdir(exist_ok=True)
-    plan.save(bench.folder.plans / plan.file_name)
-    return plan
+    for method in map(get_method, methods):
+        if method.most_widths is not None and n_widths > method.most_widths:
+            raise EstimationError(
+                f"method {method.name!r} chooses between {method.most_widths} widths, and {n_widths} are given; take "
+                "two, or another method: 'active'"
+            )
+        if method.kind == "score" and any(player.is_end for player in players):
+            raise EstimationError(
+                f"method {method.name!r} scores layers in blocks, not embeddings; take a search, or leave "
+                "--embeddings out"
+            )
+        if method.name == "exact":
+            check_enumerable(len(players), n_widths)
+        if method.whole_blocks and len({player.block for player in players}) < len(players):
+            raise EstimationError(
+                f"method {method.name!r} removes whole blocks; leave out --granularity, or take another method"
+            )

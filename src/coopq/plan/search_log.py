@@ -1,4 +1,4 @@
-"""What searches knew when they began: one that goes on must not learn its own losses before it asked for them."""
+"""What searches knew when they began: a resumed search must propose the same points again."""
 
 import hashlib
 from pathlib import Path
@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from coopq.core.files import read_json, write_json
-from coopq.game.journal import Journal
 from coopq.core.types import Assignments
+from coopq.game.journal import Journal
 
 
-class Beginnings:
-    """The file searches.json of a run folder: by search, how many losses of its journal it knew, and a hash of them.
+class SearchLog:
+    """The file searches.json of a run folder.
 
-    What was measured since is replayed, not known.
+    A search may reuse losses that were recorded before the search first started. The log freezes that set: it holds, by
+    search, how many losses of the journal the search knew, and a hash of their assignments. Losses measured since are
+    replayed when the search asks for them again.
 
     Args:
         folder: The run folder.
@@ -21,24 +23,24 @@ class Beginnings:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "searches.json"
-        self._begun: dict[str, tuple[int, str]] = read_json(self._path) if self._path.is_file() else {}
+        self._known: dict[str, tuple[int, str]] = read_json(self._path) if self._path.is_file() else {}
 
-    def known(self, search: str, journal: Journal) -> int:
-        """Number of losses in the journal when a search began, which is now if it never did."""
-        known, digest = self._begun.get(search, (0, ""))
-        if digest != _digest(journal.first(known)[0]):  # never begun, or the journal is another one by now
+    def n_known(self, search: str, journal: Journal) -> int:
+        """Number of losses in the journal when a search began; a search that never began begins now."""
+        known, digest = self._known.get(search, (0, ""))
+        if digest != _digest(journal.first(known)[0]):  # the search never began, or the journal is another one by now
             known = len(journal)
             self._write(search, known, _digest(journal.first(known)[0]))
         return known
 
-    def from_nothing(self, search: str) -> None:
-        """Let a search that has not begun yet know nothing when it does."""
-        if search not in self._begun:
+    def begin_with_nothing(self, search: str) -> None:
+        """Let a search that has not begun yet know nothing when it begins."""
+        if search not in self._known:
             self._write(search, 0, _digest(np.zeros((0, 0), dtype=np.float32)))
 
     def _write(self, search: str, known: int, digest: str) -> None:
-        self._begun[search] = known, digest
-        write_json(self._path, self._begun)
+        self._known[search] = known, digest
+        write_json(self._path, self._known)
 
 
 def _digest(assignments: Assignments) -> str:

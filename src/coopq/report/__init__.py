@@ -1,1 +1,1 @@
-"""Tables and figures."""
+"""Tables, figures and plain data of plans, runs, comparisons and benches."""

@@ -1,6 +1,7 @@
 """Figures of comparisons: perplexity against average bits, matrices, costs, Shapley values."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,41 +9,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.errors import BackendError
+from coopq.judge.references import FULL_PRECISION, RANDOM, UNIFORM
 from coopq.judge.results import Comparison
 
+_log = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".svg")
 
 
-def check_plotting() -> None:
-    """Check that figures can be drawn, before what they show is computed.
-
-    Raises:
-        BackendError: If matplotlib is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BackendError("figures need the package matplotlib; run: pip install 'coopq[plot]'")
+def can_plot() -> bool:
+    """Whether figures can be drawn; if not, one line of the log says what to install."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    _log.info("no figures are drawn: they need the package matplotlib; run: pip install 'coopq[plot]'")
+    return False
 
 
 def save_comparison(rows: Sequence[Comparison], title: str, path: Path) -> list[Path]:
-    """Draw a comparison and save it beside `path` as PNG and SVG; the files written.
+    """Draw perplexity against average bits: a line for each method, points for uniform widths.
 
     Args:
-        rows: The comparison. Uniform widths are points, full precision a line across.
-        title: What is compared, and on what.
-        path: Where, without a suffix.
+        rows: The comparison.
+        title: Title of the figure.
+        path: Path of the files without a suffix; PNG and SVG are written.
+    Returns:
+        The files written; none without matplotlib.
     """
+    if not can_plot():
+        return []
     figure, axes = _axes(8, 5)
     methods = dict.fromkeys(row.method for row in rows)
     for method in methods:
         points = sorted((row.average_bits, row.perplexity) for row in rows if row.method == method)
         bits, perplexity = [x for x, _ in points], [y for _, y in points]
-        if method == "full precision":
+        if method == FULL_PRECISION:
             axes.axhline(perplexity[0], color="black", linestyle=":", label=method)
-        elif method == "uniform":
+        elif method == UNIFORM:
             axes.plot(bits, perplexity, "ks", label=method)
-        elif method == "random":
-            axes.plot(bits, perplexity, "o--", color="grey", label=f"random (mean of {_n(rows, method)})")
+        elif method == RANDOM:
+            n = next(row.n for row in rows if row.method == RANDOM)
+            axes.plot(bits, perplexity, "o--", color="grey", label=f"random (mean of {n})")
         else:
             axes.plot(bits, perplexity, "o-", linewidth=3 if method == "coopq" else 1.2, label=method)
     axes.set(xlabel="average bits", ylabel="perplexity", yscale="log", title=title)
@@ -60,15 +65,17 @@ def save_heatmap(
     *,
     diverging: bool = False,
 ) -> list[Path]:
-    """Draw a matrix and save it as `save_comparison` does.
+    """Draw a matrix.
 
     Args:
         values: Shape (n_rows, n_columns); nan stays blank.
         rows: Names of the rows.
         columns: Names of the columns.
-        title: What is shown.
-        path: Where, without a suffix.
+        title: Title of the figure.
+        path: Path of the files without a suffix.
         diverging: Whether zero is the middle of the colours.
+    Returns:
+        The files written.
     """
     figure, axes = _axes(2 + 0.28 * len(columns), 1.6 + 0.28 * len(rows))
     most = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
@@ -84,7 +91,7 @@ def save_heatmap(
 def save_scatter(
     points: Mapping[str, tuple[float, float]], x_label: str, y_label: str, title: str, path: Path
 ) -> list[Path]:
-    """Draw a point for each name, and save it as `save_comparison` does; x is logarithmic."""
+    """Draw a point for each name, with a logarithmic x axis; the files written."""
     figure, axes = _axes(8, 5)
     for name, (x, y) in points.items():
         axes.plot([max(x, 0.1)], [y], "o")
@@ -97,7 +104,7 @@ def save_scatter(
 def save_bars(
     values: Sequence[float], errors: Sequence[float], names: Sequence[str], title: str, path: Path
 ) -> list[Path]:
-    """Draw a bar with its standard error for each name, and save it as `save_comparison` does."""
+    """Draw a bar with a standard error for each name; the files written."""
     figure, axes = _axes(max(5.0, 0.25 * len(values)), 3.5)
     axes.bar(range(len(values)), values, yerr=errors, capsize=2)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -119,11 +126,7 @@ def _save(figure: Any, path: Path) -> list[Path]:
 
     files = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
     for file in files:
-        # The same figure is the same file: no date in it, and no random names.
+        # Equal figures are equal files: without a date, and without random names.
         with rc_context({"svg.hashsalt": "coopq"}):
             figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
     return files
-
-
-def _n(rows: Sequence[Comparison], method: str) -> int:
-    return next(row.n for row in rows if row.method == method)

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from coopq.search import Known, Measured
-from coopq.plan.plan import WALK_METHODS, Plan, setting_of
+from coopq.plan.allocate import search_space
+from coopq.plan.plan import WALK_METHODS, Plan
 from coopq.core.config import Estimation, RunConfig
 from coopq.judge.results import Accuracy, Comparison, Evaluation
 from coopq.core.types import Width
@@ -113,14 +114,13 @@ def covariance_correlation(estimation: Estimation, measured: Known) -> float | N
 
     The paper's program takes that covariance for interactions.
     """
-    setting = setting_of(estimation)
-    costs = setting.costs
-    points = Measured(setting)
+    space = search_space(estimation)
+    points = Measured(space)
     points.add(*measured)
-    if len(points) < 2 or len(costs) < 3:
+    if len(points) < 2 or space.n_steps < 3:
         return None
-    fitted = points.surrogates(int(costs.sum()) // 2)[0].quadratic
-    above = np.triu_indices(len(costs), 1)
+    fitted = points.surrogates(int(space.step_bytes.sum()) // 2)[0].K
+    above = np.triu_indices(space.n_steps, 1)
     ours, theirs = fitted[above], estimation.estimate.covariance[above]
     if np.ptp(ours) == 0 or np.ptp(theirs) == 0:
         return None

@@ -1,14 +1,17 @@
-"""Estimators: which points of the game to measure, and what they say."""
+"""Searches: which assignments to measure, and what the measured losses say about all others."""
 
+from coopq.search.measured import Known, Measured
+from coopq.search.protocol import Estimator, Search, run, run_search
+from coopq.search.shapley import SPQE, ShapleyEstimate
+from coopq.search.solver.quadratic_program import Steps
+from coopq.search.space import SearchSpace
 from coopq.search.strategies.active import ActiveSearch
-from coopq.search.space import Estimator, Known, Measured, Search, Setting, ShapleyEstimate, run_estimator
 from coopq.search.strategies.cross_layer import CrossLayer
-from coopq.search.strategies.evolution import Evolution, run_search
+from coopq.search.strategies.evolution import Evolution
 from coopq.search.strategies.exhaustive import Enumeration
 from coopq.search.strategies.greedy import Greedy
 from coopq.search.strategies.one_shot import OneShot
 from coopq.search.strategies.regression import Regression
-from coopq.search.shapley import SPQE
 
 __all__ = [
     "SPQE",
@@ -23,8 +26,9 @@ __all__ = [
     "OneShot",
     "Regression",
     "Search",
-    "Setting",
+    "SearchSpace",
     "ShapleyEstimate",
-    "run_estimator",
+    "Steps",
+    "run",
     "run_search",
 ]

@@ -1,1 +1,1 @@
-"""Many cases, seeds and methods side by side."""
+"""Methods compared over many models, backends, budgets and seeds."""

@@ -1,75 +1,112 @@
-"""Results of a bench by case and budget, over seeds: what its tables and figures show."""
+"""Results of a bench as data frames: one row for each run, averages over seeds, and who wins."""
 
+import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import permutations
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from coopq.judge.bench.run import Result, mean_windows
+from coopq.core.errors import BackendError
+from coopq.core.specs import WidthsSpec
+from coopq.judge.bench.results import Result
+from coopq.judge.references import REFERENCES
 
-REFERENCES = ("full precision", "uniform", "random")
-"""What stands beside methods."""
+if TYPE_CHECKING:  # pandas is optional
+    import pandas as pd
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A budget of a case, over its seeds.
+def check_pandas() -> None:
+    """Check that results can be put into tables, before the results are measured.
 
-    Attributes:
-        case: Name of the case.
-        budget: The budget.
-        windows: Loss of each method on each judging window, averaged over seeds.
-        cost: Layer forwards of each method for all budgets of the case, in forwards of the whole model, likewise.
-        calibration: Loss of each method on the calibration text, which searches lower, likewise.
+    Raises:
+        BackendError: If pandas is not installed.
     """
-
-    case: str
-    budget: str
-    windows: dict[str, npt.NDArray[np.float64]]
-    cost: dict[str, float]
-    calibration: dict[str, float]
-
-    def nll(self, method: str) -> float:
-        """Loss on the judging text."""
-        return float(self.windows[method].mean())
-
-    @property
-    def best(self) -> str:
-        """The method of lowest loss."""
-        return min(self.windows, key=self.nll)
+    if importlib.util.find_spec("pandas") is None:
+        raise BackendError("tables of a bench need the package pandas; run: pip install 'coopq[bench]'")
 
 
-def cells(results: Sequence[Result]) -> list[Cell]:
-    """The budgets of every case."""
-    found = []
-    for name in dict.fromkeys(result.case for result in results):
-        of_case = [result for result in results if result.case == name]
-        rows = [(row, result.blocks) for result in of_case for row in result.rows]
-        for budget in dict.fromkeys(row.budget for row, _ in rows if row.budget is not None):
-            methods = dict.fromkeys(row.method for row, _ in rows if row.budget == budget)
-            windows = {method: mean_windows(of_case, method, budget) for method in methods}
-            cost = {
-                method: float(np.mean([row.layer_forwards / blocks for row, blocks in rows if row.method == method]))
-                for method in methods
-            }
-            calibration = {
-                method: float(
-                    np.mean([row.calibration_nll for row, _ in rows if (row.method, row.budget) == (method, budget)])
-                )
-                for method in methods
-            }
-            known = {m: of for m, of in windows.items() if of is not None}
-            found.append(Cell(name, budget, known, cost, calibration))
-    return found
+def tidy(results: Sequence[Result]) -> "pd.DataFrame":
+    """A row for each `coopq.judge.bench.results.Row` of each result.
+
+    Returns:
+        Columns that name the run (case, model, backend, bits, granularity, seed), the values of the row, `loss` (which
+        loss `calibration_loss` is) and `cost`: block forwards of the method, in forwards of the whole model.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(
+        {
+            "case": result.case,
+            "model": result.request.model.source,
+            "backend": result.request.quantizer.backend,
+            "bits": " ".join(map(str, result.request.widths.bits)),
+            "granularity": _granularity(result.request.widths),
+            "seed": result.seed,
+            "method": row.method,
+            "budget": row.budget,
+            "average_bits": row.average_bits,
+            "bits_per_weight": row.bits_per_weight,
+            "block_forwards": row.block_forwards,
+            "loss": result.loss,
+            "calibration_loss": row.calibration_loss,
+            "nll": row.nll,
+            "perplexity": row.perplexity,
+            "cost": row.block_forwards / result.blocks,
+            "windows": np.array(row.windows),
+        }
+        for result in results
+        for row in result.rows
+    )
 
 
-def wins(of_all: Sequence[Cell], methods: Sequence[str]) -> npt.NDArray[np.float64]:
-    """Share of the cells in which the method of a row is lower than that of a column, half for ties; nan for none."""
-    matrix = np.full((len(methods), len(methods)), np.nan)
-    for i, row in enumerate(methods):
-        for j, column in enumerate(methods):
-            pairs = [(c.nll(row), c.nll(column)) for c in of_all if row in c.windows and column in c.windows]
-            if i != j and pairs:
-                matrix[i, j] = np.mean([0.5 if ours == theirs else float(ours < theirs) for ours, theirs in pairs])
-    return matrix
+def average_over_seeds(rows: "pd.DataFrame") -> "pd.DataFrame":
+    """Each method at each budget of each case, averaged over seeds.
+
+    Args:
+        rows: As `tidy` returns them.
+    Returns:
+        Indexed by case, budget and method, in order of appearance. Columns: `windows`, the loss on each window of
+        WikiText-2, shape (n_windows,); `nll`, their mean; `calibration_loss`; `cost`, over all budgets of the case.
+    """
+    rows = rows.dropna(subset=["budget"])
+    groups = rows.groupby(["case", "budget", "method"], sort=False)
+    cells = groups[["calibration_loss"]].mean()
+    cells["windows"] = [np.mean(np.stack(list(windows)), axis=0) for _, windows in groups["windows"]]
+    cells["nll"] = [float(windows.mean()) for windows in cells["windows"]]
+    return cells.join(rows.groupby(["case", "method"], sort=False)["cost"].mean())
+
+
+def method_names(cells: "pd.DataFrame") -> list[str]:
+    """The methods of averages over seeds, without the references, in order of appearance."""
+    return [method for method in cells.index.unique("method") if method not in REFERENCES]
+
+
+def above_lowest(cells: "pd.DataFrame") -> "pd.DataFrame":
+    """`nll` and `calibration_loss` of averages over seeds, above those of the lowest method at the same budget."""
+    losses = cells[["nll", "calibration_loss"]]
+    of_methods = losses[~losses.index.isin(REFERENCES, level="method")]
+    return losses - of_methods.groupby(["case", "budget"]).min().reindex(losses.index.droplevel("method")).to_numpy()
+
+
+def wins(cells: "pd.DataFrame", methods: Sequence[str]) -> "pd.DataFrame":
+    """Share of the budgets at which the method of a row has lower loss than the method of a column; ties count half.
+
+    Args:
+        cells: As `average_over_seeds` returns them.
+        methods: The rows, and the columns.
+    Returns:
+        Shape (n_methods, n_methods); nan on the diagonal and where two methods never meet.
+    """
+    import pandas as pd
+
+    nll = cells["nll"].unstack("method")
+    shares = pd.DataFrame(np.nan, index=list(methods), columns=list(methods))
+    for row, column in permutations(methods, 2):
+        pairs = nll[[row, column]].dropna()
+        shares.loc[row, column] = ((pairs[row] < pairs[column]) + 0.5 * (pairs[row] == pairs[column])).mean()
+    return shares
+
+
+def _granularity(widths: WidthsSpec) -> str:
+    return f"{widths.granularity} embeddings" if widths.embeddings else widths.granularity

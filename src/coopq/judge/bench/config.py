@@ -1,33 +1,48 @@
-"""What a bench compares, as its configuration file lists it."""
+"""The TOML file of a bench: its keys are the options of a request, and lists of what is compared."""
 
-import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from coopq.core.errors import RunError, hint
-from coopq.core.config import CalibrationConfig, RunConfig
+from msgspec import Meta
 
-_REQUIRED = ("models", "backends", "bits", "budgets", "methods")
-_DEFAULTS: dict[str, Any] = {
-    "label": "",
-    "seeds": [0],
-    "granularity": "block",
-    "embeddings": False,
-    "group-size": None,
-    "permutations": 25,
-    "calibration": "c4",
-    "tokens": 8192,
-    "sequence-length": 512,
-    "dtype": "auto",
-    "device": "auto",
-    "loss": "nll",
-}
-_WHOLE: dict[str, Any] = {"title": "Bench", "judge-tokens": None, "judge-length": 512}
-"""What holds for all cases; the rest can be set for a case too."""
+from coopq.core.errors import OptionError, RunError, hint
+from coopq.core.specs import Request, Spec, build, option_fields
+from coopq.core.types import Width
+
+
+class _Lists(Spec, frozen=True):
+    """What a case compares: one run for each model, backend, list of widths and seed."""
+
+    models: tuple[str, ...]
+    backends: tuple[str, ...]
+    bits: tuple[tuple[Width, ...], ...]
+    budgets: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = (0,)
+    label: Annotated[str, Meta(pattern=r"^[\w.-]*$")] = ""
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, list) and all(isinstance(widths, list) for widths in self.bits)):
+            raise OptionError(f"bits = {self.bits!r}; write lists of widths, [[2, 4], [2, 3, 4, 8]] for example")
+        super().__post_init__()
+
+
+class _ForAll(Spec, frozen=True):
+    """Keys that only the top of the file can have."""
+
+    title: str = "Bench"
+    judge_tokens: int | None = None
+    judge_length: Annotated[int, Meta(ge=2)] = 512
+
+
+_LISTED = ("model", "backend", "seed")
+"""Options of a request that a case lists in the plural."""
+_PATHS = ("model", "calibration", "base")
+"""Options that may be a path relative to the file."""
 
 
 @dataclass(frozen=True)
@@ -35,44 +50,49 @@ class Case:
     """One table of a bench.
 
     Attributes:
-        config: Model, backend, widths, text; seeds are set for each run.
-        budgets: The columns.
-        methods: The rows.
-        seeds: Of walks and of the choice of calibration sequences, both; a run each.
-        label: Tells cases apart that differ in nothing else that their names show.
+        request: Model, backend, widths, text and target.
+        budgets: The columns of the table.
+        methods: The rows of the table.
+        seeds: Seeds of walks, of searches and of the choice of calibration sequences; one run for each seed.
+        label: Distinguishes cases whose names would be equal.
+        fixed_text: Whether the calibration seed of the request is used instead of the seed of the run.
     """
 
-    config: RunConfig
+    request: Request
     budgets: tuple[str, ...]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     label: str = ""
+    fixed_text: bool = False
 
     @property
     def name(self) -> str:
-        """Model, backend, widths, who plays beside or instead of blocks, and label."""
-        config = self.config
-        parts = [Path(config.model).name.removesuffix(".gguf"), config.backend, *map(str, config.widths)]
-        parts += [] if config.granularity == "block" else [config.granularity]
-        parts += ["embeddings"] if config.embeddings else []
-        parts += [] if config.loss == "nll" else [config.loss]
+        """Model, backend and widths; granularity, embeddings and loss where they are not the default; the label."""
+        request = self.request
+        model, widths = Path(request.model.source).name.removesuffix(".gguf"), request.widths
+        parts = [model, request.quantizer.backend, *map(str, widths.bits)]
+        parts += [] if widths.granularity == "block" else [widths.granularity]
+        parts += ["embeddings"] if widths.embeddings else []
+        parts += [] if request.search.loss == "nll" else [request.search.loss]
         return "-".join([*parts, self.label] if self.label else parts)
 
-    def seeded(self, seed: int) -> RunConfig:
-        """The configuration of one run."""
-        return replace(self.config, seed=seed, calibration=replace(self.config.calibration, seed=seed))
+    def seeded(self, seed: int) -> Request:
+        """The request of one run."""
+        if self.fixed_text:
+            return self.request.replace(seed=seed)
+        return self.request.replace(seed=seed, calibration_seed=seed)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is compared, and on what it is judged.
+    """What is compared, and on which text assignments are judged.
 
     Attributes:
-        title: For people.
+        title: Title of the report.
         cases: The tables.
         judge_tokens: Only the first tokens of WikiText-2; None takes all.
-        judge_length: Tokens of a window.
-        unfinished: Cases and seeds that were asked for and are left out, for people.
+        judge_length: Tokens of a window of WikiText-2.
+        unfinished: Cases and seeds that are left out of the report because they are not finished, for people.
     """
 
     title: str
@@ -85,66 +105,77 @@ class Bench:
 def read_bench(path: Path) -> Bench:
     """A bench from its TOML file.
 
-    Every key of a `[[case]]` has the value of the same key at the top of the file unless it sets its own. `models`,
-    `backends`, and `bits`, each a list of widths, are lists: a case stands for all combinations. Models and calibration
-    texts that are found beside the file are meant as paths from there.
+    A key at the top of the file holds for each `[[case]]` that does not set the key itself. `models`, `backends`, `bits`
+    (lists of widths) and `seeds` are lists; a case stands for all combinations. Every other option of a request is a
+    key, spelled "sequence-length" or "sequence_length". A seed is also the calibration seed of its run, unless the case
+    sets `calibration-seed`. Models, texts and bases may be paths relative to the file.
 
     Raises:
-        RunError: If the file cannot be read, lacks a key, or has one that means nothing.
+        RunError: If the file cannot be read, a key is missing or unknown, or a value does not fit.
     """
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read as TOML: {error}") from error
     tables = data.pop("case", [{}])
-    whole = {**_WHOLE, **{key: data.pop(key) for key in _WHOLE if key in data}}
-    known = (*_REQUIRED, *_DEFAULTS)
-    cases: list[Case] = []
-    for table in tables:
-        values = {**_DEFAULTS, **data, **table}
-        for key in values:
-            if key not in known:
-                raise RunError(f"{path}: {key!r} means nothing in a case; {hint(key, known)}")
-        for key in _REQUIRED:
-            if key not in values:
-                raise RunError(f"{path}: a case has no {key!r}, and the top of the file has none for all")
-        for model, backend, bits in product(values["models"], values["backends"], values["bits"]):
-            cases.append(_case(path, values, model, backend, bits))
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise RunError(f"{path}: case = {tables!r} is no list of tables; write [[case]] before each case")
+    in_case = [name for name in dict.fromkeys(_names(_Lists) + _names()) if name not in _LISTED]
+    try:
+        top = _spelled_with_underscores(data, [*_names(_ForAll), *in_case])
+        for_all = build(_ForAll, top)
+        shared = {name: value for name, value in top.items() if name in in_case}
+        tables = [{**shared, **_spelled_with_underscores(table, in_case)} for table in tables]
+        cases = tuple(case for table in tables for case in _cases(path, table))
+    except OptionError as error:
+        raise RunError(f"{path}: {error}") from error
     names = [case.name for case in cases]
     for name in names:
         if names.count(name) > 1:
             raise RunError(f'{path}: two cases are {name}; give one a label = "..."')
-    return Bench(whole["title"], tuple(cases), whole["judge-tokens"], whole["judge-length"])
+    return Bench(for_all.title, cases, for_all.judge_tokens, for_all.judge_length)
 
 
-def _case(path: Path, values: Mapping[str, Any], model: str, backend: str, bits: Any) -> Case:
-    length, tokens = values["sequence-length"], values["tokens"]
-    if tokens % length:
-        raise RunError(f"{path}: tokens = {tokens} is not a multiple of sequence-length = {length}")
-    if not (isinstance(bits, list) and len(set(bits)) == len(bits) >= 2):
-        raise RunError(f"{path}: bits holds {bits!r}; write lists of widths, [[2, 4], [2, 3, 4, 8]] for example")
-    low, *between, high = sorted(bits)
-    if not (isinstance(values["label"], str) and re.fullmatch(r"[\w.-]*", values["label"])):
-        raise RunError(f"{path}: label = {values['label']!r} is not letters, digits, '.', '_' and '-'")
-    config = RunConfig(
-        _beside(path, model),
-        backend,
-        values["group-size"],
-        low,
-        high,
-        values["permutations"],
-        calibration=CalibrationConfig(_beside(path, values["calibration"]), tokens // length, length),
-        dtype=values["dtype"],
-        device=values["device"],
-        granularity=values["granularity"],
-        between=tuple(between),
-        embeddings=values["embeddings"],
-        loss=values["loss"],
-    )
-    return Case(config, tuple(values["budgets"]), tuple(values["methods"]), tuple(values["seeds"]), values["label"])
+def _cases(path: Path, table: Mapping[str, Any]) -> Iterator[Case]:
+    """The cases that a table stands for, one for each model, backend and list of widths."""
+    lists = build(_Lists, table)
+    options = {name: value for name, value in table.items() if name not in _names(_Lists)}
+    for model, backend, bits in product(lists.models, lists.backends, lists.bits):
+        found = {**options, "model": model, "backend": backend, "bits": tuple(bits)}
+        relative = {name: _beside(path, found[name]) for name in _PATHS if isinstance(found.get(name), str)}
+        yield Case(
+            request=Request.from_options(**{**found, **relative}),
+            budgets=tuple(lists.budgets),
+            methods=tuple(lists.methods),
+            seeds=tuple(lists.seeds),
+            label=lists.label,
+            fixed_text="calibration_seed" in found,
+        )
+
+
+def _names(*kinds: type[Spec]) -> list[str]:
+    """Names of the options of specs; without specs, those of a request."""
+    return [field.encode_name for field in option_fields(*kinds)]
+
+
+def _spelled_with_underscores(table: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """A table with underscores in its keys.
+
+    Raises:
+        OptionError: If a key is unknown, or is there in both spellings.
+    """
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            raise OptionError(f"key {key!r} is unknown here; {hint(key, [name.replace('_', '-') for name in known])}")
+        if name in found:
+            raise OptionError(f"key {key!r} is given twice, in two spellings; leave one out")
+        found[name] = value
+    return found
 
 
 def _beside(path: Path, name: str) -> str:
-    """The path of what lies beside the configuration file, and other names as they are."""
+    """A path relative to the file, if something lies there; other names unchanged."""
     beside = path.parent / name
     return str(beside) if beside.exists() else name

@@ -1,109 +1,29 @@
-"""Methods side by side on models, backends, budgets and seeds: measured, and kept in files that a later run reads."""
+"""Runs of a bench: methods side by side on models, backends, budgets and seeds."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from coopq.quantize import get_backend
-from coopq.quantize.bank import measure_storage
-from coopq.plan.scores import random_assignments, uniform_assignment
-from coopq.judge.bench.config import Bench, Case
 from coopq.core.errors import RunError
-from coopq.search import Measured, Setting
-from coopq.judge.comparison import judge_windows
-from coopq.core.files import locked, read_json, require_writable, write_json
-from coopq.plan.methods import begin_with_nothing, check_method, check_players, measure, plans_on
-from coopq.model.load import load_skeleton
-from coopq.plan.plan import setting_of
-from coopq.model.players import find_players
-from coopq.core.config import RunConfig
+from coopq.core.files import locked, require_writable
 from coopq.core.sizes import Budget
+from coopq.core.specs import Request
+from coopq.core.types import ProgressCallback, as_widths, silent
+from coopq.export.formats import target_sizes
+from coopq.game.journal import Journal
+from coopq.game.session import Prepared, Session, open_session, prepare
+from coopq.judge.bench.config import Bench, Case
+from coopq.judge.bench.results import Result, Row, load_result, save_result
+from coopq.judge.comparison import Judged, beside_references, make_measured_plans
+from coopq.plan.allocate import search_space
+from coopq.plan.by_search import begin_with_nothing
+from coopq.plan.estimation import is_estimated, load_estimation
+from coopq.plan.methods import check_methods, get_method
+from coopq.search import Measured
 from coopq.search.surrogate import best_surrogate
-from coopq.core.types import UNTOUCHED, Assignments, ProgressCallback, Width, as_widths, silent
-from coopq.game.session import Workbench, check_config, open_workbench
-
-_FORMAT_VERSION = 1
-_N_RANDOM = 5
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a method came to at a budget.
-
-    Attributes:
-        method: Its name, or "full precision", "uniform", "random".
-        budget: As the configuration writes it; None for what has no budget.
-        assignment: Bits by player; None for the mean of several assignments.
-        average_bits: Weight bits alone.
-        bits_per_weight: With scales, zeros and padding.
-        layer_forwards: What the method took for all budgets of the case together, with shared prefixes.
-        calibration_nll: Loss on the calibration set, nats per token.
-        windows: Loss on each window of the judging text.
-    """
-
-    method: str
-    budget: str | None
-    assignment: tuple[Width, ...] | None
-    average_bits: float
-    bits_per_weight: float
-    layer_forwards: int
-    calibration_nll: float
-    windows: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Row":
-        """From what `asdict` gave."""
-        assignment = None if data["assignment"] is None else tuple(data["assignment"])
-        return cls(**{**data, "assignment": assignment, "windows": tuple(data["windows"])})
-
-    @property
-    def nll(self) -> float:
-        """Loss on the judging text, nats per token."""
-        return float(np.mean(self.windows))
-
-    @property
-    def perplexity(self) -> float:
-        """exp(nll)."""
-        return float(np.exp(self.nll))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A case for one seed.
-
-    Attributes:
-        case: Name of the case.
-        seed: The seed.
-        config: The whole configuration.
-        blocks: Number of blocks of the model.
-        players: Names of the players.
-        rows: What was compared.
-        shapley: Shapley values by the walks, and their standard errors; None without a method that walks.
-        covariance: Of the walks' marginals, which the paper takes for interactions; None likewise.
-        interactions: Pair terms of the surrogate fitted to everything measured, at the middle of the sizes.
-    """
-
-    case: str
-    seed: int
-    config: Mapping[str, Any]
-    blocks: int
-    players: tuple[str, ...]
-    rows: tuple[Row, ...]
-    shapley: tuple[Sequence[float], Sequence[float]] | None
-    covariance: Sequence[Sequence[float]] | None
-    interactions: Sequence[Sequence[float]]
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Result":
-        """From what `asdict` gave."""
-        fields = {key: value for key, value in data.items() if key not in ("format_version", "asked")}
-        rows = tuple(Row.from_json(row) for row in fields.pop("rows"))
-        return cls(**{**fields, "rows": rows, "players": tuple(fields["players"])})
 
 
 def check_bench(bench: Bench) -> None:
@@ -113,21 +33,9 @@ def check_bench(bench: Bench) -> None:
         CoopQError: Naming what is wrong.
     """
     for case in bench.cases:
-        config = case.config
-        check_config(config)
         for method in case.methods:
-            check_method(method)
-        budgets = [Budget.parse(budget) for budget in case.budgets]
-        backend = get_backend(**config.quantizer, bits=config.widths)
-        players = find_players(
-            load_skeleton(config.model, dtype=config.dtype, device=config.device),
-            config.granularity,
-            config.embeddings,
-        )
-        check_players(case.methods, players, len(config.widths))
-        storage = measure_storage(players, backend, config.widths)
-        for budget in budgets:
-            storage.limit(budget, config.low, config.high)
+            get_method(method)
+        _prepare(bench, case, case.request)
 
 
 def run_bench(bench: Bench, out: Path, progress: ProgressCallback = silent) -> list[Result]:
@@ -135,177 +43,126 @@ def run_bench(bench: Bench, out: Path, progress: ProgressCallback = silent) -> l
 
     Args:
         bench: What to compare.
-        out: Folder of the work and the results; it is made when missing.
+        out: Folder of the work and of the results; it is made if it is missing.
         progress: Told of every step.
+    Returns:
+        A result for each case and seed.
+    Raises:
+        CoopQError: As `check_bench`.
     """
     check_bench(bench)
     require_writable(out)
     results = []
     with locked(out):
-        runs = [(case, seed) for case in bench.cases for seed in case.seeds]
+        runs = list(_runs(bench))
         for done, (case, seed) in enumerate(runs):
             progress("bench", done, len(runs))
-            results.append(_result(bench, case, seed, out, progress))
+            result = load_result(bench, case, seed, out)
+            results.append(_run(bench, case, seed, out, progress) if result is None else result)
         progress("bench", len(runs), len(runs))
     return results
 
 
 def finished(bench: Bench, out: Path) -> tuple[Bench, list[Result]]:
-    """What is measured already, of an interrupted bench or one that goes on.
+    """What is measured already, of a bench that was interrupted or still goes on.
 
     Returns:
-        The bench without the runs that are not finished, and the results of the others.
+        The bench without the runs that are not finished, and the results of the other runs.
     Raises:
-        RunError: If none is.
+        RunError: If no run is finished.
     """
     found = {
         (case.name, seed): result
-        for case in bench.cases
-        for seed in case.seeds
-        if (result := _finished(bench, case, seed, out)) is not None
+        for case, seed in _runs(bench)
+        if (result := load_result(bench, case, seed, out)) is not None
     }
     if not found:
         raise RunError(f"nothing that {bench.title!r} asks for is finished in {out}; run it without --so-far")
-    cases = [
-        replace(case, seeds=tuple(seed for seed in case.seeds if (case.name, seed) in found)) for case in bench.cases
-    ]
-    left_out = [
-        (case.name, [str(seed) for seed in case.seeds if (case.name, seed) not in found]) for case in bench.cases
-    ]
-    unfinished = [f"{name} (seeds {' '.join(seeds)})" for name, seeds in left_out if seeds]
-    some = replace(bench, cases=tuple(case for case in cases if case.seeds), unfinished=tuple(unfinished))
-    return some, list(found.values())
+    cases, unfinished = [], []
+    for case in bench.cases:
+        seeds = tuple(seed for seed in case.seeds if (case.name, seed) in found)
+        missing = [str(seed) for seed in case.seeds if seed not in seeds]
+        cases += [replace(case, seeds=seeds)] if seeds else []
+        unfinished += [f"{case.name} (seeds {' '.join(missing)})"] if missing else []
+    return replace(bench, cases=tuple(cases), unfinished=tuple(unfinished)), list(found.values())
 
 
-def _finished(bench: Bench, case: Case, seed: int, out: Path) -> Result | None:
-    """The result of a run from its file; None if there is none, or one that was asked something else."""
-    file = _file(out, case, seed)
-    if not file.is_file():
-        return None
-    data = read_json(file)
-    if data.get("format_version") != _FORMAT_VERSION:
-        return None
-    config = RunConfig.from_json(data["asked"]["config"]).to_json()  # with what later versions ask for
-    if {**data["asked"], "config": config} != _asked(bench, case, seed):
-        return None
-    return Result.from_json(data)
+def _runs(bench: Bench) -> Iterator[tuple[Case, int]]:
+    return ((case, seed) for case in bench.cases for seed in case.seeds)
 
 
-def _file(out: Path, case: Case, seed: int) -> Path:
-    return out / "results" / f"{case.name}-seed{seed}.json"
+def _prepare(bench: Bench, case: Case, request: Request) -> Prepared:
+    """A request of a case, checked with the methods and the budgets of the case."""
+    budgets = [Budget.parse(budget) for budget in case.budgets]
+    prepared = prepare(request, sizes_for=target_sizes, judge_length=bench.judge_length)
+    check_methods(case.methods, prepared.players, len(request.widths.bits))
+    prepared.check_budgets(budgets)
+    return prepared
 
 
-def _asked(bench: Bench, case: Case, seed: int) -> dict[str, Any]:
-    """Everything that the result of a run depends on."""
-    return {
-        "config": case.seeded(seed).to_json(),
-        "budgets": list(case.budgets),
-        "methods": list(case.methods),
-        "judge": [bench.judge_tokens, bench.judge_length],
-    }
-
-
-def _result(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallback) -> Result:
-    """One run, from its file if it is finished."""
-    if (known := _finished(bench, case, seed, out)) is not None:
-        return known
-    config, file = case.seeded(seed), _file(out, case, seed)
+def _run(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallback) -> Result:
+    """Measure one run, and save its result."""
     folder = out / "runs" / case.name
-    check = partial(check_players, case.methods, n_widths=len(config.widths))
-    # One bank serves all seeds, unless its weights are fitted to the calibration tokens.
-    calibrated = get_backend(**config.quantizer, bits=config.widths).calibrated
-    bank = None if calibrated else folder / "bank"
+    prepared = _prepare(bench, case, case.seeded(seed))
+    # All seeds share one bank, unless its weights are fitted to tokens.
+    bank = None if prepared.backend.calibrated else folder / "bank"
     stage = f"{case.name}, seed {seed}: "
-    with open_workbench(
-        config,
+    with open_session(
+        prepared,
         folder / f"seed{seed}",
         lambda what, *counts: progress(stage + what, *counts),
-        check=check,
         bank=bank,
-        judge_length=bench.judge_length,
-    ) as bench_:
-        result = _compare(bench_, bench, case, seed)
-    file.parent.mkdir(exist_ok=True)
-    asked = _asked(bench, case, seed)
-    write_json(file, {"format_version": _FORMAT_VERSION, "asked": asked, **asdict(result)})
+    ) as session:
+        result = _compare(session, bench, case, seed)
+    save_result(bench, case, result, out)
     return result
 
 
-def _compare(bench: Workbench, asked: Bench, case: Case, seed: int) -> Result:
-    """All methods on an open workbench."""
-    config, budgets = bench.config, [Budget.parse(budget) for budget in case.budgets]
-    begin_with_nothing(bench, case.methods, budgets)
-    plans = [measure(bench, plan) for method in case.methods for plan in plans_on(bench, method, budgets)]
-    groups: list[tuple[str, str | None, int, Assignments]] = list(_references(bench, budgets))
-    groups += [
-        (plan.method, plan.budget, plan.layer_forwards, np.array([plan.assignment], dtype=np.float32)) for plan in plans
-    ]
-    points = np.concatenate([assignments for *_, assignments in groups])
-    with bench.calibration_game("comparing on the calibration set") as game:
-        calibration = game(points)
-        known = game.journal.first(len(game.journal))
-    windows = judge_windows(bench, points, length=asked.judge_length, max_tokens=asked.judge_tokens)
-    rows, start = [], 0
-    for method, budget, layer_forwards, assignments in groups:
-        end = start + len(assignments)
-        is_full = method == "full precision"
-        full_bits = 8.0 * bench.loaded.checkpoint_dtype.itemsize
-        sizes = [
-            (bench.storage.average_bits(of), bench.storage.bits_per_weight(of)) for of in assignments if not is_full
-        ]
-        average_bits, bits_per_weight = (full_bits, full_bits) if is_full else np.mean(sizes, axis=0).tolist()
-        rows.append(
-            Row(
-                method,
-                budget,
-                tuple(as_widths(assignments[0])) if len(assignments) == 1 else None,
-                average_bits,
-                bits_per_weight,
-                layer_forwards,
-                float(calibration[start:end].mean()),
-                tuple(windows[start:end].mean(axis=0).tolist()),
-            )
-        )
-        start = end
-    setting = setting_of(bench)
-    measured = Measured(setting)
-    measured.add(*known)
-    estimate = bench.folder.load().estimate if bench.folder.is_estimated else None
+def _compare(session: Session, bench: Bench, case: Case, seed: int) -> Result:
+    """All methods of a case in an open session."""
+    budgets = [Budget.parse(budget) for budget in case.budgets]
+    begin_with_nothing(session, case.methods, budgets)
+    plans = make_measured_plans(session, case.methods, budgets)
+    judged = beside_references(
+        session, plans, session.request.search.seed, length=bench.judge_length, max_tokens=bench.judge_tokens
+    )
+    estimate = load_estimation(session.folder.path).estimate if is_estimated(session.folder) else None
     return Result(
-        case.name,
-        seed,
-        config.to_json(),
-        bench.players[-1].block + 1,
-        tuple(player.name for player in bench.players),
-        tuple(rows),
-        None if estimate is None else (estimate.shapley.tolist(), estimate.stderr.tolist()),
-        None if estimate is None else estimate.covariance.tolist(),
-        _by_player(best_surrogate(measured.surrogates(int(setting.costs.sum()) // 2)).quadratic, setting).tolist(),
+        case=case.name,
+        seed=seed,
+        request=session.request,
+        loss=session.request.search.loss,
+        blocks=session.blocks[-1] + 1,
+        players=tuple(player.name for player in session.players),
+        rows=tuple(map(_row, judged)),
+        shapley=None if estimate is None else (tuple(estimate.shapley.tolist()), tuple(estimate.stderr.tolist())),
+        covariance=None if estimate is None else _as_tuples(estimate.covariance),
+        interactions=_as_tuples(_interactions(session)),
     )
 
 
-def _by_player(pairs: npt.NDArray[np.float64], setting: Setting) -> npt.NDArray[np.float64]:
-    """Pair terms of steps, shape (n_steps, n_steps), as those of players."""
-    return setting.by_player(setting.by_player(pairs), axis=1)
+def _row(judged: Judged) -> Row:
+    return Row(
+        method=judged.method,
+        budget=judged.budget,
+        assignment=tuple(as_widths(judged.assignments[0])) if len(judged.assignments) == 1 else None,
+        average_bits=judged.average_bits,
+        bits_per_weight=judged.bits_per_weight,
+        block_forwards=judged.block_forwards,
+        calibration_loss=float(judged.calibration.mean()),
+        windows=tuple(judged.windows.mean(axis=0).tolist()),
+    )
 
 
-def _references(bench: Workbench, budgets: Sequence[Budget]) -> Iterator[tuple[str, str | None, int, Assignments]]:
-    """What has no method: full precision, uniform widths, and random assignments that use up each budget."""
-    config, n = bench.config, len(bench.players)
-    yield "full precision", None, 0, uniform_assignment(n, UNTOUCHED)[None]
-    for bits in reversed(bench.common_widths):
-        yield "uniform", None, 0, uniform_assignment(n, bits)[None]
-    for budget in budgets:
-        limit = bench.storage.limit(budget, config.low, config.high)
-        yield (
-            "random",
-            budget.text,
-            0,
-            random_assignments(bench.storage, config.widths, limit, _N_RANDOM, config.seed),
-        )
+def _interactions(session: Session) -> npt.NDArray[np.float64]:
+    """Pair terms of players in a surrogate fitted to everything measured, shape (n_players, n_players)."""
+    space = search_space(session)
+    measured = Measured(space)
+    with Journal(session.folder.journal, session.fingerprint) as journal:
+        measured.add(*journal.first(len(journal)))
+    K = best_surrogate(measured.surrogates(int(space.step_bytes.sum()) // 2)).K
+    return space.sum_by_player(space.sum_by_player(K), axis=1)
 
 
-def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:
-    """Loss on each judging window of a method at a budget, averaged over seeds; None where it was not asked for."""
-    found = [row.windows for result in results for row in result.rows if (row.method, row.budget) == (method, budget)]
-    return np.mean(found, axis=0) if found else None
+def _as_tuples(matrix: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
+    return tuple(map(tuple, matrix.tolist()))

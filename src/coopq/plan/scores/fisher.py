@@ -1,11 +1,11 @@
-"""Empirical Fisher: the loss to second order from per-sequence gradients, all pairs of players at once.
+"""Empirical Fisher: the loss to second order from per-sequence gradients, for all pairs of players at once.
 
 With u_is = <g_s, Q(W_i) - W_i> for sequence s, the loss changes by mean_s sum_i u_is + T/2 mean_s (sum_i u_is)^2. The
-second term is the quadratic form of the empirical Fisher matrix, which stands for the Hessian: the gradient of a
-sequence is that of the mean over its T scored tokens, and were tokens independent, T of its squares would be theirs.
+second term is the quadratic form of the empirical Fisher matrix, which stands for the Hessian. A sequence's gradient
+g_s is the mean over its T scored tokens; if tokens were independent, T g_s g_s' would estimate the Fisher matrix.
 
-Source: its diagonal is what Fisher-weighted quantization uses, as Kim et al., SqueezeLLM, 2023 (arXiv 2306.07629); all
-pairs as in Singh and Alistarh, WoodFisher, 2020, between players instead of weights.
+Source: the diagonal is what Fisher-weighted quantization uses, for example Kim et al., SqueezeLLM, 2023 (arXiv
+2306.07629); all pairs as in Singh and Alistarh, WoodFisher, 2020, between players instead of weights.
 """
 
 from collections.abc import Sequence
@@ -13,17 +13,18 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from coopq.game.sensitivity import Probe
+from coopq.game.sensitivity import Sensitivity
 
 
-def terms(probes: Sequence[Probe]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def terms(sensitivities: Sequence[Sensitivity]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Linear and pair terms of steps down, shapes (n_steps,) and (n_steps, n_steps), nats per token.
 
     Args:
-        probes: One for each pair of neighbouring widths, the highest first.
+        sensitivities: One for each pair of neighbouring widths, the highest first.
     """
-    changes = [probe.sequence_changes() for probe in probes]
-    base = changes[0][1].sum(axis=0)
-    lowering = np.stack([low - high for low, high in changes], axis=1).reshape(-1, len(base))
-    linear = lowering.mean(axis=1) + probes[0].scored_tokens * lowering @ base / len(base)
-    return linear, probes[0].scored_tokens / 2 * lowering @ lowering.T / len(base)
+    changes = [sensitivity.sequence_changes() for sensitivity in sensitivities]
+    n_tokens = sensitivities[0].scored_tokens
+    at_highest = changes[0][1].sum(axis=0)
+    steps_down = np.stack([low - high for low, high in changes], axis=1).reshape(-1, len(at_highest))
+    linear = steps_down.mean(axis=1) + n_tokens * steps_down @ at_highest / len(at_highest)
+    return linear, n_tokens / 2 * steps_down @ steps_down.T / len(at_highest)

@@ -1,1 +1,1 @@
-"""The quadratic program of a budget and its solutions."""
+"""The binary quadratic program of a budget, and how it is solved."""

@@ -1,8 +1,4 @@
-"""The program that every allocation solves: a quadratic in who is lowered how far, under a byte budget.
-
-With two widths, a player is lowered or not. With more, it has a step from each of its widths to the next lower one, and
-each of these is taken only after those above it: a step is what a player is with two widths, with this order beside it.
-"""
+"""The binary quadratic program that every allocation solves under a byte budget."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,188 +6,80 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+Steps = npt.NDArray[np.bool_]
+"""q: True where a step down is taken, shape (n_points, n_steps), or (n_steps,) for one point."""
+
 
 @dataclass(frozen=True)
 class QuadraticProgram:
-    """minimise a'q + q'Kq over binary q with sum_i c_i (1 - q_i) <= capacity, and q_i <= q_(i-1) within a player.
+    """minimise a'q + q'Kq over binary q, subject to sum_i step_bytes_i (1 - q_i) <= capacity and the order of steps.
 
-    q_i = 1 takes step i down, with two widths from the high to the low one; q_i = 0 leaves it.
+    q_i = 1 takes step i down, q_i = 0 does not. The order of steps: a player takes a step only after its step before,
+    q_i <= q_(i-1). `coopq.search.space` says what steps are.
 
     Attributes:
-        linear: a, shape (n_steps,), nats per token.
-        quadratic: K, symmetric, shape (n_steps, n_steps).
-        costs: c, bytes that each step saves, shape (n_steps,).
-        capacity: Bytes that all steps not taken may cost together.
-        owners: Player of each step, shape (n_steps,), ascending: the steps of a player lie together, the first one down
-            first. None where each is of its own.
+        a: Linear terms, shape (n_steps,), in the unit of the objective.
+        K: Quadratic terms, symmetric, shape (n_steps, n_steps), in the same unit.
+        step_bytes: Bytes that each step down saves, shape (n_steps,).
+        capacity: Most bytes that the steps not taken may need together.
+        player_of_step: Player of each step, ascending, shape (n_steps,).
 
     Source: CoopQ (2026), stage 2, for two widths.
     """
 
-    linear: npt.NDArray[np.float64]
-    quadratic: npt.NDArray[np.float64]
-    costs: npt.NDArray[np.int64]
+    a: npt.NDArray[np.float64]
+    K: npt.NDArray[np.float64]
+    step_bytes: npt.NDArray[np.int64]
     capacity: int
-    owners: npt.NDArray[np.intp] | None = None
+    player_of_step: npt.NDArray[np.intp]
+
+    @classmethod
+    def two_widths(
+        cls, a: npt.NDArray[np.float64], K: npt.NDArray[np.float64], step_bytes: npt.NDArray[np.int64], capacity: int
+    ) -> "QuadraticProgram":
+        """The program of players with two widths each: every step is a player."""
+        return cls(a, K, step_bytes, capacity, np.arange(len(step_bytes)))
 
     @cached_property
-    def players(self) -> npt.NDArray[np.intp]:
-        """Player of each step, shape (n_steps,)."""
-        return np.arange(len(self.costs)) if self.owners is None else self.owners
+    def needs_previous(self) -> npt.NDArray[np.bool_]:
+        """Whether each step may only be taken after the step before it, shape (n_steps,)."""
+        return np.diff(self.player_of_step, prepend=-1) == 0
 
-    @cached_property
-    def follows(self) -> npt.NDArray[np.bool_]:
-        """Which steps are taken only after the one before them, shape (n_steps,)."""
-        return np.diff(self.players, prepend=-1) == 0
-
-    def objective(self, q: npt.NDArray[np.bool_]) -> float:
-        """Value of a'q + q'Kq."""
+    def objective(self, q: Steps) -> float:
+        """The value of a'q + q'Kq; q of shape (n_steps,)."""
         x = q.astype(np.float64)
-        return float(self.linear @ x + x @ self.quadratic @ x)
+        return float(self.a @ x + x @ self.K @ x)
 
-    def feasible(self, q: npt.NDArray[np.bool_]) -> bool:
-        """Whether the steps not taken fit the capacity, in exact integers, and the others are in order."""
-        in_order = q[:-1] | ~q[1:] | ~self.follows[1:]
-        return int(self.costs[~q].sum()) <= self.capacity and bool(in_order.all())
+    def is_feasible(self, q: Steps) -> bool:
+        """Whether q keeps the capacity, in exact integers, and the order of steps; q of shape (n_steps,)."""
+        in_order = q[:-1] | ~q[1:] | ~self.needs_previous[1:]
+        return int(self.step_bytes[~q].sum()) <= self.capacity and bool(in_order.all())
 
-    def movable(self, q: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which steps can be taken back by themselves, and which can be taken, both of shape (n_steps,)."""
+    def movable(self, q: Steps) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """The steps that can be taken back, and the steps that can be taken next, both of shape (n_steps,)."""
         back, down = q.copy(), ~q
-        back[:-1] &= ~(q[1:] & self.follows[1:])
-        down[1:] &= q[:-1] | ~self.follows[1:]
+        back[:-1] &= ~(q[1:] & self.needs_previous[1:])
+        down[1:] &= q[:-1] | ~self.needs_previous[1:]
         return back, down
 
 
 def paper_program(
-    shapley: npt.NDArray[np.float64],
-    covariance: npt.NDArray[np.float64],
+    phi: npt.NDArray[np.float64],
+    C: npt.NDArray[np.float64],
     alpha: float,
-    costs: npt.NDArray[np.int64],
+    step_bytes: npt.NDArray[np.int64],
     capacity: int,
 ) -> QuadraticProgram:
     """The paper's program: K = (1 - alpha) C + alpha diag(C), a_i = phi_i - sum_{j != i} K_ij.
 
+    Args:
+        phi: Shapley value of each player, shape (n_players,), nats per token.
+        C: Covariance of the players' marginal contributions, shape (n_players, n_players).
+        alpha: Shrinkage of C towards its diagonal, 0 to 1.
+        step_bytes: Bytes that lowering each player saves, shape (n_players,).
+        capacity: Most bytes that the players left at the high width may need above the low width.
     Source: CoopQ (2026), stage 2; alpha = 0.5 there.
     """
-    quadratic = (1 - alpha) * covariance + alpha * np.diag(np.diag(covariance))
-    linear = shapley - (quadratic.sum(axis=1) - np.diag(quadratic))
-    return QuadraticProgram(linear=linear, quadratic=quadratic, costs=costs, capacity=capacity)
-
-
-def descend(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Take the best move as long as one helps.
-
-    A move raises a player by a step, lowers one, or does both with two, and keeps the capacity. With more widths than
-    two, whose steps differ much in bytes, one that raises a player and lowers several is tried where none of these
-    helps.
-
-    Args:
-        program: What to minimise.
-        q: A feasible start, shape (n_steps,).
-    Returns:
-        A feasible assignment that no single move improves.
-    """
-    q = q.copy()
-    pairs = program.quadratic + program.quadratic.T
-    diagonal = np.diag(program.quadratic)
-    np.fill_diagonal(pairs, 0.0)
-    slope = program.linear + diagonal + pairs @ q  # what lowering each player adds, the others being as they are
-    tolerance = 1e-12 * (float(np.abs(program.linear).max()) + float(np.abs(program.quadratic).max()))
-    while True:
-        raised, lowered, change = _moves(program, q, slope, pairs)
-        best = np.unravel_index(int(change.argmin()), change.shape)
-        if change[best] < -tolerance:
-            changed = [step for step in (raised[best[0]], lowered[best[1]]) if step >= 0]
-        else:
-            regrouped = _regrouped(program, q, slope) if program.follows.any() else q
-            if not program.objective(regrouped) < program.objective(q) - tolerance:
-                return q
-            changed = np.flatnonzero(regrouped != q).tolist()
-        for step in changed:
-            slope += pairs[step] * (-1.0 if q[step] else 1.0)
-            q[step] = not q[step]
-
-
-def _regrouped(
-    program: QuadraticProgram, q: npt.NDArray[np.bool_], slope: npt.NDArray[np.float64]
-) -> npt.NDArray[np.bool_]:
-    """The best of what raising one step gives when others go down for it, those that cost least by the byte."""
-    best, least = q, program.objective(q)
-    for step in np.flatnonzero(program.movable(q)[0]):
-        other = q.copy()
-        other[step] = False
-        of_others = program.players != program.players[step]
-        while int(program.costs[~other].sum()) > program.capacity:
-            free = np.flatnonzero(program.movable(other)[1] & of_others)
-            if len(free) == 0:
-                break
-            other[free[np.argmin(slope[free] / program.costs[free])]] = True
-        else:
-            if (value := program.objective(other)) < least:
-                best, least = other, value
-    return best
-
-
-def local_optima(
-    program: QuadraticProgram, starts: npt.NDArray[np.bool_], n_random: int, rng: np.random.Generator
-) -> npt.NDArray[np.bool_]:
-    """Where descents end, best first, each once.
-
-    Args:
-        program: What to minimise.
-        starts: Feasible assignments to start from, shape (n, n_steps); n may be 0.
-        n_random: Random assignments to start from beside them.
-        rng: Where those come from.
-    Returns:
-        Shape (n_optima, n_steps).
-    """
-    found = [descend(program, start) for start in (*starts, *(random_fill(program, rng) for _ in range(n_random)))]
-    optima = np.unique(np.array(found), axis=0)
-    return optima[np.argsort([program.objective(q) for q in optima], kind="stable")]
-
-
-def random_fill(program: QuadraticProgram, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Players raised by a step in random order, each if it still fits."""
-    q = np.ones(len(program.linear), dtype=bool)
-    left = program.capacity
-    for drawn in rng.permutation(len(q)):
-        step = np.flatnonzero(q & (program.players == program.players[drawn]))[-1]  # the last one that is still taken
-        if program.costs[step] <= left:
-            q[step] = False
-            left -= int(program.costs[step])
-    return q
-
-
-def neighbours(program: QuadraticProgram, q: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """All assignments one feasible exchange or raise of single steps away, shape (n, n_steps)."""
-    n = len(q)
-    raised, lowered, change = _moves(program, q, np.zeros(n), np.zeros((n, n)))
-    rows, columns = np.nonzero(np.isfinite(change) & (raised[:, None] >= 0))
-    result = np.repeat(q[None], len(rows), axis=0)
-    result[np.arange(len(rows)), raised[rows]] = False
-    exchanged = lowered[columns] >= 0
-    result[np.flatnonzero(exchanged), lowered[columns[exchanged]]] = True
-    return result
-
-
-def _moves(
-    program: QuadraticProgram,
-    q: npt.NDArray[np.bool_],
-    slope: npt.NDArray[np.float64],
-    pairs: npt.NDArray[np.float64],
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """Steps that can be taken back (rows), those that can be taken (columns), and what each move changes.
-
-    Step -1 stands for none; moves over the capacity, or of one player back and forth, change by infinity.
-    """
-    raised, lowered = (np.flatnonzero(of) for of in program.movable(q))
-    change = np.zeros((len(raised) + 1, len(lowered) + 1))
-    change[:-1] -= slope[raised][:, None]
-    change[:, :-1] += slope[lowered]
-    change[:-1, :-1] -= pairs[np.ix_(raised, lowered)]
-    slack = program.capacity - int(program.costs[~q].sum())
-    needed = np.append(program.costs[raised], 0)[:, None] - np.append(program.costs[lowered], 0)
-    change[needed > slack] = np.inf
-    of_one_player = np.equal.outer(program.players[raised], program.players[lowered])
-    change[:-1, :-1][of_one_player] = np.inf
-    return np.append(raised, -1), np.append(lowered, -1), change
+    K = (1 - alpha) * C + alpha * np.diag(np.diag(C))
+    a = phi - (K.sum(axis=1) - np.diag(K))
+    return QuadraticProgram.two_widths(a, K, step_bytes, capacity)

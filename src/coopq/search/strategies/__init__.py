@@ -1,1 +1,1 @@
-"""Searches: which assignments to measure next."""
+"""Search strategies: which assignments to measure next."""

@@ -1,65 +1,61 @@
 """Evolutionary search: one parent, many offspring, and selection on more and more sequences."""
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import numpy as np
 
-from coopq.search.space import Measured, Search, Setting
-from coopq.search.solver.quadratic_program import random_fill
-from coopq.search.surrogate import Lowered
-from coopq.core.types import Assignment, Assignments, Game, Losses
+from coopq.core.types import Assignment, Assignments, Losses
+from coopq.search.measured import Measured
+from coopq.search.protocol import Search
+from coopq.search.solver.local_search import random_fill
+from coopq.search.solver.quadratic_program import Steps
+from coopq.search.space import SearchSpace
 
 SHARES = (1 / 16, 1 / 4, 1.0)
-"""Share of the sequences that each stage of a selection measures."""
+"""Share of the calibration sequences that each stage of a selection measures. Chosen by hand."""
 _SURVIVORS = (8, 2, 1)
-"""What each stage leaves; the parent enters the last one."""
+"""Points that each stage leaves; the parent enters the last stage. Chosen by hand."""
 _GENERATIONS = 25
 _OFFSPRING = 32
+"""Generations, and points of a generation for each budget. Chosen by hand; EvoPress takes more."""
 
 
-class Evolution:
-    """Exchanges widths between random players, a few at a time, and keeps what loses least.
+class Evolution(Search):
+    """Exchanges steps between random players, a few at a time, and keeps the offspring of lowest loss.
 
-    A generation is the offspring of one parent for each budget. A stage measures what the one before has left on more
-    sequences; only the last one, on all of them, has losses that compare with those of other searches. The first
-    generation is random assignments that use up the budget.
+    A generation is the offspring of one parent for each budget. A selection has stages, each on more sequences than the
+    stage before. Only the last stage measures all sequences, so only losses of the last stage enter `measured`. The
+    first generation is random points that fill the budget.
 
     Args:
-        setting: Widths, sizes, budgets, seed.
+        space: Players, widths, budgets, seed.
 
-    Attributes:
-        share: Share of the sequences that the losses of what was proposed last are to be of.
-        measured: What was measured on all sequences.
-
-    Source: Sieberling et al., EvoPress, 2024 (arXiv 2410.14649). Choices here: 25 generations of 32, survivors 8, 2 and
-    1 on a sixteenth, a quarter and all of the sequences, where theirs are more and vary with the model; the first
-    sequences at every generation, not a new sample; the loss, not the divergence from full precision.
+    Source: Sieberling et al., EvoPress, 2024 (arXiv 2410.14649). Different here: 25 generations of 32 offspring, and 8,
+    2 and 1 survivors on a sixteenth, a quarter and all of the sequences, where EvoPress takes more, by model; the same
+    sequences in every generation, not a new sample; the loss of the run, not always the KL divergence.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self._setting = setting
-        self._rng = np.random.default_rng([setting.seed, 0])
+    def __init__(self, space: SearchSpace) -> None:
+        self._space = space
+        self._rng = np.random.default_rng([space.seed, 0])
         self._generation = self._stage = 0
-        self._parents: list[Lowered] = []
-        self._pools: list[Lowered] = []
+        self._parents: list[Steps] = []
+        self._pools: list[Steps] = []
         self.share = SHARES[0]
-        self.measured = Measured(setting)
+        self.measured = Measured(space)
 
     def propose(self) -> Assignments:
-        """What is left of this generation."""
+        """The points that the stages so far have left of this generation."""
         if self._generation > _GENERATIONS:
-            return self._setting.assignments(np.zeros((0, self._setting.n_steps), dtype=bool))
+            return self._space.assignments(np.zeros((0, self._space.n_steps), dtype=bool))
         if self._stage == 0:
-            self._pools = [self._offspring(budget) for budget in range(len(self._setting.capacities))]
+            self._pools = [self._offspring(budget) for budget in range(len(self._space.capacities))]
         elif self._stage == len(SHARES) - 1 and self._parents:
             pairs = zip(self._pools, self._parents, strict=True)
             self._pools = [np.concatenate([pool, parent[None]]) for pool, parent in pairs]
         self.share = SHARES[self._stage]
-        return self._setting.assignments(np.concatenate(self._pools))
+        return self._space.assignments(np.concatenate(self._pools))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
-        """Select."""
+        """Take the losses and select the survivors."""
         survivors, start = [], 0
         for pool in self._pools:
             order = np.argsort(losses[start : start + len(pool)], kind="stable")
@@ -74,46 +70,30 @@ class Evolution:
             self._generation += 1
 
     def choose(self, capacity: int) -> Assignment:
-        """The best assignment measured on all sequences."""
-        return self._setting.assignments(self.measured.best(capacity)[0])
+        """The assignment of lowest loss on all sequences, shape (n_players,)."""
+        return self._space.assignments(self.measured.best(capacity)[0])
 
-    def _offspring(self, budget: int) -> Lowered:
-        """Mutants of a budget's parent, or random assignments where there is none yet."""
-        capacity = self._setting.capacities[budget]
+    def _offspring(self, budget: int) -> Steps:
+        """Mutants of a budget's parent, or random points if there is no parent yet, shape (_OFFSPRING, n_steps)."""
+        capacity = self._space.capacities[budget]
         if not self._parents:
-            program = self._setting.program(capacity)
+            program = self._space.constraint(capacity)
             return np.array([random_fill(program, self._rng) for _ in range(_OFFSPRING)])
         return np.array([self._mutant(self._parents[budget], capacity) for _ in range(_OFFSPRING)])
 
-    def _mutant(self, parent: Lowered, capacity: int) -> Lowered:
-        """One to three times, a random raised player is lowered and a random other one raised that then fits."""
-        child, costs, owners = parent.copy(), self._setting.costs, self._setting.owners
-        program = self._setting.program(capacity)
+    def _mutant(self, parent: Steps, capacity: int) -> Steps:
+        """The parent after one to three random exchanges: one step down, one step of another player back that fits."""
+        child, step_bytes, player_of_step = parent.copy(), self._space.step_bytes, self._space.player_of_step
+        program = self._space.constraint(capacity)
         for _ in range(min(self._rng.integers(1, 4, size=2))):
-            back, lowerable = program.movable(child)
-            raised = np.flatnonzero(lowerable)
-            if len(raised) == 0:
+            back, down = program.movable(child)
+            candidates = np.flatnonzero(down)
+            if len(candidates) == 0:
                 break
-            down = self._rng.choice(raised)
-            slack = capacity - int(costs[~child].sum()) + int(costs[down])
-            fitting = np.flatnonzero(back & (owners != owners[down]) & (costs <= slack))
+            lowered = self._rng.choice(candidates)
+            slack = capacity - int(step_bytes[~child].sum()) + int(step_bytes[lowered])
+            fitting = np.flatnonzero(back & (player_of_step != player_of_step[lowered]) & (step_bytes <= slack))
             if len(fitting):
-                child[down] = True
+                child[lowered] = True
                 child[self._rng.choice(fitting)] = False
         return child
-
-
-AnySearch = TypeVar("AnySearch", bound=Search)
-
-
-def run_search(search: AnySearch, game_of: Callable[[float], Game]) -> AnySearch:
-    """Measure what a search proposes, each on the share of the sequences that it asks for: all, if it asks for none.
-
-    Args:
-        search: The search.
-        game_of: The game on a share of the sequences.
-    """
-    while len(points := search.propose()):
-        share = search.share if isinstance(search, Evolution) else 1.0
-        search.learn(points, game_of(share)(points))
-    return search

@@ -1,45 +1,48 @@
-"""One-shot scores: what each player does alone to the true loss, at one end of the game."""
+"""One-shot scores: the true loss of each player alone, at one end of the game."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from coopq.search.solver.exact import allocate
-from coopq.search.space import Measured, Setting
 from coopq.core.types import Assignment, Assignments, Losses
+from coopq.search.measured import Measured
+from coopq.search.protocol import Search
+from coopq.search.solver.exact import allocate
+from coopq.search.space import SearchSpace
 
 
-class OneShot:
-    """Measures every player alone, and believes that what they do adds up.
+class OneShot(Search):
+    """Measures every player alone, and chooses as if the loss changes of players add up.
 
     Args:
-        setting: Widths, sizes, budgets.
-        end: "high": each is lowered alone, all others at the high width; "low": each is raised alone. With more than
-            two widths, to each of them.
+        space: Players, widths, budgets.
+        end: "high" lowers each player alone, with all others at their highest width; "low" raises each player alone,
+            with all others at their lowest width. With more than two widths, to each width in turn.
     """
 
-    def __init__(self, setting: Setting, end: str) -> None:
-        self._setting = setting
+    def __init__(self, space: SearchSpace, end: str) -> None:
+        self._space = space
         self._is_low = end == "low"
-        alone = setting.raised_alone() if self._is_low else setting.alone()
-        self._points = np.concatenate([np.full((1, setting.n_steps), self._is_low), alone])
-        self.measured = Measured(setting)
+        alone = space.one_player_up() if self._is_low else space.one_player_down()
+        self._points = np.concatenate([np.full((1, space.n_steps), self._is_low), alone])
+        self.measured = Measured(space)
 
     def propose(self) -> Assignments:
-        """The end, then each player alone."""
-        return self._setting.assignments(self._points[: 0 if len(self.measured) else None])
+        """The end of the game, then each player alone."""
+        return self._space.assignments(self._points[: 0 if len(self.measured) else None])
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses."""
         self.measured.add(assignments, losses)
 
     def choose(self, capacity: int) -> Assignment:
-        """The exact knapsack over what players do alone."""
+        """The exact knapsack over what each step adds to the loss, shape (n_players,)."""
         end, *alone = (self.measured.loss(q) for q in self._points)
-        program, losses = self._setting.program(capacity), np.array(alone)
-        # From width to width of a player, all of it down: what a step costs.
+        program, losses = self._space.constraint(capacity), np.array(alone)
+        # The loss below each step minus the loss above, of one player with all others at the end of the game.
         if self._is_low:
-            worth = np.where(np.append(program.follows[1:], False), np.append(losses[1:], end), end) - losses
+            is_last = ~np.append(program.needs_previous[1:], False)
+            added = np.where(is_last, end, np.append(losses[1:], end)) - losses
         else:
-            worth = losses - np.where(program.follows, np.append(end, losses[:-1]), end)
-        return self._setting.assignments(allocate(replace(program, linear=worth)).q)
+            added = losses - np.where(program.needs_previous, np.append(end, losses[:-1]), end)
+        return self._space.assignments(allocate(replace(program, a=added)).q)

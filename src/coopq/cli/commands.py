@@ -1,0 +1,206 @@
+"""Commands that search, allocate, save, export and show; each imports its work when the command is used."""
+
+from pathlib import Path
+
+import click
+
+from coopq.cli.options import SectionedCommand, as_json, out_folder, ray_config, takes, takes_cluster
+from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
+from coopq.core.errors import BackendError, RunError
+from coopq.core.specs import Goal, QuantizerSpec, Request, SolverSpec
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command(cls=SectionedCommand)
+@takes(Request, Goal, SolverSpec)
+@out_folder
+@click.option("--run", type=_FOLDER, help="Folder of the work. Default: OUT-run.")
+@takes_cluster
+@as_json
+def quantize(
+    request: Request,
+    goal: Goal,
+    solver: SolverSpec,
+    out: Path,
+    run: Path | None,
+    ray_address: str | None,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """The main job: search, quantize, save. Run it again and it goes on where it was."""
+    from coopq import pipeline
+    from coopq.export.formats import predicted_bytes
+    from coopq.report.data import plan_data
+    from coopq.report.tables import plan_summary, provenance
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        cluster = ray_config(ray_address, workers)
+        plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
+    text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
+    data = plan_data(plan) | {"out": str(out)}
+    if request.target.form is not None:
+        exported = predicted_bytes(plan, request.target.form)
+        text += f"; {exported:,} bytes once exported to {request.target.form}"
+        data["exported_bytes"] = exported
+    print_result(data, text, as_json)
+
+
+@click.command(cls=SectionedCommand)
+@takes(Request, without=("target", "base", "context", "screen_tokens"))
+@click.option("--run", type=_FOLDER, help="Folder of the work; not with --dry-run.")
+@click.option("--dry-run", is_flag=True, help="Only say what this and other methods would take, after two seconds.")
+@takes_cluster
+@as_json
+def estimate(
+    request: Request, run: Path | None, dry_run: bool, ray_address: str | None, workers: int | None, as_json: bool
+) -> None:
+    """Measure the walks and estimate Shapley values and their covariance."""
+    from coopq.report.data import forecast_data, run_data
+    from coopq.report.tables import show_forecast, show_run
+
+    if dry_run:
+        from coopq.plan.forecast import forecast
+
+        quiet_libraries()
+        expected = forecast(request)
+        print_result(forecast_data(expected), show_forecast(expected), as_json)
+        return
+    if run is None:
+        raise RunError("estimate keeps its work in a folder: name one with --run, or ask with --dry-run what it takes")
+    from coopq import pipeline
+    from coopq.game.journal import Journal
+    from coopq.game.run_folder import RunFolder
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        estimation = pipeline.estimate(request, run, progress, ray=ray_config(ray_address, workers))
+    measured, spent = Journal.peek(RunFolder(run).journal)
+    print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("run", type=_FOLDER)
+@click.option("--budget", multiple=True, help="As for quantize; may be given several times.")
+@click.option("--front", default=0, help="As many budgets, evenly between the two widths, beside those named.")
+@takes(SolverSpec)
+@as_json
+def allocate(run: Path, budget: tuple[str, ...], front: int, solver: SolverSpec, as_json: bool) -> None:
+    """Solve the paper's program for budgets of the estimation in RUN; a plan each, in RUN/plans."""
+    from coopq.plan.allocate import allocate_run
+    from coopq.report.data import plan_data
+    from coopq.report.tables import plan_summary
+
+    with progress_bars() as progress:
+        plans = allocate_run(run, budget, front=front, solver=solver, progress=progress)
+    text = "\n".join(f"{plan_summary(plan)}\nsaved in {path}" for path, plan in plans.items())
+    print_result({"plans": [plan_data(plan) | {"path": str(path)} for path, plan in plans.items()]}, text, as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("plan", type=_FOLDER)
+@out_folder
+@click.option("--model", help="Where the plan's model is now.")
+@click.option("--backend", help="Deploy with another backend than was measured.")
+@click.option("--group-size", type=int, help="Group size of that other backend.")
+@as_json
+def apply(plan: Path, out: Path, model: str | None, backend: str | None, group_size: int | None, as_json: bool) -> None:
+    """Quantize the model of the file PLAN and save it."""
+    from coopq.plan.plan import Plan
+    from coopq.report.data import plan_data
+    from coopq.report.tables import plan_summary
+
+    loaded = Plan.load(plan)
+    if backend is None and group_size is not None:
+        raise BackendError(f"group size {group_size} goes with a backend to deploy by; name one, or leave it out")
+    deployment = None if backend is None else QuantizerSpec(backend=backend, group_size=group_size)
+    from coopq import pipeline
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        saved = pipeline.apply(loaded, out, model=model, deployment=deployment, progress=progress)
+    print_result(plan_data(saved) | {"out": str(out)}, f"{plan_summary(saved)}\nsaved in {out}", as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("saved", type=_FOLDER)
+@click.option("--to", required=True, help="Form of an engine; `coopq targets` lists them.")
+@click.option("--out", type=_FOLDER, required=True, help="The GGUF file to write, or the folder of another form.")
+@click.option(
+    "--base",
+    type=_FOLDER,
+    help="The model in full precision: for gguf, a file of llama.cpp's converter (default: the model, if it is a .gguf)"
+    "; for openvino, a folder of optimum-cli.",
+)
+@click.option("--model", help="gguf, openvino: where the plan's model is now.")
+@as_json
+def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None, as_json: bool) -> None:
+    """Write the saved model SAVED as the file of an engine: llama.cpp, OpenVINO, vLLM or transformers."""
+    from coopq.export.formats import export_model
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        n_bytes = export_model(saved, to, out, base=base, model=model, progress=progress)
+    text = f"{n_bytes:,} bytes of weights, saved in {out}"
+    print_result({"out": str(out), "to": to, "bytes": n_bytes}, text, as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("path", type=_FOLDER)
+@as_json
+def show(path: Path, as_json: bool) -> None:
+    """Show the layers, widths and Shapley values of PATH: a run folder, a plan file or a saved model."""
+    from coopq.plan.plan import Plan
+    from coopq.report.data import plan_data
+    from coopq.report.tables import show_plan
+
+    if path.is_dir() and not (path / "plan.json").is_file():
+        _show_run(path, as_json)
+    else:
+        plan = Plan.load(path / "plan.json" if path.is_dir() else path)
+        print_result(plan_data(plan), show_plan(plan), as_json)
+
+
+def _show_run(path: Path, as_json: bool) -> None:
+    """Show a run folder: its plans, and its estimation if there is one."""
+    from coopq.game.journal import Journal
+    from coopq.game.run_folder import RunFolder
+    from coopq.plan.estimation import is_estimated, load_estimation
+    from coopq.plan.plan import load_plans
+    from coopq.report.data import run_data
+    from coopq.report.tables import show_run
+
+    folder = RunFolder(path)
+    request = folder.request()
+    measured, spent = Journal.peek(folder.journal)
+    saved = load_plans(sorted(folder.plans.glob("*.json")))
+    plans = [plan for plan in saved if not plan.has_other_walks(request)]
+    if len(plans) < len(saved):
+        note(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
+    if not plans and not is_estimated(folder):
+        n = len(measured[1]) + sum(len(Journal.peek(file)[0][1]) for file in path.glob("screening-*.jsonl"))
+        note(f"{path}: {n} losses measured so far; repeat the command to go on")
+    estimation = load_estimation(path) if is_estimated(folder) or not plans else None
+    what = (estimation, plans, spent, measured)
+    print_result(run_data(*what), show_run(*what), as_json)
+
+
+@click.command(cls=SectionedCommand)
+@as_json
+def methods(as_json: bool) -> None:
+    """List the methods: what each is for, and what it costs."""
+    from coopq.report.data import methods_data
+    from coopq.report.tables import methods_table
+
+    print_result(methods_data(), methods_table(), as_json)
+
+
+@click.command(cls=SectionedCommand)
+@as_json
+def targets(as_json: bool) -> None:
+    """List the forms of engines: what each is for, and what it takes."""
+    from coopq.report.data import targets_data
+    from coopq.report.tables import targets_table
+
+    print_result(targets_data(), targets_table(), as_json)

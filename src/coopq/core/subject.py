@@ -1,0 +1,42 @@
+"""What a plan is made for: a request with the players, sizes and fingerprint that belong to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from coopq.core.sizes import Sizes
+from coopq.core.specs import Request
+from coopq.core.types import Player, Width
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What plans are made for.
+
+    Attributes:
+        request: What was asked for.
+        players: The players, by block.
+        sizes: Bytes of the players at each width.
+        fingerprint: What losses depend on.
+    """
+
+    request: Request
+    players: tuple[Player, ...]
+    sizes: Sizes
+    fingerprint: Mapping[str, Any]
+
+    @cached_property
+    def player_widths(self) -> tuple[tuple[Width, ...], ...]:
+        """The widths of each player, ascending."""
+        return self.sizes.player_widths(self.request.widths.bits)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The block of each player, ascending from 0, shape (n_players,)."""
+        return [player.block for player in self.players]
+
+    @property
+    def common_widths(self) -> tuple[Width, ...]:
+        """The widths that weights are quantized to and that every player has."""
+        return tuple(bits for bits in self.request.widths.quantized if all(bits in own for own in self.player_widths))

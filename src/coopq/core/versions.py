@@ -1,0 +1,33 @@
+"""Versions of libraries whose private parts are in use: these can change without notice."""
+
+import logging
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+_log = logging.getLogger(__name__)
+
+
+@cache
+def check_version(package: str, tried: str, what: str) -> None:
+    """Warn, once in a process, if a package has another version than the one that was tried.
+
+    Args:
+        package: Name of the package, as pip has it.
+        tried: The version that was tried, or its first numbers: "5.23" stands for 5.23.0 and 5.23.1.
+        what: What uses private parts of the package: "backend 'hqq'".
+    """
+    try:
+        found = version(package)
+    except PackageNotFoundError:  # a copy without metadata
+        found = "unknown"
+    if found != tried and not found.startswith(f"{tried}."):
+        _log.warning(
+            "%s uses private parts of %s, tried with version %s; version %s is installed: if results look wrong, run: "
+            "pip install '%s==%s.*'",
+            what,
+            package,
+            tried,
+            found,
+            package,
+            tried,
+        )

@@ -1,0 +1,87 @@
+"""A run folder: what was asked for, and everything that was measured and made for it.
+
+run.json       the request
+journal.jsonl  every loss measured on the calibration set
+screening-*    losses on the first calibration sequences, the same way
+bank/          quantized weights of every player at every width
+scores/        one-layer scores
+searches.json  what searches knew when they began
+estimate.json  Shapley values, covariance and sizes: all that an allocation needs
+plans/         one plan for each budget and method
+evaluation/    losses on text that judges
+run.lock       held while a process works in the folder
+"""
+
+from pathlib import Path
+
+from coopq.core.errors import Mismatch, RunError, differing
+from coopq.core.files import read_record, write_record
+from coopq.core.specs import Request
+
+_FORMAT_VERSION = 2
+_FREE = ("permutations", "seed", "model", "device", "dtype", "screen_tokens", "target", "base", "context")
+"""Options that may change from command to command in one run folder.
+
+Other walks go on from the same journal. The fingerprints of the bank and of the journal guard what the model, the device
+and the dtype must not change.
+"""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: The folder.
+        bank: Folder of the weight bank, if it is not in this one.
+    """
+
+    def __init__(self, path: Path, bank: Path | None = None) -> None:
+        self.path = path
+        self.bank = bank or path / "bank"
+        self.journal = path / "journal.jsonl"
+        self.evaluation = path / "evaluation"
+        self.plans = path / "plans"
+        self.scores = path / "scores"
+        self.estimate = path / "estimate.json"
+
+    def screening(self, n_sequences: int) -> Path:
+        """The journal of losses on the first n calibration sequences."""
+        return self.path / f"screening-{n_sequences}.jsonl"
+
+    def check(self, request: Request) -> None:
+        """Check that a request goes on with the one recorded, if there is one.
+
+        Raises:
+            Mismatch: If the folder belongs to another request.
+        """
+        if not (self.path / "run.json").exists():
+            return
+        ours = {name: value for name, value in request.options().items() if name not in _FREE}
+        theirs = {name: value for name, value in self.request().options().items() if name not in _FREE}
+        if differing(ours, theirs):
+            raise Mismatch(
+                f"run folder {self.path} was started with another request",
+                ours,
+                theirs,
+                "use another run folder, or repeat the first request",
+            )
+
+    def start(self, request: Request) -> None:
+        """Record the request."""
+        write_record(self.path / "run.json", {"request": request}, _FORMAT_VERSION)
+
+    def request(self) -> Request:
+        """The request recorded.
+
+        Raises:
+            RunError: If this is no run folder.
+        """
+        return read_record(
+            self.path / "run.json",
+            dict[str, Request],
+            _FORMAT_VERSION,
+            what="record of a run",
+            missing=f"{self.path} is not a run folder; `coopq estimate` makes one",
+            way_out="use another run folder",
+            error=RunError,
+        )["request"]

@@ -1,0 +1,241 @@
+"""From what a method says to the plan of a budget: the program, its solution, the sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.core.errors import BudgetError
+from coopq.core.sizes import Budget
+from coopq.core.specs import DEFAULT_SOLVER, SolverSpec
+from coopq.core.subject import Subject
+from coopq.core.types import Assignment, ProgressCallback, as_widths, silent
+from coopq.game.run_folder import RunFolder
+from coopq.plan.estimation import Estimation, Spent, load_estimation
+from coopq.plan.plan import Plan, PlayerPlan, Solver
+from coopq.search.measured import Measured
+from coopq.search.solver.exact import Allocation, allocate, near_optimum
+from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
+from coopq.search.space import SearchSpace
+from coopq.search.surrogate import Fidelity, best_surrogate
+
+_SETTLE_SECONDS = 15.0
+"""For programs of fitted interactions, whose proof can take hours (docs/decisions/0010-hard-programs.md)."""
+_MOST_EXACT = 32
+"""Steps up to which those programs are solved by branch and bound; K is indefinite, and hard beyond (same decision)."""
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chose for a budget, and why.
+
+    Attributes:
+        method: Name of the method.
+        assignment: Width of each player, shape (n_players,).
+        allocation: The solution of the method's program.
+        scores: What the method says of each player, shape (n_players,).
+        spent: What the method took.
+        stderr: Standard errors of the scores, shape (n_players,); None for methods without.
+        alpha: Shrinkage of the covariance; None for methods without.
+        predicted_loss: Loss that the method predicts, nats per token; None for methods that predict none.
+        runner_up: The best other assignment measured, shape (n_players,); None if none was.
+        fidelity: How far the method's surrogate can be trusted; None for methods without one.
+    """
+
+    method: str
+    assignment: Assignment
+    allocation: Allocation
+    scores: Array
+    spent: Spent
+    stderr: Array | None = None
+    alpha: float | None = None
+    predicted_loss: float | None = None
+    runner_up: Assignment | None = None
+    fidelity: Fidelity | None = None
+
+
+def search_space(subject: Subject, budgets: Sequence[Budget] = ()) -> SearchSpace:
+    """What a search for budgets chooses from; capacities are the bytes above all players at the lowest width."""
+    widths, sizes = subject.request.widths, subject.sizes
+    return SearchSpace(
+        player_widths=subject.player_widths,
+        step_bytes=sizes.step_bytes(widths.bits),
+        capacities=tuple(sizes.capacity(budget, widths.low, widths.high) for budget in budgets),
+        seed=subject.request.search.seed,
+    )
+
+
+def choose_by_walks(estimation: Estimation, budget: Budget, method: str, solver: SolverSpec) -> Choice:
+    """What the paper's program chooses.
+
+    Args:
+        estimation: A finished estimation.
+        budget: The limit on bytes.
+        method: "coopq"; "pruning" where the walks removed players instead of lowering them, and predict no loss.
+        solver: Shrinkage of the covariance, and the time limit.
+    """
+    estimate, space = estimation.estimate, search_space(estimation, [budget])
+    program = paper_program(
+        estimate.shapley, estimate.covariance, solver.alpha, step_bytes=space.step_bytes, capacity=space.capacities[0]
+    )
+    allocation = allocate(program, solver.time_limit)
+    return Choice(
+        method=method,
+        assignment=space.assignments(allocation.q),
+        allocation=allocation,
+        scores=estimate.shapley,
+        spent=estimation.spent,
+        stderr=estimate.stderr,
+        alpha=solver.alpha,
+        predicted_loss=estimate.loss_high + allocation.objective if method == "coopq" else None,
+    )
+
+
+def choose_by_gains(
+    space: SearchSpace, capacity: int, method: str, gains: Array, pairs: Array | None, spent: Spent, solver: SolverSpec
+) -> Choice:
+    """What a score chooses: the exact knapsack over the gains of steps, or a local optimum if there are pair terms.
+
+    Args:
+        space: Players and steps.
+        capacity: Bytes that steps not taken may cost together.
+        method: Name of the score.
+        gains: Loss saved by not taking each step down, shape (n_steps,).
+        pairs: What pairs of steps cost beyond that, symmetric, shape (n_steps, n_steps); None for no pair terms.
+        spent: What the score took.
+        solver: The time limit.
+    """
+    program = replace(space.constraint(capacity), a=gains)
+    allocation = allocate(program, solver.time_limit) if pairs is None else settle(replace(program, K=pairs), solver)
+    return Choice(
+        method=method,
+        assignment=space.assignments(allocation.q),
+        allocation=allocation,
+        scores=space.sum_by_player(gains),
+        spent=spent,
+    )
+
+
+def describe_search(
+    space: SearchSpace,
+    capacity: int,
+    method: str,
+    chosen: Assignment,
+    measured: Measured,
+    spent: Spent,
+    solver: SolverSpec,
+) -> Choice:
+    """The choice of a search, with what its surrogate says of the chosen assignment.
+
+    The allocation is the surrogate's optimum, in the units of its transform: how far below the optimum any assignment
+    could be, if the surrogate were true.
+
+    Args:
+        space: Players and steps.
+        capacity: Bytes that steps not taken may cost together.
+        method: Name of the search.
+        chosen: The assignment, shape (n_players,).
+        measured: What the search measured.
+        spent: What the search took.
+        solver: The time limit.
+    """
+    surrogates = measured.surrogates(capacity)
+    surrogate = best_surrogate(surrogates)
+    q = space.steps_down(chosen)
+    return Choice(
+        method=method,
+        assignment=chosen,
+        allocation=settle(surrogate.program(space.constraint(capacity)), solver),
+        scores=space.sum_by_player(surrogates[0].shapley()),
+        spent=spent,
+        # A surrogate does not predict what it was fitted to.
+        predicted_loss=None if q in measured else float(surrogate.predict(q[None])[0]),
+        fidelity=surrogate.fidelity,
+    )
+
+
+def settle(program: QuadraticProgram, solver: SolverSpec) -> Allocation:
+    """A solution with a bound, in bounded time, of a program that can be hard."""
+    if len(program.step_bytes) > _MOST_EXACT:
+        return near_optimum(program)
+    return allocate(program, solver.time_limit or _SETTLE_SECONDS)
+
+
+def make_plan(subject: Subject, budget: Budget, choice: Choice) -> Plan:
+    """The plan of a choice, with its sizes."""
+    widths, sizes = subject.request.widths, subject.sizes
+    assignment, allocation = as_widths(choice.assignment), choice.allocation
+    stderr = [None] * len(assignment) if choice.stderr is None else choice.stderr.tolist()
+    return Plan(
+        method=choice.method,
+        alpha=choice.alpha,
+        budget=budget.text,
+        budget_bytes=sizes.limit(budget, widths.low, widths.high),
+        bytes=sizes.total_bytes(assignment),
+        untouched_bytes=sizes.untouched_bytes(assignment),
+        average_bits=sizes.average_bits(assignment),
+        bits_per_weight=sizes.bits_per_weight(assignment),
+        players=tuple(
+            PlayerPlan(player.name, bits, tuple(linear.name for linear in player.linears), score, error)
+            for player, bits, score, error in zip(
+                subject.players, assignment, choice.scores.tolist(), stderr, strict=True
+            )
+        ),
+        solver=Solver(allocation.status, allocation.objective, allocation.bound, allocation.gap),
+        predicted_loss=choice.predicted_loss,
+        measured_loss=None,
+        request=subject.request,
+        fingerprint=dict(subject.fingerprint),
+        block_forwards=choice.spent.block_forwards,
+        block_forwards_unshared=choice.spent.unshared,
+        runner_up=None if choice.runner_up is None else tuple(as_widths(choice.runner_up)),
+        fidelity=choice.fidelity,
+    )
+
+
+def allocate_run(
+    run: Path,
+    budgets: Sequence[str] = (),
+    *,
+    front: int = 0,
+    solver: SolverSpec = DEFAULT_SOLVER,
+    progress: ProgressCallback = silent,
+) -> dict[Path, Plan]:
+    """Solve the paper's program for budgets of a finished estimation; nothing is measured.
+
+    Args:
+        run: Run folder of the estimation.
+        budgets: Budgets as for `coopq.quantize`.
+        front: As many budgets, evenly between the two widths, beside those named.
+        solver: Shrinkage of the covariance, and the time limit.
+        progress: Told of every budget.
+    Returns:
+        The plans by their files in RUN/plans.
+    Raises:
+        BudgetError: If there is no budget, or one is infeasible; then none is solved.
+    """
+    parsed = [Budget.parse(text) for text in budgets]
+    estimation = load_estimation(run)
+    widths = estimation.request.widths
+    parsed += [
+        Budget.parse(f"{widths.low + (widths.high - widths.low) * k / (front + 1):.4g}avg") for k in range(1, front + 1)
+    ]
+    if not parsed:
+        raise BudgetError("no budget is given; name some with --budget, or take a whole front with --front 9")
+    for budget in parsed:
+        estimation.sizes.limit(budget, widths.low, widths.high)
+    plans = []
+    for budget in parsed:
+        progress("solving the program", len(plans), len(parsed))
+        plans.append(make_plan(estimation, budget, choose_by_walks(estimation, budget, "coopq", solver)))
+    progress("solving the program", len(plans), len(parsed))
+    folder = RunFolder(run).plans
+    folder.mkdir(exist_ok=True)
+    saved = {folder / plan.file_name: plan for plan in plans}
+    for path, plan in saved.items():
+        plan.save(path)
+    return saved

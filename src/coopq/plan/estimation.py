@@ -1,0 +1,124 @@
+"""A finished estimation of Shapley values, and its file estimate.json in a run folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import Struct
+
+from coopq.core.errors import RunError
+from coopq.core.files import read_record, write_record
+from coopq.core.sizes import Sizes
+from coopq.core.specs import Request
+from coopq.core.subject import Subject
+from coopq.core.types import Player, as_width
+from coopq.game.run_folder import RunFolder
+from coopq.search.shapley import ShapleyEstimate
+
+_FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a method takes, in forwards of one block over all calibration tokens.
+
+    Attributes:
+        block_forwards: The number of an uninterrupted run that shares the forwards of common prefixes.
+        unshared: The same number if no two assignments shared a prefix.
+    """
+
+    block_forwards: int
+    unshared: int
+
+
+@dataclass(frozen=True)
+class Estimation(Subject):
+    """A finished estimation with everything that an allocation and a plan need.
+
+    Attributes:
+        estimate: What the walks say.
+        spent: What the walks took.
+    """
+
+    estimate: ShapleyEstimate
+    spent: Spent
+
+
+class _Record(Struct, forbid_unknown_fields=True):
+    """estimate.json."""
+
+    request: Request
+    fingerprint: dict[str, Any]
+    players: tuple[Player, ...]
+    bytes: dict[str, tuple[int, ...]]
+    fixed: int
+    estimate: dict[str, list[float] | list[list[float]] | float]
+    spent: Spent
+
+
+def is_estimated(folder: RunFolder) -> bool:
+    """Whether a run folder holds a finished estimation."""
+    return folder.estimate.is_file()
+
+
+def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
+    """Write an estimation into its run folder."""
+    estimate = {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in vars(estimation.estimate).items()
+    }
+    record = _Record(
+        request=estimation.request,
+        fingerprint=dict(estimation.fingerprint),
+        players=estimation.players,
+        bytes={str(bits): n_bytes for bits, n_bytes in estimation.sizes.n_bytes.items()},
+        fixed=estimation.sizes.fixed,
+        estimate=estimate,
+        spent=estimation.spent,
+    )
+    write_record(folder.estimate, record, _FORMAT_VERSION)
+
+
+def load_estimation(path: Path) -> Estimation:
+    """The estimation of a run folder.
+
+    Raises:
+        RunError: If the folder is no run folder, or the estimation is not finished.
+    """
+    folder = RunFolder(path)
+    request = folder.request()
+    unfinished = (
+        f"the work in {path} is not finished; repeat the command it was started with, or estimate with: "
+        f"coopq estimate {request.model.source} --run {path}"
+    )
+    record = read_record(
+        folder.estimate,
+        _Record,
+        _FORMAT_VERSION,
+        what="estimation",
+        missing=unfinished,
+        way_out="use another run folder",
+        error=RunError,
+    )
+    ours, theirs = record.request.search, request.search
+    if (ours.permutations, ours.seed) != (theirs.permutations, theirs.seed):
+        raise RunError(unfinished)
+    values: dict[str, Any] = {
+        name: np.array(value) if isinstance(value, list) else value for name, value in record.estimate.items()
+    }
+    try:
+        return Estimation(
+            request=record.request,
+            players=record.players,
+            sizes=Sizes(
+                n_weights=tuple(player.n_weights for player in record.players),
+                n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
+                fixed=record.fixed,
+            ),
+            fingerprint=record.fingerprint,
+            estimate=ShapleyEstimate(**values),
+            spent=record.spent,
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{folder.estimate} is not a complete estimation ({error}); use another run folder") from error

@@ -1,1 +1,0 @@
-"""ggml's block types."""

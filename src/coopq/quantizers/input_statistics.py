@@ -1,0 +1,131 @@
+"""Statistics of the inputs that calibration tokens bring to layers of the full-precision model."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from coopq.model.players import weight_of
+
+_BATCH_SEQUENCES = 2
+
+_Keep: TypeAlias = Callable[[str, int, Tensor], None]
+"""Called with the name of a layer, the number of an expert (0 for a linear layer), and inputs."""
+
+
+def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """Mean square of each input column of linear layers, experts and the head.
+
+    Args:
+        model: A model of transformers.
+        names: Names of linear layers, of tensors that hold experts, and of embeddings. The inputs of an embedding are
+            those of the head, if the head is tied to the embedding.
+        tokens: Calibration tokens, shape (n_sequences, length).
+    Returns:
+        By name: shape (in,) for a linear layer, (n_experts, in) for experts. An expert that no token reaches gets the
+        mean of the other experts. Layers that no token reaches are left out.
+    """
+    return _input_means(model, names, tokens, lambda rows: rows.square().sum(dim=0, dtype=torch.float64))
+
+
+def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """Mean product of each pair of input columns of linear layers, experts and the head: half of GPTQ's Hessian.
+
+    Args: as for `column_importance`.
+
+    Returns:
+        By name: shape (in, in) for a linear layer, (n_experts, in, in) for experts; otherwise as `column_importance`.
+    """
+    return _input_means(model, names, tokens, lambda rows: rows.T @ rows)
+
+
+@torch.no_grad()
+def _input_means(
+    model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64], total_of_rows: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Means over all inputs of a statistic.
+
+    Args:
+        model: A model of transformers.
+        names: As for `column_importance`.
+        tokens: As for `column_importance`.
+        total_of_rows: The statistic summed over some inputs, shape (n, in), float32.
+    """
+    sums: dict[tuple[str, int], Tensor] = {}
+    counts: dict[tuple[str, int], int] = {}
+    latest = total = torch.empty(0)
+
+    def keep(name: str, expert: int, inputs: Tensor) -> None:
+        nonlocal latest, total
+        rows, key = inputs.detach().flatten(0, -2), (name, expert)
+        if inputs is not latest:  # q, k and v have the same inputs
+            latest, total = inputs, total_of_rows(rows.float())
+        sums[key] = sums[key].add_(total) if key in sums else total.clone()
+        counts[key] = counts.get(key, 0) + len(rows)
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    handles = [
+        linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, 0, inputs[0]))
+        for name in names
+        if name in linears
+    ]
+    experts = {name: weight for name in names if (weight := weight_of(model, name).data).dim() == 3}
+    head = [name for name in names if weight_of(model, name) is model.get_output_embeddings().weight]
+    try:
+        with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
+            for start in range(0, len(tokens), _BATCH_SEQUENCES):
+                batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
+                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+                for name in head:
+                    keep(name, 0, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {key: (sums.pop(key) / counts[key]).float() for key in list(sums) if counts[key]}
+    found = {name: means[name, 0] for name in names if (name, 0) in means and name not in experts}
+    for name, weight in experts.items():
+        reached = {expert: mean for (owner, expert), mean in means.items() if owner == name}
+        if reached:
+            average = torch.stack(list(reached.values())).mean(dim=0)
+            found[name] = torch.stack([reached.get(expert, average) for expert in range(len(weight))])
+    return found
+
+
+@contextmanager
+def _experts_one_by_one(model: Any) -> Iterator[None]:
+    """Let transformers multiply each expert by itself, with `functional.linear`."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Reports the inputs of experts that share one tensor; these are no modules, so hooks cannot see them.
+
+    Args:
+        experts: Tensors of shape (n_experts, out, in), by name.
+        keep: Called with name, expert and inputs.
+    """
+
+    def __init__(self, experts: Mapping[str, Tensor], keep: _Keep) -> None:
+        super().__init__()
+        self._places = {
+            part.data_ptr(): (name, expert) for name, tensor in experts.items() for expert, part in enumerate(tensor)
+        }
+        self._keep = keep
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is functional.linear and args[1].data_ptr() in self._places:
+            self._keep(*self._places[args[1].data_ptr()], args[0])
+        return function(*args, **(kwargs or {}))

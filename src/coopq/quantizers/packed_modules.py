@@ -1,0 +1,204 @@
+"""Modules that keep their weights packed, and the packed weights of a whole model."""
+
+from collections import UserDict
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from coopq.core.specs import QuantizerSpec
+from coopq.core.types import Width
+from coopq.model.players import weight_of
+from coopq.model.safetensors_io import load_tensors
+from coopq.quantizers import get_backend
+from coopq.quantizers.backend import Backend, Packed
+
+
+class PackedWeights(UserDict[str, Packed]):
+    """The packed weights of a model by module name, with the backend that reads them.
+
+    Args:
+        spec: The backend and its options.
+        tensors: Packed tensors of each module; none at first if None is given.
+    Raises:
+        BackendError: As `coopq.quantizers.get_backend`.
+    """
+
+    def __init__(self, spec: QuantizerSpec, tensors: Mapping[str, Packed] | None = None) -> None:
+        super().__init__(tensors)
+        self.backend = get_backend(spec)
+
+    @classmethod
+    def read(
+        cls, folder: Path, spec: QuantizerSpec, modules: Iterable[str]
+    ) -> tuple["PackedWeights", dict[str, Tensor]]:
+        """Read the weights file of a saved model.
+
+        Args:
+            folder: The saved model.
+            spec: The backend that packed the weights, and its options.
+            modules: Names of the modules whose weights are packed.
+        Returns:
+            The packed weights, in the order of `modules`, and all other tensors of the file by name.
+        Raises:
+            OutputError: If the file cannot be read.
+        """
+        weights = cls(spec)
+        packed: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+        others: dict[str, Tensor] = {}
+        for key, tensor in load_tensors(folder / weights.backend.weights_file, way_out="save the model again").items():
+            module, part = _split(key, packed)
+            if module:
+                packed[module][part] = tensor
+            else:
+                others[key] = tensor
+        weights.update(packed)
+        return weights, others
+
+
+def _split(key: str, modules: Container[str]) -> tuple[str, str]:
+    """The module that a saved tensor belongs to and the tensor's name there; ("", key) for other tensors."""
+    parts = key.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module, part = ".".join(parts[:end]), ".".join(parts[end:])
+        if module in modules and part != "bias":
+            return module, part
+    return "", key
+
+
+def install(
+    model: Any, weights: PackedWeights, widths: Mapping[str, Width], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put packed modules in the place of a model's own.
+
+    Args:
+        model: The model, on `device`; the weights of modules that are replaced need no values.
+        weights: The packed weights; the function empties them, so that each weight is in memory once.
+        widths: Width of each module to replace.
+        device: The device of the packed weights.
+        dtype: The dtype to compute in.
+    Raises:
+        KeyError: If a module has no packed tensors, or tensors of another width.
+        AttributeError: If the model has no module of a name.
+    """
+    backend = weights.backend
+    for name, bits in widths.items():
+        weight = weight_of(model, name)
+        shape = (weight[..., 0].numel(), weight.shape[-1])
+        if sum(tensor.nbytes for tensor in weights[name].values()) != backend.storage_bytes(shape, bits):
+            raise KeyError(f"the tensors of {name} are not those of {bits} bits")
+        packed = {key: tensor.to(device) for key, tensor in weights.pop(name).items()}
+        if weight.dim() > 2:
+            owner, _, attribute = name.rpartition(".")
+            experts = PackedExperts(backend, packed, weight.shape, bits, dtype)
+            experts.attach(model.get_submodule(owner), attribute)
+            continue
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            if (head := model.get_output_embeddings()).weight is module.weight:
+                model.set_output_embeddings(backend.linear(packed, shape, bits, head.bias, dtype))
+            model.set_submodule(name, PackedEmbedding(module, backend, packed, bits, dtype))
+        else:
+            model.set_submodule(name, backend.linear(packed, shape, bits, module.bias, dtype))
+
+
+class _PackedModule(nn.Module):
+    """A module that keeps a packed weight as buffers."""
+
+    def __init__(self, backend: Backend, packed: Packed, bits: Width, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._backend, self._bits, self._dtype = backend, bits, dtype
+        for name, tensor in packed.items():
+            self.register_buffer(name.replace(".", "/"), tensor)  # names of buffers have no dots
+
+    def _weight(self, shape: tuple[int, int]) -> Tensor:
+        """The dequantized weight."""
+        packed = {name.replace("/", "."): tensor for name, tensor in self.named_buffers(recurse=False)}
+        return self._backend.dequantize(packed, shape, self._bits, self._dtype)
+
+
+class PackedLinear(_PackedModule):
+    """A linear layer that dequantizes its weight in each forward pass, for backends without a module of their own."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        packed: Packed,
+        shape: tuple[int, int],
+        bits: Width,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(backend, packed, bits, dtype)
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs W' + bias."""
+        return functional.linear(inputs, self._weight((self.out_features, self.in_features)), self.bias)
+
+    def extra_repr(self) -> str:
+        """Shape and width, for print(model)."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self._bits}"
+
+
+class PackedEmbedding(_PackedModule):
+    """An embedding that dequantizes its weight in each forward pass.
+
+    Args:
+        embedding: The model's own embedding. Its forward is used; its weight is freed.
+        backend: The backend that dequantizes.
+        packed: The packed weight.
+        bits: Width of the weight.
+        dtype: Dtype to compute in.
+    """
+
+    def __init__(
+        self, embedding: nn.Embedding, backend: Backend, packed: Packed, bits: Width, dtype: torch.dtype
+    ) -> None:
+        super().__init__(backend, packed, bits, dtype)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        embedding.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self._own = embedding
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, computed by the model's own embedding."""
+        weight = self._weight((self.num_embeddings, self.embedding_dim))
+        rows: Tensor = functional_call(self._own, {"weight": weight}, (ids,))
+        return rows
+
+
+class PackedExperts(_PackedModule):
+    """Experts that share one tensor, dequantized while their module computes.
+
+    Args:
+        backend: The backend that dequantizes.
+        packed: The packed weight: the rows of all experts, one after the other.
+        shape: Shape of the tensor, (n_experts, out, in).
+        bits: Width of the weight.
+        dtype: Dtype to compute in.
+    """
+
+    def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: Width, dtype: torch.dtype) -> None:
+        super().__init__(backend, packed, bits, dtype)
+        self._shape = shape
+
+    def attach(self, module: nn.Module, attribute: str) -> None:
+        """Let a module compute with these experts; the memory of the module's own tensor is freed."""
+        parameter = getattr(module, attribute)
+        matrix = (self._shape[0] * self._shape[1], self._shape[2])
+
+        def fill(*_: Any) -> None:
+            parameter.data = self._weight(matrix).view(self._shape)
+
+        def free(*_: Any) -> None:
+            parameter.data = torch.empty(0, dtype=self._dtype)
+
+        free()
+        module.add_module(f"packed_{attribute}", self)
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(free, always_call=True)
