@@ -1,52 +1,43 @@
-"""Searched with a cheap quantizer, deployed by a strong one: what is lost to searching with the strong one.
+"""Searched with a cheap quantizer, deployed by a strong one: the loss compared with a search by the strong one.
 
-    python benchmarks/deployed.py            # two hours on one core, nearly all of it AutoRound's; resumes
+    python benchmarks/deployed.py            # two hours on one core, nearly all of it AutoRound; resumes
 
-Plans of the active search on the banks of `hqq` and `autoround`, 2 and 4 bits by block; both saved by `autoround`, the
-first by `hqq` too; the saved models judged on WikiText-2. And how alike the two banks order random assignments.
-Writes docs/results/deployed.md.
+The active search makes plans with the weights of `hqq` and of `autoround`, 2 and 4 bits by block. `autoround` saves the
+models of both, and `hqq` the models of its own plans. The saved models are judged on WikiText-2. The report also says
+how alike the two quantizers order random assignments. Writes docs/results/deployed.md.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import Progress
 
-from coopq import pipeline
+import coopq
+from _common import RESULTS, WORK, loss_above, perplexity, table, write_models_report
+from _models import measured_plans, saved_losses, session_on, source_of
+from coopq.cli.terminal import progress_bars
+from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.types import Losses
+from coopq.export.checkpoint import SavedModel
 from coopq.judge.references import random_assignments
 from coopq.model.texts import wikitext2
-from coopq.export.checkpoint import is_saved_model
-from coopq.plan.methods import measure, plans_on
 from coopq.plan.plan import Plan
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.core.sizes import Budget
-from coopq.core.types import Losses
-from coopq.game.session import open_workbench
-from gptq_static import judged
-from main_job import bars_for
-from quantizers import above, perplexity, write_report
 
-ROOT = Path(__file__).parents[1]
-WORK, RESULTS = ROOT / "build" / "deployed", ROOT / "docs" / "results" / "deployed.md"
-DATA = ROOT / "benchmarks" / "data"
 CHEAP, STRONG = "hqq", "autoround"
-TEXT = CalibrationConfig(sequences=8, length=512)
+TOKENS, LENGTH = 4096, 512
 BUDGETS = ("2.25avg", "2.5avg", "3avg")
 GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
-RANDOM, SEED = 100, 0
+N_RANDOM, SEED = 100, 0
 
 
 @dataclass(frozen=True)
-class Search:
-    """What one quantizer's weights say.
+class Searched:
+    """A model, searched with the weights of one quantizer.
 
     Attributes:
-        plans: For each budget the plan of the active search.
-        random: For each budget the calibration losses of random assignments, shape (RANDOM,).
-        text: Windows of WikiText-2, to judge on.
+        plans: The plan of the active search for each budget.
+        random: Calibration losses of random assignments for each budget, shape (N_RANDOM,) each, nats per token.
+        text: Windows of WikiText-2 to judge on, shape (n_windows, WINDOW).
     """
 
     plans: list[Plan]
@@ -54,71 +45,70 @@ class Search:
     text: npt.NDArray[np.int64]
 
 
-def searched(name: str, backend: str, bars: Progress) -> Search:
-    """A model, searched with the weights of a backend."""
-    folder = WORK / f"{name}-{backend}"
-    config = RunConfig(str(DATA / name), backend, GROUP, 2, 4, calibration=TEXT)
-    with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
-        budgets = [Budget.parse(budget) for budget in BUDGETS]
-        plans = [measure(bench, plan) for plan in plans_on(bench, "active", budgets)]
-        with bench.calibration_game("random assignments") as game:
-            drawn = [random_assignments(bench.storage, config.widths, of.budget_bytes, RANDOM, SEED) for of in plans]
+def search(model: str, backend: str) -> Searched:
+    """Search a model with the weights of a backend."""
+    request = Request.from_options(
+        model=source_of(model),
+        backend=backend,
+        group_size=GROUP,
+        bits=(2, 4),
+        tokens=TOKENS,
+        sequence_length=LENGTH,
+    )
+    with session_on(request, WORK / "deployed" / f"{model}-{backend}") as session:
+        plans = measured_plans(session, "active", BUDGETS)
+        with session.game("random assignments") as game:
+            limits = [plan.budget_bytes for plan in plans]
+            drawn = [random_assignments(session.sizes, request.widths.bits, limit, N_RANDOM, SEED) for limit in limits]
             losses = [game(points) for points in drawn]
-        text = wikitext2(bench.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
-    return Search(plans, losses, text)
+        text = wikitext2(session.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
+    return Searched(plans, losses, text)
 
 
-def served(name: str, plan: Plan, backend: str, text: npt.NDArray[np.int64], bars: Progress) -> tuple[Plan, Losses]:
-    """The plan of the model that a backend saves, and that model's losses on tokens."""
-    own = str(plan.quantizer["name"])
-    folder = WORK / f"{name}-{own}-by-{backend}" / plan.budget
-    if not is_saved_model(folder):
-        other: dict[str, Any] = {} if backend == own else {"backend": backend, "group_size": GROUP}
-        pipeline.apply(plan, folder, progress=bars_for(bars, f"{own} by {backend}, {plan.budget}"), **other)
-    return judged(folder, text)
+def deploy(model: str, plan: Plan, backend: str, text: npt.NDArray[np.int64]) -> tuple[Plan, Losses]:
+    """The plan of the model that a backend saves, and the saved model's losses on tokens."""
+    saved = SavedModel(WORK / "deployed" / f"{model}-{plan.quantizer.backend}-by-{backend}" / plan.budget)
+    if not saved.exists:
+        deployment = None if backend == plan.quantizer.backend else QuantizerSpec(backend, GROUP)
+        with progress_bars() as progress:
+            coopq.apply(plan, saved.folder, deployment=deployment, progress=progress)
+    return saved.plan, saved_losses(saved.folder, text)
 
 
-def run(name: str, bars: Progress) -> list[str]:
-    """The rows of a model."""
-    cheap, strong = (searched(name, backend, bars) for backend in (CHEAP, STRONG))
-    lines = [
-        "",
-        f"## {name}",
-        "",
-        f"| budget | {CHEAP} by {CHEAP} | {CHEAP} by {STRONG} | {STRONG} by {STRONG} | its own plan is worth "
-        f"| {STRONG}: measured | saved | players apart | order alike |",
-        "| --- |" + " --- |" * 8,
-    ]
+def describe(model: str) -> list[str]:
+    """The report of a model."""
+    cheap, strong = (search(model, backend) for backend in (CHEAP, STRONG))
+    rows = []
     for k, budget in enumerate(BUDGETS):
-        ours, theirs = cheap.plans[k], strong.plans[k]
-        _, before = served(name, ours, CHEAP, cheap.text, bars)
-        _, moved = served(name, ours, STRONG, cheap.text, bars)
-        saved, own = served(name, theirs, STRONG, cheap.text, bars)
-        apart = sum(a != b for a, b in zip(ours.assignment, theirs.assignment, strict=True))
+        cheap_plan, strong_plan = cheap.plans[k], strong.plans[k]
+        _, before = deploy(model, cheap_plan, CHEAP, cheap.text)
+        _, moved = deploy(model, cheap_plan, STRONG, cheap.text)
+        saved, own = deploy(model, strong_plan, STRONG, cheap.text)
+        n_apart = sum(a != b for a, b in zip(cheap_plan.assignment, strong_plan.assignment, strict=True))
         ranks = np.argsort(np.argsort([cheap.random[k], strong.random[k]], axis=1), axis=1)
-        alike = np.corrcoef(ranks)[0, 1]
-        lines.append(
-            f"| {budget} | {perplexity(before)} | {perplexity(moved)} | {perplexity(own)} | {above(moved, own)} "
-            f"| {theirs.measured_loss:.4f} | {saved.saved_loss:.4f} | {apart} of {len(ours.assignment)} | {alike:.2f} |"
-        )
-    return lines
+        cells = [budget, perplexity(before), perplexity(moved), perplexity(own), loss_above(moved, own)]
+        cells += [f"{strong_plan.measured_loss:.4f}", f"{saved.saved_loss:.4f}"]
+        rows.append([*cells, f"{n_apart} of {len(cheap_plan.assignment)}", f"{np.corrcoef(ranks)[0, 1]:.2f}"])
+    head = [f"{CHEAP} by {CHEAP}", f"{CHEAP} by {STRONG}", f"{STRONG} by {STRONG}", "gain of the own plan"]
+    head += [f"{STRONG}: measured", "saved", "players apart", "order alike"]
+    return ["", f"## {model}", "", *table(["budget", *head], rows)]
 
 
 def main() -> None:
-    """Some models, or all."""
+    """Measure the models that are named, and write the report."""
     head = [
         "# Searched with one quantizer, deployed by another",
         "",
         "Written by `python benchmarks/deployed.py`: 2 and 4 bits by block, groups of",
-        f"{GROUP}, active search on {TEXT.sequences} x {TEXT.length} tokens of C4, saved models judged on the first",
+        f"{GROUP}, active search on {TOKENS // LENGTH} x {LENGTH} tokens of C4, saved models judged on the first",
         f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. `{CHEAP} by {STRONG}`: perplexity of a plan",
-        f"that was searched with {CHEAP}'s weights, saved by {STRONG}. What its own plan is worth: the loss of",
-        f"`{CHEAP} by {STRONG}` less that of `{STRONG} by {STRONG}`, nats per token, 95 %, paired bootstrap.",
-        f"Measured: the loss on the calibration tokens of the weights that {STRONG}'s search saw; saved: of those that",
-        f"the saved model has. Order: the rank correlation of both quantizers' losses of {RANDOM} random assignments",
-        "of the budget.",
+        f"that was searched with the weights of {CHEAP} and saved by {STRONG}. Gain of the own plan: the loss of",
+        f"`{CHEAP} by {STRONG}` less the loss of `{STRONG} by {STRONG}`, nats per token, 95 %, paired bootstrap.",
+        f"Measured: the loss on the calibration tokens of the weights that the search by {STRONG} saw; saved: of the",
+        "weights that the saved model has. Order: the rank correlation of both quantizers' losses of",
+        f"{N_RANDOM} random assignments of the budget.",
     ]
-    write_report(__doc__, RESULTS, head, run)
+    write_models_report(__doc__, RESULTS / "deployed.md", head, describe)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,27 @@
-"""What each quantizer loses by itself, and what it takes.
+"""The loss that each quantizer causes by itself, and the time that it takes.
 
-    python benchmarks/quantizers.py            # half an hour on one core, nearly all of it AutoRound's; resumes
+    python benchmarks/quantizers.py            # half an hour on one core, nearly all of it AutoRound; resumes
 
-A reference model with every layer at 2, and at 4 bits, on the calibration tokens and on WikiText-2. Writes
-docs/results/quantizers.md.
+Every layer of a reference model is quantized to 2 bits, and to 4 bits, and measured on calibration tokens and on
+WikiText-2. Writes docs/results/quantizers.md.
 """
 
-import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
-from coopq.model.texts import fitting_set
-from coopq.judge.comparison import judge_windows
-from coopq.plan.confidence import Evidence
+from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, table, write_models_report
+from _models import session_on, source_of
 from coopq.core.files import read_json, write_json
-from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Losses
-from coopq.game.session import open_workbench
-from gptq_static import spent
-from main_job import bars_for
+from coopq.judge.perplexity import judge_windows
+from coopq.model.texts import fitting_set
 
-ROOT = Path(__file__).parents[1]
-WORK, RESULTS = ROOT / "build" / "quantizers", ROOT / "docs" / "results" / "quantizers.md"
-DATA = ROOT / "benchmarks" / "data"
-TEXT = CalibrationConfig(sequences=8, length=512)
+TOKENS, LENGTH = 4096, 512
 WIDTHS, GROUP, JUDGE_TOKENS, WINDOW = (2, 4), 64, 32768, 512
 QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
     "rtn": {"backend": "rtn"},
@@ -42,108 +35,90 @@ QUANTIZERS: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model is worth with every layer at one width.
+class Quantized:
+    """A model with every layer at one width.
 
     Attributes:
-        text: Loss on the calibration tokens, and on those that weights are fitted to where they are.
-        losses: On windows of WikiText-2, and the same of the untouched model, shape (2, n_windows).
-        seconds: Of the processor, for the weights; None where they were interrupted.
+        calibration: Loss on the calibration tokens, nats per token.
+        fitted: Loss on the tokens that weights are fitted to, nats per token.
+        windows: Losses on windows of WikiText-2, shape (n_windows,), nats per token.
+        full: Losses of the model in full precision on the same windows.
+        seconds: Processor time of the quantization; None if the quantization was interrupted.
     """
 
-    text: tuple[float, float]
-    losses: Losses
+    calibration: float
+    fitted: float
+    windows: Losses
+    full: Losses
     seconds: float | None
 
 
-def found_by(
-    folder: Path, name: str, quantizer: Mapping[str, Any], width: int, fitting: int | None, bars: Progress
-) -> Found:
-    """One model, quantizer and width, fitted to so many sequences; the work is kept in a folder."""
-    settings = {"group_size": GROUP, "low": width, "high": UNTOUCHED, **quantizer}
-    text = replace(TEXT, fitting=fitting)
-    config = RunConfig(str(DATA / name), calibration=text, **settings)
-    timed, is_new, start = folder / "seconds.json", not folder.exists(), spent()
-    with open_workbench(config, folder, bars_for(bars, folder.name)) as bench:
+def quantized(
+    work: Path, model: str, quantizer: str, options: Mapping[str, Any], width: int, n_fitted: int | None = None
+) -> Quantized:
+    """A model quantized to one width and measured.
+
+    Args:
+        work: Folder of the run folders.
+        model: Name of a reference model.
+        quantizer: Name of the quantizer.
+        options: Options of the quantizer.
+        width: Width of every layer.
+        n_fitted: Sequences that weights are fitted to; None takes the default.
+    """
+    name = f"{model}-{quantizer.replace(' ', '')}-{width}"
+    folder = work / (name if n_fitted is None else f"{name}-{n_fitted}")
+    fit_tokens = None if n_fitted is None else n_fitted * LENGTH
+    text = {"tokens": TOKENS, "sequence_length": LENGTH, "fit_tokens": fit_tokens}
+    options = {"group_size": GROUP, "bits": (width, UNTOUCHED), **text, **options}
+    request = Request.from_options(model=source_of(model), **options)
+    timed, is_new, start = folder / "seconds.json", not folder.exists(), cpu_seconds()
+    with session_on(request, folder) as session:
         if not timed.exists():
-            write_json(timed, spent() - start if is_new else None)
-        points = np.array([[of] * len(bench.players) for of in (width, UNTOUCHED)], dtype=np.float32)
-        seen = []
-        fitted = fitting_set(text, bench.loaded.tokenizer)
-        for tokens, journal in ((bench.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):
-            with bench.game(tokens, folder / journal, "measuring") as game:
-                seen.append(float(game(points[:1])[0]))
-        losses = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
-    return Found((seen[0], seen[1]), losses, read_json(timed))
+            write_json(timed, cpu_seconds() - start if is_new else None)
+        points = np.array([[bits] * len(session.players) for bits in (width, UNTOUCHED)], dtype=np.float32)
+        losses = []
+        fitted = fitting_set(request.text, session.loaded.tokenizer)
+        for tokens, journal in ((session.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):
+            with session.game_on(tokens, folder / journal, "measuring") as game:
+                losses.append(float(game(points[:1])[0]))
+        windows, full = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+    return Quantized(*losses, windows, full, read_json(timed))
 
 
-def perplexity(losses: Losses) -> str:
-    """For people."""
-    return f"{np.exp(losses.mean()):.2f}"
-
-
-def above(losses: Losses, others: Losses) -> str:
-    """How much higher losses are than others, with the paired interval, for people."""
-    low, high = Evidence.of(others, losses).interval or (np.nan, np.nan)
-    return f"{losses.mean() - others.mean():+.4f} ({low:+.4f} to {high:+.4f})"
-
-
-def run(name: str, bars: Progress) -> list[str]:
+def describe(model: str) -> list[str]:
     """The report of a model."""
+    work = WORK / "quantizers"
     every = {
-        of: {
-            width: found_by(WORK / f"{name}-{of.replace(' ', '')}-{width}", name, settings, width, None, bars)
-            for width in WIDTHS
-        }
-        for of, settings in QUANTIZERS.items()
+        name: {width: quantized(work, model, name, options, width) for width in WIDTHS}
+        for name, options in QUANTIZERS.items()
     }
-    full = every["rtn"][WIDTHS[0]].losses[1]
-    columns = "calibration | fitted to | perplexity | loss above full precision | seconds"
-    header = [f"{width} bits: {columns}" for width in WIDTHS]
-    lines = [
-        "",
-        f"## {name}",
-        "",
-        f"In full precision {perplexity(full)}.",
-        "",
-        f"| backend | {' | '.join(header)} |",
-        "| --- |" + " --- |" * 5 * len(WIDTHS),
-    ]
-    for quantizer, by_width in every.items():
-        cells = [quantizer]
+    full = every["rtn"][WIDTHS[0]].full
+    columns = ("calibration", "fitted to", "perplexity", "loss above full precision", "seconds")
+    head = ["backend", *(f"{width} bits: {column}" for width in WIDTHS for column in columns)]
+    rows = []
+    for name, by_width in every.items():
+        cells = [name]
         for found in by_width.values():
             seconds = "" if found.seconds is None else f"{found.seconds:.0f}"
-            cells += [f"{loss:.4f}" for loss in found.text]
-            cells += [perplexity(found.losses[0]), above(found.losses[0], full), seconds]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def write_report(
-    description: str | None, results: Path, head: list[str], run: Callable[[str, Progress], list[str]]
-) -> None:
-    """Ask for models, llama unless named, and write what a bench says of them under a head."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="of benchmarks/data; llama unless named")
-    models = parser.parse_args().models or ["llama"]
-    with Progress() as bars:
-        text = "\n".join([*head, *(row for name in models for row in run(name, bars))])
-    results.write_text(text + "\n", encoding="utf-8")
-    print(text)
+            cells += [f"{found.calibration:.4f}", f"{found.fitted:.4f}", perplexity(found.windows)]
+            cells += [loss_above(found.windows, full), seconds]
+        rows.append(cells)
+    return ["", f"## {model}", "", f"In full precision {perplexity(full)}.", "", *table(head, rows)]
 
 
 def main() -> None:
-    """Some models, or all."""
+    """Measure the models that are named, and write the report."""
     head = [
         "# Quantizers",
         "",
         "Written by `python benchmarks/quantizers.py`: every layer of the blocks at one width, groups of",
-        f"{GROUP} (quanto: 128). Losses on {TEXT.sequences} sequences of {TEXT.length} tokens of C4, as a search would",
-        "see them, and on the 64 others that gptq, gptq-static and autoround are fitted to.",
+        f"{GROUP} (quanto: 128). Losses on {TOKENS // LENGTH} sequences of {LENGTH} tokens of C4, as a search sees",
+        "them, and on the 64 other sequences that gptq, gptq-static and autoround are fitted to.",
         f"Perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. Losses in nats per",
-        "token, differences with 95 %, paired bootstrap over windows; seconds of the processor for the weights.",
+        "token, differences with 95 %, paired bootstrap over windows; seconds: processor time for the weights.",
     ]
-    write_report(__doc__, RESULTS, head, run)
+    write_models_report(__doc__, RESULTS / "quantizers.md", head, describe)
 
 
 if __name__ == "__main__":

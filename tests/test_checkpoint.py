@@ -1,20 +1,20 @@
 """What was measured is what ships: packed models on disk against the bank that the search used."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 import coopq
-from coopq import Request
+from coopq import Goal, Request
 from coopq.core.errors import ModelError, OutputError, PlanError
 from coopq.core.sizes import Budget
-from coopq.core.specs import QuantizerSpec, SolverSpec
+from coopq.core.specs import SolverSpec
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.stored_tensors import stored_tensors
@@ -39,7 +39,6 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     bank.build(sorted(set(plan.assignment)))
     engine = make_engine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.float32)))
-    bank.restore()
     saved = SavedModel(tmp_path / "saved")
     assert save(loaded, plan, saved.folder, tokens) == plan
     assert plan.bytes == saved.n_bytes()
@@ -56,9 +55,7 @@ def test_a_model_is_saved_from_the_bank_without_quantizing_anew(
     with open_session(prepare(request), tmp_path / "run") as session:
         (plan,) = make_plans(session, "first-last", [Budget.parse("9avg")], SolverSpec())
         monkeypatch.setattr(type(session.backend), "quantize", pytest.fail)
-        source = Source(
-            loaded=session.loaded, players=session.players, backend=session.backend, bank=session.bank
-        )
+        source = Source(loaded=session.loaded, players=session.players, backend=session.backend, bank=session.bank)
         save_model(source, plan, tmp_path / "ours")
     assert set(plan.assignment) == {2, UNTOUCHED}
     monkeypatch.undo()
@@ -93,13 +90,13 @@ def test_linear_layers_of_widths_of_their_own_ship_as_measured(backend: str, sto
     tokens = np.array([loaded.tokenizer.encode("Once upon a time there was a little girl who had a red ball. " * 3)])
     measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
     np.testing.assert_allclose(saved, measured, atol=1e-5)
-    sizes = get_backend(backend)
+    sizes = get_backend(plan.quantizer)
     shapes = {linear.name: linear.shape for player in find_players(loaded.model) for linear in player.linears}
     expected = sum(
         2 * shape[0] * shape[1] if width == UNTOUCHED else sizes.storage_bytes(shape, width)
         for shape, width in zip(shapes.values(), bits, strict=True)
     )
-    assert saved_bytes(tmp_path / "saved") == expected
+    assert SavedModel(tmp_path / "saved").n_bytes() == expected
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -116,10 +113,25 @@ def test_every_architecture_is_saved_and_loaded(name: str, granularity: str, tmp
     np.testing.assert_allclose(saved, measured, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_tensors_of_a_saved_model_are_predicted_without_weights(name: str) -> None:
+    model, dtype = tiny_model(name).bfloat16().float(), torch.bfloat16
+    with torch.device("meta"):
+        skeleton = tiny_model(name)
+    names = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]
+    widths = {name: [4, UNTOUCHED][index % 2] for index, name in enumerate(names)}
+    stored, predicted = (
+        {key: (tensor.shape, tensor.dtype) for key, tensor in stored_tensors(which, widths, dtype)}
+        for which in (model, skeleton)
+    )
+    assert stored == predicted
+    assert not [name for name in names if widths[name] == 4 and f"{name}.weight" in stored]
+
+
 def test_two_bit_weights_take_two_bits_on_disk(stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
+    save(loaded, plan, tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.weight_codes"].nbytes == 172 * 64 * 2 / 8
     assert "lm_head.weight" not in tensors, "tied weights are stored once"
@@ -141,9 +153,8 @@ def test_untouched_weights_keep_the_checkpoints_dtype_where_that_loses_nothing(t
 
 @pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_the_main_job_gives_a_model_that_generates(backend: str, stories: str, tmp_path: Path) -> None:
-    text = CalibrationConfig(sequences=2, length=64)
-    config = RunConfig(stories, backend=backend, permutations=3, calibration=text)
-    plan = coopq.quantize(config, "3.5avg", tmp_path / "out")
+    request = Request.from_options(model=stories, backend=backend, tokens=128, sequence_length=64)
+    plan = coopq.quantize(request, Goal(budget="3.5avg"), tmp_path / "out")
     assert plan.measured_loss is not None
     model = coopq.load(tmp_path / "out", device="cpu")
     tokenizer = load_model(stories).tokenizer
@@ -165,7 +176,7 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(storie
         coopq.load(tmp_path)
     loaded = load_model(stories, device="cpu")
     plan = plan_for(loaded.model, "rtn", 64, [2] * 5)
-    coopq.export.checkpoint.save_model(loaded, plan, get_backend("rtn", group_size=64), None, tmp_path / "saved")
+    save(loaded, plan, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
     with pytest.raises(ModelError, match=r"lacks, or should not hold, model.layers.5"):
@@ -174,19 +185,21 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(storie
 
 def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_path: Path) -> None:
     loaded = load_model(stories, device="cpu")
-    plan, backend = plan_for(loaded.model, "rtn", 64, [2] * 5), get_backend("rtn", group_size=64)
-    widened = replace(plan, players=(replace(plan.players[0], bits=4), *plan.players[1:]))
+    plan, saved = plan_for(loaded.model, "rtn", 64, [2] * 5), SavedModel(tmp_path / "saved")
+    first, *rest = plan.players
+    widened = plan.replace(players=(replace(first, bits=4), *rest))
     with pytest.raises(PlanError, match="allocate it again"):
-        coopq.export.checkpoint.save_model(loaded, widened, backend, None, tmp_path / "saved")
-    renamed = replace(plan, players=(replace(plan.players[0], modules=("model.nothing",)), *plan.players[1:]))
+        save(loaded, widened, saved.folder)
+    renamed = plan.replace(players=(replace(first, modules=("model.nothing",)), *rest))
     with pytest.raises(PlanError, match=r"differ in .*model.nothing"):
-        coopq.export.checkpoint.save_model(loaded, renamed, backend, None, tmp_path / "saved")
-    coopq.export.checkpoint.save_model(loaded, plan, backend, None, tmp_path / "saved")
-    weights = tmp_path / "saved" / "quantized.safetensors"
-    before = fingerprint_saved(tmp_path / "saved")
+        save(loaded, renamed, saved.folder)
+    assert not saved.exists
+    save(loaded, plan, saved.folder)
+    weights = saved.folder / "quantized.safetensors"
+    before = saved.fingerprint()
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight_scale"}, weights)
-    assert fingerprint_saved(tmp_path / "saved") != before
+    assert saved.fingerprint() != before
     with pytest.raises(ModelError, match="does not fit its plan"):
         coopq.load(tmp_path / "saved")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -198,9 +211,8 @@ def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_
 @pytest.mark.parametrize("backend", WEIGHT_ONLY)
 def test_the_demo_model_ships_as_measured(backend: str, tmp_path: Path) -> None:
     loaded = load_model("demo", device="cpu")
-    mixed = replace(loaded)
     plan = plan_for(loaded.model, backend, None, [4] * 24 + [2] * 6)
     text = "The quick brown fox jumps over the lazy dog, and then the dog sleeps in the sun all day long. " * 4
     tokens = np.array([loaded.tokenizer.encode(text)[:64]])
-    measured, saved = bank_and_saved_nll(mixed, plan, tmp_path, tokens)
+    measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
     np.testing.assert_allclose(saved, measured, atol=1e-4)

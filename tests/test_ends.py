@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import coopq
-from coopq.core.specs import QuantizerSpec
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel
 from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.players import find_players
-from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for, save
 from tests.command_line import command, refused
@@ -42,7 +41,7 @@ def test_what_is_measured_is_what_is_saved(name: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, 97, size=(3, 16))
     loaded = LoadedModel(model, Tokenizer(), torch.float32)
-    backend = get_backend(QuantizerSpec("rtn", 16))
+    backend = RTNBackend(group_size=16)
     bank = WeightBank(tmp_path / "bank", loaded, players, backend, {})
     bank.build((3, 4, 8))
     engine = make_engine(model, bank, tokens)

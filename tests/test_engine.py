@@ -14,7 +14,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from torch._dynamo.utils import counters
 
 from coopq.core.errors import EstimationError, ModelError
-from coopq.core.specs import QuantizerSpec
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from coopq.game.prefix_engine import make_engine, model_nll, prefix_tree_size
 from coopq.model import blockwise, kernels_gpu
@@ -24,8 +23,8 @@ from coopq.model.kernels_cpu import onednn_forwards
 from coopq.model.load import LoadedModel
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import GRANULARITIES, find_blocks, find_players
-from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import CONFIGS, tiny_model
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
@@ -33,7 +32,7 @@ TOKENS = np.random.default_rng(0).integers(3, 97, size=(20, 40))
 
 def build(model: Any, folder: Path, granularity: str = "block") -> WeightBank:
     loaded = LoadedModel(model, None, torch.float32)
-    bank = WeightBank(folder, loaded, find_players(model, granularity), get_backend(QuantizerSpec("rtn", 16)), {})
+    bank = WeightBank(folder, loaded, find_players(model, granularity), RTNBackend(group_size=16), {})
     bank.build((2, 4))
     return bank
 

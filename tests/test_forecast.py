@@ -1,67 +1,113 @@
 """What a run will take, against what runs take."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from coopq.model import memory
 from coopq.core.errors import OutOfMemory
-from coopq.plan.forecast import forecast, works
-from coopq.model.memory import Footprint, free_memory
-from coopq.plan.methods import plans_on
-from coopq.model.load import load_model, load_skeleton
-from coopq.pipeline import estimate
-from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
-from coopq.game.session import open_workbench
+from coopq.core.specs import Request, SolverSpec, TextSpec
+from coopq.game.session import open_session, prepare
+from coopq.model import memory
+from coopq.model.load import load_model, load_skeleton
+from coopq.model.memory import Footprint, free_memory
+from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import find_players
+from coopq.pipeline import estimate
+from coopq.plan import forecast as forecasting
+from coopq.plan.forecast import forecast, forecast_methods
+from coopq.plan.methods import make_plans
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
-CONFIG = RunConfig(str(STORIES), permutations=4, calibration=CalibrationConfig(sequences=4, length=64))
+REQUEST = Request.from_options(model=str(STORIES), permutations=4, tokens=256, sequence_length=64)
 
 
 def test_a_skeleton_has_the_footprint_of_the_model() -> None:
     model, skeleton = load_model(str(STORIES)).model, load_skeleton(str(STORIES))
     assert all(parameter.device.type == "meta" for parameter in skeleton.parameters())
-    of_model, of_skeleton = (Footprint.of(m, find_players(m), CONFIG.calibration, "cpu") for m in (model, skeleton))
-    assert of_model == of_skeleton
-    assert of_model.weights == sum(parameter.nbytes for parameter in model.parameters())
-    assert of_model.states == (5 + 3) * 64 * 4 * 256  # blocks, the embedding and two in flight; width, bytes, tokens
+    by_model, by_skeleton = (Footprint.estimate(m, find_players(m), REQUEST.text, "cpu") for m in (model, skeleton))
+    assert by_model == by_skeleton
+    assert by_model.weights == sum(parameter.nbytes for parameter in model.parameters())
+    assert by_model.states == (5 + 3) * 64 * 4 * 256  # blocks, the embedding and two in flight; width, bytes, tokens
 
 
 def test_the_bank_is_as_large_as_foreseen(tmp_path: Path) -> None:
-    with open_workbench(CONFIG, tmp_path) as bench:
-        expected = Footprint.of(bench.loaded.model, bench.players, CONFIG.calibration, "cpu").bank
-        weights = [bench.bank.weights(player, bits) for player in range(5) for bits in (2, 4)]
-    assert sum(tensor.nbytes for of_player in weights for tensor in of_player.values()) == expected
+    with open_session(prepare(REQUEST), tmp_path) as session:
+        expected = Footprint.estimate(session.loaded.model, session.players, REQUEST.text, "cpu").bank
+        weights = [session.bank.weights(player, bits) for player in range(5) for bits in (2, 4)]
+    assert sum(tensor.nbytes for by_name in weights for tensor in by_name.values()) == expected
 
 
 def test_too_little_memory_is_refused_with_what_fits() -> None:
     skeleton = load_skeleton(str(STORIES))
     players = find_players(skeleton)
-    footprint = Footprint.of(skeleton, players, CalibrationConfig(sequences=1024, length=64), "cpu")
+    footprint = Footprint.estimate(skeleton, players, TextSpec(tokens=1024 * 64, sequence_length=64), "cpu")
     free = footprint.needed - 1
     with pytest.raises(OutOfMemory, match="--tokens") as caught:
         footprint.check(free)
     tokens = int(str(caught.value).split("--tokens ")[1].split()[0])
-    Footprint.of(skeleton, players, CalibrationConfig(sequences=tokens // 64, length=64), "cpu").check(free)
+    Footprint.estimate(skeleton, players, TextSpec(tokens=tokens, sequence_length=64), "cpu").check(free)
     footprint.check(footprint.needed)
     footprint.check(None)
     with pytest.raises(OutOfMemory, match="bfloat16"):
         footprint.check(footprint.weights)
 
 
-def test_a_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that holds no model, and where none may be loaded."""
+
+    def not_loaded(*_: object, **__: object) -> None:
+        raise AssertionError("the model is loaded though it does not fit")
+
     monkeypatch.setattr("coopq.game.session.free_memory", lambda device: 1000)
+    monkeypatch.setattr("coopq.game.session.load_model", not_loaded)
+
+
+@pytest.mark.usefixtures("too_small")
+def test_a_run_that_does_not_fit_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     line = refused("quantize", STORIES, "--budget", "3avg", "--out", tmp_path / "out")
     assert "are free on the cpu" in line
     assert not (tmp_path / "out-run" / "bank").exists()
+
+
+@pytest.mark.usefixtures("too_small")
+def test_a_dry_run_that_does_not_fit_is_refused_before_the_model_is_loaded() -> None:
+    line = refused("estimate", STORIES, "--dry-run")
+    assert "the run needs" in line
+    assert "are free on the cpu" in line
+
+
+def test_a_model_that_must_be_offloaded_is_forecast_with_offloaded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU stands for the device: the blocks are on the host, and visit a CPU."""
+    on_host: list[bool] = []
+    offloaded: list[OffloadedBlocks | None] = []
+    load, make_engine = load_model, forecasting.make_engine
+
+    def watched_load(*arguments: Any, **options: Any) -> Any:
+        on_host.append(options["on_host"])
+        return load(*arguments, **options)
+
+    def watched_engine(*arguments: Any) -> Any:
+        offloaded.append(arguments[-1])
+        return make_engine(*arguments)
+
+    monkeypatch.setattr("coopq.game.session.load_model", watched_load)
+    monkeypatch.setattr(forecasting, "make_engine", watched_engine)
+    expected = forecast(REQUEST)
+    assert on_host == [False]
+    assert offloaded == [None]
+    monkeypatch.setattr(Footprint, "must_offload", lambda self, free: True)
+    found = forecast(REQUEST)
+    assert on_host == [False, True], "the weights stay in the host's memory"
+    assert isinstance(offloaded[1], OffloadedBlocks)
+    assert found.methods == expected.methods
+    assert found.block_seconds > 0
+    assert found.head_seconds > 0
 
 
 def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,28 +120,29 @@ def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.
 
 @pytest.mark.parametrize("granularity", ["block", "fused"])
 def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> None:
-    config = replace(CONFIG, granularity=granularity)
-    expected = works(find_players(load_skeleton(str(STORIES)), granularity), config)
-    assert expected["coopq, M = 4"].layer_forwards == estimate(config, tmp_path / "walks").layer_forwards
-    with open_workbench(config, tmp_path / "run") as bench:
+    request = REQUEST.replace(granularity=granularity)
+    expected = forecast_methods(find_players(load_skeleton(str(STORIES)), granularity), request)
+    walks = estimate(request, tmp_path / "walks")
+    assert expected["coopq, M = 4"].block_forwards == walks.spent.block_forwards
+    with open_session(prepare(request), tmp_path / "run") as session:
         for method in ("greedy-down", "active"):
-            (plan,) = plans_on(bench, method, [Budget.parse("3avg")])
+            (plan,) = make_plans(session, method, [Budget.parse("3avg")], SolverSpec())
             work = expected[method]
             if work.is_bound:
-                assert plan.layer_forwards <= work.layer_forwards
+                assert plan.block_forwards <= work.block_forwards
             else:
-                assert plan.layer_forwards == pytest.approx(work.layer_forwards, rel=0.35)
+                assert plan.block_forwards == pytest.approx(work.block_forwards, rel=0.35)
 
 
 def test_a_bank_that_is_not_resident_gives_the_same_losses(tmp_path: Path) -> None:
     points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.float32)
-    with open_workbench(CONFIG, tmp_path) as bench, bench.calibration_game("resident") as game:
+    with open_session(prepare(REQUEST), tmp_path) as session, session.game("resident") as game:
         resident = game(points)
-        bench.bank.resident = False
-        bench.bank._weights.clear()
+        session.bank.resident = False
+        session.bank._weights.clear()
         again = game._engine.evaluate(points)
         np.testing.assert_array_equal([losses.mean() for _, losses, _ in again], resident)
-        assert not bench.bank._weights
+        assert not session.bank._weights
 
 
 def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) -> None:
@@ -104,9 +151,9 @@ def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) ->
     assert code == 0, err
     data = json.loads(out)
     assert data["methods"]["active"]["seconds"] > 0
-    assert data["layer_forward"] > 0
+    assert data["block_seconds"] > 0
     assert not (tmp_path / "run").exists()
-    assert forecast(CONFIG).footprint.weights == data["footprint"]["weights"]
+    assert prepare(REQUEST).footprint().weights == data["footprint"]["weights"]
     code, out, err = command(*arguments, "--sequence-length", "64")
     assert code == 0, err
     assert "greedy-down" in out

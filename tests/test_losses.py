@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import coopq
 from coopq.core.errors import EstimationError
-from coopq.core.specs import QuantizerSpec, TextSpec
+from coopq.core.specs import TextSpec
 from coopq.core.types import UNTOUCHED, Assignment
 from coopq.game.journal import Journal
 from coopq.game.losses import Portions, Reference, make_loss, portions_divergence, portions_nll
@@ -20,8 +20,8 @@ from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players
-from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import CONFIGS, tiny_model
 from tests.command_line import command
 from tests.conftest import STORIES
@@ -52,9 +52,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(name: str, embeddings: 
         pytest.skip("its embedding is no player")
     model = tiny_model(name)
     players = find_players(model, "block", embeddings=embeddings)
-    bank = WeightBank(
-        tmp_path, LoadedModel(model, None, torch.float32), players, get_backend(QuantizerSpec("rtn", 16)), {}
-    )
+    bank = WeightBank(tmp_path, LoadedModel(model, None, torch.float32), players, RTNBackend(group_size=16), {})
     bank.build((2, 4))
     points = np.random.default_rng(0).choice([2, 4], size=(6, len(players))).astype(np.float32)
     points[0] = UNTOUCHED

@@ -1,60 +1,69 @@
 """The game on a Ray cluster of two workers: the same numbers, whatever happens to a worker."""
 
+import importlib.machinery
 import os
 import signal
+import sys
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers as hf
 
-from coopq.game.ray_cluster import Cluster, RayConfig
-from coopq.plan.methods import plans_on
-from coopq.core.config import CalibrationConfig, RunConfig
 from coopq.core.sizes import Budget
+from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments
-from coopq.game.session import Workbench, open_workbench
+from coopq.game.ray_cluster import Cluster, RayConfig, Worker, _slowest
+from coopq.game.run_folder import RunFolder
+from coopq.game.session import Session, open_session, prepare
+from coopq.plan.methods import make_plans
 from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES
 
-CONFIG = RunConfig(str(STORIES), permutations=6, calibration=CalibrationConfig(sequences=4, length=64))
+REQUEST = Request.from_options(model=str(STORIES), permutations=6, tokens=256, sequence_length=64)
 EVERY: Assignments = np.where(np.arange(32)[:, None] >> np.arange(5) & 1, 2, 4).astype(np.float32)
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's own
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-    with open_workbench(CONFIG, tmp_path_factory.mktemp("ray"), ray=RayConfig("local", 2)) as opened:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with open_session(prepare(REQUEST), tmp_path_factory.mktemp("ray"), ray=RayConfig("local", 2)) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
-    with open_workbench(CONFIG, tmp_path_factory.mktemp("alone")) as opened:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    with open_session(prepare(REQUEST), tmp_path_factory.mktemp("alone")) as opened:
         yield opened
 
 
-def test_two_workers_measure_what_one_process_does_and_plan_the_same(bench: Workbench, alone: Workbench) -> None:
+def test_two_workers_measure_what_one_process_does_and_plan_the_same(session: Session, alone: Session) -> None:
     budgets = [Budget.parse("2.5avg"), Budget.parse("3.3avg")]
-    ours, theirs = ([p for m in ("active", "coopq") for p in plans_on(b, m, budgets)] for b in (bench, alone))
-    for ours_, theirs_ in zip(ours, theirs, strict=True):
-        assert replace(ours_, config={}) == replace(theirs_, config={})
-    assert journal(bench) == journal(alone)
+    on_cluster, in_one_process = (
+        [plan for method in ("active", "coopq") for plan in make_plans(opened, method, budgets, SolverSpec())]
+        for opened in (session, alone)
+    )
+    assert on_cluster == in_one_process
+    assert journal(session) == journal(alone)
 
 
-def journal(bench: Workbench) -> dict[bytes, float]:
-    with bench.calibration_game("reading") as game:
+def journal(session: Session) -> dict[bytes, float]:
+    with session.game("reading") as game:
         points, losses = game.journal.first(1000)
     return dict(zip((point.tobytes() for point in points), losses.tolist(), strict=True))
 
 
-def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(bench: Workbench, alone: Workbench) -> None:
-    cluster = bench.cluster
+def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(session: Session, alone: Session) -> None:
+    cluster = session.cluster
     assert cluster is not None
     doomed = cluster._ray.get(cluster.workers[0].process.remote())
-    name, tokens = "other tokens", bench.calibration.tokens[:, ::-1].copy()
+    name, tokens = "other tokens", session.calibration.tokens[:, ::-1].copy()
     found: dict[bytes, float] = {}
     for assignment, losses, _ in cluster.evaluate(name, tokens, EVERY, "nll"):
         if not found:
@@ -63,8 +72,8 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(bench: Workbe
         found[assignment.tobytes()] = float(losses.mean())
     assert len(found) == len(EVERY)
     assert cluster._ray.get(cluster.workers[0].process.remote()) != doomed, "another took its place"
-    reversed_ = replace(alone.calibration, tokens=tokens)
-    with alone.game(reversed_, alone.folder.path / "reversed.jsonl", "reversed") as game:
+    backwards = replace(alone.calibration, tokens=tokens)
+    with alone.game_on(backwards, alone.folder.path / "backwards.jsonl", "backwards") as game:
         expected = game(EVERY)
     np.testing.assert_array_equal([found[row.tobytes()] for row in EVERY], expected)
 
@@ -72,9 +81,89 @@ def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(bench: Workbe
 def test_idle_workers_repeat_what_began_first_and_only_once() -> None:
     first, second = EVERY[:2], EVERY[2:4]
     running = {1: (None, first), 2: (None, second)}
-    assert Cluster._slowest(running, set()) is first
-    assert Cluster._slowest({**running, 3: (None, first)}, set()) is second
-    assert Cluster._slowest(running, {first.tobytes(), second.tobytes()}) is None
+    assert _slowest(running, set()) is first
+    assert _slowest({**running, 3: (None, first)}, set()) is second
+    assert _slowest(running, {first.tobytes(), second.tobytes()}) is None
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A session whose backend fits weights to text, of a model whose rows have K-quants."""
+    folder = tmp_path_factory.mktemp("fitted")
+    torch.manual_seed(0)
+    size = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = hf.LlamaConfig(vocab_size=512, num_hidden_layers=2, **size, bos_token_id=1, eos_token_id=2)
+    hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder / "model")
+    text = {"tokens": 128, "sequence_length": 64, "fit_tokens": 256}
+    request = Request.from_options(model=str(folder / "model"), backend="ggml", bits=(2, 3), **text)
+    with open_session(prepare(request), folder / "run") as opened:
+        yield opened
+
+
+def weights_of_bank(session: Session) -> dict[str, Any]:
+    """What the weights of a session's bank depend on."""
+    return {key: value for key, value in session.fingerprint.items() if key not in ("tokens", "bos", "loss")}
+
+
+def largest_difference(worker: Worker, session: Session) -> float:
+    """Between the weights of a worker and those of a session, over all players and widths."""
+    return max(
+        float((weight - session.bank.weights(player, bits)[name]).abs().max())
+        for player in range(len(session.players))
+        for bits in session.request.widths.bits
+        for name, weight in worker.bank.weights(player, bits).items()
+    )
+
+
+def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
+    fitted: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster in this process: its workers get what a cluster gives them, and cannot see the bank."""
+    made: list[Worker] = []
+
+    class Actor:
+        @staticmethod
+        def remote(*arguments: Any) -> Worker:
+            made.append(Worker(*arguments))
+            return made[-1]
+
+    ray = types.ModuleType("ray")
+    ray.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    replacements: dict[str, Any] = {
+        "init": lambda **_: None,
+        "shutdown": lambda: None,
+        "kill": lambda _: None,
+        "put": lambda value: value,
+        "cluster_resources": lambda: {"CPU": torch.get_num_threads()},
+        "remote": lambda **_: lambda _: Actor,
+    }
+    vars(ray).update(replacements)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    folders = iter([tmp_path / "worker", tmp_path / "astray"])
+    monkeypatch.setattr("coopq.game.ray_cluster.mkdtemp", lambda prefix: str(next(folders)))
+    far = replace(fitted, folder=RunFolder(fitted.folder.path, bank=tmp_path / "nowhere"))
+    weights = weights_of_bank(fitted)
+    with Cluster(RayConfig("local", 1), far, weights):
+        (worker,) = made
+    assert not (tmp_path / "nowhere").exists()
+    assert (tmp_path / "worker" / "bank.json").is_file(), "quantized for itself"
+    assert largest_difference(worker, fitted) == 0
+    nowhere, threads = str(tmp_path / "nowhere"), torch.get_num_threads()
+    astray = Worker(fitted.request, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
+    assert largest_difference(astray, fitted) > 0, "the tokens that weights are fitted to matter"
+
+
+def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(fitted: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_again(*_: object, **__: object) -> None:
+        raise AssertionError("the weights are there")
+
+    monkeypatch.setattr("coopq.game.ray_cluster.mkdtemp", not_again)
+    tokens, threads = fitted.fitting, torch.get_num_threads()
+    assert tokens is not None
+    bank, weights = str(fitted.folder.bank), weights_of_bank(fitted)
+    worker = Worker(fitted.request, weights, bank, tokens.tokens, fitted.player_widths, threads)
+    assert largest_difference(worker, fitted) == 0
 
 
 def test_the_main_job_on_a_cluster_started_here(tmp_path: Path) -> None:

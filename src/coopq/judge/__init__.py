@@ -1,1 +1,1 @@
-"""Held-out judgement: perplexity, comparisons, tasks, benches."""
+"""Judging on held-out text and tasks: perplexity, comparisons, zero-shot accuracy, benches."""

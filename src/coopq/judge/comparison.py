@@ -147,9 +147,7 @@ def compare_on(
 def make_measured_plans(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> list[Plan]:
     """The plans of all budgets by each method, their losses on the calibration set measured."""
     return [
-        measure_plan(session, plan)
-        for method in methods
-        for plan in make_plans(session, method, budgets, SolverSpec())
+        measure_plan(session, plan) for method in methods for plan in make_plans(session, method, budgets, SolverSpec())
     ]
 
 
@@ -201,9 +199,7 @@ def beside_references(
     return judged
 
 
-def _references(
-    session: Session, plans: Sequence[Plan], seed: int
-) -> Iterator[tuple[str, str | None, Assignments]]:
+def _references(session: Session, plans: Sequence[Plan], seed: int) -> Iterator[tuple[str, str | None, Assignments]]:
     """Name, budget and assignments of each reference."""
     n_players = len(session.players)
     yield FULL_PRECISION, None, uniform_assignment(n_players, UNTOUCHED)[None]

@@ -69,7 +69,7 @@ class Accuracy:
         task: Name of the task.
         accuracy: Share of the questions answered correctly.
         stderr: Standard error of the accuracy over questions.
-        normalized: Accuracy with the log-likelihood of each choice divided by the length of the choice in characters, and
+        normalized: Accuracy with the log-likelihood of each choice divided by the choice's length in characters, and
             the standard error; None for tasks without.
         questions: Number of questions.
     """

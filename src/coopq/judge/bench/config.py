@@ -105,10 +105,10 @@ class Bench:
 def read_bench(path: Path) -> Bench:
     """A bench from its TOML file.
 
-    A key at the top of the file holds for each `[[case]]` that does not set the key itself. `models`, `backends`, `bits`
-    (lists of widths) and `seeds` are lists; a case stands for all combinations. Every other option of a request is a
-    key, spelled "sequence-length" or "sequence_length". A seed is also the calibration seed of its run, unless the case
-    sets `calibration-seed`. Models, texts and bases may be paths relative to the file.
+    A key at the top of the file holds for each `[[case]]` that does not set the key itself. `models`, `backends`,
+    `bits` (lists of widths) and `seeds` are lists; a case stands for all combinations. Every other option of a request
+    is a key, spelled "sequence-length" or "sequence_length". A seed is also the calibration seed of its run, unless the
+    case sets `calibration-seed`. Models, texts and bases may be paths relative to the file.
 
     Raises:
         RunError: If the file cannot be read, a key is missing or unknown, or a value does not fit.

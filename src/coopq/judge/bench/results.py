@@ -60,8 +60,8 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         blocks: Number of blocks of the model.
         players: Names of the players.
         rows: The references, then each method at each budget.
-        shapley: Shapley values by the walks, and their standard errors, each of shape (n_players,), nats per token; None
-            without a method that walks.
+        shapley: Shapley values by the walks, and their standard errors, each of shape (n_players,), nats per token;
+            None without a method that walks.
         covariance: Covariance of the walks' marginal contributions, which the paper takes for interactions, shape
             (n_players, n_players); None likewise.
         interactions: Pair terms of the surrogate fitted to everything measured, for the budget halfway between the

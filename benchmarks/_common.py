@@ -1,0 +1,131 @@
+"""What the benchmarks share: folders, command lines, reports in Markdown, and times. Nothing here imports torch."""
+
+import argparse
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from coopq.core.types import Losses
+from coopq.plan.confidence import confidence
+
+BENCHMARKS = Path(__file__).parent
+ROOT = BENCHMARKS.parent
+DATA = BENCHMARKS / "data"
+"""Reference models, texts, tasks and journals."""
+WORK = ROOT / "build"
+"""Each benchmark keeps its work in a folder of its own in here, and resumes from there."""
+RESULTS = ROOT / "docs" / "results"
+"""The reports."""
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def write_report(report: Path, lines: Sequence[str], *, quiet: bool = False) -> None:
+    """Write a report, and print the report unless `quiet`."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    if not quiet:
+        print("\n".join(lines), flush=True)
+
+
+def write_models_report(
+    description: str | None,
+    report: Path,
+    head: Sequence[str],
+    rows: Callable[[str], list[str]],
+    default: Sequence[str] = ("llama",),
+) -> None:
+    """Read names of models from the command line, and write one report on all these models.
+
+    Args:
+        description: The script's docstring.
+        report: The file.
+        head: Lines above the models.
+        rows: Returns the lines of a model.
+        default: Models that are taken if none is named.
+    """
+    parser = command_line(description)
+    named = f"folders of benchmarks/data (default: {' '.join(default)})"
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=named)
+    models = parser.parse_args().models or default
+    write_report(report, [*head, *(row for name in models for row in rows(name))])
+
+
+def write_section(report: Path, head: Sequence[str], section: Sequence[str]) -> None:
+    """Write a report that has a section for each processor: this section replaces the earlier one of this processor.
+
+    Args:
+        report: The file.
+        head: Lines above all sections.
+        section: What was measured, without a heading.
+    """
+    text = report.read_text(encoding="utf-8") if report.exists() else ""
+    kept = [part for part in text.split("\n## ")[1:] if not part.startswith(f"{processor()}, ")]
+    new = "\n".join([f"{processor()}, {date.today().isoformat()}", "", *section]) + "\n"
+    report.write_text("\n## ".join(["\n".join(head) + "\n", *sorted([*kept, new])]), encoding="utf-8")
+
+
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return [row(head), row(["---"] * len(head)), *map(row, rows)]
+
+
+def row(cells: Iterable[object]) -> str:
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def perplexity(losses: Losses) -> str:
+    """The perplexity of losses on windows, for people."""
+    return f"{np.exp(losses.mean()):.2f}"
+
+
+def loss_above(losses: Losses, reference: Losses) -> str:
+    """How far losses on windows lie above a reference's, with the paired 95 % interval, for people."""
+    low, high = confidence(reference, losses).interval or (np.nan, np.nan)
+    return f"{losses.mean() - reference.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+def processor() -> str:
+    """The processor's name, as the system says it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of the finished processes that it started, seconds."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def median_seconds(work: Callable[[], object], repeats: int, wait: Callable[[], object] = lambda: None) -> float:
+    """The median time of `work`, after a warm-up, seconds.
+
+    Args:
+        work: What is timed.
+        repeats: Number of repeats.
+        wait: Waits until the device has done its work.
+    """
+    times = []
+    for _ in range(repeats + 1):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def resident_bytes(field: str) -> int:
+    """A size of this process in bytes, as Linux states it: VmRSS is the size now, VmHWM the size at its peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
