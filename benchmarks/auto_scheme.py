@@ -2,42 +2,34 @@
 
     python benchmarks/auto_scheme.py            # an hour and a half on one core; resumes
 
-Players are linear layers, 2 or 4 bits, groups of 64. AutoScheme scores a layer by the gradient times the change of its
-output, and chooses under an average width; it runs in a process of its own. Ours gets what its choice came to as its
-budget. Both are deployed alike, by the backend rtn, and judged on WikiText-2. Writes docs/results/auto_scheme.md.
+Players are linear layers, 2 or 4 bits, groups of 64. AutoScheme scores a layer by the gradient times the change of the
+layer's output, and chooses under an average width, in a process of its own. The budget of the active search is the size
+of AutoScheme's choice. `rtn` deploys both choices, and WikiText-2 judges them. Writes docs/results/auto_scheme.md.
 """
 
-import argparse
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import numpy as np
-from rich.progress import Progress
 
-from coopq.model.texts import calibration_set
-from coopq.judge.comparison import judge_windows
-from coopq.plan.confidence import Evidence
+from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, row, table, write_models_report
+from _models import measured_plans, session_on, source_of
 from coopq.core.files import read_json, write_json
-from coopq.plan.methods import measure, plans_on
-from coopq.model.load import load_model
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.core.sizes import Budget
+from coopq.core.specs import Request, TextSpec
 from coopq.core.types import UNTOUCHED
-from coopq.game.session import open_workbench
-from main_job import bars_for
+from coopq.judge.perplexity import judge_windows
+from coopq.model.load import load_model
+from coopq.model.texts import calibration_set
 
-ROOT = Path(__file__).parents[1]
-WORK, RESULTS = ROOT / "build" / "auto_scheme", ROOT / "docs" / "results" / "auto_scheme.md"
-DATA = Path("benchmarks") / "data"
+FOLDER = WORK / "auto_scheme"
 MODELS, AVERAGES = ("llama", "qwen"), (2.5, 3.0)
-TEXT = CalibrationConfig(sequences=8, length=256)
+TEXT = TextSpec(tokens=2048, sequence_length=256)
 GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
-THEIRS = """
+AUTO_SCHEME = """
 import json, sys, time
 from pathlib import Path
 import torch
@@ -53,96 +45,100 @@ scheme = AutoScheme(avg_bits=float(average), options=options, ignore_scale_zp_bi
 start = time.process_time()
 tokenizer = AutoTokenizer.from_pretrained(source)
 _, chosen = AutoRound(model, tokenizer, scheme=scheme, iters=0, device_map="cpu", **shared).quantize()
-widths = {name: of["bits"] for name, of in chosen.items() if of["bits"] < 16}
+widths = {name: layer["bits"] for name, layer in chosen.items() if layer["bits"] < 16}
 Path(out).write_text(json.dumps({"widths": widths, "seconds": time.process_time() - start}))
 """
 
 
-def auto_scheme(name: str, average: float) -> dict[str, float | dict[str, int]]:
-    """Widths by linear layer that AutoScheme chooses, and the processor's seconds that it took."""
-    out, text = WORK / f"{name}-{average}.json", WORK / f"{name}.jsonl"
+class Scheme(msgspec.Struct):
+    """What AutoScheme chooses.
+
+    Attributes:
+        widths: Width of each linear layer by name.
+        seconds: Processor time.
+    """
+
+    widths: dict[str, int]
+    seconds: float
+
+
+def auto_scheme(model: str, average: float) -> Scheme:
+    """What AutoScheme chooses for a model under an average width."""
+    out, text = FOLDER / f"{model}-{average}.json", FOLDER / f"{model}.jsonl"
     if not out.exists():
-        tokenizer = load_model(str(DATA / name), device="cpu").tokenizer
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        tokenizer = load_model(source_of(model), device="cpu").tokenizer
         sequences = calibration_set(TEXT, tokenizer).tokens
         text.write_text("".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in sequences))
-        arguments = [str(DATA / name), text, TEXT.sequences, TEXT.length - 1, average, GROUP, out]
-        command = [sys.executable, "-c", THEIRS, *map(str, arguments)]
+        # AutoRound wants one token less: it drops sequences that are shorter after decoding and encoding.
+        arguments = [source_of(model), text, TEXT.n_sequences, TEXT.sequence_length - 1, average, GROUP, out]
+        command = [sys.executable, "-c", AUTO_SCHEME, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, float | dict[str, int]] = read_json(out)
-    return found
+    return msgspec.json.decode(out.read_bytes(), type=Scheme)
 
 
-def assignment_of(players: tuple[str, ...], widths: Mapping[str, int]) -> list[int]:
-    """The same in the order of players."""
-    assert set(players) == set(widths), set(players) ^ set(widths)
-    return [widths[player] for player in players]
+def describe(model: str) -> list[str]:
+    """The lines of a model in the table."""
+    return [
+        compare(model, loss, average, FOLDER / f"{model}-{average}-{loss}")
+        for loss in ("nll", "kl")
+        for average in AVERAGES
+    ]
 
 
-def run(name: str, bars: Progress) -> list[str]:
-    """The rows of a model."""
-    lines = []
-    for loss in ("nll", "kl"):
-        config = RunConfig(
-            str(DATA / name),
-            "rtn",
-            GROUP,
-            2,
-            4,
-            calibration=TEXT,
-            granularity="linear",
-            loss=loss,
-        )
-        for average in AVERAGES:
-            theirs = auto_scheme(name, average)
-            assert isinstance(theirs["widths"], dict)
-            done = WORK / f"{name}-{average}-{loss}.json"
-            folder, title = WORK / f"{name}-{average}-{loss}", f"{name} {average} {loss}"
-            with open_workbench(config, folder, bars_for(bars, title), bank=WORK / f"{name}-bank") as bench:
-                chosen = assignment_of(tuple(player.name for player in bench.players), theirs["widths"])
-                n_bytes = bench.storage.bytes_of(chosen)
-                if not done.exists():
-                    start = time.process_time()
-                    (plan,) = (measure(bench, p) for p in plans_on(bench, "active", [Budget.parse(f"{n_bytes}B")]))
-                    seconds = time.process_time() - start
-                    write_json(done, {"assignment": list(plan.assignment), "seconds": seconds})
-                ours = read_json(done)
-                points = np.array([chosen, ours["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.float32)
-                scheme, active, full = judge_windows(bench, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
-                low, high = Evidence.of(scheme, active).interval or (np.nan, np.nan)
-                lines.append(
-                    f"| {name} ({np.exp(full.mean()):.2f}) | {loss} | {bench.storage.average_bits(chosen):.3f} "
-                    f"| {np.exp(scheme.mean()):.2f} | {np.exp(active.mean()):.2f} "
-                    f"| {active.mean() - scheme.mean():+.4f} ({low:+.4f} to {high:+.4f}) "
-                    f"| {theirs['seconds']:.0f} | {ours['seconds']:.0f} |"
-                )
-    return lines
+def compare(model: str, loss: str, average: float, folder: Path) -> str:
+    """AutoScheme against the active search at the size of AutoScheme's choice: a line of the table.
+
+    Args:
+        model: Name of a reference model.
+        loss: What the active search lowers.
+        average: Average width for AutoScheme.
+        folder: The run folder.
+    """
+    request = Request.from_options(
+        model=source_of(model),
+        backend="rtn",
+        group_size=GROUP,
+        bits=(2, 4),
+        granularity="linear",
+        loss=loss,
+        tokens=TEXT.tokens,
+        sequence_length=TEXT.sequence_length,
+    )
+    scheme, kept = auto_scheme(model, average), folder.with_name(f"{folder.name}.json")
+    with session_on(request, folder, bank=FOLDER / f"{model}-bank") as session:
+        names = [player.name for player in session.players]
+        assert set(names) == set(scheme.widths), set(names) ^ set(scheme.widths)
+        chosen = [scheme.widths[name] for name in names]
+        if not kept.exists():
+            start = cpu_seconds()
+            (plan,) = measured_plans(session, "active", [f"{session.sizes.total_bytes(chosen)}B"])
+            write_json(kept, {"assignment": plan.assignment, "seconds": cpu_seconds() - start})
+        search = read_json(kept)
+        points = np.array([chosen, search["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.float32)
+        by_scheme, by_search, full = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        average_bits = f"{session.sizes.average_bits(chosen):.3f}"
+    cells = [f"{model} ({perplexity(full)})", loss, average_bits, perplexity(by_scheme), perplexity(by_search)]
+    return row([*cells, loss_above(by_search, by_scheme), f"{scheme.seconds:.0f}", f"{search['seconds']:.0f}"])
 
 
 def main() -> None:
-    """Some models, or all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)}; all unless named")
-    models = parser.parse_args().models or MODELS
-    WORK.mkdir(parents=True, exist_ok=True)
-    with Progress() as bars:
-        rows = [row for name in models for row in run(name, bars)]
-    lines = [
+    """Measure the models that are named, and write the report."""
+    columns = ["model", "our loss", "average bits", "AutoScheme", "active", "difference", "AutoScheme: seconds", "ours"]
+    head = [
         "# AutoScheme and the active search",
         "",
         "Written by `python benchmarks/auto_scheme.py`: linear layers at 2 or 4 bits, groups of",
-        f"{GROUP}, asymmetric, {TEXT.sequences} x {TEXT.length} tokens of C4 for both; deployed by `rtn`; perplexity",
-        f"on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}, that of full precision in",
+        f"{GROUP}, asymmetric, {TEXT.n_sequences} x {TEXT.sequence_length} tokens of C4 for both; deployed by `rtn`;",
+        f"perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}, in full precision in",
         f"brackets. auto-round {version('auto-round')}. Differences: ours less AutoScheme's, nats per token, 95 %,",
-        "paired bootstrap over windows. Seconds of the processor: AutoScheme's with rounding the weights, ours of the",
-        "search alone.",
+        "paired bootstrap over windows. Processor time: AutoScheme's includes rounding the weights, ours is the search",
+        "alone.",
         "",
-        "| model | our loss | average bits | AutoScheme | active | difference | its seconds | ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
+        *table(columns, []),
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_models_report(__doc__, RESULTS / "auto_scheme.md", head, describe, MODELS)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Zero-shot accuracy of what a bench chose, beside full precision and uniform widths.
+"""Zero-shot accuracy of the assignments that a bench chose, beside full precision and uniform widths.
 
     coopq bench benchmarks/downstream.toml --out build/downstream
     python benchmarks/downstream.py build/downstream
 
-PIQA, ARC-Easy, WinoGrande, LAMBADA and COPA from benchmarks/data/tasks, by lm-eval, no examples in the prompt. Measures
-the bank's weights. Whatever was measured is kept in the bench's folder: it resumes. Writes docs/results/downstream.md.
+PIQA, ARC-Easy, WinoGrande, LAMBADA and COPA from benchmarks/data/tasks, by lm-eval, without examples in the prompt. The
+weights are those of the bench's weight bank. The bench's folder keeps what is measured, so that an interrupted
+measurement resumes. Writes docs/results/downstream.md.
 """
 
-import argparse
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,51 +15,48 @@ from typing import Any
 
 import numpy as np
 
-from coopq.judge.bench.run import Result
-from coopq.judge.bench.config import Case, read_bench
-from coopq.judge.zero_shot import zero_shot
+from _common import DATA, RESULTS, command_line, table, write_report
+from _models import session_on
 from coopq.core.files import read_json, write_json
-from coopq.cli.terminal import progress_bars
 from coopq.core.types import UNTOUCHED, Width
-from coopq.game.session import Workbench, open_workbench
+from coopq.game.session import Session
+from coopq.judge.bench.config import Case, read_bench
+from coopq.judge.bench.run import finished
+from coopq.judge.zero_shot import zero_shot
 
-ROOT = Path(__file__).parents[1]
-TASKS = [
-    ROOT / "benchmarks" / "data" / "tasks" / f"{name}.jsonl"
-    for name in ["piqa", "arc_easy", "winogrande", "lambada_openai", "copa"]
-]
+TASKS = [str(DATA / "tasks" / f"{name}.jsonl") for name in ("piqa", "arc_easy", "winogrande", "lambada_openai", "copa")]
 NORMALIZED = ("piqa", "arc_easy")
-"""Tasks of which the accuracy normalized by length is shown, as is usual."""
-LIMIT = 300
-REPORT = ROOT / "docs" / "results" / "downstream.md"
+"""Tasks whose accuracy is normalized by the length of the choices, as is usual."""
+N_QUESTIONS = 300
 
 
-def measured(bench: Workbench, assignment: tuple[Width, ...], limit: int) -> list[dict[str, Any]]:
+def measure(session: Session, assignment: tuple[Width, ...], n_questions: int) -> list[dict[str, Any]]:
     """Accuracies of one assignment."""
     try:
         for player, bits in enumerate(assignment):
             if bits != UNTOUCHED:
-                bench.bank.set_player(player, bits)
-        tasks = [str(task) for task in TASKS]
-        return [
-            asdict(of) for of in zero_shot(bench.loaded.model, bench.loaded.tokenizer, tasks, limit, bench.progress)
-        ]
+                session.bank.set_player(player, bits)
+        model, tokenizer = session.loaded.model, session.loaded.tokenizer
+        return [asdict(found) for found in zero_shot(model, tokenizer, TASKS, n_questions, session.progress)]
     finally:
-        bench.bank.restore()
+        session.bank.restore()
 
 
-def shown(accuracies: list[dict[str, Any]]) -> tuple[list[str], str]:
+def shown(accuracies: list[dict[str, Any]]) -> list[str]:
     """A cell for each task, and their mean with its standard error."""
-    pairs = [of["normalized"] if of["task"] in NORMALIZED else (of["accuracy"], of["stderr"]) for of in accuracies]
-    mean, error = np.mean([value for value, _ in pairs]), np.sqrt(np.sum(np.square([e for _, e in pairs]))) / len(pairs)
-    return [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in pairs], f"{100 * mean:.1f} ± {100 * error:.1f}"
+    pairs = [
+        task["normalized"] if task["task"] in NORMALIZED else (task["accuracy"], task["stderr"]) for task in accuracies
+    ]
+    values, errors = np.array(pairs).T
+    mean = values.mean(), np.sqrt(np.square(errors).sum()) / len(pairs)
+    return [f"{100 * value:.1f} ± {100 * error:.1f}" for value, error in (*pairs, mean)]
 
 
-def markdown(case: Case, rows: list[dict[str, Any]]) -> str:
+def describe(case: Case, rows: list[list[str]], tasks: list[dict[str, Any]]) -> list[str]:
     """The report."""
-    tasks = rows[0]["accuracies"]
-    questions = ", ".join(f"{of['task']} {of['questions']:,}" for of in tasks)
-    lines = [
+    questions = ", ".join(f"{task['task']} {task['questions']:,}" for task in tasks)
+    head = ["method", "budget", "WikiText-2 perplexity", *(task["task"] for task in tasks), "mean"]
+    return [
         "# Zero-shot accuracy",
         "",
         "Written by `python benchmarks/downstream.py build/downstream`: per cent right, ± standard error over the",
@@ -67,49 +64,34 @@ def markdown(case: Case, rows: list[dict[str, Any]]) -> str:
         f"length. The mean weighs tasks equally. {case.name}, seed {case.seeds[0]}; the first questions of each task:",
         f"{questions}.",
         "",
-        f"| method | budget | WikiText-2 perplexity | {' | '.join(of['task'] for of in tasks)} | mean |",
-        f"| --- | --- | --- |{' --- |' * (len(tasks) + 1)}",
+        *table(head, rows),
     ]
-    for row in rows:
-        cells, mean = shown(row["accuracies"])
-        lines.append(f"| {row['method']} | {row['budget']} | {row['perplexity']:,.1f} | {' | '.join(cells)} | {mean} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Measure what is not measured yet, and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", type=Path, help="where the bench has its results")
-    parser.add_argument("--limit", type=int, default=LIMIT, help="questions of each task (default: %(default)s)")
+    """Measure what is not measured yet, and write the report."""
+    parser = command_line(__doc__)
+    parser.add_argument("bench", type=Path, help="folder of the bench")
+    parser.add_argument("--limit", type=int, default=N_QUESTIONS, help="questions of each task (default: %(default)s)")
     arguments = parser.parse_args()
-    (case,) = read_bench(ROOT / "benchmarks" / "downstream.toml").cases
-    (seed,) = case.seeds
-    result = Result.from_json(read_json(arguments.bench / "results" / f"{case.name}-seed{seed}.json"))
-    journal = arguments.bench / f"accuracies-{arguments.limit}.json"
-    kept = read_json(journal) if journal.exists() else {}
-    folder = arguments.bench / "runs" / case.name
-    rows = []
-    with (
-        progress_bars() as progress,
-        open_workbench(case.seeded(seed), folder / f"seed{seed}", progress, bank=folder / "bank") as bench,
-    ):
+    bench, (result,) = finished(read_bench(Path("benchmarks/downstream.toml")), arguments.bench)
+    (case,) = bench.cases
+    record = arguments.bench / f"accuracies-{arguments.limit}.json"
+    kept = read_json(record) if record.exists() else {}
+    runs = arguments.bench / "runs" / case.name
+    rows, tasks = [], []
+    with session_on(result.request, runs / f"seed{result.seed}", bank=runs / "bank") as session:
         for row in result.rows:
             if row.assignment is None:
                 continue
             key = ",".join(map(str, row.assignment))
             if key not in kept:
-                kept[key] = measured(bench, row.assignment, arguments.limit)
-                write_json(journal, kept)
-            rows.append(
-                {
-                    "method": row.method,
-                    "budget": row.budget or f"{row.average_bits:g} bits",
-                    "perplexity": row.perplexity,
-                    "accuracies": kept[key],
-                }
-            )
-    REPORT.write_text(markdown(case, rows))
-    print(REPORT.read_text())
+                kept[key] = measure(session, row.assignment, arguments.limit)
+                write_json(record, kept)
+            tasks = kept[key]
+            budget = row.budget or f"{row.average_bits:g} bits"
+            rows.append([row.method, budget, f"{row.perplexity:,.1f}", *shown(tasks)])
+    write_report(RESULTS / "downstream.md", describe(case, rows, tasks))
 
 
 if __name__ == "__main__":

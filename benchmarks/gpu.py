@@ -33,7 +33,7 @@ from coopq.model.blockwise import Blockwise, batch_size
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint
 from coopq.model.players import find_players
-from coopq.plan.forecast import works
+from coopq.plan.forecast import forecast_methods
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, ActiveSearch, SearchSpace, run_search
@@ -167,7 +167,7 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
     head_flops = 2 * arguments.tokens * SHAPE["hidden_size"] * VOCABULARY
     with torch.device("meta"):
         whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
-    predicted, scale = works(whole, request), TOKENS / arguments.tokens
+    predicted, scale = forecast_methods(whole, request), TOKENS / arguments.tokens
     lines = [
         "# An 8B model on one GPU",
         "",

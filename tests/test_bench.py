@@ -2,21 +2,25 @@
 
 import csv
 import json
-from dataclasses import replace
+import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
-from coopq.judge.bench.run import Result, Row, run_bench
-from coopq.judge.bench.aggregate import cells, wins
+from coopq.core.errors import BackendError, BudgetError, EstimationError, RunError
+from coopq.core.specs import Request
+from coopq.judge.bench.aggregate import average_over_seeds, tidy, wins
 from coopq.judge.bench.config import Bench, Case, read_bench
-from coopq.report.bench_tables import markdown, save_report, tidy
-from coopq.core.errors import BudgetError, EstimationError, RunError
-from coopq.core.config import RunConfig
-from tests.command_line import command, refused
+from coopq.judge.bench.results import Result, Row
+from coopq.judge.bench.run import run_bench
+from coopq.report.bench_tables import markdown, save_report
+from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
 
+NO_FIGURES = "no figures are drawn: they need the package matplotlib; run: pip install 'coopq[plot]'"
 SECOND = """[[case]]
 backends = ["rtn"]
 bits = [[3, 4]]
@@ -54,7 +58,7 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     out = config.parent / "out"
     code, text, err = command("bench", config, "--out", out, "--json")
     assert code == 0, err
-    results = [Result.from_json(result) for result in json.loads(text)["results"]]
+    results = msgspec.convert(json.loads(text)["results"], list[Result])
     assert [(result.case, result.seed) for result in results] == [
         ("stories260k-rtn-2-4", 0),
         ("stories260k-rtn-2-4", 1),
@@ -69,15 +73,15 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     }
     assert by_name["full precision", None].nll < by_name["active", "3avg"].nll < by_name["active", "2.5avg"].nll
     for budget in ("2.5avg", "3avg"):
-        lowest = min(row.calibration_nll for row in first.rows if row.budget == budget)
-        assert by_name["active", budget].calibration_nll == lowest, "32 assignments are searched wholly"
+        lowest = min(row.calibration_loss for row in first.rows if row.budget == budget)
+        assert by_name["active", budget].calibration_loss == lowest, "32 assignments are searched wholly"
     assert len(first.rows[0].windows) == 8
     assert first.shapley is not None
     assert results[2].shapley is None, "nothing walks there"
     assert np.array(first.interactions).shape == (5, 5)
-    assert results[0].rows[-1].calibration_nll != results[1].rows[-1].calibration_nll, "other sequences"
+    assert results[0].rows[-1].calibration_loss != results[1].rows[-1].calibration_loss, "other sequences"
     bank = list((out / "runs" / "stories260k-rtn-2-4" / "bank").glob("*.safetensors"))
-    assert len(bank) == 2 * 10, "packed and dequantised, once for both seeds"
+    assert len(bank) == 2 * 10, "packed and dequantized, once for both seeds"
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert len(rows) == sum(len(result.rows) for result in results)
     assert {row["method"] for row in rows if row["case"] == "stories260k-rtn-3-4-one-score"} == {
@@ -97,7 +101,8 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
             assert (out / line.split("(")[1].rstrip(")")).is_file()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("journal.jsonl")}
     again = run_bench(read_bench(config), out)
-    assert tidy(again) == (out / "results.csv").read_text()
+    save_report(read_bench(config), again, out)
+    assert list(csv.DictReader((out / "results.csv").read_text().splitlines())) == rows
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("journal.jsonl")}, "nothing was opened"
 
 
@@ -106,18 +111,37 @@ def test_searches_learn_nothing_from_other_methods(config: Path, tmp_path: Path)
     alone.write_text(TOML.replace('["lim", "coopq", "zd", "active"]', '["active"]', 1).replace("seeds = [0, 1]", ""))
     (result, *_) = run_bench(read_bench(alone), tmp_path / "out")
     (beside, *_) = run_bench(read_bench(config), config.parent / "out")
-    of_active = [row for row in beside.rows if row.method == "active"]
-    assert [row for row in result.rows if row.method == "active"] == of_active
-    assert of_active[0].layer_forwards > 0
+    active = [row for row in beside.rows if row.method == "active"]
+    assert [row for row in result.rows if row.method == "active"] == active
+    assert active[0].block_forwards > 0
 
 
-def row(method: str, budget: str | None, windows: list[float], layer_forwards: int = 0) -> Row:
-    return Row(method, budget, (2, 4), 3.0, 3.5, layer_forwards, 1.0, tuple(windows))
+def row(method: str, budget: str | None, windows: list[float], block_forwards: int = 0) -> Row:
+    return Row(
+        method=method,
+        budget=budget,
+        assignment=(2, 4),
+        average_bits=3.0,
+        bits_per_weight=3.5,
+        block_forwards=block_forwards,
+        calibration_loss=1.0,
+        windows=tuple(windows),
+    )
 
 
 def toy(rows: list[Row], seed: int = 0, case: str = "toy") -> Result:
-    config = {"model": "m", "backend": "rtn", "low": 2, "high": 4, "granularity": "block"}
-    return Result(case, seed, config, 2, ("a", "b"), tuple(rows), None, None, ((0.0, 0.1), (0.1, 0.0)))
+    return Result(
+        case=case,
+        seed=seed,
+        request=Request.from_options(model="m"),
+        loss="nll",
+        blocks=2,
+        players=("a", "b"),
+        rows=tuple(rows),
+        shapley=None,
+        covariance=None,
+        interactions=((0.0, 0.1), (0.1, 0.0)),
+    )
 
 
 def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, tmp_path: Path) -> None:
@@ -126,9 +150,7 @@ def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, t
     command("bench", config, "--out", config.parent / "out")
     (out / "results").mkdir(parents=True)
     name = "stories260k-rtn-2-4-seed1.json"
-    data = json.loads((config.parent / "out" / "results" / name).read_text())
-    del data["asked"]["config"]["loss"]  # as a version before this setting wrote it
-    (out / "results" / name).write_text(json.dumps(data))
+    (out / "results" / name).write_text((config.parent / "out" / "results" / name).read_text())
     code, text, err = command("bench", config, "--out", out, "--so-far", "--json")
     assert code == 0, err
     assert [result["seed"] for result in json.loads(text)["results"]] == [1]
@@ -141,14 +163,14 @@ def test_who_wins_by_hand() -> None:
     references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
     first = toy([*references, row("coopq", "3avg", [1.0, 2.0], 60), row("lim", "3avg", [2.0, 3.0], 2)])
     second = toy([*references, row("coopq", "3avg", [1.0, 4.0], 40), row("lim", "3avg", [2.0, 3.0], 2)], seed=1)
-    (cell,) = cells([first, second])
-    assert cell.windows["coopq"].tolist() == [1.0, 3.0], "the mean over seeds"
-    assert cell.cost["coopq"] == 25
-    assert cell.best == "coopq"
-    matrix = wins([cell], ["coopq", "lim"])
-    assert matrix[0, 1] == 1
-    assert matrix[1, 0] == 0
-    assert np.isnan(matrix[0, 0])
+    cells = average_over_seeds(tidy([first, second]))
+    assert cells["windows"]["toy", "3avg", "coopq"].tolist() == [1.0, 3.0], "the mean over seeds"
+    assert cells["cost"]["toy", "3avg", "coopq"] == 25
+    assert cells["nll"].idxmin() == ("toy", "3avg", "coopq")
+    shares = wins(cells, ["coopq", "lim"])
+    assert shares.loc["coopq", "lim"] == 1
+    assert shares.loc["lim", "coopq"] == 0
+    assert np.isnan(shares.loc["coopq", "coopq"])
     shown = markdown(Bench("Toy", (), None, 64), [first, second])
     assert "Lower in 1 of 1 cells (0 beyond the interval), higher in 0 (0 beyond)." in shown
     assert f"| toy | 3avg | {np.exp(2):.2f} | lim | {np.exp(2.5):.2f} | {np.expm1(-0.5) * 100:+.1f} % " in shown
@@ -156,9 +178,11 @@ def test_who_wins_by_hand() -> None:
 
 
 def test_cases_that_share_budgets_in_bytes_stand_side_by_side() -> None:
-    blocks = RunConfig("m", "rtn")
-    fused = replace(blocks, granularity="fused")
-    cases = tuple(Case(config, ("3avg", "3bpw"), ("coopq", "lim"), (0,)) for config in (blocks, fused))
+    blocks = Request.from_options(model="m", backend="rtn")
+    cases = tuple(
+        Case(request, ("3avg", "3bpw"), ("coopq", "lim"), (0,))
+        for request in (blocks, blocks.replace(granularity="fused"))
+    )
     references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
     results = [
         toy(
@@ -179,7 +203,12 @@ def test_cases_that_share_budgets_in_bytes_stand_side_by_side() -> None:
     ("before", "after", "error", "message"),
     [
         ('"lim", "coopq"', '"limm", "coopq"', EstimationError, "'lim'"),
-        ("permutations = 3", "permutation = 3", RunError, "'permutations'"),
+        ("permutations = 3", "permutation = 3", RunError, "did you mean 'permutations'"),
+        ("seeds = [0, 1]", "seed = 1", RunError, "did you mean 'seeds'"),
+        ("permutations = 3", "sequence_length = 64", RunError, "'sequence-length' is given twice"),
+        ("permutations = 3", "loss = 'kll'", RunError, "choose from nll, kl"),
+        ("judge-tokens = 512", "judge-tokens = 'all'", RunError, "judge-tokens = 'all' does not fit"),
+        ("permutations = 3", "fit-tokens = 64", BackendError, "fits its weights to no text"),
         ("[[2, 4]]", "[2, 4]", RunError, "write lists of widths"),
         ("tokens = 128", "tokens = 100", RunError, "not a multiple"),
         ('"2.5avg", "3avg"', '"2.5avg", "5avg"', BudgetError, "5avg"),
@@ -206,6 +235,101 @@ def test_mistakes_are_found_before_anything_is_measured(
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     assert "nowhere.toml" in refused("bench", tmp_path / "nowhere.toml", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("spelling", ["-", "_"])
+def test_every_option_of_a_request_is_a_key(spelling: str, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {
+        "dtype": "float32",
+        "device": "cpu",
+        "group-size": 32,
+        "act-order": True,
+        "symmetric": False,
+        "granularity": "fused",
+        "embeddings": True,
+        "calibration": "c4",
+        "tokens": 256,
+        "sequence-length": 128,
+        "fit-tokens": 512,
+        "screen-tokens": 128,
+        "loss": "kl",
+        "permutations": 7,
+        "target": "gguf",
+        "base": "base.gguf",
+        "context": 2048,
+    }
+    lines = [f"{key.replace('-', spelling)} = {json.dumps(value)}" for key, value in asked.items()]
+    lists = (
+        'models = ["m"]\nbackends = ["gptq"]\nbits = [[4, 2, 3]]\nbudgets = ["3avg"]\nmethods = ["active"]\nseeds = [5]'
+    )
+    (path := tmp_path / "all.toml").write_text("\n".join([*lines, lists]))
+    (case,) = read_bench(path).cases
+    expected = {key.replace("-", "_"): value for key, value in asked.items()}
+    expected |= {"model": "m", "backend": "gptq", "bits": (2, 3, 4), "seed": 5, "calibration_seed": 5}
+    assert case.seeded(5).options() == expected, "nothing is left out, and nothing is a default"
+    path.write_text("\n".join(["calibration-seed = 9", *lines, lists]))
+    (fixed,) = read_bench(path).cases
+    assert fixed.seeded(5).options() == {**expected, "calibration_seed": 9}
+
+
+def test_a_case_overrides_the_top_in_either_spelling(tmp_path: Path) -> None:
+    (path := tmp_path / "two.toml").write_text(TOML.replace("[[case]]", "[[case]]\nsequence_length = 32", 1))
+    assert [case.request.text.sequence_length for case in read_bench(path).cases] == [32, 64]
+
+
+def test_results_of_another_version_are_refused(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "stories260k-rtn-2-4-seed0.json").write_text('{"format_version": 1}')
+    with pytest.raises(RunError, match="format 1, and this version of coopq reads 2; delete the file"):
+        run_bench(read_bench(config), tmp_path)
+
+
+def test_a_divergence_is_not_called_a_likelihood(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["--budget", "3avg", "--method", "lim", "--judge-tokens", "512", "--judge-length", "64"]
+    code, text, err = command("compare", STORIES, "--run", run, *FAST, *arguments, "--loss", "kl")
+    assert code == 0, err
+    assert "calibration loss (kl)" in text
+    saved = (run / "comparison.json").read_text()
+    assert "calibration_nll" not in saved
+    rows = json.loads(saved)["comparison"]
+    assert {row["loss"] for row in rows} == {"kl"}
+    full = next(row for row in rows if row["method"] == "full precision")
+    assert full["calibration_loss"] == pytest.approx(0, abs=1e-6) != full["nll"]
+    (path := tmp_path / "kl.toml").write_text(
+        TOML.split("[[case]]")[0] + "loss = 'kl'\n[[case]]\n" + SECOND.removeprefix("[[case]]")
+    )
+    save_report(read_bench(path), run_bench(read_bench(path), tmp_path / "out"), tmp_path / "out")
+    first, *_ = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
+    assert first["loss"] == "kl"
+    assert float(first["calibration_loss"]) == pytest.approx(0, abs=1e-6)
+    assert "calibration loss (kl) above the lowest" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_without_matplotlib_everything_but_figures_is_written(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command("bench", config, "--out", config.parent / "out")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    caplog.set_level("INFO", "coopq")
+    files = save_report(read_bench(config), run_bench(read_bench(config), config.parent / "out"), tmp_path)
+    assert [path.name for path in files] == ["results.csv", "report.md"]
+    assert [record.message for record in caplog.records if "coopq[plot]" in record.message] == [NO_FIGURES]
+    assert "![" not in (tmp_path / "report.md").read_text()
+    arguments = ["--budget", "3avg", "--method", "lim", "--judge-tokens", "512", "--judge-length", "64"]
+    code, text, err = command("compare", STORIES, "--run", tmp_path / "run", *FAST, *arguments)
+    assert code == 0, err
+    assert NO_FIGURES in err
+    assert text.rstrip().endswith("comparison.json")
+    assert not list((tmp_path / "run").glob("comparison.[ps]*"))
+
+
+def test_without_pandas_a_bench_is_refused_before_anything_is_measured(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert "pip install 'coopq[bench]'" in refused("bench", config, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_reports_are_the_same_from_the_same_results(config: Path, tmp_path: Path) -> None:

@@ -14,24 +14,24 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from coopq.core.config import CalibrationConfig, RunConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
-from coopq.quantizers import Backend, get_backend
-from coopq.quantizers.ggml.types import GGMLBackend, IQuants
-from coopq.quantizers.input_statistics import column_importance
-from coopq.model.texts import calibration_set
-from coopq.export.checkpoint import read_saved, save_model
-from coopq.game.prefix_engine import model_nll
 from coopq.core.errors import BackendError, CoopQError, ExportError, Mismatch, OutputError, UnsupportedBits
+from coopq.core.types import Width
+from coopq.export.checkpoint import read_saved, save_model
 from coopq.export.formats import export_model, predicted_bytes
+from coopq.game.prefix_engine import model_nll
 from coopq.judge.llama_cpp import llama_cpp_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, gguf_file, load_model
 from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig, RunConfig
+from coopq.model.texts import calibration_set
+from coopq.quantizers import Backend, get_backend
 from coopq.quantizers.contract import check_backend
-from coopq.core.types import Width
+from coopq.quantizers.ggml.types import GGMLBackend, IQuants
+from coopq.quantizers.input_statistics import column_importance
 from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import command

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coopq.core.config import CalibrationConfig
 
 import coopq
 import openvino
-from coopq.quantizers import get_backend
-from coopq.model.texts import calibration_set
-from coopq.export.checkpoint import save_model
-from coopq.game.prefix_engine import model_nll
 from coopq.core.errors import ExportError
+from coopq.export.checkpoint import save_model
 from coopq.export.formats import export_model, predicted_bytes
+from coopq.game.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.model.players import find_players
-from coopq.core.config import CalibrationConfig
+from coopq.model.texts import calibration_set
+from coopq.quantizers import get_backend
 from tests.checkpoints import plan_for
 from tests.command_line import command
 from tests.openvino import EXACT, openvino_nll, save_openvino

@@ -72,7 +72,7 @@ class SpecOption(click.Option):
         self.section = section
 
 
-class _Name(click.ParamType):
+class _Name(click.ParamType):  # type: ignore[type-arg]  # not generic at run time before click 8.2
     """A name that is checked elsewhere, with completion."""
 
     name = "text"
@@ -85,7 +85,7 @@ class _Name(click.ParamType):
         return [CompletionItem(name) for name in self._choices if name.startswith(incomplete)]
 
 
-class _Widths(click.ParamType):
+class _Widths(click.ParamType):  # type: ignore[type-arg]
     """Widths with commas between."""
 
     name = "widths"
@@ -107,7 +107,7 @@ def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Ca
         kinds: `Request` (keyword `request`), `Goal` (`goal`), `SolverSpec` (`solver`).
         without: Names of options that the command does not need; they keep their defaults.
     """
-    specs = [spec for kind in kinds for spec in (_REQUEST if kind is Request else (kind,))]
+    specs = [spec for kind in kinds for spec in _specs(kind)]
 
     def decorate(command: Command) -> Command:
         @wraps(command)
@@ -132,8 +132,13 @@ def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Ca
 _KEYWORDS: dict[type[Any], str] = {Request: "request", Goal: "goal", SolverSpec: "solver"}
 
 
+def _specs(kind: type[Any]) -> tuple[type[Spec], ...]:
+    """The specs that a kind is made of."""
+    return _REQUEST if kind is Request else (kind,)
+
+
 def _option_names(kind: type[Any]) -> list[str]:
-    return [field.encode_name for spec in (_REQUEST if kind is Request else (kind,)) for field in fields(spec)]
+    return [field.encode_name for spec in _specs(kind) for field in fields(spec)]
 
 
 def _parameter(spec: type[Spec], field: FieldInfo) -> Callable[[Command], Command]:

@@ -22,8 +22,8 @@ _FORMAT_VERSION = 2
 _FREE = ("permutations", "seed", "model", "device", "dtype", "screen_tokens", "target", "base", "context")
 """Options that may change from command to command in one run folder.
 
-Other walks go on from the same journal. The fingerprints of the bank and of the journal guard what the model, the device
-and the dtype must not change.
+Other walks go on from the same journal. The fingerprints of the bank and of the journal guard what another model,
+device or dtype must not change.
 """
 
 

@@ -76,21 +76,17 @@ class Prepared:
         for budget in budgets:
             self.sizes.limit(budget, self.request.widths.low, self.request.widths.high)
 
-    def footprint(self) -> Footprint:
-        """Bytes that measuring this request holds at its peak."""
-        request = self.request
-        n_widths, diverges = len(request.widths.quantized), request.search.loss == "kl"
-        return Footprint.estimate(
-            self.skeleton, self.players, request.text, self.device.type, n_widths, diverges=diverges
-        )
-
     def fit(self) -> tuple[Footprint, int | None]:
-        """What the run takes and what is free, in bytes, once the run is known to fit.
+        """What measuring this request takes and what is free, in bytes, once the run is known to fit.
 
         Raises:
             OutOfMemory: If the run does not fit, with the setting that would fit.
         """
-        needed, free = self.footprint(), free_memory(self.request.model.device)
+        request, free = self.request, free_memory(self.request.model.device)
+        n_widths, diverges = len(request.widths.quantized), request.search.loss == "kl"
+        needed = Footprint.estimate(
+            self.skeleton, self.players, request.text, self.device.type, n_widths, diverges=diverges
+        )
         needed.check(free)
         if needed.must_offload(free) and self.request.widths.embeddings:
             raise OutOfMemory(
@@ -100,12 +96,7 @@ class Prepared:
         return needed, free
 
     def load(self, progress: ProgressCallback = silent, *, on_host: bool = False) -> LoadedModel:
-        """Load the weights.
-
-        Args:
-            progress: Told of the loading.
-            on_host: Leave the weights in the host's memory.
-        """
+        """Load the weights; `on_host` leaves the weights in the host's memory."""
         spec = self.request.model
         progress("loading the model", 0, 1)
         loaded = load_model(spec.source, dtype=spec.dtype, device=spec.device, on_host=on_host)
@@ -278,8 +269,8 @@ def open_session(
             progress=progress,
             offloaded=offloaded,
         )
-        tokens = None if fitting is None else fitting.tokens
-        weight_bank.build(prepared.request.widths.bits, tokens, progress, session.player_widths)
+        fit_to = None if fitting is None else fitting.tokens
+        weight_bank.build(prepared.request.widths.bits, fit_to, progress, session.player_widths)
         with ExitStack() as stack:
             if ray is not None:
                 from coopq.game.ray_cluster import Cluster

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.sizes import Budget
-from coopq.core.specs import Request, SolverSpec, spec_options
+from coopq.core.spec import spec_options
+from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, silent
 from coopq.export.formats import target_sizes
 from coopq.game.session import Session, open_session, prepare

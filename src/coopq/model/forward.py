@@ -28,8 +28,8 @@ def override_forward(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
             own["forward"] = forward
         yield
     finally:
-        for (own, _), forward in zip(attributes, before, strict=True):
-            if forward is None:
+        for (own, _), previous in zip(attributes, before, strict=True):
+            if previous is None:
                 own.pop("forward", None)
             else:
-                own["forward"] = forward
+                own["forward"] = previous

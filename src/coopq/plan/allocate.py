@@ -228,7 +228,7 @@ def allocate_run(
         raise BudgetError("no budget is given; name some with --budget, or take a whole front with --front 9")
     for budget in parsed:
         estimation.sizes.limit(budget, widths.low, widths.high)
-    plans = []
+    plans: list[Plan] = []
     for budget in parsed:
         progress("solving the program", len(plans), len(parsed))
         plans.append(make_plan(estimation, budget, choose_by_walks(estimation, budget, "coopq", solver)))

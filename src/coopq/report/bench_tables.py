@@ -63,7 +63,15 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
     cells = average_over_seeds(rows)
     methods = method_names(cells)
     others = [method for method in methods if method != "active"]
-    lines = [f"# {bench.title}", "", *_provenance(bench), "", "## All cases", "", *_summary(cells)]
+    lines = [
+        f"# {bench.title}",
+        "",
+        *_provenance(bench),
+        "",
+        "## All cases",
+        "",
+        *_summary(cells, rows["loss"].unique()),
+    ]
     lines += ["", "## The paper's method against its baselines", "", *_against(cells, "coopq", _PAPER_METHODS)]
     lines += ["", "## The active search against everything else", "", *_against(cells, "active", others)]
     lines += ["", "## In the form of the paper's tables", "", *_paper_form(bench, cells)]
@@ -88,7 +96,7 @@ def _provenance(bench: Bench) -> list[str]:
     ]
 
 
-def _summary(cells: "pd.DataFrame") -> Iterator[str]:
+def _summary(cells: "pd.DataFrame", losses: Sequence[str]) -> Iterator[str]:
     """Each method over all cells: how often its loss is lowest, how far above the lowest, and the cost."""
     import pandas as pd
 
@@ -103,7 +111,7 @@ def _summary(cells: "pd.DataFrame") -> Iterator[str]:
                 "lowest in": f"{is_lowest[method]} of {n[method]}",
                 "NLL above the lowest, mean ± standard error": f"{row.nll:.4f} ± {stderr[method]:.4f}",
                 "worst": f"{worst[method]:.4f}",
-                "calibration loss above the lowest, mean": f"{row.calibration_loss:.4f}",
+                f"calibration loss ({', '.join(losses)}) above the lowest, mean": f"{row.calibration_loss:.4f}",
                 "cost, median": f"{cost[method]:,.0f}",
             }
             for method, row in mean.iterrows()

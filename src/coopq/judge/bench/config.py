@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from coopq.core.errors import OptionError, RunError, hint
-from coopq.core.specs import Request, Spec, build, option_fields
+from coopq.core.spec import Spec, build
+from coopq.core.specs import Request, option_fields
 from coopq.core.types import Width
 
 
