@@ -1,6 +1,7 @@
 """What the benchmarks share: folders, command lines, reports in Markdown, and times. Nothing here imports torch."""
 
 import argparse
+import json
 import platform
 import resource
 import time
@@ -81,6 +82,11 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]
 def row(cells: Iterable[object]) -> str:
     """A line of a table in Markdown."""
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def write_documents(path: Path, texts: Iterable[str]) -> None:
+    """Write texts as a .jsonl file, a document a line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
 def perplexity(losses: Losses) -> str:

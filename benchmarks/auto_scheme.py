@@ -7,7 +7,6 @@ layer's output, and chooses under an average width, in a process of its own. The
 of AutoScheme's choice. `rtn` deploys both choices, and WikiText-2 judges them. Writes docs/results/auto_scheme.md.
 """
 
-import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,7 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, row, table, write_models_report
+from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, row, table, write_documents, write_models_report
 from _models import measured_plans, session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request, TextSpec
@@ -68,9 +67,7 @@ def auto_scheme(model: str, average: float) -> Scheme:
     if not out.exists():
         FOLDER.mkdir(parents=True, exist_ok=True)
         tokenizer = load_model(source_of(model), device="cpu").tokenizer
-        sequences = calibration_set(TEXT, tokenizer).tokens
-        text.write_text("".join(json.dumps({"text": tokenizer.decode(ids)}) + "\n" for ids in sequences))
-        # AutoRound wants one token less: it drops sequences that are shorter after decoding and encoding.
+        write_documents(text, map(tokenizer.decode, calibration_set(TEXT, tokenizer).tokens))
         arguments = [source_of(model), text, TEXT.n_sequences, TEXT.sequence_length - 1, average, GROUP, out]
         command = [sys.executable, "-c", AUTO_SCHEME, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

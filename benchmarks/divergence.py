@@ -26,10 +26,10 @@ def compare(by_likelihood: Sequence[Result], by_divergence: Sequence[Result]) ->
     budgets = dict.fromkeys(row.budget for row in rows)
     compared = []
     for method in methods:
-        pairs = [
-            [mean_windows(results, method, budget) for budget in budgets] for results in (by_divergence, by_likelihood)
-        ]
-        ours, reference = ([windows for windows in of_search if windows is not None] for of_search in pairs)
+        ours, reference = (
+            [windows for budget in budgets if (windows := mean_windows(results, method, budget)) is not None]
+            for results in (by_divergence, by_likelihood)
+        )
         if len(ours) == len(reference) == len(budgets):
             both = [*zip(ours, reference, strict=True), (np.mean(ours, axis=0), np.mean(reference, axis=0))]
             compared.append([method, *(loss_above(*pair) for pair in both)])

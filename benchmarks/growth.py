@@ -7,7 +7,6 @@ bits; one thing changes from row to row. What is foreseen is block forwards time
 time of one, both measured in the same process after the walks.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from _common import RESULTS, command_line, median_seconds, resident_bytes, row, table, write_report
 from coopq.core.specs import QuantizerSpec, TextSpec
 from coopq.game.prefix_engine import make_engine
 from coopq.model.load import LoadedModel
@@ -28,10 +28,7 @@ from coopq.model.players import find_players
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE
-from layer_forward import seconds
-from memory import resident
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "growth.md"
 LENGTH = 256
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 VOCABULARY = 8192
@@ -48,7 +45,7 @@ def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, flo
     """Measure one row in this process."""
     text = TextSpec(tokens=tokens, sequence_length=LENGTH)
     shape = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, **SHAPE)
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
     players = find_players(model, granularity)
@@ -62,7 +59,7 @@ def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, flo
         start = time.perf_counter()
         evaluations = sum(1 for _ in engine.evaluate(points))
         spent, block_forwards = time.perf_counter() - start, engine.block_forwards
-        block, head = engine.timed(lambda work: seconds(work, 9))
+        block, head = engine.timed(lambda work: median_seconds(work, 9))
     return {
         "players": len(players),
         "evaluations": evaluations,
@@ -71,14 +68,14 @@ def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, flo
         "seconds": spent,
         "foreseen": block_forwards * block + evaluations * head,
         "block": block,
-        "peak": resident("VmHWM") - before,
+        "peak": resident_bytes("VmHWM") - before,
         "footprint": Footprint.estimate(model, players, text, "cpu").total,
     }
 
 
 def main() -> None:
     """A process for each row, and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--only", help="one row as JSON, in this process")
     only = parser.parse_args().only
     if only is not None:

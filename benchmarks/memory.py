@@ -11,7 +11,6 @@ the model holds the weights of one width.
 The constants of src/coopq/model/memory.py are set so that footprint and peak agree here.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,26 +22,20 @@ import numpy as np
 import torch
 import transformers
 
+from _common import RESULTS, command_line, resident_bytes, row, table, write_report
 from coopq.core.specs import Request
 from coopq.game.session import open_session, prepare
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "memory.md"
 TOKENS, LENGTH = (1024, 4096, 16384), 512
-
-
-def resident(field: str) -> int:
-    """A size of this process in bytes, as Linux states it: VmRSS now, VmHWM at its peak."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def run(tokens: int, kept: bool) -> dict[str, int]:
     """Predicted bytes and bytes at the peak."""
     prepared = prepare(Request.from_options(model="demo", bits=(3, 4), tokens=tokens, sequence_length=LENGTH))
     expected = prepared.footprint()
-    before = resident("VmRSS")
+    before = resident_bytes("VmRSS")
     with TemporaryDirectory() as folder, open_session(prepared, Path(folder)) as session:
         session.bank.resident = kept
         cached_score(session, METHODS["fisher"], sensitivities(session))
@@ -51,12 +44,12 @@ def run(tokens: int, kept: bool) -> dict[str, int]:
             game(points)
     parts = {name: getattr(expected, name) for name in ("weights", "bank", "states", "working")}
     parts["bank"] //= 1 if kept else 2
-    return {"tokens": tokens, **parts, "total": sum(parts.values()), "peak": resident("VmHWM") - before}
+    return {"tokens": tokens, **parts, "total": sum(parts.values()), "peak": resident_bytes("VmHWM") - before}
 
 
 def main() -> None:
     """A process for each number of tokens, and the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--only", type=int, help="one number of tokens, in this process")
     parser.add_argument("--read", action="store_true", help="with --only: do not keep the bank in memory")
     arguments = parser.parse_args()

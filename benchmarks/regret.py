@@ -2,22 +2,20 @@
 
     python benchmarks/regret.py            # synthetic games; about a quarter of an hour on one core
 
-Regret: (loss of the chosen assignment - optimum) / (mean loss of random assignments of the budget - optimum), so that 0
-is the optimum and 1 is chance; averaged over the budgets. Cost: layer forwards with shared prefixes over all budgets
-together, in forwards of the whole model. Writes docs/results/regret.json and regret.md.
+Regret is (loss of the chosen assignment - optimum) / (mean loss of random assignments of the budget - optimum),
+averaged over the budgets: 0 is the optimum and 1 is chance. Cost is the number of block forwards for all budgets
+together, prefixes shared, in forwards of the whole model. Writes docs/results/regret.md.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.progress import track
 
+from _common import RESULTS, command_line, table, write_report
 from coopq.core.types import Assignment, Assignments, Game, Losses
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.search import (
@@ -39,19 +37,30 @@ from coopq.search.solver.quadratic_program import paper_program
 from coopq.search.strategies.evolution import SHARES
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "regret.json"
 AVERAGES = (2.25, 2.5, 3.0, 3.5)
 SIZES, SEEDS = (24, 32, 36), range(3)
 CHECKPOINTS = (60, 100, 150, 200, 250)
-"""Costs at which the active search is looked at, in forwards of the whole model."""
-
+"""Costs at which the report looks at the active search, in forwards of the whole model."""
 
 Choose = Callable[[int], Assignment]
-"""The assignment of a capacity."""
+"""The assignment for a capacity."""
+Rows = dict[str, list[float]]
+"""Cost and regret of each method on a game."""
 
 
 class Counted:
-    """A game that remembers, and counts what a prefix tree would cost."""
+    """A game that keeps all losses, and counts block forwards.
+
+    Args:
+        game: The game.
+        share: Share of the sequences that this game stands for.
+        whole: The game on all sequences, which counts the forwards; None if this is that game.
+
+    Attributes:
+        n_players: Number of players.
+        forwards: Block forwards so far, prefixes shared, in forwards of the whole model.
+        watch: Told of `forwards` before new assignments are measured.
+    """
 
     def __init__(self, game: Game, share: float = 1.0, whole: "Counted | None" = None) -> None:
         self._game = game
@@ -63,7 +72,7 @@ class Counted:
         self.watch: Callable[[float], None] = lambda _: None
 
     def __call__(self, assignments: Assignments) -> Losses:
-        """Losses of the assignments; those not yet known are counted."""
+        """Losses of the assignments, shape (n,); assignments that are new are counted."""
         new = np.array([x for x in np.unique(assignments, axis=0) if x.tobytes() not in self._known])
         if len(new):
             self.watch(self.forwards)
@@ -72,12 +81,18 @@ class Counted:
         return np.array([self._known[x.tobytes()] for x in assignments])
 
     def part(self, share: float) -> "Counted":
-        """The game on a share of the sequences, counted with the whole one."""
+        """The game on a share of the sequences; the forwards count for the whole game."""
         return self if share == 1.0 else Counted(self._game, share, self)
 
 
 class Judge:
-    """Regret of assignments of a game."""
+    """Regret of assignments of a game.
+
+    Args:
+        game: The game.
+        space: Players and budgets.
+        optima: The optimum of each budget.
+    """
 
     def __init__(self, game: Game, space: SearchSpace, optima: list[Assignment]) -> None:
         self._game = game
@@ -90,16 +105,16 @@ class Judge:
         ]
 
     def __call__(self, choose: Choose) -> float:
-        """Mean regret over the budgets of what `choose` says for each capacity."""
+        """Mean regret over the budgets."""
         chosen = [choose(capacity) for capacity in self._space.capacities]
-        for q, capacity in zip(chosen, self._space.capacities, strict=True):
-            assert self._space.step_bytes[q == HIGH].sum() <= capacity
+        for assignment, capacity in zip(chosen, self._space.capacities, strict=True):
+            assert self._space.step_bytes[assignment == HIGH].sum() <= capacity
         losses = self._game(np.array(chosen))
         return float(np.mean((losses - self._best) / (np.array(self._chance) - self._best)))
 
 
 def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, SearchSpace, list[Assignment]]:
-    """A game, its budgets, and the optimum of each: of many descents on the quadratic behind it."""
+    """A game, its budgets, and the optimum of each budget, by many descents on the quadratic behind the game."""
     game = SyntheticGame(n_players, form, seed)
     capacities = tuple(int((average - LOW) / (HIGH - LOW) * n_players + 1e-9) for average in AVERAGES)
     space = SearchSpace.uniform((LOW, HIGH), np.ones(n_players, dtype=np.int64), capacities, seed)
@@ -114,7 +129,7 @@ def synthetic(n_players: int, form: str, seed: int) -> tuple[Game, SearchSpace, 
 class AntitheticSPQE(SPQE):
     """SPQE whose every second walk is the walk before in reverse order.
 
-    A pair of walks gives exact Shapley values for games of single and pair terms, and says half as much about pairs.
+    A pair of walks gives exact Shapley values for games of single and pair terms, and tells half as much about pairs.
 
     Source: Mitchell et al., Sampling Permutations for Shapley Value Estimation, 2022.
     """
@@ -126,7 +141,7 @@ class AntitheticSPQE(SPQE):
 
 
 def by_paper(space: SearchSpace, game: Game, *, walks: int, make: type[SPQE] = SPQE) -> Choose:
-    """The paper's method, and its variants."""
+    """The paper's method, or a variant with other walks."""
     spqe = make(space.n_players, low=LOW, high=HIGH, permutations=walks, seed=space.seed)
     estimate = run(spqe, game).estimate()
 
@@ -138,12 +153,12 @@ def by_paper(space: SearchSpace, game: Game, *, walks: int, make: type[SPQE] = S
 
 
 def by_search(space: SearchSpace, game: Game, *, make: Callable[[SearchSpace], Search]) -> Choose:
-    """A search estimator."""
+    """A search strategy."""
     return run(make(space), game).choose
 
 
 def by_evolution(space: SearchSpace, game: Counted) -> Choose:
-    """EvoPress. These games have no sequences: a loss on some of them is exact, and costs their share."""
+    """EvoPress. These games have no sequences: a loss on a share of the sequences is exact, and costs that share."""
     return run_search(Evolution(space), {share: game.part(share) for share in SHARES}.__getitem__).choose
 
 
@@ -161,20 +176,19 @@ METHODS: dict[str, Callable[[SearchSpace, Counted], Choose]] = {
     "regression, order 2, 250 points": partial(by_search, make=partial(Regression, n_points=250)),
     "greedy down": partial(by_search, make=Greedy),
     "greedy up": partial(by_search, make=partial(Greedy, direction="up")),
-    "greedy down, 4 a step": partial(by_search, make=partial(Greedy, per_move=4)),
-    "greedy up, 4 a step": partial(by_search, make=partial(Greedy, direction="up", per_move=4)),
+    "greedy down, 4 a move": partial(by_search, make=partial(Greedy, per_move=4)),
+    "greedy up, 4 a move": partial(by_search, make=partial(Greedy, direction="up", per_move=4)),
     "greedy down, 12 candidates": partial(by_search, make=partial(Greedy, candidates=12)),
-    "greedy up, 4 a step, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_move=4, swaps=10)),
+    "greedy up, 4 a move, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_move=4, swaps=10)),
     "greedy down, 12 candidates, 10 swaps": partial(by_search, make=partial(Greedy, candidates=12, swaps=10)),
     "active": partial(by_search, make=ActiveSearch),
 }
 
 
-def measure(make_game: Callable[[], tuple[Game, SearchSpace, list[Assignment]]]) -> dict[str, list[float]]:
-    """Cost and regret of every method on one game; of the active search on its way too."""
-    game, space, optima = make_game()
+def measure(game: Game, space: SearchSpace, optima: list[Assignment]) -> Rows:
+    """Cost and regret of every method on one game; the active search also at the checkpoints."""
     judge = Judge(game, space, optima)
-    rows: dict[str, list[float]] = {}
+    rows: Rows = {}
     for name, method in METHODS.items():
         if name == "active":
             continue
@@ -182,57 +196,53 @@ def measure(make_game: Callable[[], tuple[Game, SearchSpace, list[Assignment]]])
         regret = judge(method(space, counted))
         rows[name] = [counted.forwards, regret]
     counted, search = Counted(game), ActiveSearch(space)
-    trace: list[tuple[float, float]] = []
-    counted.watch = lambda forwards: trace.append((forwards, judge(search.choose))) if len(search.measured) else None
+    trace: list[list[float]] = []
+    counted.watch = lambda forwards: trace.append([forwards, judge(search.choose)]) if len(search.measured) else None
     run(search, counted)
-    trace.append((counted.forwards, judge(search.choose)))
-    rows["active"] = list(trace[-1])
+    trace.append([counted.forwards, judge(search.choose)])
+    rows["active"] = trace[-1]
     for limit in CHECKPOINTS:
         within = [point for point in trace if point[0] <= limit]
         if within:
-            rows[f"active, within {limit}"] = list(within[-1])
+            rows[f"active, within {limit}"] = within[-1]
     return rows
 
 
-def markdown(groups: dict[str, list[dict[str, list[float]]]]) -> str:
-    """Mean regret by method and group of games, with its standard error over games."""
-    lines = [
+def describe(groups: dict[str, list[Rows]]) -> list[str]:
+    """The report: mean regret by method and form of game, with the standard error over games."""
+    rows = []
+    for name in dict.fromkeys(name for games in groups.values() for game in games for name in game):
+        by_form = [[game[name] for game in games if name in game] for games in groups.values()]
+        every = [found for form in by_form for found in form]
+        cells = [mean_and_error([regret for _, regret in found]) for found in (*by_form, every)]
+        rows.append([name, f"{np.mean([cost for cost, _ in every]):.0f}", *cells])
+    return [
         "# Regret on games whose optimum is known",
         "",
         "Written by `python benchmarks/regret.py`. Regret is 0 at the optimum and 1 at the mean of random assignments,",
-        f"averaged over the budgets {', '.join(f'{a}avg' for a in AVERAGES)}; cost is layer forwards with shared",
+        f"averaged over the budgets {', '.join(f'{a}avg' for a in AVERAGES)}; cost is block forwards with shared",
         "prefixes for all budgets together, in forwards of the whole model. Mean ± standard error over games.",
         "",
         f"Synthetic games: {len(SIZES)} sizes (L = {', '.join(map(str, SIZES))}), {len(SEEDS)} seeds each.",
         "",
-        f"| method | cost | {' | '.join(groups)} | all |",
-        f"| --- | --- | {' | '.join('---' for _ in groups)} | --- |",
+        *table(["method", "cost", *groups, "all"], rows),
     ]
-    names = dict.fromkeys(name for games in groups.values() for game in games for name in game)
-    for name in names:
-        per_group = [[game[name] for game in games if name in game] for games in groups.values()]
-        everything = [pair for of_group in per_group for pair in of_group]
-        cells = [cell([regret for _, regret in of_group]) for of_group in (*per_group, everything)]
-        lines.append(f"| {name} | {np.mean([cost for cost, _ in everything]):.0f} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
-def cell(values: Iterable[float]) -> str:
-    """Mean and standard error."""
+def mean_and_error(values: Iterable[float]) -> str:
+    """Mean and standard error, for people."""
     x = np.array(list(values))
     return f"{x.mean():.4f} ± {x.std(ddof=1) / np.sqrt(len(x)):.4f}" if len(x) > 1 else f"{x.mean():.4f}"
 
 
 def main() -> None:
-    """Run all games and write the report."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    """Play all games, and write the report."""
+    command_line(__doc__).parse_args()
     jobs = [(form, size, seed) for form in SyntheticGame.FORMS for size in SIZES for seed in SEEDS]
-    groups: dict[str, list[dict[str, list[float]]]] = {form: [] for form in SyntheticGame.FORMS}
+    groups: dict[str, list[Rows]] = {form: [] for form in SyntheticGame.FORMS}
     for form, size, seed in track(jobs, description="games"):
-        groups[form].append(measure(partial(synthetic, size, form, seed)))
-    RESULTS.write_text(json.dumps(groups, indent=1) + "\n")
-    RESULTS.with_suffix(".md").write_text(markdown(groups))
-    print(markdown(groups))
+        groups[form].append(measure(*synthetic(size, form, seed)))
+    write_report(RESULTS / "regret.md", describe(groups))
 
 
 if __name__ == "__main__":

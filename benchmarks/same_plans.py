@@ -4,8 +4,7 @@
     python benchmarks/same_plans.py build/before . --work build/same-plans
 
 Each run is made in both checkouts, in processes of their own, and kept: repeating the command compares again. Plans are
-compared field by field after the fields that were renamed since are mapped (`RENAMED`). Fields that hold the request
-have another form since, and are compared by the values in them. Weights are compared byte by byte.
+compared field by field, after renamed fields are mapped to today's names; weights are compared byte by byte.
 """
 
 import argparse
@@ -52,8 +51,9 @@ RENAMED = {
     "layer_forwards_unshared": "block_forwards_unshared",
     "evidence": "confidence",
     "config": "request",
-    "fitted to": "fitted to",
 }
+"""Names of a plan's fields before format version 2, and since."""
+_FORMAT = "format_version"
 
 
 def main() -> None:
@@ -100,34 +100,42 @@ def entry(checkout: Path) -> str:
 
 def differences(before: Path, after: Path) -> list[str]:
     """What differs between two saved models."""
-    found = []
-    ours, theirs = (mapped(json.loads((folder / "plan.json").read_text(encoding="utf-8"))) for folder in (before, after))
-    for key in sorted({*ours, *theirs}):
-        if key == "request":
-            same = leaves(ours[key]) == leaves(theirs[key])
-        else:
-            same = ours.get(key) == theirs.get(key)
-        if not same:
-            found.append(f"{key}: {ours.get(key)!r} before, {theirs.get(key)!r} after")
+    ours, theirs = (plan_fields(folder) for folder in (before, after))
+    found = [
+        f"{key}: {ours.get(key)!r} before, {theirs.get(key)!r} after"
+        for key in sorted({*ours, *theirs})
+        if ours.get(key) != theirs.get(key)
+    ]
     for file in sorted({path.name for folder in (before, after) for path in folder.glob("*.safetensors")}):
-        digests = [digest(folder / file) for folder in (before, after)]
-        if digests[0] != digests[1]:
+        if digest(before / file) != digest(after / file):
             found.append(f"{file} differs")
     return found
 
 
-def mapped(plan: dict[str, Any]) -> dict[str, Any]:
-    """A plan with today's names."""
-    return {RENAMED.get(key, key): value for key, value in plan.items()}
+def plan_fields(folder: Path) -> dict[str, Any]:
+    """The fields of a saved plan by today's names, the request as flat options."""
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    fields = {RENAMED.get(key, key): value for key, value in plan.items() if key != _FORMAT}
+    request = fields.pop("request")
+    options = old_options(request) if "low" in request else {k: v for spec in request.values() for k, v in spec.items()}
+    return fields | {f"option {name}": value for name, value in options.items()}
 
 
-def leaves(value: Any) -> set[str]:
-    """All plain values of nested data, without their names."""
-    if isinstance(value, dict):
-        return {leaf for of_key in value.values() for leaf in leaves(of_key)}
-    if isinstance(value, list):
-        return {leaf for item in value for leaf in leaves(item)}
-    return {repr(value)}
+def old_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a request as plans held them before format version 2."""
+    options = {key: value for key, value in config.items() if key not in ("low", "between", "high", "calibration")}
+    text, screening = config["calibration"], options.pop("screening")
+    length = text["length"]
+    return {
+        **options,
+        "bits": [config["low"], *config["between"], config["high"]],
+        "calibration": text["source"],
+        "calibration_seed": text["seed"],
+        "tokens": text["sequences"] * length,
+        "sequence_length": length,
+        "fit_tokens": None if text["fitting"] is None else text["fitting"] * length,
+        "screen_tokens": None if screening is None else screening * length,
+    }
 
 
 def digest(file: Path) -> str:

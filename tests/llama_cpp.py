@@ -1,4 +1,4 @@
-"""xllamacpp, llama.cpp itself in a wheel: it answers requests."""
+"""What llama.cpp computes, by the package xllamacpp: a server of llama.cpp in a wheel."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ def _server(file: Path) -> Any:
 
 
 def llama_cpp_text(file: Path, prompt: str) -> str:
-    """Some tokens after a prompt, the likeliest ones."""
+    """The most likely tokens after a prompt."""
     answer = _server(file).handle_completions({"prompt": prompt, "max_tokens": 8, "temperature": 0.0})
     return str(answer["choices"][0]["text"])
 
@@ -28,10 +28,10 @@ def llama_cpp_nll_of_last(file: Path, tokens: npt.NDArray[np.int64], vocabulary:
     """Loss of the last token of each sequence, shape (n_sequences,), of tokens of shape (n_sequences, length)."""
     server, losses = _server(file), []
     for sequence in tokens.tolist():
-        # Scores are of the logits before the bias. The bias draws the end of the text; a token that is half a character
-        # would be answered without scores.
+        # Scores are computed from the logits before the bias. The bias makes the server draw the end of the text: a
+        # token that is half a character comes without scores.
         wanted = {"max_tokens": 1, "logprobs": vocabulary, "logit_bias": [[END, 1000.0]]}
         answer = server.handle_completions({"prompt": sequence[:-1], **wanted})
         scores = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        losses.append(-next(of["logprob"] for of in scores if of["id"] == sequence[-1]))
+        losses.append(-next(score["logprob"] for score in scores if score["id"] == sequence[-1]))
     return np.array(losses)

@@ -1,6 +1,6 @@
-"""OpenVINO models in full precision without Optimum, and what OpenVINO computes of a model.
+"""OpenVINO models in full precision without Optimum, and the losses that OpenVINO computes.
 
-These keep no cache: they give the logits of whole sequences, which is all that losses need.
+The models keep no KV cache. They give the logits of whole sequences, and losses need no more.
 """
 
 import warnings
@@ -16,7 +16,7 @@ import openvino
 from coopq.game.losses import sequence_nll
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-"""By itself OpenVINO computes in bfloat16 where the processor can, and rounds activations to eight bits."""
+"""Settings for float32. By default OpenVINO computes in bfloat16 where it can, and rounds activations to 8 bits."""
 
 
 class Logits(nn.Module):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from coopq.judge.zero_shot import evaluate_tasks
 from coopq.core.errors import RunError
+from coopq.judge.zero_shot import evaluate_tasks
 from coopq.model.load import LoadedModel, load_model
 from tests.command_line import command, refused
 from tests.conftest import STORIES

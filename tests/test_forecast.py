@@ -153,7 +153,7 @@ def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) ->
     assert data["methods"]["active"]["seconds"] > 0
     assert data["block_seconds"] > 0
     assert not (tmp_path / "run").exists()
-    assert prepare(REQUEST).footprint().weights == data["footprint"]["weights"]
+    assert prepare(REQUEST).fit()[0].weights == data["footprint"]["weights"]
     code, out, err = command(*arguments, "--sequence-length", "64")
     assert code == 0, err
     assert "greedy-down" in out

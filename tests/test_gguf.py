@@ -62,16 +62,12 @@ def _type(backend: Backend, columns: int, bits: Width) -> str:
 @pytest.mark.parametrize("backend", [GGMLBackend(), IQuants()])
 def test_important_columns_are_rounded_less(backend: GGMLBackend) -> None:
     weight = torch.randn(64, 256)
-    importance = torch.ones(256)
-    importance[::2] = 100.0
+    columns = torch.ones(256)
+    columns[::2] = 100.0
     for bits in backend.bits[:5]:
-        errors = [
-            (
-                backend.dequantize(backend.quantize(weight, bits, weights), (64, 256), bits, torch.float32) - weight
-            ).square()
-            for weights in (None, importance)
-        ]
-        plain, weighted = ((error.mean(0) * importance).mean() for error in errors)
+        quantized = (backend.quantize(weight, bits, importance) for importance in (None, columns))
+        errors = [backend.dequantize(packed, (64, 256), bits, torch.float32) - weight for packed in quantized]
+        plain, weighted = ((error.square().mean(0) * columns).mean() for error in errors)
         assert weighted < plain
 
 
@@ -199,10 +195,8 @@ def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
     coopq.quantize(first, Goal(budget="4avg", method="greedy-down"), tmp_path / "first")
     export_model(tmp_path / "first", "gguf", base)
     size = base.stat().st_size
-    request, goal = (
-        first.replace(model=str(base), bits=(3, 16), base=None),
-        Goal(budget=f"{size - 100_000}B", method="greedy-down"),
-    )
+    request = first.replace(model=str(base), bits=(3, 16), base=None)
+    goal = Goal(budget=f"{size - 100_000}B", method="greedy-down")
     with pytest.raises(UnsupportedBits, match="every player takes no more bytes at a wider width than at 5; leave it"):
         coopq.quantize(request.replace(bits=(3, 5, 16)), goal, saved)
     plan = coopq.quantize(request, goal, saved)

@@ -1,24 +1,21 @@
-"""OpenVINO's form: the engine itself computes our losses from a file of the foretold size."""
+"""OpenVINO's form: the engine itself computes our losses from a file of the predicted size."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from coopq.core.config import CalibrationConfig
 
 import coopq
 import openvino
 from coopq.core.errors import ExportError
-from coopq.export.checkpoint import save_model
+from coopq.core.specs import TextSpec
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.game.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.model.players import find_players
 from coopq.model.texts import calibration_set
-from coopq.quantizers import get_backend
-from tests.checkpoints import plan_for
+from tests.checkpoints import plan_for, save
 from tests.command_line import command
 from tests.openvino import EXACT, openvino_nll, save_openvino
 
@@ -43,20 +40,19 @@ def test_openvino_computes_the_same_loss_at_every_width(
     backend: str, group_size: int | None, widths: list[int], llama: tuple[LoadedModel, Path], tmp_path: Path
 ) -> None:
     (loaded, base), (saved, out) = llama, (tmp_path / "saved", tmp_path / "out")
-    tokens = calibration_set(CalibrationConfig(sequences=2, length=64), loaded.tokenizer).tokens
+    tokens = calibration_set(TextSpec(tokens=128, sequence_length=64), loaded.tokenizer).tokens
     assignment = (widths * 13)[:13]
     plan = plan_for(loaded.model, backend, group_size, assignment, embeddings=True)
-    plan = replace(
-        plan,
-        config={**plan.config, "model": str(BENCHMARKS / "data" / "llama")},
+    plan = plan.replace(
+        request=plan.request.replace(model=str(BENCHMARKS / "data" / "llama")),
         fingerprint={**plan.fingerprint, "weights": fingerprint_weights(loaded.model)},
     )
-    save_model(loaded, plan, get_backend(backend, group_size=group_size), None, saved)
+    save(loaded, plan, saved)
     n_bytes = export_model(saved, "openvino", out, base=base)
     assert n_bytes == (out / "openvino_model.bin").stat().st_size == predicted_bytes(plan, "openvino", base=base)
     assert (out / "tokenizer.json").read_text() == "as the base has it"
     ours, whole = (
-        np.concatenate(list(model_nll(of, tokens))) for of in (coopq.load(saved, device="cpu"), loaded.model)
+        np.concatenate(list(model_nll(model, tokens))) for model in (coopq.load(saved, device="cpu"), loaded.model)
     )
     np.testing.assert_allclose(openvino_nll(out, tokens, **EXACT), ours, atol=1e-4)
     np.testing.assert_allclose(openvino_nll(out, tokens), ours, atol=0.03)

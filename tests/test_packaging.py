@@ -6,6 +6,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+import pytest
+
 import coopq
 
 ROOT = Path(__file__).parents[1]
@@ -16,8 +18,33 @@ def test_every_public_name_exists() -> None:
     assert not hasattr(coopq, "no_such_name")
 
 
-def test_the_command_line_starts_without_torch() -> None:
-    code = "import sys, coopq.cli.main; sys.exit('torch' in sys.modules)"
+def test_public_names_stay_functions_whatever_is_imported() -> None:
+    """A module of the name would take its place in the package once something imports it."""
+    code = """
+import pkgutil, sys, coopq
+for module in pkgutil.walk_packages(coopq.__path__, "coopq."):
+    if module.name.count(".") == 1:
+        __import__(module.name)
+sys.exit(not all(callable(getattr(coopq, name)) for name in coopq.__all__))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "coopq.cli.main",
+        "coopq.cli.commands",
+        "coopq.core.specs",
+        "coopq.export.formats",
+        "coopq.plan.allocate",
+        "coopq.plan.methods",
+        "coopq.quantizers",
+        "coopq.search",
+    ],
+)
+def test_what_needs_no_model_starts_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -41,3 +68,4 @@ def test_a_wheel_runs_the_main_job_outside_the_checkout(tmp_path: Path, stories:
     run(command, "quantize", stories, "--budget", "3avg", "--out", "model", *fast)
     assert "perplexity" in run(command, "evaluate", "model", "--tokens", "256", "--sequence-length", "64")
     assert (site / "coopq" / "model" / "data" / "LICENSES.md").is_file()
+    assert (site / "coopq" / "py.typed").is_file(), "type checkers heed its annotations"

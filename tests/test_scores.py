@@ -111,7 +111,7 @@ def test_llm_mq_by_whole_model_autograd(granularity: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "opt"])
 def test_fisher_by_whole_model_autograd(name: str, granularity: str, tmp_path: Path) -> None:
     model = tiny_model(name)
     sensitivity = make_sensitivity(model, tmp_path, granularity)

@@ -15,24 +15,25 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import coopq
-from coopq.search.solver.exact import allocate
-from coopq.judge.references import random_assignments
-from coopq.model.texts import calibration_set
-from coopq.export.checkpoint import saved_bytes
+from coopq.core.sizes import Budget, Sizes
+from coopq.core.specs import Request, SolverSpec
+from coopq.core.types import Assignments, Losses
+from coopq.export.checkpoint import SavedModel
 from coopq.game.prefix_engine import model_nll
-from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, SearchSpace, run
-from coopq.search.strategies.active import descent
-from coopq.plan.by_search import make_search
-from coopq.plan.methods import METHODS, OF_TWO_WIDTHS, get_method, measure, names, plans_on
-from coopq.plan.by_score import probes_of, terms_on
+from coopq.game.session import open_session, prepare
+from coopq.judge.references import random_assignments
 from coopq.model.load import load_model
+from coopq.model.texts import calibration_set
+from coopq.plan.by_score import cached_score, sensitivities
+from coopq.plan.by_search import make_search
+from coopq.plan.confidence import measure_plan
+from coopq.plan.methods import METHODS, get_method, make_plans, names
+from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, SearchSpace, run
+from coopq.search.solver.exact import allocate
 from coopq.search.solver.local_search import descend, local_optima, neighbours, random_fill
 from coopq.search.solver.quadratic_program import QuadraticProgram
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.core.sizes import Budget, Sizes
+from coopq.search.strategies.active import descent
 from coopq.search.synthetic import SteppedGame, SyntheticGame
-from coopq.core.types import Assignments, Losses
-from coopq.game.session import open_workbench
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
@@ -230,25 +231,25 @@ def test_searches_keep_every_budget(name: str) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_every_method_on_a_real_model(own: bool, tmp_path: Path) -> None:
-    """Where players have widths of their own, too: of two of them, 4 bits take as much as 8."""
-    calibration = CalibrationConfig(sequences=2, length=64)
-    config = RunConfig(str(STORIES), low=2, high=8, between=(4,), calibration=calibration)
-    budgets = [Budget.parse("2.6avg"), Budget.parse("4avg")]
-    with open_workbench(config, tmp_path) as bench:
+    """Where players have widths of their own, too: two players take as many bytes at 4 bits as at 8."""
+    request = Request.from_options(model=str(STORIES), bits=(2, 4, 8), tokens=128, sequence_length=64)
+    budgets, solver = [Budget.parse("2.6avg"), Budget.parse("4avg")], SolverSpec()
+    with open_session(prepare(request), tmp_path) as session:
         if own:
-            every, _, _ = terms_on(bench, "llm-mq", probes_of(bench))
-            sizes = bench.storage.n_bytes
-            sizes = {**sizes, 4: (*sizes[8][:2], *sizes[4][2:])}
-            bench = replace(bench, storage=replace(bench.storage, n_bytes=sizes))
-            assert [len(levels) for levels in bench.levels] == [2, 2, 3, 3, 3]
-            gains, _, _ = terms_on(bench, "llm-mq", probes_of(bench))
+            every = cached_score(session, METHODS["llm-mq"], sensitivities(session)).gains
+            n_bytes = session.sizes.n_bytes
+            n_bytes = {**n_bytes, 4: (*n_bytes[8][:2], *n_bytes[4][2:])}
+            session = replace(session, sizes=replace(session.sizes, n_bytes=n_bytes))
+            assert [len(widths) for widths in session.player_widths] == [2, 2, 3, 3, 3]
+            gains = cached_score(session, METHODS["llm-mq"], sensitivities(session)).gains
             assert gains == pytest.approx([*every[:4].reshape(2, 2).sum(axis=1), *every[4:]])
-        best = [measure(bench, plan).measured_loss for plan in plans_on(bench, "exact", budgets)]
-        for method in (method for method in METHODS if method not in OF_TWO_WIDTHS):
-            for plan, optimum in zip(plans_on(bench, method, budgets), best, strict=True):
-                plan = measure(bench, plan)
+        best = [measure_plan(session, plan).measured_loss for plan in make_plans(session, "exact", budgets, solver)]
+        for method in names(most_widths=None):
+            for plan, optimum in zip(make_plans(session, method, budgets, solver), best, strict=True):
+                plan = measure_plan(session, plan)
                 assert plan.bytes <= plan.budget_bytes
-                assert all(bits in levels for bits, levels in zip(plan.assignment, bench.levels, strict=True))
+                pairs = zip(plan.assignment, session.player_widths, strict=True)
+                assert all(bits in widths for bits, widths in pairs)
                 assert plan.measured_loss is not None
                 assert optimum is not None
                 assert plan.measured_loss >= optimum - 1e-12
@@ -262,10 +263,10 @@ def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
     code, text, err = command(*arguments, "--granularity", "fused", "--json")
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
-    assert json.loads(text)["bytes"] == plan.bytes == saved_bytes(out)
+    assert json.loads(text)["bytes"] == plan.bytes == SavedModel(out).n_bytes()
     assert plan.bytes <= plan.budget_bytes
     assert len(set(plan.assignment)) >= 3
-    assert RunConfig.from_json(plan.config).widths == WIDTHS
+    assert plan.request.widths.bits == WIDTHS
     again = command(*arguments, "--granularity", "fused", "--json")
     assert again[0] == 0
     assert json.loads(again[1]) == json.loads(text)
@@ -288,7 +289,7 @@ def test_the_main_job_with_widths_between(tmp_path: Path) -> None:
     plan = coopq.Plan.load(out / "plan.json")
     assert {2.5, 4.5} <= set(plan.assignment)
     assert 3.4 < plan.average_bits <= 3.5
-    assert plan.bytes == saved_bytes(out) <= plan.budget_bytes
+    assert plan.bytes == SavedModel(out).n_bytes() <= plan.budget_bytes
     assert "2.5, 4.5 and 8 bits by linear" in " ".join(text.split())
     journal = (tmp_path / "out-run" / "journal.jsonl").read_bytes()
     shutil.rmtree(out)
@@ -296,7 +297,7 @@ def test_the_main_job_with_widths_between(tmp_path: Path) -> None:
     assert code == 0, err
     assert coopq.Plan.load(out / "plan.json") == plan
     assert (tmp_path / "out-run" / "journal.jsonl").read_bytes() == journal
-    tokens = calibration_set(RunConfig.from_json(plan.config).calibration, load_model(str(STORIES)).tokenizer).tokens
+    tokens = calibration_set(plan.request.text, load_model(str(STORIES)).tokenizer).tokens
     saved = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean()
     assert saved == pytest.approx(plan.measured_loss, abs=1e-5)
 
@@ -308,12 +309,12 @@ def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:
     assert code == 0, err
     plan = coopq.Plan.load(out / "plan.json")
     assert set(plan.assignment) == {2, 16}
-    assert plan.bytes == saved_bytes(out) <= plan.budget_bytes
+    assert plan.bytes == SavedModel(out).n_bytes() <= plan.budget_bytes
     tensors = load_file(out / "quantized.safetensors")
     untouched = next(name for name, bits in plan.modules.items() if bits == 16)
     assert tensors[f"{untouched}.weight"].dtype == torch.float16
     loaded = load_model(str(STORIES), device="cpu")
-    tokens = calibration_set(RunConfig.from_json(plan.config).calibration, loaded.tokenizer).tokens
+    tokens = calibration_set(plan.request.text, loaded.tokenizer).tokens
     saved = np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean()
     assert saved == pytest.approx(plan.measured_loss, abs=1e-5)
     code, _, err = command("apply", out / "plan.json", "--out", tmp_path / "again")
@@ -325,16 +326,15 @@ def test_the_main_job_may_leave_players_as_they_are(tmp_path: Path) -> None:
     assert code == 0, err
     assert set(coopq.Plan.load(tmp_path / "whole" / "plan.json").assignment) == {16}
     line = refused(*arguments[:3], "2,5", *arguments[4:], "--out", tmp_path / "other")
-    assert "backend 'rtn' has no 5 bits; it has 2, 3, 4, 8, and 16 for what stays as it is" in line
+    assert "backend 'rtn' has no 5 bits; it has 2, 3, 4, 8, and 16 for layers that stay as they are" in line
 
 
-def test_what_knows_two_widths_refuses_more(tmp_path: Path) -> None:
+def test_methods_of_two_widths_refuse_more(tmp_path: Path) -> None:
     arguments: list[str | Path] = [STORIES, "--bits", "2,3,4", *TEXT]
     line = refused("quantize", *arguments, "--budget", "3avg", "--out", tmp_path / "out", "--method", "coopq")
-    assert "method 'coopq' is of two widths, and 3 are given; take two, or another method: 'active'" in line
+    assert "method 'coopq' chooses between 2 widths, and 3 are given; take two, or another method: 'active'" in line
     line = refused("estimate", *arguments, "--run", tmp_path / "run")
-    assert "method 'coopq' is of two widths" in line
-    line = refused("quantize", STORIES, "--bits", "4", "--budget", "3avg", "--out", tmp_path / "out")
-    assert "--bits '4' is not two widths or more" in line
-    line = refused("quantize", STORIES, "--bits", "2,4,4", "--budget", "3avg", "--out", tmp_path / "out")
-    assert "must be different widths" in line
+    assert "method 'coopq' chooses between 2 widths" in line
+    for bits in ("4", "2,4,4"):
+        line = refused("quantize", STORIES, "--bits", bits, "--budget", "3avg", "--out", tmp_path / "out")
+        assert f"bits = {bits.replace(',', ', ')} are not two or more different widths" in line

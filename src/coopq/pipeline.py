@@ -4,14 +4,16 @@ quantize = prepare -> open a session -> plans of the budget -> measure the plan 
 the stage computes in the run folder, so that an interrupted job goes on from there.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
 from coopq.core.files import as_plain, require_new_folder
 from coopq.core.sizes import Budget, Sizes
+from coopq.core.spec import spec_options
 from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, SolverSpec
-from coopq.core.types import UNTOUCHED, ProgressCallback, silent
+from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.formats import target_sizes
 from coopq.game.session import Session, open_session, prepare, weights_fingerprint
@@ -25,6 +27,7 @@ from coopq.plan.confidence import measure_plan
 from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS, check_methods, get_method, make_plans
 from coopq.plan.plan import Plan
+from coopq.quantizers.packed_modules import PackedWeights
 
 if TYPE_CHECKING:  # Ray is optional
     from coopq.game.ray_cluster import RayConfig
@@ -120,8 +123,7 @@ def apply(
     if deployment is not None and deployment != plan.quantizer:
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
-        widths = {*plan.assignment, request.widths.low, request.widths.high}
-        request = _with_quantizer(request, plan.deployment).replace(bits=tuple(widths))
+        request = _deployed(request, plan.deployment, plan.assignment)
     prepared = prepare(request, sizes_for=target_sizes)
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
@@ -133,7 +135,7 @@ def apply(
         calibration = calibration_set(text, loaded.tokenizer, positions)
     found = as_plain(weights_fingerprint(prepared, loaded, fitting))
     compared = ("weights",) if plan.deployment is not None else ("weights", "backend", "fitted to")
-    ours, theirs = ({key: of_plan.get(key) for key in compared} for of_plan in (found, as_plain(plan.fingerprint)))
+    ours, theirs = ({key: record.get(key) for key in compared} for record in (found, as_plain(plan.fingerprint)))
     if differing(ours, theirs):
         raise Mismatch(
             f"the plan was made for another model than {place!r}, or by another backend",
@@ -181,9 +183,12 @@ def _source(session: Session) -> Source:
     )
 
 
-def _with_quantizer(request: Request, quantizer: QuantizerSpec) -> Request:
-    """The request with another quantizer."""
-    return Request(request.model, quantizer, request.widths, request.text, request.search, request.target)
+def _deployed(request: Request, deployment: QuantizerSpec, assignment: Sequence[Width]) -> Request:
+    """The request of a plan that another quantizer deploys, with the widths that the plan and its budget need."""
+    widths = {*assignment, request.widths.low, request.widths.high}
+    if not PackedWeights(deployment).backend.calibrated:
+        request = request.replace(fit_tokens=None)
+    return request.replace(**spec_options(deployment), bits=tuple(widths))
 
 
 def _resized(plan: Plan, sizes: Sizes) -> Plan:

@@ -45,12 +45,12 @@ class BaseModel:
         """
         progress("loading the model", 0, 1)
         loaded = load_model(self.source, dtype=plan.fingerprint["dtype"], device="cpu")
-        ours, theirs = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
-        if ours != theirs:
+        found, expected = fingerprint_weights(loaded.model), plan.fingerprint["weights"]
+        if found != expected:
             raise Mismatch(
                 f"the plan was made for another model than {self.source!r}",
-                {"weights": ours},
-                {"weights": theirs},
+                {"weights": found},
+                {"weights": expected},
                 "name the plan's model with --model",
             )
         progress("loading the model", 1, 1)

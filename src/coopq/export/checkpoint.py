@@ -1,7 +1,7 @@
 """Quantized models on disk: packed weights as safetensors, everything else as JSON.
 
     quantized.safetensors   packed weights of the players, 16 bits of each untouched weight, and all other weights as
-                            they were; the file is model.safetensors where the library has a form of its own, as gptq
+                            they were; with gptq, which has a form of its own, the file is model.safetensors
     plan.json               width of each module, and how to read the packed weights
     config.json, tokenizer  as transformers writes them
 
@@ -78,10 +78,10 @@ class SavedModel:
 
     def n_bytes(self) -> int:
         """Bytes of the players' tensors on disk."""
-        packed, others = self.read()
+        packed, unpacked = self.read()
         untouched = self.plan.modules.keys() - packed.keys()
         tensors = [tensor for parts in packed.values() for tensor in parts.values()]
-        tensors += [tensor for key, tensor in others.items() if key.removesuffix(".weight") in untouched]
+        tensors += [tensor for key, tensor in unpacked.items() if key.removesuffix(".weight") in untouched]
         return sum(tensor.nbytes for tensor in tensors)
 
     def fingerprint(self) -> str:
@@ -131,8 +131,8 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
     """
     _check_modules(source, plan)
     tensors = _packed_tensors(source, plan, progress)
-    others = stored_tensors(source.loaded.model, plan.modules, source.loaded.checkpoint_dtype)
-    tensors |= {name: tensor.contiguous().cpu() for name, tensor in others}
+    unpacked = stored_tensors(source.loaded.model, plan.modules, source.loaded.checkpoint_dtype)
+    tensors |= {name: tensor.contiguous().cpu() for name, tensor in unpacked}
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
@@ -156,10 +156,10 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     saved, target = SavedModel(Path(path)), pick_device(device)
     plan, folder = saved.plan, saved.folder
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
-    packed, others = saved.read()
+    packed, unpacked = saved.read()
     model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
     try:
-        wrong = _load_tensors(model, others, packed)
+        wrong = _load_tensors(model, unpacked, packed)
         model.to(target)
         if not wrong:
             install(model, packed, plan.quantized, target, dtype)

@@ -31,7 +31,7 @@ from coopq.quantizers.packed_modules import PackedWeights
 
 _ARCHITECTURE_KEY = "general.architecture"
 _TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
-"""Settings that a written file has values of its own for."""
+"""Settings that the writer sets itself; the base's values are not copied."""
 
 
 class GGUF:
@@ -258,22 +258,22 @@ def _row_order(tensor: Any, weight: Tensor, module: str, n_tensors: int) -> npt.
     """
     import gguf
 
-    theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type) + np.float32(0)  # no negative zeros
-    theirs = theirs.reshape(-1, theirs.shape[-1])
+    base_rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type) + np.float32(0)  # no negative zeros
+    base_rows = base_rows.reshape(-1, base_rows.shape[-1])
     narrow = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
     dtype = narrow.get(tensor.tensor_type, torch.float32)
-    ours = weight.detach().cpu().to(dtype).float().numpy() + np.float32(0)
-    if np.array_equal(ours, theirs):
-        return np.arange(len(ours))
-    if ours.shape == (n_tensors * len(theirs), theirs.shape[1]):
-        places = {row.tobytes(): index for index, row in enumerate(ours)}
-        order = np.array([places.get(row.tobytes(), -1) for row in theirs])
+    model_rows = weight.detach().cpu().to(dtype).float().numpy() + np.float32(0)
+    if np.array_equal(model_rows, base_rows):
+        return np.arange(len(model_rows))
+    if model_rows.shape == (n_tensors * len(base_rows), base_rows.shape[1]):
+        places = {row.tobytes(): index for index, row in enumerate(model_rows)}
+        order = np.array([places.get(row.tobytes(), -1) for row in base_rows])
         if order.min() >= 0:
             return order
     raise Mismatch(
         f"{tensor.name} of the GGUF file is not {module} of the model",
-        {"rows": ours.shape},
-        {"rows": theirs.shape},
+        {"rows": model_rows.shape},
+        {"rows": base_rows.shape},
         "name an unquantized GGUF file of the same weights with --base",
     )
 

@@ -237,10 +237,10 @@ def _holds(node: Any, weight: Tensor) -> bool:
     dtype = _DTYPES[node.get_element_type().to_string()]
     # The comparison is of integers, because numpy has no bfloat16.
     kind = torch.int16 if dtype.itemsize == 2 else torch.int32
-    theirs = node.data.view(f"int{8 * kind.itemsize}")
+    values = node.data.view(f"int{8 * kind.itemsize}")
     # The first row tells most weights apart.
     return all(
-        np.array_equal(theirs[rows], weight[rows].to(dtype).view(kind).numpy()) for rows in (slice(1), slice(None))
+        np.array_equal(values[rows], weight[rows].to(dtype).view(kind).numpy()) for rows in (slice(1), slice(None))
     )
 
 

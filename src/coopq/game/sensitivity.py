@@ -22,7 +22,7 @@ models are within 2 % of those by exact second derivatives (tests/test_scores.py
 
 Term: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """What is summed over a linear layer's outputs, from how far quantization moves the outputs and the gradient of each
-sequence's mean loss by the outputs, all of shape (n_sequences, length, out)."""
+sequence's mean loss by the outputs, all of one shape: (n_sequences, length, out) or (n_sequences * length, out)."""
 
 
 class Sensitivity:
@@ -240,11 +240,13 @@ class Sensitivity:
                         output = self._blockwise.call_block(block, j, leaf)
                     upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
                     for player, (row, bits) in product(members, enumerate((self.low, self.high))):
-                        sums[row, player, starts[j] : starts[j + 1]] += self._sum_terms(term, player, bits, gradients)
+                        sums[row, player, starts[j] : starts[j + 1]] += self._sum_terms(
+                            term, player, bits, gradients, sizes[j]
+                        )
         return sums
 
     def _sum_terms(
-        self, term: Term, player: int, bits: Width, gradients: Mapping[str, tuple[Tensor, Tensor]]
+        self, term: Term, player: int, bits: Width, gradients: Mapping[str, tuple[Tensor, Tensor]], n_sequences: int
     ) -> npt.NDArray[np.float64]:
         """Terms of a player at a width, summed over its layers' outputs and tokens, shape (n_sequences,).
 
@@ -253,13 +255,14 @@ class Sensitivity:
             player: The player.
             bits: The width.
             gradients: Inputs and gradients by the outputs of the block's linear layers, by name.
+            n_sequences: Sequences of the batch. OPT's blocks join the sequences before some linear layers.
         """
         quantized = self.quantized(player, bits)
         total: npt.NDArray[np.float64] = np.zeros(())
         for name, weight in self.weights(player).items():
             inputs, gradient = gradients[name]
             moved = functional.linear(inputs, (quantized[name] - weight).to(inputs.device))
-            total = total + term(moved, gradient).flatten(1).double().sum(dim=1).cpu().numpy()
+            total = total + term(moved, gradient).reshape(n_sequences, -1).double().sum(dim=1).cpu().numpy()
         return total
 
 

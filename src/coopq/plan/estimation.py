@@ -53,7 +53,7 @@ class _Record(Struct, forbid_unknown_fields=True):
     players: tuple[Player, ...]
     bytes: dict[str, tuple[int, ...]]
     fixed: int
-    estimate: dict[str, list[float] | list[list[float]] | float]
+    estimate: dict[str, list[Any] | float]
     spent: Spent
 
 
