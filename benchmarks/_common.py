@@ -4,10 +4,13 @@ import argparse
 import json
 import platform
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,6 +108,12 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+
+
+def run_alone(script: str, *arguments: str) -> Any:
+    """Run a script in a process of its own; returns the JSON in the last line that the script prints."""
+    done = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def cpu_seconds() -> float:

@@ -3,6 +3,7 @@
 import json
 import lzma
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ class TokenisedArticles:
 def held_out_articles() -> list[str]:
     """The articles that no model of benchmarks/data is trained on."""
     return [json.loads(line)["text"] for line in _HELD_OUT.read_text(encoding="utf-8").splitlines()]
+
+
+def in_form_of_wikitext(text: str) -> str:
+    """A text with the spaces that WikiText-2 has around punctuation."""
+    text = re.sub(r"(\d)([,.])(?=\d)", r"\1 @\2@ ", text)
+    text = re.sub(r"(\w)-(?=\w)", r"\1 @-@ ", text)
+    return re.sub(" +", " ", re.sub(r"([^\w\s@-])", r" \1 ", text))
 
 
 def tokenised_articles(work: Path, vocabulary: int, every: int, length: int) -> TokenisedArticles:

@@ -21,12 +21,11 @@ from torch import Tensor
 from _common import RESULTS, table, write_report
 from _models import source_of
 from coopq.core.specs import TextSpec
-from coopq.core.types import Width
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.model.texts import calibration_set
 from coopq.quantizers.ggml.gptq import code_layout, elimination_order, second_order
-from coopq.quantizers.ggml.library import from_blocks
+from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.ggml.types import GGMLBackend
 from coopq.quantizers.input_statistics import second_moments
 
@@ -39,20 +38,6 @@ GPTQ = " by GPTQ"
 VARIANTS = (*TYPES, *(f"{name}{GPTQ}" for name in TYPES if code_layout(GGMLQuantizationType[name])))
 """Types as ggml rounds them, and types whose codes GPTQ chooses."""
 N_SEQUENCES, LENGTH = 16, 512
-
-
-class OneType(GGMLBackend):
-    """The quantizer of one type of ggml, whatever the width.
-
-    Attributes:
-        kind: The type.
-    """
-
-    kind = GGMLQuantizationType.Q8_0
-
-    def tensor_type(self, columns: int, bits: Width) -> GGMLQuantizationType:
-        """The type; see `GGMLBackend.tensor_type`."""
-        return self.kind
 
 
 @torch.no_grad()
@@ -74,14 +59,14 @@ def measure(model_name: str) -> dict[str, tuple[float, float]]:
     weights = {name: model.get_submodule(name).weight for name in names}
     originals = {name: weight.data for name, weight in weights.items()}
     full, following = log_probabilities(model, judging), torch.from_numpy(judging[:, 1:, None])
-    found, backend = {}, OneType()
+    found = {}
     for variant in track(VARIANTS, description=model_name):
-        backend.kind = type_of(variant)
+        kind = type_of(variant)
         for name, original in originals.items():
-            blocks = backend.quantize(original, 0, moments[name].diagonal())["blocks"]
+            blocks = to_blocks(kind, original, moments[name].diagonal())
             if variant.endswith(GPTQ):
-                blocks = second_order(backend.kind, original, blocks, eliminations[name])
-            weights[name].data = from_blocks(backend.kind, blocks)
+                blocks = second_order(kind, original, blocks, eliminations[name])
+            weights[name].data = from_blocks(kind, blocks)
         change = full - log_probabilities(model, judging)
         found[variant] = float((full.exp() * change).sum(dim=-1).mean()), float(change.gather(2, following).mean())
     return found

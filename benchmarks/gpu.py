@@ -12,6 +12,7 @@ tokens. Writes docs/results/gpu.md. Without a GPU nothing is measured.
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from _common import RESULTS, command_line, median_seconds, row, table, write_report
 from coopq.cli.terminal import progress_bars
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
@@ -39,23 +41,16 @@ from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, ActiveSearch, SearchSpace, run_search
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu.md"
 LENGTH, WALKS = 2048, 25
 BLOCKS, TOKENS = 32, 16384
 SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 VOCABULARY = 128256
+COLUMNS = ("", "block forwards", "losses", "minutes")
 
 
 def clock(work: Callable[[], object]) -> float:
-    """Seconds of one repeat, the median of five after a warm-up."""
-    times = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+    """The median time of five repeats, seconds."""
+    return median_seconds(work, 5, torch.cuda.synchronize)
 
 
 def product(n: int, into: int, out: int) -> Callable[[], object]:
@@ -112,12 +107,12 @@ def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, prog
 
 
 def main() -> None:
-    """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--layers", type=int, default=BLOCKS)
-    parser.add_argument("--folder", type=Path, help="for the bank, 28 GB of it; memory-backed is faster")
-    parser.add_argument("--run", action="store_true")
+    """Measure, and write the report."""
+    parser = command_line(__doc__)
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="calibration tokens (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=BLOCKS, help="blocks (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder of the bank, 28 GB; memory-backed is faster")
+    parser.add_argument("--run", action="store_true", help="measure whole searches too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: nothing was measured")
@@ -125,120 +120,165 @@ def main() -> None:
         measure(arguments, Path(folder), progress)
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The model on the GPU, with its weights at both widths.
+
+    Attributes:
+        model: The model.
+        players: The players: the blocks.
+        engine: What measures losses.
+        ids: Random tokens, shape (n_sequences, LENGTH).
+        opening: Time of the first two losses, seconds: compiling, checks, reading the bank.
+    """
+
+    model: Any
+    players: tuple[Player, ...]
+    engine: PrefixEngine
+    ids: npt.NDArray[np.int64]
+    opening: float
+
+
 def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallback) -> None:
-    """Measure all with the bank in a folder; results are written as soon as they are known."""
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(shape_of(arguments.layers), dtype=torch.bfloat16).eval()
-    players = find_players(model)
+    """Measure everything with the bank in a folder; the report is written as soon as something is known."""
     request = Request.from_options(
         model="random", bits=(2, 4), permutations=WALKS, tokens=arguments.tokens, sequence_length=LENGTH
     )
-    text = request.text
-    ids = np.random.default_rng(0).integers(VOCABULARY, size=(text.n_sequences, LENGTH))
-    points = SPQE(len(players), low=2, high=4, permutations=WALKS, seed=0).points
-    ends = np.array([[2] * len(players), [4] * len(players)], dtype=np.float32)
+    opened = open_model(request, arguments.layers, folder, progress)
+    lines, block, head = describe_forwards(opened, request)
+    options = "" if arguments.layers == BLOCKS else f" --layers {arguments.layers}"
+    options += "" if arguments.tokens == TOKENS else f" --tokens {arguments.tokens}"
+    title = [
+        "# An 8B model on one GPU",
+        "",
+        f"Written by `python benchmarks/gpu.py{options}{' --run' * arguments.run}`: {arguments.layers} blocks of",
+    ]
+    lines = [*title, *lines, "", *describe_forecast(request, block, head)]
+    write_report(RESULTS / "gpu.md", lines)
+    if arguments.run:
+        lines += ["", "Measured, the active search on the synthetic game of the forecast:", "", *table(COLUMNS, [])]
+        for cells in measure_searches(opened, folder, progress):
+            lines.append(row(cells))
+            write_report(RESULTS / "gpu.md", lines)
+
+
+def open_model(request: Request, n_blocks: int, folder: Path, progress: ProgressCallback) -> Opened:
+    """Make the model with random weights, quantize the weights, and measure two losses."""
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(shape_of(n_blocks), dtype=torch.bfloat16).eval()
+    players = find_players(model)
+    ids = np.random.default_rng(0).integers(VOCABULARY, size=(request.text.n_sequences, LENGTH))
     bank = WeightBank(folder, LoadedModel(model, None, torch.bfloat16), players, get_backend(QuantizerSpec("rtn")), {})
     bank.build((2, 4), progress=progress)
-
     torch.cuda.reset_peak_memory_stats()
     engine = make_engine(model, bank, ids)
-    blockwise = engine.blockwise
     start = time.perf_counter()
-    losses_of(engine, ends)  # compiles, checks, reads the bank
-    opening = time.perf_counter() - start
-    layer, head = engine.timed(clock)
+    losses_of(engine, np.array([[2] * len(players), [4] * len(players)], dtype=np.float32))
+    return Opened(model, players, engine, ids, time.perf_counter() - start)
+
+
+def describe_forwards(opened: Opened, request: Request) -> tuple[list[str], float, float]:
+    """Times of a block forward and of the head, compiled and not, and how exact the compiled model is.
+
+    Returns:
+        Lines of the report; the time of a block forward and of the head with the loss, seconds.
+    """
+    engine, blockwise, text = opened.engine, opened.engine.blockwise, request.text
+    block, head = engine.timed(clock)
     held = torch.cuda.max_memory_allocated()
     with blockwise.fast(0):
         states = [batch.clone() for batch in blockwise.forward_block(0, blockwise.embedded)]
+    points = walk_points(opened.players)
     some = points[:: max(1, len(points) // 8)]
     losses = losses_of(engine, some)
     with torch.compiler.set_stance("force_eager"):
-        plain_layer, plain_head = engine.timed(clock)
+        plain_block, plain_head = engine.timed(clock)
         plain_states = blockwise.forward_block(0, blockwise.embedded)
         plain_losses = losses_of(engine, some)
-    exact = in_float32(model, ids)
+    exact = in_float32(opened.model, opened.ids)
     torch.cuda.empty_cache()
 
     batch = min(batch_size("cuda", LENGTH), text.n_sequences) * LENGTH
     peak = 2 * 8192**3 / clock(product(8192, 8192, 8192))
-    shapes = [linear.shape for linear in players[0].linears]
-    products = sum(clock(partial(product(batch, into, out))) for out, into in shapes) * arguments.tokens / batch
-    flops = 2 * arguments.tokens * players[0].n_weights
-    head_flops = 2 * arguments.tokens * SHAPE["hidden_size"] * VOCABULARY
-    with torch.device("meta"):
-        whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
-    predicted, scale = forecast_methods(whole, request), TOKENS / arguments.tokens
+    shapes = [linear.shape for linear in opened.players[0].linears]
+    products = sum(clock(partial(product(batch, into, out))) for out, into in shapes) * text.tokens / batch
+    block_flop = 2 * text.tokens * opened.players[0].n_weights
+    head_flop = 2 * text.tokens * SHAPE["hidden_size"] * VOCABULARY
+    rows = [
+        [
+            name,
+            f"{taken * 1e3:.1f}",
+            f"{flop / taken / 1e12:.0f}",
+            f"{flop / taken / peak:.0%}",
+            f"{plain * 1e3:.1f} ({flop / plain / peak:.0%})",
+        ]
+        for name, flop, taken, plain in (
+            ("block forward", block_flop, block, plain_block),
+            ("head with the loss", head_flop, head, plain_head),
+        )
+    ]
+    predicted = Footprint.estimate(opened.model, opened.players, text, "cuda").total
     lines = [
-        "# An 8B model on one GPU",
-        "",
-        "Written by `python benchmarks/gpu.py"
-        + ("" if arguments.layers == BLOCKS else f" --layers {arguments.layers}")
-        + ("" if arguments.tokens == TOKENS else f" --tokens {arguments.tokens}")
-        + (" --run" if arguments.run else "")
-        + f"`: {arguments.layers} blocks of",
-        f"Llama-3.1-8B's shape, random weights, bfloat16, {arguments.tokens:,} tokens in sequences of {LENGTH:,},",
+        f"Llama-3.1-8B's shape, random weights, bfloat16, {text.tokens:,} tokens in sequences of {LENGTH:,},",
         f"batches of {batch:,}; {torch.cuda.get_device_name()}, torch {torch.__version__},",
         f"transformers {transformers.__version__}. Medians of five.",
         "",
         f"* Peak, a product of 8192 x 8192 matrices: {peak / 1e12:.0f} TFLOP/s. The products of a block alone take",
         f"  {products * 1e3:.1f} ms.",
         "",
-        "| | ms | TFLOP/s in its products | share of the peak | by torch's own operations, ms |",
-        "| --- | --- | --- | --- | --- |",
-        f"| block forward | {layer * 1e3:.1f} | {flops / layer / 1e12:.0f} | {flops / layer / peak:.0%} "
-        f"| {plain_layer * 1e3:.1f} ({flops / plain_layer / peak:.0%}) |",
-        f"| head with the loss | {head * 1e3:.1f} | {head_flops / head / 1e12:.0f} | {head_flops / head / peak:.0%} "
-        f"| {plain_head * 1e3:.1f} ({head_flops / plain_head / peak:.0%}) |",
+        *table(["", "ms", "TFLOP/s in its products", "share of the peak", "by torch's own operations, ms"], rows),
         "",
         f"* States after the first block, off those in float32 by {off(states, exact):.1e} of their norm; by torch's",
         f"  own operations by {off(plain_states, exact):.1e}.",
         f"* Losses of {len(losses)} assignments: {np.abs(losses - plain_losses).mean():.1e} nats from those by torch's",
         f"  own operations, in the mean, of {losses.mean():.2f}; they differ among themselves by {losses.std():.1e}.",
-        f"* Compiling, the check and reading the bank, with the first two losses: {opening:.0f} s.",
+        f"* Compiling, the check and reading the bank, with the first two losses: {opened.opening:.0f} s.",
         f"* Memory: {held / 2**30:.1f} GiB at the peak,",
-        f"  {Footprint.estimate(model, players, text, 'cuda').total / 2**30:.1f} GiB predicted.",
-        "",
-        f"Predicted for {BLOCKS} blocks and {TOKENS:,} tokens:",
-        "",
-        "| | block forwards | losses | minutes |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| {name} | {'up to ' * work.is_bound}{work.block_forwards:,} | {work.evaluations:,} "
-            f"| {scale * (work.block_forwards * layer + work.evaluations * head) / 60:.1f} |"
-            for name, work in predicted.items()
-            if name == "active" or name.startswith("coopq")
-        ),
+        f"  {predicted / 2**30:.1f} GiB predicted.",
     ]
-    report(lines)
-    if arguments.run:
-        lines += [
-            "",
-            "Measured, the active search on the synthetic game of the forecast:",
-            "",
-            "| | block forwards | losses | minutes |",
-            "| --- | --- | --- | --- |",
+    return lines, block, head
+
+
+def describe_forecast(request: Request, block: float, head: float) -> list[str]:
+    """The time of whole searches on all blocks, from the times of a block forward and of the head, seconds."""
+    with torch.device("meta"):
+        whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
+    scale = TOKENS / request.text.tokens
+    rows = [
+        [
+            name,
+            f"{'up to ' * work.is_bound}{work.block_forwards:,}",
+            f"{work.evaluations:,}",
+            f"{scale * (work.block_forwards * block + work.evaluations * head) / 60:.1f}",
         ]
-        start, blocks = time.perf_counter(), [player.block for player in players]
-        for done, _ in enumerate(engine.evaluate(points)):
-            progress("SPQE", done + 1, len(np.unique(points, axis=0)))
-        minutes = (time.perf_counter() - start) / 60
-        lines.append(f"| coopq, M = {WALKS} | {prefix_tree_size(points, blocks):,} | {done + 1:,} | {minutes:.1f} |")
-        report(lines)
-        start = time.perf_counter()
-        meters = active(engine, players, folder, progress)
-        minutes = (time.perf_counter() - start) / 60
-        report([*lines, f"| active | {meters.block_forwards:,.0f} | {meters.evaluations:,.0f} | {minutes:.1f} |"])
+        for name, work in forecast_methods(whole, request).items()
+        if name == "active" or name.startswith("coopq")
+    ]
+    return [f"Predicted for {BLOCKS} blocks and {TOKENS:,} tokens:", "", *table(COLUMNS, rows)]
+
+
+def measure_searches(opened: Opened, folder: Path, progress: ProgressCallback) -> Iterator[list[str]]:
+    """Run the walks of SPQE and an active search; yields a row of the report for each."""
+    points, blocks = walk_points(opened.players), [player.block for player in opened.players]
+    start, n_points = time.perf_counter(), len(np.unique(points, axis=0))
+    for done, _ in enumerate(opened.engine.evaluate(points), start=1):
+        progress("SPQE", done, n_points)
+    minutes = (time.perf_counter() - start) / 60
+    yield [f"coopq, M = {WALKS}", f"{prefix_tree_size(points, blocks):,}", f"{n_points:,}", f"{minutes:.1f}"]
+    start = time.perf_counter()
+    meters = active(opened.engine, opened.players, folder, progress)
+    minutes = (time.perf_counter() - start) / 60
+    yield ["active", f"{meters.block_forwards:,.0f}", f"{meters.evaluations:,.0f}", f"{minutes:.1f}"]
+
+
+def walk_points(players: tuple[Player, ...]) -> Assignments:
+    """The assignments of the walks of SPQE."""
+    return SPQE(len(players), low=2, high=4, permutations=WALKS, seed=0).points
 
 
 def shape_of(n_blocks: int) -> LlamaConfig:
     """The configuration of the model."""
     return LlamaConfig(num_hidden_layers=n_blocks, vocab_size=VOCABULARY, **SHAPE)
-
-
-def report(lines: list[str]) -> None:
-    """Write and print the results so far."""
-    RESULTS.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
     python benchmarks/growth.py                # a quarter of an hour on two cores; writes docs/results/growth.md
 
 Random weights: only shapes matter here. Each row is a process of its own, which measures the walks of SPQE at 2 and 4
-bits; one thing changes from row to row. What is foreseen is block forwards times the time of one plus heads times the
-time of one, both measured in the same process after the walks.
+bits. One thing changes from row to row. The predicted time is block forwards times the time of a block forward, plus
+heads times the time of a head; the same process measures both times after the walks.
 """
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from _common import RESULTS, command_line, median_seconds, resident_bytes, row, table, write_report
+from _common import RESULTS, command_line, median_seconds, resident_bytes, row, run_alone, table, write_report
 from coopq.core.specs import QuantizerSpec, TextSpec
 from coopq.game.prefix_engine import make_engine
 from coopq.model.load import LoadedModel
@@ -33,6 +31,10 @@ LENGTH = 256
 SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 VOCABULARY = 8192
 BASE = {"layers": 12, "walks": 4, "tokens": 1024, "granularity": "block"}
+COLUMNS = (
+    *("players", "losses", "block forwards", "of unshared", "seconds", "predicted", "ms a block forward"),
+    *("peak MiB", "of forecast"),
+)
 SWEEPS: dict[str, tuple[int | str, ...]] = {
     "layers": (12, 30, 60),
     "walks": (4, 8, 16),
@@ -66,7 +68,7 @@ def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, flo
         "block_forwards": block_forwards,
         "unshared": walks * len(players) * layers,
         "seconds": spent,
-        "foreseen": block_forwards * block + evaluations * head,
+        "predicted": block_forwards * block + evaluations * head,
         "block": block,
         "peak": resident_bytes("VmHWM") - before,
         "footprint": Footprint.estimate(model, players, text, "cpu").total,
@@ -74,7 +76,7 @@ def run(layers: int, walks: int, tokens: int, granularity: str) -> dict[str, flo
 
 
 def main() -> None:
-    """A process for each row, and the table."""
+    """Measure each row in a process of its own, and write the report."""
     parser = command_line(__doc__)
     parser.add_argument("--only", help="one row as JSON, in this process")
     only = parser.parse_args().only
@@ -95,32 +97,26 @@ def main() -> None:
         lines += [
             f"## By {name}",
             "",
-            f"| {name} | players | losses | block forwards | of unshared | seconds | foreseen | ms a block forward "
-            "| peak MiB | of forecast |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            *table([name, *COLUMNS], []),
         ]
         for value in values:
-            command = [sys.executable, __file__, "--only", json.dumps({**BASE, name: value})]
-            row = json.loads(
-                subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-            )
-            lines.append(
-                f"| {value} | {row['players']} | {row['evaluations']} | {row['block_forwards']} "
-                f"| {row['block_forwards'] / row['unshared']:.2f} | {row['seconds']:.1f} "
-                f"| {row['foreseen'] / row['seconds']:.2f} | {row['block'] * 1e3:.1f} "
-                f"| {row['peak'] / 2**20:,.0f} | {row['peak'] / row['footprint']:.2f} |"
-            )
+            found = run_alone(__file__, "--only", json.dumps({**BASE, name: value}))
+            cells = [value, *(found[key] for key in ("players", "evaluations", "block_forwards"))]
+            cells += [f"{found['block_forwards'] / found['unshared']:.2f}", f"{found['seconds']:.1f}"]
+            cells += [f"{found['predicted'] / found['seconds']:.2f}", f"{found['block'] * 1e3:.1f}"]
+            cells += [f"{found['peak'] / 2**20:,.0f}", f"{found['peak'] / found['footprint']:.2f}"]
+            lines.append(row(cells))
             print(lines[-1], flush=True)
         lines.append("")
     lines += [
-        "Time is block forwards times the time of one, which grows with tokens alone, and heads. Block forwards grow",
-        "with walks and with players in a straight line, and with the square of the layers where blocks are the",
-        "players: every layer adds a loss to each walk, and the blocks after the one that changes, half of them on",
-        "average, to each loss. Shared prefixes save more where there are more walks to share them. Memory grows",
-        "with layers (weights, their forms at two widths, a hidden state for each) and with tokens (hidden states),",
-        "not with walks; linear layers as players change nothing in it.",
+        "Time is block forwards times the time of a block forward, which grows with tokens alone, and heads. Block",
+        "forwards grow linearly with walks and with players. They grow with the square of the layers if the players",
+        "are blocks: every layer adds a loss to each walk, and to each loss the blocks after the block that changes,",
+        "half of the blocks on average. Shared prefixes save more if more walks share them. Memory grows with layers",
+        "(weights, their forms at two widths, a hidden state for each layer) and with tokens (hidden states), not with",
+        "walks; linear layers as players do not change memory.",
     ]
-    RESULTS.write_text("\n".join(lines) + "\n")
+    write_report(RESULTS / "growth.md", lines, quiet=True)
 
 
 if __name__ == "__main__":

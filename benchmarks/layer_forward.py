@@ -33,6 +33,10 @@ from coopq.search import SPQE
 
 LENGTH = 256
 TOKENS = (512, 1024, 2048)
+COLUMNS = (
+    *("tokens", "linear layers by torch, GFLOP/s", "by oneDNN", "floor, ms", "transformers' block, ms", "of the floor"),
+    *("engine's, ms", "of the floor", "head, ms", "whole evaluations / predicted"),
+)
 
 
 def by_torch(x: Tensor, w: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ def products(blockwise: Blockwise, config: Any, weights: list[Tensor], repeats: 
 
 
 def main() -> None:
-    """Time and write."""
+    """Measure, and write the section of this processor."""
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=40)
     repeats = parser.parse_args().repeats
@@ -86,9 +90,7 @@ def main() -> None:
     lines = [
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}.",
         "",
-        "| tokens | linear layers by torch, GFLOP/s | by oneDNN | floor, ms | transformers' block, ms | of the floor |"
-        " engine's, ms | of the floor | head, ms | whole evaluations / predicted |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table(COLUMNS, []),
     ]
     with TemporaryDirectory() as folder, torch.no_grad():
         bank = WeightBank(Path(folder), loaded, players, get_backend(QuantizerSpec("rtn")), {})
@@ -110,11 +112,9 @@ def main() -> None:
             whole = time.perf_counter() - start
             predicted = (engine.block_forwards - before) * block + evaluations * head_time
             flops = 2 * ids.size * players[0].n_weights / 1e9
-            lines.append(
-                f"| {tokens} | {flops / taken['torch']:.0f} | {flops / taken['oneDNN']:.0f} | {floor * 1e3:.1f} "
-                f"| {plain * 1e3:.1f} | {floor / plain:.0%} | {block * 1e3:.1f} | {floor / block:.0%} "
-                f"| {head_time * 1e3:.0f} | {whole / predicted:.2f} |"
-            )
+            cells = [tokens, f"{flops / taken['torch']:.0f}", f"{flops / taken['oneDNN']:.0f}", f"{floor * 1e3:.1f}"]
+            cells += [f"{plain * 1e3:.1f}", f"{floor / plain:.0%}", f"{block * 1e3:.1f}", f"{floor / block:.0%}"]
+            lines.append(row([*cells, f"{head_time * 1e3:.0f}", f"{whole / predicted:.2f}"]))
             print(lines[-1], flush=True)
     write_section(RESULTS / "layer_forward.md", head, lines)
 

@@ -12,8 +12,6 @@ The constants of src/coopq/model/memory.py are set so that footprint and peak ag
 """
 
 import json
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,19 +20,21 @@ import numpy as np
 import torch
 import transformers
 
-from _common import RESULTS, command_line, resident_bytes, row, table, write_report
+from _common import RESULTS, command_line, resident_bytes, row, run_alone, table, write_report
 from coopq.core.specs import Request
 from coopq.game.session import open_session, prepare
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
 
 TOKENS, LENGTH = (1024, 4096, 16384), 512
+READ = "read when set"
+"""How a bank that is not resident is used."""
 
 
 def run(tokens: int, kept: bool) -> dict[str, int]:
     """Predicted bytes and bytes at the peak."""
     prepared = prepare(Request.from_options(model="demo", bits=(3, 4), tokens=tokens, sequence_length=LENGTH))
-    expected = prepared.footprint()
+    expected, _ = prepared.fit()
     before = resident_bytes("VmRSS")
     with TemporaryDirectory() as folder, open_session(prepared, Path(folder)) as session:
         session.bank.resident = kept
@@ -48,7 +48,7 @@ def run(tokens: int, kept: bool) -> dict[str, int]:
 
 
 def main() -> None:
-    """A process for each number of tokens, and the table."""
+    """Measure each number of tokens in a process of its own, and write the report."""
     parser = command_line(__doc__)
     parser.add_argument("--only", type=int, help="one number of tokens, in this process")
     parser.add_argument("--read", action="store_true", help="with --only: do not keep the bank in memory")
@@ -56,6 +56,7 @@ def main() -> None:
     if arguments.only is not None:
         print(json.dumps(run(arguments.only, not arguments.read)))
         return
+    columns = ["tokens", "bank", "weights", "of the bank", "hidden states"]
     lines = [
         "# Peak memory against its forecast",
         "",
@@ -63,18 +64,14 @@ def main() -> None:
         f"tokens; torch {torch.__version__}, transformers {transformers.__version__}. In MiB,",
         "beside the interpreter and the libraries.",
         "",
-        "| tokens | bank | weights | of the bank | hidden states | one batch | forecast | peak | peak / forecast |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table([*columns, "one batch", "forecast", "peak", "peak / forecast"], []),
     ]
-    for tokens, how in product(TOKENS, ("mapped and kept", "read when set")):
-        command = [sys.executable, __file__, "--only", str(tokens), *(["--read"] if how == "read when set" else [])]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-        sizes = [row[name] / 2**20 for name in ("weights", "bank", "states", "working", "total", "peak")]
-        lines.append(
-            f"| {tokens} | {how} | " + " | ".join(f"{size:,.0f}" for size in sizes) + f" | {sizes[5] / sizes[4]:.2f} |"
-        )
-        print(lines[-1])
-    RESULTS.write_text("\n".join(lines) + "\n")
+    for tokens, how in product(TOKENS, ("mapped and kept", READ)):
+        found = run_alone(__file__, "--only", str(tokens), *(["--read"] if how == READ else []))
+        sizes = [f"{found[name] / 2**20:,.0f}" for name in ("weights", "bank", "states", "working", "total", "peak")]
+        lines.append(row([tokens, how, *sizes, f"{found['peak'] / found['total']:.2f}"]))
+        print(lines[-1], flush=True)
+    write_report(RESULTS / "memory.md", lines, quiet=True)
 
 
 if __name__ == "__main__":

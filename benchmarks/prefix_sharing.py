@@ -5,21 +5,20 @@
 Writes docs/results/prefix_sharing.md.
 """
 
-from pathlib import Path
-
 import numpy as np
 
+from _common import RESULTS, command_line, row, table, write_report
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.search import SPQE
 
-REPORT = Path(__file__).parents[1] / "docs" / "results" / "prefix_sharing.md"
 SEED = 0
 LINEARS = 7
 """Linear layers of a block in Llama, Mistral and Qwen."""
 
 
 def main() -> None:
-    """Count block forwards for models of 30 to 64 blocks and 10 to 100 walks."""
+    """Count block forwards for models of 30 to 64 blocks and 10 to 100 walks, and write the report."""
+    command_line(__doc__).parse_args()
     lines = [
         "# Block forwards with and without shared prefixes",
         "",
@@ -28,8 +27,7 @@ def main() -> None:
         "walk besides the common start, L blocks each). The engine takes one for each distinct prefix of blocks.",
         f"Players are the blocks, or the {LINEARS} linear layers of each block.",
         "",
-        "| blocks L | players N | walks M | M N L | prefix tree | times fewer |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(["blocks L", "players N", "walks M", "M N L", "prefix tree", "times fewer"], []),
     ]
     for per_block in (1, LINEARS):
         for n_blocks in (30, 32, 64):
@@ -38,10 +36,8 @@ def main() -> None:
             for permutations in (10, 25, 50, 100):
                 points = SPQE(n_players, low=2, high=4, permutations=permutations, seed=SEED).points
                 unshared, shared = permutations * n_players * n_blocks, prefix_tree_size(points, blocks)
-                cells = (n_blocks, n_players, permutations, unshared, shared, f"{unshared / shared:.2f}")
-                lines += [f"| {' | '.join(map(str, cells))} |"]
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text("\n".join(lines) + "\n")
+                lines.append(row([n_blocks, n_players, permutations, unshared, shared, f"{unshared / shared:.2f}"]))
+    write_report(RESULTS / "prefix_sharing.md", lines)
 
 
 if __name__ == "__main__":

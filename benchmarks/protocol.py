@@ -1,14 +1,13 @@
 """SPQE as CoopQ runs it against the paper's protocol written plainly: wall-clock, and where the difference comes from.
 
     python benchmarks/protocol.py                      # ten walks on 1,024 tokens; half an hour on two cores
-    python benchmarks/protocol.py --permutations 3     # less to share, and less to wait for
+    python benchmarks/protocol.py --permutations 3     # fewer walks share less, and take less time
 
-Plainly: for every step of every walk the block is quantized anew by Quanto, in place, and the whole model computes the
-loss of all tokens. Both take the same walks, tokens, threads and dtype, one after the other in one process, and must
-agree on every loss. Writes docs/results/protocol.md.
+The plain protocol quantizes the block anew by Quanto, in place, at every step of every walk, and the whole model
+computes the loss of all tokens. Both ways have the same walks, tokens, threads and dtype, run one after the other in
+one process, and must agree on every loss. Writes docs/results/protocol.md.
 """
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,44 +17,43 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import track
 
-from by_cpu import write_section
-from coopq.quantizers import get_backend
-from coopq.model.texts import calibration_set
-from coopq.game.prefix_engine import model_nll
-from coopq.search import SPQE
+from _common import RESULTS, command_line, table, write_section
+from _models import sequence_losses, session_on
+from coopq.core.specs import Request
+from coopq.model.blockwise import BATCH_TOKENS
 from coopq.model.load import load_model, load_skeleton
 from coopq.model.players import find_players
-from coopq.model.blockwise import BATCH_TOKENS
-from coopq.core.config import CalibrationConfig, RunConfig
-from coopq.game.session import open_workbench
-from main_job import bars_for
+from coopq.model.texts import calibration_set
+from coopq.quantizers import get_backend
+from coopq.quantizers.backend import WeightQuantizer
+from coopq.search import SPQE
 
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "protocol.md"
 LENGTH, LOW, HIGH = 256, 2, 4
 
 
 class Clock(Counter[str]):
-    """Seconds by what they went into."""
+    """Seconds by kind of work."""
 
     @contextmanager
-    def running(self, what: str) -> Iterator[None]:
-        """Count what passes inside."""
+    def running(self, kind: str) -> Iterator[None]:
+        """Count the time inside the `with` block."""
         start = time.perf_counter()
         yield
-        self[what] += time.perf_counter() - start  # type: ignore[assignment]
+        self[kind] += time.perf_counter() - start  # type: ignore[assignment]
 
 
-def plainly(config: RunConfig, spqe: SPQE, clock: Clock) -> list[float]:
+def run_plainly(request: Request, spqe: SPQE, clock: Clock) -> list[float]:
     """The losses of all walks, step by step."""
-    loaded = load_model(config.model)
-    backend, players = get_backend("quanto", bits=(LOW, HIGH)), find_players(loaded.model)
-    tokens = calibration_set(config.calibration, loaded.tokenizer).tokens
+    loaded = load_model(request.model.source)
+    backend, players = get_backend(request.quantizer, request.widths.bits), find_players(loaded.model)
+    assert isinstance(backend, WeightQuantizer)
+    tokens = calibration_set(request.text, loaded.tokenizer).tokens
     originals = {
         linear.name: loaded.model.get_submodule(linear.name).weight.data.clone()
-        for p in players
-        for linear in p.linears
+        for player in players
+        for linear in player.linears
     }
 
     def requantize(player: int, bits: int) -> None:
@@ -65,58 +63,57 @@ def plainly(config: RunConfig, spqe: SPQE, clock: Clock) -> list[float]:
             loaded.model.get_submodule(linear.name).weight.data.copy_(weight)
 
     losses: list[float] = []
-    with Progress() as bars:
-        for order in bars.track(spqe.orders, description="plainly"):
+    for order in track(spqe.orders, description="plainly"):
+        with clock.running("quantizing"):
+            for player in range(len(players)):
+                requantize(player, HIGH)
+        for lowered in (None, *order):
             with clock.running("quantizing"):
-                for player in range(len(players)):
-                    requantize(player, HIGH)
-            for player in (None, *order):
-                with clock.running("quantizing"):
-                    if player is not None:
-                        requantize(int(player), LOW)
-                with clock.running("forwards"):
-                    losses.append(float(np.concatenate(list(model_nll(loaded.model, tokens))).mean()))
+                if lowered is not None:
+                    requantize(int(lowered), LOW)
+            with clock.running("forwards"):
+                losses.append(float(sequence_losses(loaded.model, tokens).mean()))
     return losses
 
 
-def by_coopq(config: RunConfig, spqe: SPQE, clock: Clock) -> tuple[list[float], int]:
-    """The same losses by the prefix tree, and its layer forwards."""
-    with TemporaryDirectory() as folder, Progress() as bars:
+def run_by_coopq(request: Request, spqe: SPQE, clock: Clock) -> tuple[list[float], int]:
+    """The same losses by the prefix tree, and the block forwards of the prefix tree."""
+    with TemporaryDirectory() as folder:
+        opening = session_on(request, Path(folder))
         with clock.running("quantizing"):
-            opened = open_workbench(config, Path(folder), bars_for(bars, "coopq"))
-            bench = opened.__enter__()
-        with clock.running("forwards"), bench.calibration_game("walks") as game:
+            session = opening.__enter__()
+        with clock.running("forwards"), session.game("walks") as game:
             losses = game(spqe.points).tolist()
-            spent = game.journal.layer_forwards
-        opened.__exit__(None, None, None)
-    return losses, spent
+            block_forwards = game.journal.block_forwards
+        opening.__exit__(None, None, None)
+    return losses, block_forwards
 
 
-def teraflops(layer_forwards: int, heads: int, tokens: int) -> float:
+def teraflop(block_forwards: int, heads: int, tokens: int) -> float:
     """Operations of the linear layers and the head, 10^12."""
     skeleton = load_skeleton("demo")
     block = sum(player.n_weights for player in find_players(skeleton) if player.block == 0)
     head = int(skeleton.get_output_embeddings().weight.numel())
-    return 2e-12 * tokens * (layer_forwards * block + heads * head)
+    return 2e-12 * tokens * (block_forwards * block + heads * head)
 
 
 def main() -> None:
-    """Run both and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run both ways, and write the section of this processor."""
+    parser = command_line(__doc__)
     parser.add_argument("--permutations", type=int, default=10, help="walks")
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens")
     arguments = parser.parse_args()
-    calibration = CalibrationConfig(sequences=arguments.tokens // LENGTH, length=LENGTH)
-    config = RunConfig("demo", "quanto", low=LOW, high=HIGH, calibration=calibration)
+    request = Request.from_options(
+        model="demo", backend="quanto", bits=(LOW, HIGH), tokens=arguments.tokens, sequence_length=LENGTH
+    )
     spqe = SPQE(30, low=LOW, high=HIGH, permutations=arguments.permutations, seed=0)
     plain, ours = Clock(), Clock()
-    expected = plainly(config, spqe, plain)
-    found, spent = by_coopq(config, spqe, ours)
+    expected = run_plainly(request, spqe, plain)
+    found, shared = run_by_coopq(request, spqe, ours)
     worst = float(np.abs(np.array(found) - expected).max())
     assert worst < 1e-3, worst
-    unshared = len(expected) * 30
-    distinct = len(np.unique(spqe.points, axis=0))
-    work = teraflops(unshared, len(expected), arguments.tokens), teraflops(spent, distinct, arguments.tokens)
+    unshared, distinct = len(expected) * 30, len(np.unique(spqe.points, axis=0))
+    work = teraflop(unshared, len(expected), arguments.tokens), teraflop(shared, distinct, arguments.tokens)
     rates = [1000 * done / clock["forwards"] for done, clock in zip(work, (plain, ours), strict=True)]
     head = [
         "# SPQE against the paper's protocol written plainly",
@@ -125,23 +122,26 @@ def main() -> None:
         f"sequences of {LENGTH} tokens, float32, batches of {BATCH_TOKENS['cpu']} tokens in both. Loading the model",
         "counts as quantizing, for CoopQ alone.",
     ]
+    seconds = [
+        (f"seconds, {kind}", f"{plain[kind]:.0f}", f"{ours[kind]:.0f}", f"{plain[kind] / ours[kind]:.2f}")
+        for kind in ("quantizing", "forwards")
+    ]
+    total = plain.total(), ours.total()
+    rows = [
+        *seconds,
+        ("seconds, all", f"{total[0]:.0f}", f"{total[1]:.0f}", f"**{total[0] / total[1]:.2f}**"),
+        ("block forwards", unshared, shared, f"{unshared / shared:.2f}"),
+        ("heads", len(expected), distinct, f"{len(expected) / distinct:.2f}"),
+        ("TFLOP in linear layers and heads", f"{work[0]:.1f}", f"{work[1]:.1f}", f"{work[0] / work[1]:.2f}"),
+        ("GFLOP/s, forwards", f"{rates[0]:.0f}", f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.2f}"),
+    ]
     lines = [
         f"{arguments.permutations} walks, {arguments.tokens} tokens, {torch.get_num_threads()} threads,",
         f"torch {torch.__version__}. The losses agree to {worst:.0e} nats.",
         "",
-        "| | plainly | CoopQ | ratio |",
-        "| --- | --- | --- | --- |",
-        *(
-            f"| seconds, {what} | {plain[what]:.0f} | {ours[what]:.0f} | {plain[what] / ours[what]:.2f} |"
-            for what in ("quantizing", "forwards")
-        ),
-        f"| seconds, all | {plain.total():.0f} | {ours.total():.0f} | **{plain.total() / ours.total():.2f}** |",
-        f"| layer forwards | {unshared} | {spent} | {unshared / spent:.2f} |",
-        f"| heads | {len(expected)} | {distinct} | {len(expected) / distinct:.2f} |",
-        f"| TFLOP in linear layers and heads | {work[0]:.1f} | {work[1]:.1f} | {work[0] / work[1]:.2f} |",
-        f"| GFLOP/s, forwards | {rates[0]:.0f} | {rates[1]:.0f} | {rates[1] / rates[0]:.2f} |",
+        *table(["", "plainly", "CoopQ", "ratio"], rows),
     ]
-    write_section(RESULTS, head, lines)
+    write_section(RESULTS / "protocol.md", head, lines)
     print("\n".join(lines))
 
 

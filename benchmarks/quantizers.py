@@ -77,13 +77,13 @@ def quantized(
         if not timed.exists():
             write_json(timed, cpu_seconds() - start if is_new else None)
         points = np.array([[bits] * len(session.players) for bits in (width, UNTOUCHED)], dtype=np.float32)
-        losses = []
-        fitted = fitting_set(request.text, session.loaded.tokenizer)
-        for tokens, journal in ((session.calibration, "calibration.jsonl"), (fitted, "fitted.jsonl")):
-            with session.game_on(tokens, folder / journal, "measuring") as game:
-                losses.append(float(game(points[:1])[0]))
+        with session.game_on(session.calibration, folder / "calibration.jsonl", "measuring") as game:
+            calibration = float(game(points[:1])[0])
+        fitted_to = fitting_set(request.text, session.loaded.tokenizer)
+        with session.game_on(fitted_to, folder / "fitted.jsonl", "measuring") as game:
+            fitted = float(game(points[:1])[0])
         windows, full = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
-    return Quantized(*losses, windows, full, read_json(timed))
+    return Quantized(calibration, fitted, windows, full, read_json(timed))
 
 
 def describe(model: str) -> list[str]:

@@ -193,6 +193,7 @@ def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:
     """torch waits for ever for a file that only its maker removes."""
     code = (
         "from pathlib import Path; from optimum.quanto.library.extensions.cpp import ext; "
-        "from coopq.quantizers.quanto import QuantoBackend; (Path(ext.build_directory) / 'lock').touch(); QuantoBackend()"
+        "from coopq.quantizers.quanto import QuantoBackend; (Path(ext.build_directory) / 'lock').touch(); "
+        "QuantoBackend()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=50)

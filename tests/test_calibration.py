@@ -126,7 +126,7 @@ def test_a_hub_data_set(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "options", [{"tokens": 0}, {"tokens": 4, "sequence_length": 1}, {"tokens": 100}, {"fit_tokens": 0}]
 )
-def test_nothing_to_score_is_refused(options: dict[str, int]) -> None:
+def test_nothing_to_score_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=r"tokens = |sequence-length = "):
         TextSpec(**options)
 

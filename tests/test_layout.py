@@ -54,8 +54,10 @@ def imported(tree: ast.Module, module: str) -> Iterator[str]:
             assert node.level == 0, f"{module} imports relatively in line {node.lineno}"
             source = str(node.module)
             yield from (inner if (inner := f"{source}.{alias.name}") in MODULES else source for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and (path := PATH.fullmatch(node.value)):
-            yield path[1]
+        elif isinstance(node, ast.Constant):
+            path = PATH.fullmatch(str(node.value))
+            if path is not None and (path[1] in MODULES or path[2] is not None):  # "coopq.load" alone is no module
+                yield path[1]
 
 
 def violations(trees: dict[str, ast.Module]) -> list[str]:

@@ -43,7 +43,8 @@ def evaluate_model(
         device: Where to compute.
         progress: Told of every batch.
     """
-    prepared = prepare(Request.from_options(model=source, device=device, tokens=length, sequence_length=length))
+    one_window = {"tokens": max(length, 2), "sequence_length": length}  # a bad length is refused by its own name
+    prepared = prepare(Request.from_options(model=source, device=device, **one_window))
     # Nothing is quantized here, so the weights need no room for a bank.
     must_offload = not weights_fit(source, device=device)
     loaded = prepared.load(progress, on_host=must_offload)

@@ -79,9 +79,9 @@ class WeightBank:
         header = folder / "bank.json"
         ours = {"format_version": _FORMAT_VERSION, **fingerprint}
         if header.exists():
-            theirs = read_json(header)
-            if theirs != as_plain(ours):
-                raise Mismatch(f"weight bank {folder} holds other weights", ours, theirs, "use another run folder")
+            found = read_json(header)
+            if found != as_plain(ours):
+                raise Mismatch(f"weight bank {folder} holds other weights", ours, found, "use another run folder")
         else:
             write_json(header, ours)
 

@@ -49,15 +49,15 @@ class PackedWeights(UserDict[str, Packed]):
         """
         weights = cls(spec)
         packed: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
-        others: dict[str, Tensor] = {}
+        rest: dict[str, Tensor] = {}
         for key, tensor in load_tensors(folder / weights.backend.weights_file, way_out="save the model again").items():
             module, part = _split(key, packed)
             if module:
                 packed[module][part] = tensor
             else:
-                others[key] = tensor
+                rest[key] = tensor
         weights.update(packed)
-        return weights, others
+        return weights, rest
 
 
 def _split(key: str, modules: Container[str]) -> tuple[str, str]:

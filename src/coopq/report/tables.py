@@ -196,6 +196,7 @@ def methods_table() -> Table:
     """All methods: what each is for, and what it costs."""
     title = "Methods. Cost: forwards of the model over the calibration tokens, for five budgets of 30 blocks together"
     table = Table("method", "kind", "how it decides", title=title)
+    table.columns[0].no_wrap = True  # names are there to be copied
     table.add_column("widths", justify="right")
     table.add_column("cost", justify="right")
     for method in METHODS.values():
@@ -210,6 +211,7 @@ def targets_table() -> Table:
     table = Table(
         "target", "engine", "what it is for", "backends", "base", title="Targets of --target and of export --to"
     )
+    table.columns[0].no_wrap = True
     for name, form in FORMS.items():
         base = "the model in full precision in that form" if form.takes_base else "none"
         table.add_row(name, form.engine, form.summary, ", ".join(form.backends), base)

@@ -49,7 +49,8 @@ def quantize_in_order(request: dict[str, Any], source: Path, out: Path) -> None:
 def quantize_static(request: dict[str, Any], source: Path, out: Path) -> None:
     """Quantize each layer by itself at each width, on inputs of the full-precision model.
 
-    The result is a file for each layer and width, with the tensors that `coopq.quantizers.gptq.format.pack_weight` takes.
+    The result is a file for each layer and width, with the tensors that `coopq.quantizers.gptq.format.pack_weight`
+    takes.
     """
     import torch
     from safetensors.torch import save_file
