@@ -4,12 +4,14 @@
     python benchmarks/same_plans.py build/before . --work build/same-plans
 
 Each run is made in both checkouts, in processes of their own, and kept: repeating the command compares again. Plans are
-compared field by field, after renamed fields are mapped to today's names; weights are compared byte by byte.
+compared field by field, numbers to twelve digits, after renamed fields are mapped to today's names; weights are compared
+byte by byte.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -104,12 +106,23 @@ def differences(before: Path, after: Path) -> list[str]:
     found = [
         f"{key}: {ours.get(key)!r} before, {theirs.get(key)!r} after"
         for key in sorted({*ours, *theirs})
-        if ours.get(key) != theirs.get(key)
+        if not is_same(ours.get(key), theirs.get(key))
     ]
     for file in sorted({path.name for folder in (before, after) for path in folder.glob("*.safetensors")}):
         if digest(before / file) != digest(after / file):
             found.append(f"{file} differs")
     return found
+
+
+def is_same(before: Any, after: Any) -> bool:
+    """Whether two values are equal, numbers to twelve digits."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return before.keys() == after.keys() and all(is_same(before[key], after[key]) for key in before)
+    if isinstance(before, list) and isinstance(after, list):
+        return len(before) == len(after) and all(map(is_same, before, after))
+    if isinstance(before, float) and isinstance(after, float):
+        return math.isclose(before, after, rel_tol=1e-12, abs_tol=1e-15)
+    return bool(before == after)
 
 
 def plan_fields(folder: Path) -> dict[str, Any]:

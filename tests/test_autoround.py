@@ -69,6 +69,7 @@ def test_packed_integers_are_the_weights_that_the_library_made(source: Path, mon
     assert "auto_round" not in sys.modules
 
 
+@pytest.mark.slow
 def test_the_main_job_saves_a_mixed_model_that_other_engines_load(source: Path, tmp_path: Path) -> None:
     request = Request.from_options(
         model=str(source),

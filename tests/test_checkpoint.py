@@ -208,7 +208,9 @@ def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("backend", WEIGHT_ONLY)
+@pytest.mark.parametrize(
+    "backend", ["rtn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("quanto", "hqq"))]
+)
 def test_the_demo_model_ships_as_measured(backend: str, tmp_path: Path) -> None:
     loaded = load_model("demo", device="cpu")
     plan = plan_for(loaded.model, backend, None, [4] * 24 + [2] * 6)

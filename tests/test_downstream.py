@@ -71,6 +71,7 @@ def test_choices(loaded: LoadedModel, tmp_path: Path) -> None:
     assert 0 < result.accuracy < 1
 
 
+@pytest.mark.slow
 def test_contexts(loaded: LoadedModel, tmp_path: Path) -> None:
     (result,) = evaluate_tasks(str(STORIES), [str(write(tmp_path / "options.jsonl", OPTIONS))])
     right = [
@@ -82,6 +83,7 @@ def test_contexts(loaded: LoadedModel, tmp_path: Path) -> None:
     assert result.normalized is None
 
 
+@pytest.mark.slow
 def test_last_words(loaded: LoadedModel, tmp_path: Path) -> None:
     (result,) = evaluate_tasks(str(STORIES), [str(write(tmp_path / "words.jsonl", LAST_WORDS))])
     assert result.accuracy == np.mean([log_likelihood(loaded, *line.values())[1] for line in LAST_WORDS])

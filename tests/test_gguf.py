@@ -108,6 +108,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path, Pa
     return plan, folder / "saved", folder / "demo.gguf"
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq.Plan, Path, Path]) -> None:
     plan, _, file = demo
@@ -127,6 +128,7 @@ def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq
             assert np.array_equal(tensor.data, before[tensor.name])
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_llama_cpp_computes_the_same_loss(demo: tuple[coopq.Plan, Path, Path]) -> None:
     _, saved, file = demo
@@ -147,13 +149,17 @@ def test_llama_cpp_computes_the_same_loss(demo: tuple[coopq.Plan, Path, Path]) -
     assert abs(float(llama_cpp_nll(source, tokens).mean() - theirs.mean())) > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_llama_cpp_writes_text_from_it(demo: tuple[coopq.Plan, Path, Path]) -> None:
     assert "Paris" in llama_cpp_text(demo[2], "The capital of France is")
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("backend", ["ggml", "ggml-iq", "ggml-gptq"])
+@pytest.mark.parametrize(
+    "backend",
+    ["ggml-gptq", pytest.param("ggml", marks=pytest.mark.slow), pytest.param("ggml-iq", marks=pytest.mark.slow)],
+)
 def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path: Path) -> None:
     """Of a model whose rows have them all, the embedding among its players, from llama.cpp's own conversion."""
     source, base, saved = str(BENCHMARKS / "data" / "qwen"), tmp_path / "base.gguf", tmp_path / "saved"
@@ -178,6 +184,7 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
     assert np.abs(ours - whole).mean() > 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
     """Of a file that is quantized itself, 16 bits are its own types: nothing is lost that a budget does not ask for."""
@@ -214,6 +221,7 @@ def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
     assert export_model(tmp_path / "deployed", "gguf", file) == file.stat().st_size <= size - 100_000
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_base_must_be_the_very_model(demo: tuple[coopq.Plan, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(Mismatch, match=r"is not model\.layers\..* of the model"):

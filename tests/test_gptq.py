@@ -30,7 +30,7 @@ STORIES = str(Path(__file__).parent / "data" / "stories260k")
 TEXT = TextSpec(tokens=512, sequence_length=128, fit_tokens=512)
 
 
-@pytest.fixture(scope="module", params=["gptq", "gptq-static"])
+@pytest.fixture(scope="module", params=[pytest.param("gptq", marks=pytest.mark.slow), "gptq-static"])
 def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
     """The main job with GPTQ: bank at 2 and 4 bits, some players as they are, a saved checkpoint."""
     out = tmp_path_factory.mktemp("gptq") / "out"
@@ -119,6 +119,7 @@ def test_the_library_leaves_this_process_alone(job: tuple[coopq.Plan, Path]) -> 
     assert not any("logbar" in type(handler).__module__ for handler in logging.getLogger().handlers)
 
 
+@pytest.mark.slow
 def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
     loaded = load_model(stories, device="cpu")
     tokens = np.random.default_rng(0).integers(3, 500, size=(4, 64))

@@ -62,16 +62,17 @@ def n_lines(journal: Path) -> int:
 
 
 @pytest.mark.parametrize(("method", "name"), [("coopq", "journal.jsonl"), ("active", "screening-1.jsonl")])
-def test_killed_ten_times_at_random_moments(method: str, name: str, stories: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(n_kills: int, method: str, name: str, stories: str, tmp_path: Path) -> None:
     assert end(start(stories, tmp_path / "whole", method)) == 0, (tmp_path / "whole.log").read_text()
     expected = Plan.load(tmp_path / "whole" / "plan.json")
     total = n_lines(tmp_path / "whole-run" / name)
     assert total > 30
 
     journal = tmp_path / "out-run" / name
-    # Ten moments spread over the whole estimation, each at a random place within its tenth, some of them
-    # before its first value and some in the middle of a line.
-    moments = [random.uniform(k, k + 1) * (total - 2) / 10 for k in range(10)]
+    # Moments spread over the whole job, each at a random place within its share, some of them before the first value
+    # and some in the middle of a line.
+    moments = [random.uniform(k, k + 1) * (total - 2) / n_kills for k in range(n_kills)]
     for kills, moment in enumerate(moments):
         process = start(stories, tmp_path / "out", method)
         deadline = time.monotonic() + 60

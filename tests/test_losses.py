@@ -36,12 +36,12 @@ def portions(logits: torch.Tensor, size: int) -> Portions:
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 50), st.integers(0, 10))
 def test_portions_give_what_whole_logits_do(n: int, vocabulary: int, size: int, seed: int) -> None:
     torch.manual_seed(seed)
-    ours, theirs = 5 * torch.randn(2, n, vocabulary)
+    logits, full = 5 * torch.randn(2, n, vocabulary)
     targets = torch.randint(vocabulary, (n,))
-    nll = functional.cross_entropy(ours, targets, reduction="none")
-    torch.testing.assert_close(portions_nll(portions(ours, size), targets), nll, rtol=1e-4, atol=1e-5)
-    expected = functional.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True).sum(1)
-    found = portions_divergence(portions(ours, size), Reference.from_logits(portions(theirs, size)))
+    nll = functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(portions_nll(portions(logits, size), targets), nll, rtol=1e-4, atol=1e-5)
+    expected = functional.kl_div(logits.log_softmax(1), full.log_softmax(1), reduction="none", log_target=True).sum(1)
+    found = portions_divergence(portions(logits, size), Reference.from_logits(portions(full, size)))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
 
 

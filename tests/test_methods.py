@@ -58,6 +58,7 @@ def test_every_method_makes_a_plan_that_keeps_its_budget(method: str, folder: Pa
             assert (plan.predicted_loss is None) or get_method(method).trusts_surrogate, "of what was not measured"
 
 
+@pytest.mark.slow
 def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> None:
     arguments: list[str | Path] = ["quantize", STORIES, "--budget", "3avg", "--granularity", "linear", *TEXT, "--json"]
     whole, screened = tmp_path / "whole", tmp_path / "screened"

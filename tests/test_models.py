@@ -86,6 +86,7 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
     assert sum(player.n_weights for player in players) == 106_168_320
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_first_look_at_a_gguf_file_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a run on a new machine begins: its checks want the modules alone, and the file is not converted yet."""

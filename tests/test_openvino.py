@@ -34,7 +34,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
 @pytest.mark.real
 @pytest.mark.parametrize(
     ("backend", "group_size", "widths"),
-    [("rtn", 64, [8, 2, 3, 4, 16]), ("hqq", 64, [8, 2, 3, 4, 16]), ("quanto", None, [8, 2, 4, 16])],
+    [
+        ("rtn", 64, [8, 2, 3, 4, 16]),
+        pytest.param("hqq", 64, [8, 2, 3, 4, 16], marks=pytest.mark.slow),
+        pytest.param("quanto", None, [8, 2, 4, 16], marks=pytest.mark.slow),
+    ],
 )
 def test_openvino_computes_the_same_loss_at_every_width(
     backend: str, group_size: int | None, widths: list[int], llama: tuple[LoadedModel, Path], tmp_path: Path

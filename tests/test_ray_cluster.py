@@ -166,6 +166,7 @@ def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(fitted: Session, monk
     assert largest_difference(worker, fitted) == 0
 
 
+@pytest.mark.slow
 def test_the_main_job_on_a_cluster_started_here(tmp_path: Path) -> None:
     arguments: list[str | Path] = ["quantize", STORIES, "--budget", "3avg", "--tokens", "128"]
     arguments += ["--sequence-length", "64", "--out", tmp_path / "out", "--ray-address", "local", "--workers", "2"]

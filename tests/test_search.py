@@ -71,6 +71,7 @@ def test_active_finds_the_optimum_of_small_games(form: str) -> None:
             assert game(search.choose(capacity)[None])[0] == pytest.approx(optimum(game, space, capacity), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_active_is_better_than_greedy() -> None:
     losses: dict[str, list[float]] = {"active": [], "down": [], "up": []}
     for form in SyntheticGame.FORMS:

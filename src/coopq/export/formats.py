@@ -85,13 +85,13 @@ class Form(Protocol):
         """
         ...
 
-    def sizes(
-        self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
+    def player_sizes(
+        self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
     ) -> Sizes:
         """Sizes of players in a file of this form, with the bytes beside the players in `fixed`.
 
         Args:
-            ours: Sizes as coopq itself saves the players.
+            packed: Sizes as coopq itself saves the players.
             request: What is asked for; `request.target.form` is this form.
             skeleton: The model without storage.
             players: The players, by block.
@@ -101,7 +101,7 @@ class Form(Protocol):
         """
         ...
 
-    def size(self, plan: Plan, backend: "Backend", base: "BaseModel") -> int:
+    def file_bytes(self, plan: Plan, backend: "Backend", base: "BaseModel") -> int:
         """Bytes of the file that holds the weights of a plan.
 
         Args:
@@ -122,7 +122,7 @@ class Form(Protocol):
             base: The model in full precision.
             progress: Told of every step.
         Returns:
-            Bytes of the file that holds the weights, as `size` predicts them.
+            Bytes of the file that holds the weights, as `file_bytes` predicts them.
         Raises:
             ExportError: If the form cannot hold the model, or the base is missing.
             Mismatch: If the base is another model.
@@ -187,7 +187,7 @@ def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: s
 
     chosen, backend = get_form(form), PackedWeights(plan.quantizer).backend
     chosen.check(backend)
-    return chosen.size(plan, backend, BaseModel.find(plan.request, base, model))
+    return chosen.file_bytes(plan, backend, BaseModel.find(plan.request, base, model))
 
 
 def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend") -> Sizes:
@@ -208,7 +208,7 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
     if target.form is not None:
         form = get_form(target.form)
         form.check(backend)
-        sizes = form.sizes(sizes, request, skeleton, players, backend)
+        sizes = form.player_sizes(sizes, request, skeleton, players, backend)
     if target.context is not None:
         sizes = replace(sizes, fixed=sizes.fixed + cache_bytes(skeleton, target.context))
     return sizes

@@ -41,13 +41,15 @@ class GGUF:
         """See `Form.check`."""
         _tensor_format(backend)
 
-    def sizes(self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
-        """See `Form.sizes`; `fixed` holds the most padding that the players' tensors can have."""
+    def player_sizes(
+        self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
+    ) -> Sizes:
+        """See `Form.player_sizes`; `fixed` holds the most padding that the players' tensors can have."""
         reader = _open_base(BaseModel.find(request))
         player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
         tensors = _module_tensors(reader, player_of)
         beside = _bytes_beside(reader, [tensor.name for tensor, _ in tensors])
-        sizes = replace(ours, fixed=beside + len(tensors) * (reader.alignment - 1))
+        sizes = replace(packed, fixed=beside + len(tensors) * (reader.alignment - 1))
         if UNTOUCHED not in request.widths.bits:
             return sizes
         untouched = [0] * len(players)
@@ -55,8 +57,8 @@ class GGUF:
             untouched[player_of[module]] += _n_bytes(tensor, backend, UNTOUCHED)
         return replace(sizes, n_bytes={**sizes.n_bytes, UNTOUCHED: tuple(untouched)})
 
-    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
-        """See `Form.size`; the base file and the plan are enough."""
+    def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+        """See `Form.file_bytes`; the base file and the plan are enough."""
         return _file_bytes(plan, backend, _open_base(base))
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:

@@ -62,8 +62,10 @@ class HFFolder(ABC):
         """See `Form.check`."""
         self._tensor_format(backend)
 
-    def sizes(self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
-        """See `Form.sizes`; `fixed` is right to a few bytes of the header, and never too small."""
+    def player_sizes(
+        self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
+    ) -> Sizes:
+        """See `Form.player_sizes`; `fixed` is right to a few bytes of the header, and never too small."""
         group_size, widths = self._tensor_format(backend).group_size, request.widths
         linears = [linear for player in players for linear in player.linears]
         self.check_widths({linear.name: index for index, player in enumerate(players) for linear in player.linears})
@@ -75,14 +77,14 @@ class HFFolder(ABC):
         fixed = saved_size(expected) + _OFFSET_DIGITS * len(expected)
         for linear in linears:
             n_bytes = {bits: _n_bytes(self.layout(linear.shape, int(bits), group_size)) for bits in widths.quantized}
-            beyond_ours = [n_bytes[bits] - backend.storage_bytes(linear.shape, bits) for bits in widths.quantized]
+            beyond_packed = [n_bytes[bits] - backend.storage_bytes(linear.shape, bits) for bits in widths.quantized]
             if UNTOUCHED in widths.bits:
-                beyond_ours.append(0)
-            fixed += max(beyond_ours) - n_bytes[widest]
-        return replace(ours, fixed=fixed)
+                beyond_packed.append(0)
+            fixed += max(beyond_packed) - n_bytes[widest]
+        return replace(packed, fixed=fixed)
 
-    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
-        """See `Form.size`; the model's configuration is enough."""
+    def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+        """See `Form.file_bytes`; the model's configuration is enough."""
         group_size, dtype = self._tensor_format(backend).group_size, checkpoint_dtype(base.source)
         return saved_size(self._expected(load_skeleton(base.source), dtype, plan.modules, group_size))
 

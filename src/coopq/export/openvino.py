@@ -45,8 +45,10 @@ class OpenVINO:
                 f"{backend.settings}; search with --backend rtn, hqq, quanto, autoround, or gptq --no-act-order"
             )
 
-    def sizes(self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
-        """See `Form.sizes`; `fixed` holds each layer at the width at which the form takes most beyond `ours`."""
+    def player_sizes(
+        self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
+    ) -> Sizes:
+        """See `Form.player_sizes`; `fixed` holds each layer at the width at which the form takes most beyond `packed`."""
         shapes = {linear.name: linear.shape for player in players for linear in player.linears}
         for name, shape in shapes.items():
             check_columns(name, shape[1], backend.settings["group_size"], _FORM)
@@ -54,18 +56,18 @@ class OpenVINO:
         itemsizes = _itemsizes(folder)
         fixed = _bytes_beside(folder, itemsizes, shapes)
         for shape in shapes.values():
-            beyond_ours = [
+            beyond_packed = [
                 own + sum(size for size, _ in shared) - backend.storage_bytes(shape, bits)
                 for bits in request.widths.quantized
                 for own, shared in [_constant_bytes(backend, shape, bits)]
             ]
             if UNTOUCHED in request.widths.bits:
-                beyond_ours.append((itemsizes[shape] - 2) * shape[0] * shape[1])
-            fixed += max(beyond_ours)
-        return replace(ours, fixed=fixed)
+                beyond_packed.append((itemsizes[shape] - 2) * shape[0] * shape[1])
+            fixed += max(beyond_packed)
+        return replace(packed, fixed=fixed)
 
-    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
-        """See `Form.size`; the base and the plan are enough.
+    def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+        """See `Form.file_bytes`; the base and the plan are enough.
 
         OpenVINO stores constants with the same bytes once. So zero points in the middle of the range are stored once
         for each of their shapes. Other constants may be equal by chance; the prediction does not count on that.

@@ -78,8 +78,8 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
     lines += _equal_bytes(bench, cells)
     lines += ["", "## Who beats whom", "", *_wins(cells, methods)]
     for case in bench.cases:
-        of_case = [result for result in results if result.case == case.name]
-        lines += ["", *_case(case, of_case, rows[rows["case"] == case.name], cells.xs(case.name, level="case"))]
+        runs = [result for result in results if result.case == case.name]
+        lines += ["", *_case(case, runs, rows[rows["case"] == case.name], cells.xs(case.name, level="case"))]
     lines += [line for figure in figures if figure.endswith(".png") for line in ("", f"![{figure}]({figure})")]
     return "\n".join(lines) + "\n"
 

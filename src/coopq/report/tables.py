@@ -208,12 +208,10 @@ def methods_table() -> Table:
 
 def targets_table() -> Table:
     """All forms that models are exported to: what each is for, and what it takes."""
-    table = Table(
-        "target", "engine", "what it is for", "backends", "base", title="Targets of --target and of export --to"
-    )
-    table.columns[0].no_wrap = True
+    title = "Targets, for --target and export --to"
+    table = Table("target", "engine", "what it is for", "backends", "takes --base", title=title)
     for name, form in FORMS.items():
-        base = "the model in full precision in that form" if form.takes_base else "none"
+        base = "yes" if form.takes_base else "no"
         table.add_row(name, form.engine, form.summary, ", ".join(form.backends), base)
     return table
 

@@ -85,8 +85,8 @@ def method_names(cells: "pd.DataFrame") -> list[str]:
 def above_lowest(cells: "pd.DataFrame") -> "pd.DataFrame":
     """`nll` and `calibration_loss` of averages over seeds, above those of the lowest method at the same budget."""
     losses = cells[["nll", "calibration_loss"]]
-    of_methods = losses[~losses.index.isin(REFERENCES, level="method")]
-    return losses - of_methods.groupby(["case", "budget"]).min().reindex(losses.index.droplevel("method")).to_numpy()
+    lowest = losses[~losses.index.isin(REFERENCES, level="method")].groupby(["case", "budget"]).min()
+    return losses - lowest.reindex(losses.index.droplevel("method")).to_numpy()
 
 
 def wins(cells: "pd.DataFrame", methods: Sequence[str]) -> "pd.DataFrame":
