@@ -14,19 +14,18 @@ import numpy.typing as npt
 
 import coopq
 from _common import RESULTS, WORK, loss_above, perplexity, table, write_models_report
-from _models import measured_plans, saved_losses, session_on, source_of
+from _models import measured_plans, saved_losses, session_on
 from coopq.cli.terminal import progress_bars
-from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.specs import QuantizerSpec
 from coopq.core.types import Losses
 from coopq.export.checkpoint import SavedModel
 from coopq.judge.references import random_assignments
 from coopq.model.texts import wikitext2
 from coopq.plan.plan import Plan
+from gptq_static import GROUP, JUDGE_TOKENS, LENGTH, TOKENS, WINDOW, request_of
 
 CHEAP, STRONG = "hqq", "autoround"
-TOKENS, LENGTH = 4096, 512
 BUDGETS = ("2.25avg", "2.5avg", "3avg")
-GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
 N_RANDOM, SEED = 100, 0
 
 
@@ -47,14 +46,7 @@ class Searched:
 
 def search(model: str, backend: str) -> Searched:
     """Search a model with the weights of a backend."""
-    request = Request.from_options(
-        model=source_of(model),
-        backend=backend,
-        group_size=GROUP,
-        bits=(2, 4),
-        tokens=TOKENS,
-        sequence_length=LENGTH,
-    )
+    request = request_of(model, backend)
     with session_on(request, WORK / "deployed" / f"{model}-{backend}") as session:
         plans = measured_plans(session, "active", BUDGETS)
         with session.game("random assignments") as game:

@@ -21,6 +21,18 @@ BUDGETS = ("2avg", "2.25avg", "2.5avg", "3avg", "3.5avg", "4avg")
 GROUP, JUDGE_TOKENS, WINDOW = 64, 32768, 512
 
 
+def request_of(model: str, backend: str) -> Request:
+    """What is searched."""
+    return Request.from_options(
+        model=source_of(model),
+        backend=backend,
+        group_size=GROUP,
+        bits=(2, 4),
+        tokens=TOKENS,
+        sequence_length=LENGTH,
+    )
+
+
 def save_models(model: str, backend: str) -> tuple[float, dict[str, tuple[Plan, Losses]]]:
     """Save a model at each budget.
 
@@ -29,17 +41,9 @@ def save_models(model: str, backend: str) -> tuple[float, dict[str, tuple[Plan, 
         losses on WikiText-2.
     """
     folder = WORK / "gptq_static" / f"{model}-{backend}"
-    request = Request.from_options(
-        model=source_of(model),
-        backend=backend,
-        group_size=GROUP,
-        bits=(2, 4),
-        tokens=TOKENS,
-        sequence_length=LENGTH,
-    )
     timed = folder / "seconds.json"
     start = cpu_seconds()
-    with session_on(request, folder) as session:
+    with session_on(request_of(model, backend), folder) as session:
         if not timed.exists():  # a bank that was interrupted is timed in part: delete the folder
             write_json(timed, cpu_seconds() - start)
         for budget, plan in zip(BUDGETS, measured_plans(session, "active", BUDGETS), strict=True):

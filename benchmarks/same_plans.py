@@ -4,8 +4,8 @@
     python benchmarks/same_plans.py build/before . --work build/same-plans
 
 Each run is made in both checkouts, in processes of their own, and kept: repeating the command compares again. Plans are
-compared field by field, numbers to twelve digits, after renamed fields are mapped to today's names; weights are compared
-byte by byte.
+compared field by field, numbers to twelve digits, after renamed fields are mapped to today's names. Weights are
+compared byte by byte.
 """
 
 import argparse

@@ -10,10 +10,13 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.export.checkpoint import SavedModel
 from coopq.game.session import open_session, prepare
+from coopq.plan.by_score import starts_by_scores
 from coopq.plan.by_search import make_search
 from coopq.plan.confidence import Confidence, confidence, measure_plan
-from coopq.plan.methods import METHODS, get_method, make_plans
+from coopq.plan.methods import METHODS, get_method, make_plans, names
 from coopq.search import SearchSpace, run
+from coopq.search.solver.exact import Allocation, allocate
+from coopq.search.solver.quadratic_program import QuadraticProgram
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
@@ -76,6 +79,23 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     assert code == 0
     assert "probability of the choice being better" in text
     assert "left-out error" in text
+
+
+def test_starts_of_the_active_search_do_not_depend_on_the_clock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that is resumed on a slower machine proposes the same points."""
+    limits: list[float | None] = []
+
+    def watched(program: QuadraticProgram, time_limit: float | None = None) -> Allocation:
+        limits.append(time_limit)
+        return allocate(program, time_limit)
+
+    for module in ("allocate", "by_score"):
+        monkeypatch.setattr(f"coopq.plan.{module}.allocate", watched)
+    with open_session(prepare(REQUEST), folder) as session:
+        starts, _ = starts_by_scores(session, [Budget.parse("3.3avg")])
+    assert len(starts) == len(names(is_start=True))
+    assert len(limits) == len(starts) - 1, "the one with pair terms is descended"
+    assert set(limits) == {None}
 
 
 @pytest.mark.parametrize("method", ["greedy-down", "greedy-up"])

@@ -105,12 +105,12 @@ class ToyForm:
     def check(self, backend: Backend) -> None:
         pass
 
-    def sizes(
+    def player_sizes(
         self, ours: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
     ) -> Sizes:
         return Sizes(ours.n_weights, ours.n_bytes, fixed=8)
 
-    def size(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
+    def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
         return plan.bytes + 8
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:

@@ -48,7 +48,7 @@ class OpenVINO:
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
     ) -> Sizes:
-        """See `Form.player_sizes`; `fixed` holds each layer at the width at which the form takes most beyond `packed`."""
+        """See `Form.player_sizes`; `fixed` takes each layer at the width that needs most beyond `packed`."""
         shapes = {linear.name: linear.shape for player in players for linear in player.linears}
         for name, shape in shapes.items():
             check_columns(name, shape[1], backend.settings["group_size"], _FORM)

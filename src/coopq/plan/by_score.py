@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from coopq.plan.estimation import Spent
 from coopq.plan.methods import METHODS, Method, check_methods, names
 from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
+from coopq.search.solver.exact import allocate, near_optimum
 
 _log = logging.getLogger(__name__)
 
@@ -111,12 +113,15 @@ def score(method: Method, measured_at: Sequence[Sensitivity]) -> Score:
 
 
 def starts_by_scores(session: Session, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
-    """What the cheap scores choose for budgets, and the block forwards that these scores take."""
+    """What the cheap scores choose for budgets, and the block forwards that these scores take.
+
+    No time limit decides here: a search that is resumed has to start from the same assignments.
+    """
     space, block_forwards = search_space(session, budgets), 0
     chosen = [space.assignments(np.zeros((0, space.n_steps), dtype=bool))]
     if any(player.is_end for player in session.players):  # scores know nothing of embeddings
         return chosen[0], 0
-    measured_at, solver = sensitivities(session), SolverSpec()
+    measured_at = sensitivities(session)
     for name in names(is_start=True):
         try:
             check_methods([name], session.players, len(session.request.widths.bits))
@@ -125,11 +130,10 @@ def starts_by_scores(session: Session, budgets: Sequence[Budget]) -> tuple[Assig
             _log.warning("%s; the search starts without it", error)
             continue
         block_forwards += found.block_forwards
-        spent = Spent(found.block_forwards, found.block_forwards)
-        chosen += [
-            choose_by_gains(space, capacity, name, found.gains, found.pairs, spent, solver).assignment[None]
-            for capacity in space.capacities
-        ]
+        for capacity in space.capacities:
+            program = replace(space.constraint(capacity), a=found.gains)
+            solved = allocate(program) if found.pairs is None else near_optimum(replace(program, K=found.pairs))
+            chosen.append(space.assignments(solved.q[None]))
     return np.concatenate(chosen), block_forwards
 
 
