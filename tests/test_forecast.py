@@ -10,6 +10,7 @@ import pytest
 from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec, TextSpec
+from coopq.game.prefix_engine import make_engine
 from coopq.game.session import open_session, prepare
 from coopq.model import memory
 from coopq.model.load import load_model, load_skeleton
@@ -17,7 +18,6 @@ from coopq.model.memory import Footprint, free_memory
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players
 from coopq.pipeline import estimate
-from coopq.plan import forecast as forecasting
 from coopq.plan.forecast import forecast, forecast_methods
 from coopq.plan.methods import make_plans
 from tests.command_line import command, refused
@@ -86,18 +86,17 @@ def test_a_model_that_must_be_offloaded_is_forecast_with_offloaded_blocks(monkey
     """A CPU stands for the device: the blocks are on the host, and visit a CPU."""
     on_host: list[bool] = []
     offloaded: list[OffloadedBlocks | None] = []
-    load, make_engine = load_model, forecasting.make_engine
 
     def watched_load(*arguments: Any, **options: Any) -> Any:
         on_host.append(options["on_host"])
-        return load(*arguments, **options)
+        return load_model(*arguments, **options)
 
     def watched_engine(*arguments: Any) -> Any:
         offloaded.append(arguments[-1])
         return make_engine(*arguments)
 
     monkeypatch.setattr("coopq.game.session.load_model", watched_load)
-    monkeypatch.setattr(forecasting, "make_engine", watched_engine)
+    monkeypatch.setattr("coopq.plan.forecast.make_engine", watched_engine)
     expected = forecast(REQUEST)
     assert on_host == [False]
     assert offloaded == [None]

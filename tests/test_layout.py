@@ -103,7 +103,7 @@ def test_model_and_search_do_not_import_each_other() -> None:
 
 def test_paths_of_registries_lead_to_names() -> None:
     paths = [method.path for method in METHODS.values() if method.path is not None]
-    paths += [entry.path for entry in chain(BACKENDS.values(), FORMS.values())]
+    paths += [backend.path for backend in BACKENDS.values()] + [form.path for form in FORMS.values()]
     for path in paths:
         found = PATH.fullmatch(path)
         assert found is not None, path

@@ -211,8 +211,10 @@ def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path
         path.write_text(content)
         return line
 
-    show, allocate = ("show", run), ("allocate", run, "--budget", "2.5avg")
-    again = ("quantize", stories, "--budget", "2.5avg", "--out", tmp_path / "other", "--run", run, *PAPER)
+    show: tuple[str | Path, ...] = ("show", run)
+    allocate: tuple[str | Path, ...] = ("allocate", run, "--budget", "2.5avg")
+    other = tmp_path / "other"
+    again: tuple[str | Path, ...] = ("quantize", stories, "--budget", "2.5avg", "--out", other, "--run", run, *PAPER)
     assert f"has plan format {version}" in line_for(job / "plan.json", "show", job)
     assert "allocate it again" in line_for(run / "plans" / "3avg.json", *show)
     for arguments in (show, allocate, again):
@@ -222,7 +224,7 @@ def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path
     line = line_for(run / "journal.jsonl", *again)
     assert f"has format {version}" in line
     assert "use another run folder" in line
-    assert not (tmp_path / "other").exists()
+    assert not other.exists()
 
 
 def test_an_output_folder_that_is_not_empty(job: Path, tmp_path: Path, stories: str) -> None:

@@ -83,11 +83,11 @@ def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> Non
     every_q = np.array(list(product([False, True], repeat=space.n_steps)))
     assert {q.tobytes() for q in every_q if loose.is_feasible(q)} == {q.tobytes() for q in points}
     for q in points:
-        back, down = loose.movable(q)
+        movable_back, movable_down = loose.movable(q)
         for step in range(space.n_steps):
             flipped = q.copy()
             flipped[step] = not flipped[step]
-            assert (back if q[step] else down)[step] == loose.is_feasible(flipped)
+            assert (movable_back if q[step] else movable_down)[step] == loose.is_feasible(flipped)
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(3, 4), quadratic=st.booleans())

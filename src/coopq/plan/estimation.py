@@ -96,7 +96,7 @@ def load_estimation(path: Path) -> Estimation:
         folder.estimate,
         _Record,
         _FORMAT_VERSION,
-        what="estimation",
+        what="record of an estimation",
         missing=unfinished,
         way_out="use another run folder",
         error=RunError,
