@@ -185,7 +185,7 @@ def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
     record = json.loads(estimate.read_text())
     del record["estimate"]
     for content, message in (
-        (json.dumps(record), "estimate.json is not a complete estimation"),
+        (json.dumps(record), "estimate.json is not a complete record of an estimation"),
         ("{", "estimate.json is not a"),
     ):
         estimate.write_text(content)

@@ -46,7 +46,7 @@ class _Commands(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
 
 
-@click.command(cls=_Commands, no_args_is_help=True)
+@click.command(cls=_Commands, no_args_is_help=True, context_settings={"max_content_width": 110})
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 def app(debug: bool) -> None:
     """Which bits go where: mixed-precision quantization of language models by a cooperative game."""
