@@ -99,7 +99,8 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
 
 
 @pytest.mark.parametrize(
-    ("form", "tied", "limit"), [("compressed-tensors", False, 225_000), ("auto-round", True, 115_000)]
+    ("form", "tied", "limit"),
+    [("compressed-tensors", False, 225_000), pytest.param("auto-round", True, 115_000, marks=pytest.mark.slow)],
 )
 def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool, limit: int, tmp_path: Path) -> None:
     source = tmp_path / "model"

@@ -117,7 +117,7 @@ def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.
         assert free_memory("cpu") == 12345
 
 
-@pytest.mark.parametrize("granularity", ["block", "fused"])
+@pytest.mark.parametrize("granularity", ["block", pytest.param("fused", marks=pytest.mark.slow)])
 def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> None:
     request = REQUEST.replace(granularity=granularity)
     expected = forecast_methods(find_players(load_skeleton(str(STORIES)), granularity), request)

@@ -81,7 +81,9 @@ def test_openvino_computes_the_same_loss_at_every_width(
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(("backend", "bits"), [("rtn", "2,3,4"), ("quanto", "2,4,8")])
+@pytest.mark.parametrize(
+    ("backend", "bits"), [("rtn", "2,3,4"), pytest.param("quanto", "2,4,8", marks=pytest.mark.slow)]
+)
 def test_an_openvino_file_has_the_predicted_size_within_the_budget(
     backend: str, bits: str, llama: tuple[LoadedModel, Path], tmp_path: Path
 ) -> None:

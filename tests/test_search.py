@@ -60,7 +60,9 @@ def test_every_budget_is_kept_with_players_of_any_size(name: str, seed: int, n: 
         assert set(chosen.tolist()) <= {LOW, HIGH}
 
 
-@pytest.mark.parametrize("form", SyntheticGame.FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form == "super-linear")) for form in SyntheticGame.FORMS]
+)
 def test_active_finds_the_optimum_of_small_games(form: str) -> None:
     for seed in range(3):
         game = SyntheticGame(12, form, seed)

@@ -229,7 +229,7 @@ def test_searches_keep_every_budget(name: str) -> None:
             assert space.constraint(capacity).is_feasible(space.steps_down(search.choose(capacity)))
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_method_on_a_real_model(own: bool, tmp_path: Path) -> None:
     """Where players have widths of their own, too: two players take as many bytes at 4 bits as at 8."""
     request = Request.from_options(model=str(STORIES), bits=(2, 4, 8), tokens=128, sequence_length=64)
