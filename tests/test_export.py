@@ -166,6 +166,7 @@ save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})
     torch.testing.assert_close(load_file(tmp_path / "theirs.safetensors")["logits"], ours, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.slow
 def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     saved, source, base = tmp_path / "saved", tmp_path / "model", tmp_path / "base"
     random_llama().save_pretrained(source)

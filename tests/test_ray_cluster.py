@@ -150,7 +150,8 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
     assert (tmp_path / "worker" / "bank.json").is_file(), "quantized for itself"
     assert largest_difference(worker, fitted) == 0
     nowhere, threads = str(tmp_path / "nowhere"), torch.get_num_threads()
-    astray = Worker(fitted.request, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
+    request = fitted.request.replace(calibration="nowhere.txt")  # the text lies on the driver's disk alone
+    astray = Worker(request, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
     assert largest_difference(astray, fitted) > 0, "the tokens that weights are fitted to matter"
 
 

@@ -257,6 +257,7 @@ def test_every_method_on_a_real_model(own: bool, tmp_path: Path) -> None:
                     assert plan.measured_loss <= optimum + 0.01
 
 
+@pytest.mark.slow
 def test_the_main_job_with_four_widths(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", STORIES, "--bits", "8,2,4,3", "--budget", "3.4bpw", *TEXT, "--out", out]

@@ -68,8 +68,8 @@ class Worker:
         n_threads: int,
     ) -> None:
         torch.set_num_threads(n_threads)
-        # Sizes for a target need the target's base file, which may lie on the driver's disk alone.
-        prepared = prepare(request.replace(target=None, base=None))
+        # The target's base file and the calibration text may lie on the driver's disk alone; a worker needs neither.
+        prepared = prepare(request.replace(target=None, base=None, calibration="c4"))
         loaded = prepared.load()
         if (found := fingerprint_weights(loaded.model)) != weights["weights"]:
             raise Mismatch(
