@@ -27,7 +27,7 @@ from coopq.game.session import Session
 from coopq.judge.comparison import compare_on
 from coopq.judge.perplexity import judging_text
 from coopq.judge.results import Comparison
-from coopq.plan.confidence import measure_plan
+from coopq.plan.allocate import measure_plan
 from coopq.plan.methods import make_plans, names
 from coopq.plan.plan import Plan
 from coopq.report.plots import save_comparison

@@ -10,9 +10,10 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.export.checkpoint import SavedModel
 from coopq.game.session import open_session, prepare
+from coopq.plan.allocate import measure_plan
 from coopq.plan.by_score import starts_by_scores
 from coopq.plan.by_search import make_search
-from coopq.plan.confidence import Confidence, confidence, measure_plan
+from coopq.plan.confidence import Confidence, confidence
 from coopq.plan.methods import METHODS, get_method, make_plans, names
 from coopq.search import SearchSpace, run
 from coopq.search.solver.exact import Allocation, allocate

@@ -61,7 +61,7 @@ def journal(session: Session) -> dict[bytes, float]:
 
 def test_a_worker_killed_in_the_middle_costs_nothing_but_its_chunk(session: Session, alone: Session) -> None:
     cluster = session.cluster
-    assert cluster is not None
+    assert isinstance(cluster, Cluster)
     doomed = cluster._ray.get(cluster.workers[0].process.remote())
     name, tokens = "other tokens", session.calibration.tokens[:, ::-1].copy()
     found: dict[bytes, float] = {}

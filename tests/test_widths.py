@@ -24,9 +24,9 @@ from coopq.game.session import open_session, prepare
 from coopq.judge.references import random_assignments
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set
+from coopq.plan.allocate import measure_plan
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.by_search import make_search
-from coopq.plan.confidence import measure_plan
 from coopq.plan.methods import METHODS, get_method, make_plans, names
 from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, SearchSpace, run
 from coopq.search.solver.exact import allocate

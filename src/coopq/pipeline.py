@@ -20,10 +20,9 @@ from coopq.game.session import Session, open_session, prepare, weights_fingerpri
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
-from coopq.plan.allocate import allocate_run
+from coopq.plan.allocate import allocate_run, measure_plan
 from coopq.plan.by_search import smallest_plan
 from coopq.plan.by_walks import estimate_walks
-from coopq.plan.confidence import measure_plan
 from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS, check_methods, get_method, make_plans
 from coopq.plan.plan import Plan

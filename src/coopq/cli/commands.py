@@ -166,6 +166,7 @@ def _show_run(path: Path, as_json: bool) -> None:
     """Show a run folder: its plans, and its estimation if there is one."""
     from coopq.game.journal import Journal
     from coopq.game.run_folder import RunFolder
+    from coopq.plan.allocate import has_other_walks
     from coopq.plan.estimation import is_estimated, load_estimation
     from coopq.plan.plan import load_plans
     from coopq.report.data import run_data
@@ -175,7 +176,7 @@ def _show_run(path: Path, as_json: bool) -> None:
     request = folder.request()
     measured, spent = Journal.peek(folder.journal)
     saved = load_plans(sorted(folder.plans.glob("*.json")))
-    plans = [plan for plan in saved if not plan.has_other_walks(request)]
+    plans = [plan for plan in saved if not has_other_walks(plan, request)]
     if len(plans) < len(saved):
         note(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
     if not plans and not is_estimated(folder):

@@ -20,6 +20,16 @@ class Engine(Protocol):
         ...
 
 
+class Workers(Protocol):
+    """Processes that measure for a session, as `coopq.game.ray_cluster.Cluster`."""
+
+    n_workers: int
+
+    def engine(self, name: str, tokens: npt.NDArray[np.int64], loss: str) -> Engine:
+        """What measures a loss on tokens, which have a name of their own."""
+        ...
+
+
 class QuantizationGame:
     """v(assignment) = mean loss per token on one fixed token set; the engine decides which loss.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,9 @@ from coopq.core.errors import EstimationError, Mismatch
 from coopq.core.specs import Request
 from coopq.core.types import Assignment, Assignments, Width
 from coopq.game.prefix_engine import PrefixEngine, make_engine
-from coopq.game.session import prepare
+from coopq.game.session import Session, prepare
 from coopq.model.load import fingerprint_weights
 from coopq.quantizers.bank import WeightBank, round_untouched
-
-if TYPE_CHECKING:
-    from coopq.game.session import Session
 
 _CHUNKS_PER_WORKER = 4
 """Chunks of one call for each worker: small, so that a worker that is slow or lost holds up little; large, so that the
@@ -44,6 +41,10 @@ class RayConfig:
 
     address: str
     workers: int | None = None
+
+    def connect(self, session: Session, weights: Mapping[str, Any]) -> "Cluster":
+        """The workers of a session; see `Cluster`."""
+        return Cluster(self, session, weights)
 
 
 class Worker:
@@ -111,7 +112,7 @@ class Cluster:
         EstimationError: If Ray is not installed, or there is no such cluster.
     """
 
-    def __init__(self, where: RayConfig, session: "Session", weights: Mapping[str, Any]) -> None:
+    def __init__(self, where: RayConfig, session: Session, weights: Mapping[str, Any]) -> None:
         if importlib.util.find_spec("ray") is None:
             raise EstimationError("a cluster needs Ray; run: pip install 'coopq[ray]'")
         import ray

@@ -4,11 +4,11 @@ Everything that measures, quantizes or judges a model opens the model here.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -18,7 +18,7 @@ from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request
 from coopq.core.subject import Subject
 from coopq.core.types import Player, ProgressCallback, silent
-from coopq.game.game import Engine, QuantizationGame
+from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
 from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.run_folder import RunFolder
@@ -31,9 +31,6 @@ from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.bank import WeightBank, round_untouched
 from coopq.quantizers.sizes import packed_sizes
-
-if TYPE_CHECKING:  # Ray is optional
-    from coopq.game.ray_cluster import Cluster, RayConfig
 
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -167,7 +164,7 @@ class Session(Subject):
     fitting: TokenSet | None
     progress: ProgressCallback
     offloaded: OffloadedBlocks | None = None
-    cluster: "Cluster | None" = None
+    cluster: Workers | None = None
 
     def engine(self, tokens: TokenSet, loss: str = "nll") -> PrefixEngine:
         """What measures a loss on tokens in this process."""
@@ -208,6 +205,14 @@ class Session(Subject):
         self.progress(stage, len(items), len(items))
 
 
+class ClusterConfig(Protocol):
+    """Where workers are, as `coopq.game.ray_cluster.RayConfig`."""
+
+    def connect(self, session: Session, weights: Mapping[str, Any]) -> AbstractContextManager[Workers]:
+        """The workers of a session; `weights` is what the bank's weights depend on."""
+        ...
+
+
 @contextmanager
 def open_session(
     prepared: Prepared,
@@ -215,7 +220,7 @@ def open_session(
     progress: ProgressCallback = silent,
     *,
     bank: Path | None = None,
-    ray: "RayConfig | None" = None,
+    ray: "ClusterConfig | None" = None,
 ) -> Iterator[Session]:
     """Load a prepared model over a locked run folder, and quantize every player at every width.
 
@@ -273,9 +278,7 @@ def open_session(
         weight_bank.build(prepared.request.widths.bits, fit_to, progress, session.player_widths)
         with ExitStack() as stack:
             if ray is not None:
-                from coopq.game.ray_cluster import Cluster
-
-                session = replace(session, cluster=stack.enter_context(Cluster(ray, session, weights)))
+                session = replace(session, cluster=stack.enter_context(ray.connect(session, weights)))
             yield session
 
 

@@ -23,7 +23,7 @@ from coopq.judge.references import (
     uniform_assignment,
 )
 from coopq.judge.results import Comparison
-from coopq.plan.confidence import measure_plan
+from coopq.plan.allocate import measure_plan
 from coopq.plan.methods import check_methods, get_method, make_plans, names
 from coopq.plan.plan import Plan
 

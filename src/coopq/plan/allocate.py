@@ -3,23 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BudgetError
 from coopq.core.sizes import Budget
-from coopq.core.specs import DEFAULT_SOLVER, SolverSpec
+from coopq.core.specs import DEFAULT_SOLVER, Request, SolverSpec
 from coopq.core.subject import Subject
 from coopq.core.types import Assignment, ProgressCallback, as_widths, silent
 from coopq.game.run_folder import RunFolder
+from coopq.plan.confidence import confidence
 from coopq.plan.estimation import Estimation, Spent, load_estimation
+from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan, PlayerPlan, Solver
 from coopq.search.measured import Measured
 from coopq.search.solver.exact import Allocation, allocate, near_optimum
 from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
 from coopq.search.space import SearchSpace
 from coopq.search.surrogate import Fidelity, best_surrogate
+
+if TYPE_CHECKING:  # a session imports torch, and plans are allocated without
+    from coopq.game.session import Session
 
 _SETTLE_SECONDS = 15.0
 """For programs of fitted interactions, whose proof can take hours (docs/decisions/0010-hard-programs.md)."""
@@ -239,3 +245,22 @@ def allocate_run(
     for path, plan in saved.items():
         plan.save(path)
     return saved
+
+
+def measure_plan(session: "Session", plan: Plan) -> Plan:
+    """The plan with its loss on the calibration set measured, and the confidence in it; kept in the run folder."""
+    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
+    with session.game("measuring the plan") as game:
+        chosen, runner_up = game.per_sequence(points)
+    sure = confidence(chosen, None if plan.runner_up is None else runner_up)
+    plan = plan.replace(measured_loss=float(chosen.mean()), confidence=sure)
+    session.folder.plans.mkdir(exist_ok=True)
+    plan.save(session.folder.plans / plan.file_name)
+    return plan
+
+
+def has_other_walks(plan: Plan, request: Request) -> bool:
+    """Whether a plan was read off other walks than those of a request."""
+    ours, asked = plan.request.search, request.search
+    walks_differ = (ours.permutations, ours.seed) != (asked.permutations, asked.seed)
+    return METHODS[plan.method].kind == "walks" and walks_differ

@@ -1,16 +1,12 @@
 """How sure a choice is, from the losses of single sequences."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.core.types import Losses
-
-if TYPE_CHECKING:
-    from coopq.game.session import Session
-    from coopq.plan.plan import Plan
 
 _N_RESAMPLES = 10_000
 
@@ -62,15 +58,3 @@ def confidence(losses: Losses, runner_up: Losses | None) -> Confidence:
 def _share_above_zero(means: npt.NDArray[Any]) -> float:
     """Share of values above zero; ties count half."""
     return float((means > 0).mean()) + float((means == 0).mean()) / 2
-
-
-def measure_plan(session: "Session", plan: "Plan") -> "Plan":
-    """The plan with its loss on the calibration set measured, and the confidence in it; kept in the run folder."""
-    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
-    with session.game("measuring the plan") as game:
-        chosen, runner_up = game.per_sequence(points)
-    sure = confidence(chosen, None if plan.runner_up is None else runner_up)
-    plan = plan.replace(measured_loss=float(chosen.mean()), confidence=sure)
-    session.folder.plans.mkdir(exist_ok=True)
-    plan.save(session.folder.plans / plan.file_name)
-    return plan

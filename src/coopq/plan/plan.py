@@ -12,7 +12,6 @@ from coopq.core.files import read_record, write_record
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.confidence import Confidence
-from coopq.plan.methods import METHODS
 from coopq.search.surrogate import Fidelity
 
 _FORMAT_VERSION = 2
@@ -133,12 +132,6 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def replace(self, **changes: Any) -> "Plan":
         """The plan with other values of some fields."""
         return msgspec.structs.replace(self, **changes)
-
-    def has_other_walks(self, request: Request) -> bool:
-        """Whether the plan was read off other walks than those of a request."""
-        ours, theirs = self.request.search, request.search
-        walks_differ = (ours.permutations, ours.seed) != (theirs.permutations, theirs.seed)
-        return METHODS[self.method].kind == "walks" and walks_differ
 
     def save(self, path: Path) -> None:
         """Write the plan, atomically."""
