@@ -51,15 +51,7 @@ def measured_plans(session: Session, method: str, budgets: Sequence[str]) -> lis
 
 def save_plan(session: Session, plan: Plan, out: Path) -> Plan:
     """Save the model of a plan with the weights of an open session; returns the plan as it was saved."""
-    source = Source(
-        loaded=session.loaded,
-        players=session.players,
-        backend=session.backend,
-        fitting=session.fitting,
-        calibration=session.calibration,
-        bank=session.bank,
-    )
-    return save_model(source, plan, out, session.progress)
+    return save_model(Source.from_session(session), plan, out, session.progress)
 
 
 def saved_losses(saved: Path, tokens: npt.NDArray[np.int64]) -> Losses:

@@ -16,7 +16,7 @@ from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, Solve
 from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.formats import target_sizes
-from coopq.game.session import Session, open_session, prepare, weights_fingerprint
+from coopq.game.session import open_session, prepare, weights_fingerprint
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
@@ -73,7 +73,7 @@ def quantize(
             (plan,) = make_plans(session, goal.method, budgets, solver)
         else:
             plan = smallest_plan(session, goal.max_loss, solver)
-        return save_model(_source(session), measure_plan(session, plan), out, progress)
+        return save_model(Source.from_session(session), measure_plan(session, plan), out, progress)
 
 
 def estimate(
@@ -168,18 +168,6 @@ def _check_goal(request: Request, goal: Goal) -> None:
         raise EstimationError(
             f"method {method.name!r} cannot search for a loss; leave --method out, the active search can"
         )
-
-
-def _source(session: Session) -> Source:
-    """What the model of a session is saved from."""
-    return Source(
-        loaded=session.loaded,
-        players=session.players,
-        backend=session.backend,
-        fitting=session.fitting,
-        calibration=session.calibration,
-        bank=session.bank,
-    )
 
 
 def _deployed(request: Request, deployment: QuantizerSpec, assignment: Sequence[Width]) -> Request:

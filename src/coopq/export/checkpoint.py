@@ -25,6 +25,7 @@ from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.stored_tensors import stored_tensors
 from coopq.game.prefix_engine import model_nll
+from coopq.game.session import Session
 from coopq.model.load import LoadedModel, empty_model, pick_device, pick_dtype
 from coopq.model.players import weight_of
 from coopq.model.safetensors_io import save_tensors
@@ -113,6 +114,18 @@ class Source:
     fitting: TokenSet | None = None
     calibration: TokenSet | None = None
     bank: WeightBank | None = None
+
+    @classmethod
+    def from_session(cls, session: Session) -> "Source":
+        """What the model of an open session is saved from."""
+        return cls(
+            loaded=session.loaded,
+            players=session.players,
+            backend=session.backend,
+            fitting=session.fitting,
+            calibration=session.calibration,
+            bank=session.bank,
+        )
 
 
 def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback = silent) -> Plan:
