@@ -56,7 +56,7 @@ class SectionedCommand(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Options", *_SECTIONS.values())}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and record[1]:  # plain arguments are explained by the text above
                 sections.setdefault(getattr(parameter, "section", "Options"), []).append(record)
         for title, records in sections.items():
             if records:
@@ -70,6 +70,19 @@ class SpecOption(click.Option):
     def __init__(self, *args: Any, section: str, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.section = section
+
+
+class SpecArgument(click.Argument):
+    """A required value of a spec, which the help explains as the help explains options."""
+
+    def __init__(self, *args: Any, section: str, explanation: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.section = section
+        self.explanation = explanation
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """The value's name and what the value is."""
+        return (self.name or "").upper(), self.explanation
 
 
 class _Name(click.ParamType):  # type: ignore[type-arg]  # not generic at run time before click 8.2
@@ -144,7 +157,8 @@ def _option_names(kind: type[Any]) -> list[str]:
 def _parameter(spec: type[Spec], field: FieldInfo) -> Callable[[Command], Command]:
     """The argument or option of a field."""
     if field.required:
-        return click.argument(field.encode_name)
+        explanation = get_args(field.type)[1].description
+        return click.argument(field.encode_name, cls=SpecArgument, section=_SECTIONS[spec], explanation=explanation)
     kind, meta = _unpacked(field.type)
     name = field.encode_name
     flag = "--" + name.replace("_", "-")
