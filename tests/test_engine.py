@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 from coopq.core.errors import EstimationError, ModelError
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from coopq.game.prefix_engine import make_engine, model_nll, prefix_tree_size
-from coopq.model import blockwise, kernels_gpu
+from coopq.model import blockwise
 from coopq.model.blockwise import Blockwise
-from coopq.model.forward import override_forward
-from coopq.model.kernels_cpu import onednn_forwards
+from coopq.model.kernels import gpu as kernels_gpu
+from coopq.model.kernels.cpu import onednn_forwards
+from coopq.model.kernels.forward import override_forward
 from coopq.model.load import LoadedModel
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import GRANULARITIES, find_blocks, find_players
@@ -258,10 +259,10 @@ def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: P
 
 
 def test_a_model_without_blocks_gets_an_error_that_says_what_was_looked_for() -> None:
-    # GPT-2's projections are not nn.Linear, so its blocks hold nothing to quantize.
     model = hf.AutoModelForCausalLM.from_config(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    model.config.n_layer = 3
     with pytest.raises(
-        ModelError, match=r"looked for one nn.ModuleList of num_hidden_layers = 2 blocks .*transformer\.h \(2\)"
+        ModelError, match=r"looked for one nn.ModuleList of num_hidden_layers = 3 blocks .*transformer\.h \(2\)"
     ):
         find_players(model)
 

@@ -26,6 +26,7 @@ EVERY: dict[str, Any] = {
     "bits": (2.5, 4, 16),
     "granularity": "fused",
     "embeddings": True,
+    "routers": True,
     "calibration": "hub:text",
     "tokens": 512,
     "sequence_length": 128,

@@ -67,6 +67,9 @@ class WidthsSpec(Spec, frozen=True):
     embeddings: Annotated[
         bool, Meta(description="Give the embedding and the head widths of their own too; tied weights share one.")
     ] = False
+    routers: Annotated[
+        bool, Meta(description="Quantize routers and gates with one output too; they are small and sensitive.")
+    ] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,5 +1,7 @@
 """Block by block through many assignments: the order for models whose blocks do not all fit on the accelerator."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,18 +35,24 @@ def layer_major(model: AssignedModel, assignments: Assignments, left_out: npt.ND
 
 def _final_states(model: AssignedModel, chunk: Assignments, left_out: npt.NDArray[np.bool_]) -> dict[bytes, States]:
     """States after the last block, by assignment."""
-    states = {b"": model.blockwise.embedded}
+    blockwise = model.blockwise
+    states = {b"": blockwise.embedded}
+    memories: dict[bytes, list[dict[Any, Any]]] = {b"": []}
     for d, members in enumerate(model.members):
         settings = chunk[:, members]
         after: dict[bytes, States] = {}
+        memories_after: dict[bytes, list[dict[Any, Any]]] = {}
         for widths in np.unique(settings, axis=0):
             rows = (settings == widths).all(axis=1)
             prefixes = {row[: members.start].tobytes() for row in chunk[rows]}
             if left_out[rows, d].all():
                 after |= {prefix + widths.tobytes(): states[prefix] for prefix in prefixes}
+                memories_after |= {prefix + widths.tobytes(): memories[prefix] for prefix in prefixes}
                 continue
             with model.block_at(d, widths):
                 for prefix in sorted(prefixes):
-                    after[prefix + widths.tobytes()] = model.blockwise.forward_block(d, states[prefix])
-        states = after
+                    blockwise.remember(memories[prefix])
+                    after[prefix + widths.tobytes()] = blockwise.forward_block(d, states[prefix])
+                    memories_after[prefix + widths.tobytes()] = blockwise.memory()
+        states, memories = after, memories_after
     return states

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from coopq.core.errors import EstimationError, hint
-from coopq.model.kernels_gpu import log_total
+from coopq.model.kernels.gpu import log_total
 
 Portions = Iterable[tuple[int, Tensor]]
 """The first token of each portion of the vocabulary, and the logits of the portion, shape (n, size)."""

@@ -5,6 +5,7 @@ order are a depth-first walk of their prefix tree, so the engine keeps one hidde
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from coopq.game.layer_major_engine import layer_major
 from coopq.game.losses import Loss, NegativeLogLikelihood, make_loss, sequence_nll
 from coopq.model.blockwise import Blockwise, States, whole_size
 from coopq.model.offload import OffloadedBlocks
+from coopq.model.players import blocks_share_weights
 from coopq.quantizers.bank import WeightBank
 
 _TOLERANCE = 1e-3
@@ -58,6 +60,11 @@ def make_engine(
     Raises:
         EstimationError: If the loss is unknown.
     """
+    if offloaded is not None and blocks_share_weights(model):
+        raise ModelError(
+            f"{type(model).__name__}: its blocks share weights, so they cannot stay on the host; use a device that "
+            "holds the whole model"
+        )
     assigned = AssignedModel(Blockwise(model, tokens, offloaded), bank)
     return PrefixEngine(assigned, depth_first if offloaded is None else layer_major, make_loss(loss))
 
@@ -120,24 +127,28 @@ class PrefixEngine:
             token), and the block forwards spent since the assignment before.
         Raises:
             EstimationError: If a loss is not finite, or some but not all players of a block are `REMOVED`.
-            ModelError: If the model's own forward gives another loss for the first batch of the first assignment.
+            ModelError: If the model's own forward gives another loss for the first batch of the first or the
+                last assignment of the first call, or its blocks cannot run one by one.
         """
         unique = np.unique(assignments, axis=0)
         left_out = self._model.left_out(unique)
-        is_unchecked = self._record()
+        with self._in_one_line():
+            is_unchecked = self._record()
+        checked = {0, len(unique) - 1} if is_unchecked else set()
         try:
             walk = self._traversal(self._model, unique, left_out)
-            for (assignment, states, spent), without in zip(walk, left_out, strict=True):
+            for index, without in enumerate(left_out):
+                with self._in_one_line():
+                    assignment, states, spent = next(walk)
+                    losses = self._losses(self._loss, states)
                 self.block_forwards += spent
-                losses = self._losses(self._loss, states)
                 if not np.isfinite(losses).all():
                     raise EstimationError(
                         f"the loss of assignment {as_widths(assignment)} is not a number; "
                         "compute in float32, or use a wider low bit-width"
                     )
-                if is_unchecked:
+                if index in checked:
                     self._check(assignment, without, states)
-                    is_unchecked = False
                 yield assignment, losses, spent
         finally:
             self._model.restore()
@@ -150,6 +161,20 @@ class PrefixEngine:
             out = blockwise.forward_block(0, blockwise.embedded)
             block = clock(lambda: blockwise.forward_block(0, blockwise.embedded, out))
         return block, clock(lambda: self._losses(self._loss, blockwise.embedded))
+
+    @contextmanager
+    def _in_one_line(self) -> Iterator[None]:
+        """Turn what a model raises whose blocks cannot run one by one into an error that says so."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"{self.blockwise.model_class}: its blocks cannot run one by one ({type(error).__name__}: {reason}), "
+                "so it cannot be measured"
+            ) from error
 
     @torch.no_grad()
     def _losses(self, loss: Loss, states: States) -> npt.NDArray[np.float64]:

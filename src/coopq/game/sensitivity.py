@@ -261,7 +261,8 @@ class Sensitivity:
         total: npt.NDArray[np.float64] = np.zeros(())
         for name, weight in self.weights(player).items():
             inputs, gradient = gradients[name]
-            moved = functional.linear(inputs, (quantized[name] - weight).to(inputs.device))
+            error = self._bank.matrices[name].rows(quantized[name] - weight)
+            moved = functional.linear(inputs, error.to(inputs.device))
             total = total + term(moved, gradient).reshape(n_sequences, -1).double().sum(dim=1).cpu().numpy()
         return total
 

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import torch
 
 from coopq.core.errors import BackendError, OutOfMemory
-from coopq.core.files import locked, require_writable
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request
 from coopq.core.subject import Subject
@@ -25,7 +24,7 @@ from coopq.game.run_folder import RunFolder
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.offload import OffloadedBlocks
-from coopq.model.players import find_players
+from coopq.model.players import covered_share, find_players
 from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
@@ -94,8 +93,8 @@ class Prepared:
 
     def load(self, progress: ProgressCallback = silent, *, on_host: bool = False) -> LoadedModel:
         """Load the weights; `on_host` leaves the weights in the host's memory."""
-        spec = self.request.model
         progress("loading the model", 0, 1)
+        spec = self.request.model
         loaded = load_model(spec.source, dtype=spec.dtype, device=spec.device, on_host=on_host)
         progress("loading the model", 1, 1)
         return loaded
@@ -134,7 +133,7 @@ def prepare(request: Request, *, sizes_for: SizesFor = sizes_in_our_form, judge_
     spec, widths = request.model, request.widths
     skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
-    players = find_players(skeleton, widths.granularity, widths.embeddings)
+    players = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
     sizes = sizes_for(request, skeleton, players, backend)
     sizes.player_widths(widths.bits)  # refuses widths that save nothing
     return Prepared(request, skeleton, players, backend, sizes, pick_device(spec.device))
@@ -234,10 +233,8 @@ def open_session(
         Mismatch: If the run folder belongs to another request, model or text.
         OutOfMemory: If the run does not fit.
     """
-    require_writable(run)
-    folder = RunFolder(run, bank)
-    with locked(run):
-        folder.check(prepared.request)
+    folder = RunFolder(run.expanduser(), bank)
+    with folder.opened(prepared.request):
         loaded, offloaded, needed, free = prepared.load_to_measure(progress)
         if offloaded is not None and ray is not None:
             raise OutOfMemory(f"{needed}, and {gib(free)} are free: workers need a GPU each that holds the model")
@@ -259,7 +256,6 @@ def open_session(
         # In the host's memory the bank's files are mapped: the system drops pages that it has no room for.
         resident = prepared.device.type == "cpu" or offloaded is not None or needed.holds_bank(free)
         weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, resident=resident)
-        folder.start(prepared.request)
         session = Session(
             request=prepared.request,
             players=prepared.players,
@@ -276,6 +272,7 @@ def open_session(
         )
         fit_to = None if fitting is None else fitting.tokens
         weight_bank.build(prepared.request.widths.bits, fit_to, progress, session.player_widths)
+        folder.start(prepared.request)
         with ExitStack() as stack:
             if ray is not None:
                 session = replace(session, cluster=stack.enter_context(ray.connect(session, weights)))
@@ -287,7 +284,8 @@ def weights_fingerprint(prepared: Prepared, loaded: LoadedModel, fitting: TokenS
     widths = prepared.request.widths
     weights = {
         "weights": fingerprint_weights(loaded.model),
-        "players": widths.granularity + (" and embeddings" if widths.embeddings else ""),
+        "players": {"granularity": widths.granularity, "embeddings": widths.embeddings, "routers": widths.routers},
+        "covered": round(covered_share(loaded.model, prepared.players), 4),
         "backend": prepared.backend.fingerprint(),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": prepared.device.type,

@@ -11,8 +11,8 @@ from coopq.core.errors import EstimationError, RunError
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
 from coopq.judge.results import Accuracy
-from coopq.model.forward import override_forward
-from coopq.model.kernels_cpu import onednn_forwards
+from coopq.model.kernels.cpu import onednn_forwards
+from coopq.model.kernels.forward import override_forward
 from coopq.model.load import load_model
 
 _FORMS: dict[frozenset[str], dict[str, str]] = {

@@ -4,7 +4,8 @@ What a block is called with besides the hidden states (masks, positions, rotary 
 it is recorded once, in a forward of the model itself, and no architecture needs code of its own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -15,11 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.model.forward import Forward, override_forward
-from coopq.model.kernels_cpu import onednn_forwards
-from coopq.model.kernels_gpu import compiled_forward, is_compilable
+from coopq.core.errors import ModelError
+from coopq.model.kernels.cpu import onednn_forwards
+from coopq.model.kernels.forward import Forward, override_forward
+from coopq.model.kernels.gpu import compiled_forward, is_compilable
 from coopq.model.offload import OffloadedBlocks
-from coopq.model.players import find_blocks
+from coopq.model.players import body_of, find_blocks
 
 States: TypeAlias = list[Tensor]
 """Hidden states of all tokens by batch, each of shape (n, length, width)."""
@@ -53,7 +55,8 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    returns_tuple: bool
+    rest: tuple[Any, ...] | None
+    """What the block returns beside the hidden states; None if the block returns the states alone."""
 
 
 class Blockwise:
@@ -85,6 +88,7 @@ class Blockwise:
         self._sizes = [len(batch) for batch in self.batches]
         self.embedded: States = []
         self._calls: list[list[_Call]] = []
+        self._shared: list[MutableMapping[Any, Any]] = []
         self.is_compiled = offloaded is None and is_compilable(model)
         on_cpu = model.device.type == "cpu"  # offloaded blocks are on the CPU, but compute elsewhere
         self._fast_model = onednn_forwards(model) if on_cpu else {}
@@ -105,6 +109,7 @@ class Blockwise:
         recorded = [self._record(batch) for batch in self.batches]
         self.embedded = _together([embedded for embedded, _ in recorded], self._sizes)
         self._calls = [list(calls) for calls in zip(*(calls for _, calls in recorded), strict=True)]
+        self._shared = [shared for _, calls in recorded for shared in _shared_dictionaries(calls)]
         return True
 
     @torch.no_grad()
@@ -118,15 +123,32 @@ class Blockwise:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
             if not calls:
                 embedded.append(states)
-            calls.append(_Call(tuple(rest), kwargs, isinstance(output, tuple)))
+            calls.append(_Call(tuple(rest), kwargs, output[1:] if isinstance(output, tuple) else None))
 
         handles = [block.register_forward_hook(record, with_kwargs=True) for block in self._blocks]
         try:
-            self._model.base_model(input_ids=batch, use_cache=False)  # no logits
+            body_of(self._model)(input_ids=batch, use_cache=False)  # no logits
         finally:
             for handle in handles:
                 handle.remove()
+        if len(calls) != self.n_blocks or embedded[0].dim() != 3:
+            shape = tuple(embedded[0].shape) if embedded else ()
+            raise ModelError(
+                f"{self.model_class}: its forward makes {len(calls)} calls of its {self.n_blocks} blocks, and the "
+                f"states before the first have shape {shape}; only models that call each block once, with states of "
+                "shape (sequences, length, width), can be measured"
+            )
         return embedded[0], calls
+
+    def memory(self) -> list[dict[Any, Any]]:
+        """What blocks left for later blocks in dictionaries that the model hands to several of them, by copies."""
+        return [dict(shared) for shared in self._shared]
+
+    def remember(self, memory: Sequence[Mapping[Any, Any]]) -> None:
+        """Let later blocks find what `memory` gave before; empty dictionaries where it gives nothing."""
+        for shared, content in zip(self._shared, memory or [{}] * len(self._shared), strict=True):
+            shared.clear()
+            shared.update(content)
 
     def placed(self, d: int) -> AbstractContextManager[None]:
         """Let block d be on the device of the states inside the `with` block."""
@@ -156,7 +178,7 @@ class Blockwise:
         """States of batch j after block d, which is called as the model calls it."""
         call = self._calls[d][j]
         output = self._blocks[d](states, *call.args, **call.kwargs)
-        return output[0] if call.returns_tuple else output
+        return output if call.rest is None else output[0]
 
     def head(self, states: Tensor) -> Tensor:
         """Logits of each position, shape (n, length, vocabulary), by the model's own norm and head.
@@ -169,7 +191,8 @@ class Blockwise:
         """
 
         def answer(*_: Any, **__: Any) -> Any:
-            return (states,) if self._calls[-1][0].returns_tuple else states
+            rest = self._calls[-1][0].rest
+            return states if rest is None else (states, *rest)
 
         ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         with override_forward(dict.fromkeys(self._blocks, answer)):
@@ -215,19 +238,19 @@ class Blockwise:
     def _embed(self, batch: Tensor) -> Tensor:
         """What the model hands to its first block, by its own forward with blocks that only pass states on."""
         embedded: list[Tensor] = []
-        pass_on = _pass_on(self._calls[0][0].returns_tuple)
+        pass_on = _pass_on(self._calls[0][0].rest)
 
         def first(*args: Any, **kwargs: Any) -> Any:
             embedded.append(args[0] if args else kwargs["hidden_states"])
             return pass_on(*args, **kwargs)
 
         with override_forward({**dict.fromkeys(self._blocks, pass_on), self._blocks[0]: first}):
-            self._model.base_model(input_ids=batch, use_cache=False)
+            body_of(self._model)(input_ids=batch, use_cache=False)
         return embedded[0]
 
     def own_logits(self, batch: Tensor, left_out: Sequence[int]) -> Tensor:
         """Logits of a batch by the model's own forward without some blocks, shape (n, length, vocabulary)."""
-        with override_forward({self._blocks[d]: _pass_on(self._calls[d][0].returns_tuple) for d in left_out}):
+        with override_forward({self._blocks[d]: _pass_on(self._calls[d][0].rest) for d in left_out}):
             return self._model(input_ids=batch, use_cache=False).logits
 
     def positions_at_once(self) -> int:
@@ -251,11 +274,24 @@ def _together(batches: Iterable[Tensor], sizes: Sequence[int], out: States | Non
     return pieces
 
 
-def _pass_on(returns_tuple: bool) -> Forward:
-    """The forward of a block that is left out: it returns the states that it gets."""
+def _shared_dictionaries(calls: Sequence[_Call]) -> list[MutableMapping[Any, Any]]:
+    """Dictionaries that a model hands to several of its blocks, in which blocks leave keys and values for others."""
+    found = [
+        value for call in calls for value in (*call.args, *call.kwargs.values()) if isinstance(value, MutableMapping)
+    ]
+    counts = Counter(id(value) for value in found)
+    return list({id(value): value for value in found if counts[id(value)] > 1}.values())
+
+
+def _pass_on(rest: tuple[Any, ...] | None) -> Forward:
+    """The forward of a block that is left out: it returns the states that it gets.
+
+    Args:
+        rest: What the block returns beside the states; None if it returns the states alone.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
-        return (states,) if returns_tuple else states
+        return states if rest is None else (states, *rest)
 
     return forward

@@ -79,7 +79,7 @@ class Footprint:
         n_weights = sum(player.n_weights for player in players)
         block_bytes = [sum(tensor.nbytes for tensor in block.parameters()) for block in find_blocks(model)[1]]
         n_embedded = n_widths if any(player.is_end for player in players) else 1
-        token_bytes = (len(block_bytes) + 2 + n_embedded) * shape.hidden_size * itemsize
+        token_bytes = (len(block_bytes) + 2 + n_embedded) * _width(model) * itemsize
         token_bytes += 4 * shape.vocab_size if diverges else 0
         return cls(
             weights=sum(tensor.nbytes for tensor in model.parameters()),
@@ -154,7 +154,7 @@ def _working_bytes(model: Any, players: Sequence[Player], text: TextSpec, device
     batch_tokens = min(batch_size(device_type, length), text.n_sequences) * length
     whole_tokens = min(whole_size(device_type, length, shape.vocab_size), text.n_sequences) * length
     widest = max(max(linear.shape) for player in players if not player.is_end for linear in player.linears)
-    in_block = batch_tokens * itemsize * (_STATE_COPIES * shape.hidden_size + _INNER_COPIES * widest)
+    in_block = batch_tokens * itemsize * (_STATE_COPIES * _width(model) + _INNER_COPIES * widest)
     positions = batch_tokens if diverges else whole_tokens
     positions = min(batch_tokens, max(positions, logit_bytes(device_type) // (4 * shape.vocab_size)))
     n_logits = shape.vocab_size * positions
@@ -162,6 +162,12 @@ def _working_bytes(model: Any, players: Sequence[Player], text: TextSpec, device
         return in_block + 4 * _LOGIT_COPIES * n_logits
     # The allocator of a GPU reuses the block's memory for the head: logits in the dtype, in float32, and softmax.
     return max(in_block, (itemsize + 4 + 4) * n_logits)
+
+
+def _width(model: Any) -> int:
+    """Width of the hidden states."""
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    return int(width or model.get_input_embeddings().weight.shape[-1])
 
 
 def free_memory(name: str) -> int | None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coopq.model.forward import Forward
+from coopq.model.kernels.forward import Forward
 from coopq.model.players import find_blocks
 
 

@@ -3,17 +3,18 @@
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from coopq.core.errors import OutputError
+from coopq.core.errors import ModelError, OutputError, differing
 
 _ORDER = {
     torch.bool: "BOOL",
@@ -30,6 +31,7 @@ _ORDER = {
 """Names of dtypes in safetensors files. The file has the tensors of the last dtype first."""
 _METADATA = {"format": "pt"}
 """PyTorch's mark. Other loaders insist on it."""
+_CHECKSUM = "crc32"
 
 
 def saved_size(tensors: Mapping[str, Tensor]) -> int:
@@ -43,14 +45,35 @@ def saved_size(tensors: Mapping[str, Tensor]) -> int:
     return 8 + -(-length // 8) * 8 + end
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str, way_out: str) -> None:
+    """Check that tensors hold numbers only.
+
+    Args:
+        tensors: Names and tensors.
+        what: What holds the tensors, for the message.
+        way_out: What a user should do.
+    Raises:
+        ModelError: With the name of the first tensor that has a NaN or an infinite value.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            n_wrong, dtype = int((~torch.isfinite(tensor)).sum()), str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(f"{what}: tensor {name} ({dtype}) has {n_wrong} values that are not finite; {way_out}")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Write contiguous tensors.
 
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+        about: What the tensors are. The file then says so, with a checksum, and `load_tensors` compares both.
     Raises:
         OutputError: If the file cannot be written.
     """
     try:
-        save_file(dict(tensors), path, metadata=_METADATA)
+        metadata = _METADATA if about is None else {**_METADATA, **about, _CHECKSUM: _checksum(tensors)}
+        save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         raise OutputError(
             f"cannot write {path} ({error}); free disk space and run the same command again: nothing computed is lost"
@@ -58,21 +81,51 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def load_tensors(path: Path, device: str = "cpu", *, way_out: str) -> dict[str, Tensor]:
+def load_tensors(
+    path: Path, device: str = "cpu", *, way_out: str, about: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Read all tensors of a file.
 
     Args:
         path: The file.
         device: The device that the tensors go to.
         way_out: What a user should do about a damaged or missing file.
+        about: What the tensors have to be, as `save_tensors` was told; None checks nothing.
     Raises:
-        OutputError: If the file is damaged or missing.
+        OutputError: If the file is damaged or missing, or holds something else.
     """
     try:
         with _interrupts_wait():
-            return load_file(path, device=device)
-    except (SafetensorError, FileNotFoundError) as error:
+            tensors = load_file(path, device=device)
+            if about is not None:
+                _check_content(path, tensors, about, way_out)
+            return tensors
+    except (SafetensorError, OSError) as error:
         raise OutputError(f"{path} is damaged or missing ({error}); {way_out}") from error
+
+
+def _check_content(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], way_out: str) -> None:
+    """Check that a file holds what its name promises, unchanged since it was written."""
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata() or {}
+    expected = {**about, _CHECKSUM: _checksum(tensors)}
+    if different := differing(expected, {name: found.get(name) for name in expected}):
+        name = different[0]
+        raise OutputError(
+            f"{path} is not what was written there ({name}: {found.get(name)!r} in the file, {expected[name]!r} "
+            f"expected); {way_out}"
+        )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A checksum of names, dtypes, shapes and values."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        if tensor.numel():
+            data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            total = zlib.crc32(cast(Any, data), total)
+    return f"{total:08x}"
 
 
 @contextmanager

@@ -129,6 +129,17 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Width of each linear module that is quantized: `modules` without those that stay as they are."""
         return {name: bits for name, bits in self.modules.items() if bits != UNTOUCHED}
 
+    @property
+    def covered(self) -> float | None:
+        """Share of the weights of the blocks that belongs to players; None if it is not recorded."""
+        share: float | None = self.fingerprint.get("covered")
+        return share
+
+    @property
+    def source_notes(self) -> tuple[str, ...]:
+        """What was done to the model's file when it was loaded, and what of the file is not used."""
+        return tuple(self.fingerprint.get("source", ()))
+
     def replace(self, **changes: Any) -> "Plan":
         """The plan with other values of some fields."""
         return msgspec.structs.replace(self, **changes)

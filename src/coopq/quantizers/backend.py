@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
 from coopq.core.types import Width
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
 
 Packed: TypeAlias = Mapping[str, Tensor]
 """The tensors that store one quantized weight, by their names in a saved model."""
@@ -185,7 +185,7 @@ class WeightQuantizer(Backend):
     ) -> Iterator[tuple[str, Packed]]:
         """See `Backend.quantize_model`."""
         for name, width in bits.items():
-            yield name, self.quantize(weight_of(model, name).data.flatten(0, -2), width)
+            yield name, self.quantize(matrix_of(model, name).rows(), width)
 
 
 class ModelQuantizer(Backend):

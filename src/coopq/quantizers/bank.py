@@ -14,11 +14,11 @@ from coopq.core.errors import EstimationError, Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 from coopq.model.load import LoadedModel
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
 from coopq.model.safetensors_io import load_tensors, save_tensors
 from coopq.quantizers.backend import Backend, Packed
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _WAY_OUT = "delete it and run the same command again"
 
 
@@ -33,13 +33,33 @@ def round_untouched(loaded: LoadedModel, players: Sequence[Player], widths: Sequ
     if UNTOUCHED not in widths or loaded.checkpoint_dtype.itemsize == 2:
         return False
     for name in (linear.name for player in players for linear in player.linears):
-        weight = weight_of(loaded.model, name)
-        weight.data = weight.data.half().to(weight.dtype)
+        weight = matrix_of(loaded.model, name).parameter
+        weight.data = weight.data.to(sixteen_bit_dtype(weight.data, loaded.checkpoint_dtype)).to(weight.dtype)
     return True
+
+
+def sixteen_bit_dtype(weight: Tensor, checkpoint: torch.dtype) -> torch.dtype:
+    """The dtype that an untouched weight is saved in.
+
+    Args:
+        weight: The weight.
+        checkpoint: The checkpoint's dtype, which is kept if it has 16 bits.
+    Returns:
+        float16 for a wider checkpoint; bfloat16 if float16 cannot hold a value of the weight.
+    """
+    if checkpoint.itemsize <= 2:
+        return checkpoint
+    fits = weight.is_meta or not weight.numel() or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+    return torch.float16 if fits else torch.bfloat16
 
 
 class WeightBank:
     """The weights of a model's players by player and width.
+
+    Attributes:
+        players: The players of the model.
+        matrices: The matrix of each linear layer, by name.
+        resident: As given.
 
     Args:
         folder: Folder of the weights. Each player has two files for each width, the dequantized weights and the packed
@@ -70,9 +90,10 @@ class WeightBank:
         self._folder = folder
         self._backend = backend
         self._loaded = loaded
-        self._parameters = {
-            linear.name: weight_of(loaded.model, linear.name) for player in players for linear in player.linears
+        self.matrices = {
+            linear.name: matrix_of(loaded.model, linear.name) for player in players for linear in player.linears
         }
+        self._parameters = {name: matrix.parameter for name, matrix in self.matrices.items()}
         self._originals: dict[str, Tensor] = {name: weight.data for name, weight in self._parameters.items()}
         self._weights: dict[tuple[int, Width], dict[str, Tensor]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +134,9 @@ class WeightBank:
         for player, width, packed, weights in self._quantize(missing, tokens):
             if not self._backend.whole_model:
                 with atomic_file(self._packed_path(player, width)) as temporary:
-                    save_tensors(packed, temporary)
+                    save_tensors(packed, temporary, self._about(player, width, "packed"))
             with atomic_file(self._path(player, width)) as temporary:
-                save_tensors(weights, temporary)
+                save_tensors(weights, temporary, self._about(player, width, "dequantized"))
             done += 1
             progress("quantizing", done, total)
         assert done == total, (done, total)
@@ -136,8 +157,8 @@ class WeightBank:
         if (player, bits) in self._weights:
             return self._weights[player, bits]
         device = str(self._originals[self.players[player].linears[0].name].device)
-        read = load_tensors(self._path(player, bits), device, way_out=_WAY_OUT)
-        weights = {name: weight.view_as(self._originals[name]) for name, weight in read.items()}  # experts: 3 axes
+        about = self._about(player, bits, "dequantized")
+        weights = load_tensors(self._path(player, bits), device, way_out=_WAY_OUT, about=about)
         if self.resident:
             self._weights[player, bits] = weights
         return weights
@@ -150,7 +171,9 @@ class WeightBank:
         """
         for player, linears in enumerate(player.linears for player in self.players):
             if linears[0].name in bits:
-                tensors = load_tensors(self._packed_path(player, bits[linears[0].name]), "cpu", way_out=_WAY_OUT)
+                width = bits[linears[0].name]
+                about = self._about(player, width, "packed")
+                tensors = load_tensors(self._packed_path(player, width), way_out=_WAY_OUT, about=about)
                 for linear in linears:
                     prefix = f"{linear.name}."
                     own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -173,7 +196,7 @@ class WeightBank:
             return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
 
         names = [linear.name for player in players for linear in self.players[player].linears]
-        experts = [name for name in names if self._originals[name].dim() > 2]
+        experts = [name for name in names if self.matrices[name].n_experts]
         if experts:
             raise EstimationError(
                 f"{experts[0]} holds experts, whose outputs cannot be observed; choose another --method"
@@ -243,7 +266,13 @@ class WeightBank:
             (player, shape), dtype = place[name], self._originals[name].dtype
             packed, weights = made.setdefault((player, width), ({}, {}))
             packed.update({f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
-            weights[name] = self._backend.dequantize(tensors, shape, width, dtype).contiguous()
+            rows = self._backend.dequantize(tensors, shape, width, dtype)
+            if not torch.isfinite(rows).all():
+                raise ModelError(
+                    f"backend {self._backend.name!r} makes values of {name} at {width:g} bits that are not finite: the "
+                    "weight is too large for 16-bit scales; choose another backend"
+                )
+            weights[name] = self.matrices[name].stored(rows)
             if len(weights) == len(self.players[player].linears):
                 yield player, width, *made.pop((player, width))
         assert not made, list(made)
@@ -253,6 +282,10 @@ class WeightBank:
         return self._path(player, bits).exists() and (
             self._backend.whole_model or self._packed_path(player, bits).exists()
         )
+
+    def _about(self, player: int, bits: Width, form: str) -> dict[str, str]:
+        """What a file of the bank says that it holds."""
+        return {"player": self.players[player].name, "bits": f"{bits:g}", "form": form}
 
     def _packed_path(self, player: int, bits: Width) -> Path:
         return self._folder / f"player{player:03d}-{bits:g}bit-packed.safetensors"

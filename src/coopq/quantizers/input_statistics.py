@@ -1,5 +1,6 @@
 """Statistics of the inputs that calibration tokens bring to layers of the full-precision model."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
@@ -7,13 +8,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from coopq.model.players import weight_of
+from coopq.model.matrices import Matrix, is_linear, matrix_of
+from coopq.model.players import body_of
 
+_log = logging.getLogger(__name__)
 _BATCH_SEQUENCES = 2
+_PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+"""Functions by which models multiply inputs with experts."""
 
 _Keep: TypeAlias = Callable[[str, int, Tensor], None]
 """Called with the name of a layer, the number of an expert (0 for a linear layer), and inputs."""
@@ -69,19 +74,20 @@ def _input_means(
         sums[key] = sums[key].add_(total) if key in sums else total.clone()
         counts[key] = counts.get(key, 0) + len(rows)
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     handles = [
         linears[name].register_forward_pre_hook(lambda _, inputs, name=name: keep(name, 0, inputs[0]))
         for name in names
         if name in linears
     ]
-    experts = {name: weight for name in names if (weight := weight_of(model, name).data).dim() == 3}
-    head = [name for name in names if weight_of(model, name) is model.get_output_embeddings().weight]
+    experts = {name: matrix for name in names if (matrix := matrix_of(model, name)).n_experts}
+    head_weight = model.get_output_embeddings().weight
+    head = [name for name in names if name not in linears and matrix_of(model, name).parameter is head_weight]
     try:
         with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
             for start in range(0, len(tokens), _BATCH_SEQUENCES):
                 batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
-                hidden = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+                hidden = body_of(model)(input_ids=batch, use_cache=False).last_hidden_state
                 for name in head:
                     keep(name, 0, hidden)
     finally:
@@ -89,11 +95,19 @@ def _input_means(
             handle.remove()
     means = {key: (sums.pop(key) / counts[key]).float() for key in list(sums) if counts[key]}
     found = {name: means[name, 0] for name in names if (name, 0) in means and name not in experts}
-    for name, weight in experts.items():
+    for name, matrix in experts.items():
         reached = {expert: mean for (owner, expert), mean in means.items() if owner == name}
         if reached:
             average = torch.stack(list(reached.values())).mean(dim=0)
-            found[name] = torch.stack([reached.get(expert, average) for expert in range(len(weight))])
+            found[name] = torch.stack([reached.get(expert, average) for expert in range(matrix.n_experts)])
+            if len(reached) < matrix.n_experts:
+                _log.warning(
+                    "%d of %d experts of %s were reached by no token; they are quantized as the mean of the others, so "
+                    "use more tokens to fit weights to",
+                    matrix.n_experts - len(reached),
+                    matrix.n_experts,
+                    name,
+                )
     return found
 
 
@@ -112,20 +126,28 @@ class _ExpertInputs(TorchFunctionMode):
     """Reports the inputs of experts that share one tensor; these are no modules, so hooks cannot see them.
 
     Args:
-        experts: Tensors of shape (n_experts, out, in), by name.
+        experts: The tensors that hold the experts, by name.
         keep: Called with name, expert and inputs.
     """
 
-    def __init__(self, experts: Mapping[str, Tensor], keep: _Keep) -> None:
+    def __init__(self, experts: Mapping[str, Matrix], keep: _Keep) -> None:
         super().__init__()
         self._places = {
-            part.data_ptr(): (name, expert) for name, tensor in experts.items() for expert, part in enumerate(tensor)
+            part.data_ptr(): (name, expert)
+            for name, matrix in experts.items()
+            for expert, part in enumerate(matrix.parameter.data.view(matrix.n_experts, -1))
         }
+        self._n_experts = {name: matrix.n_experts for name, matrix in experts.items()}
         self._keep = keep
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is functional.linear and args[1].data_ptr() in self._places:
-            self._keep(*self._places[args[1].data_ptr()], args[0])
+        if function in _PRODUCTS and len(args) > 1 and args[1].data_ptr() in self._places:
+            name, expert = self._places[args[1].data_ptr()]
+            if args[1].dim() == 3:  # all experts at once, each with its own inputs
+                for index in range(self._n_experts[name]):
+                    self._keep(name, index, args[0][index])
+            else:
+                self._keep(name, expert, args[0])
         return function(*args, **(kwargs or {}))

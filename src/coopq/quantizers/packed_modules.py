@@ -12,10 +12,13 @@ from torch.nn import functional
 
 from coopq.core.specs import QuantizerSpec
 from coopq.core.types import Width
-from coopq.model.players import weight_of
+from coopq.model.matrices import Matrix, is_linear, matrix_of
 from coopq.model.safetensors_io import load_tensors
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend, Packed
+
+ABOUT = {"form": "packed weights and all other tensors"}
+"""What the weights file of a saved model says that it holds."""
 
 
 class PackedWeights(UserDict[str, Packed]):
@@ -50,7 +53,9 @@ class PackedWeights(UserDict[str, Packed]):
         weights = cls(spec)
         packed: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
         rest: dict[str, Tensor] = {}
-        for key, tensor in load_tensors(folder / weights.backend.weights_file, way_out="save the model again").items():
+        for key, tensor in load_tensors(
+            folder / weights.backend.weights_file, way_out="save the model again", about=ABOUT
+        ).items():
             module, part = _split(key, packed)
             if module:
                 packed[module][part] = tensor
@@ -87,23 +92,36 @@ def install(
     """
     backend = weights.backend
     for name, bits in widths.items():
-        weight = weight_of(model, name)
-        shape = (weight[..., 0].numel(), weight.shape[-1])
+        matrix = matrix_of(model, name)
+        shape = matrix.shape
         if sum(tensor.nbytes for tensor in weights[name].values()) != backend.storage_bytes(shape, bits):
             raise KeyError(f"the tensors of {name} are not those of {bits} bits")
         packed = {key: tensor.to(device) for key, tensor in weights.pop(name).items()}
-        if weight.dim() > 2:
+        if matrix.n_experts:
             owner, _, attribute = name.rpartition(".")
-            experts = PackedExperts(backend, packed, weight.shape, bits, dtype)
-            experts.attach(model.get_submodule(owner), attribute)
+            PackedExperts(backend, packed, matrix, bits, dtype).attach(model, owner, attribute)
             continue
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             if (head := model.get_output_embeddings()).weight is module.weight:
                 model.set_output_embeddings(backend.linear(packed, shape, bits, head.bias, dtype))
-            model.set_submodule(name, PackedEmbedding(module, backend, packed, bits, dtype))
+            _replace(model, module, PackedEmbedding(module, backend, packed, bits, dtype))
+        elif is_linear(module):
+            linear = backend.linear(packed, shape, bits, module.bias, dtype)
+            if not hasattr(linear, "weight"):  # some models look at the weight of a layer
+                linear = PackedLinear(backend, packed, shape, bits, module.bias, dtype)
+            _replace(model, module, linear)
         else:
-            model.set_submodule(name, backend.linear(packed, shape, bits, module.bias, dtype))
+            raise AttributeError(f"{name} is no linear layer")
+
+
+def _replace(model: Any, module: nn.Module, packed: nn.Module) -> None:
+    """Put a module in the place of another, at every place that has its weight: blocks may share modules or weights."""
+    weight, is_embedding = module.weight, isinstance(module, nn.Embedding)
+    for parent in [*model.modules()]:
+        for name, child in [*parent.named_children()]:
+            if child is module or (not is_embedding and is_linear(child) and child.weight is weight):
+                setattr(parent, name, packed)
 
 
 class _PackedModule(nn.Module):
@@ -137,9 +155,14 @@ class PackedLinear(_PackedModule):
         self.out_features, self.in_features = shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, shape (out, in): some models multiply by the weight themselves."""
+        return self._weight((self.out_features, self.in_features))
+
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs W' + bias."""
-        return functional.linear(inputs, self._weight((self.out_features, self.in_features)), self.bias)
+        return functional.linear(inputs, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and width, for print(model)."""
@@ -178,27 +201,36 @@ class PackedExperts(_PackedModule):
     Args:
         backend: The backend that dequantizes.
         packed: The packed weight: the rows of all experts, one after the other.
-        shape: Shape of the tensor, (n_experts, out, in).
+        matrix: How the model's parameter holds the experts.
         bits: Width of the weight.
         dtype: Dtype to compute in.
     """
 
-    def __init__(self, backend: Backend, packed: Packed, shape: torch.Size, bits: Width, dtype: torch.dtype) -> None:
+    def __init__(self, backend: Backend, packed: Packed, matrix: Matrix, bits: Width, dtype: torch.dtype) -> None:
         super().__init__(backend, packed, bits, dtype)
-        self._shape = shape
+        self._matrix = matrix
 
-    def attach(self, module: nn.Module, attribute: str) -> None:
-        """Let a module compute with these experts; the memory of the module's own tensor is freed."""
-        parameter = getattr(module, attribute)
-        matrix = (self._shape[0] * self._shape[1], self._shape[2])
+    def attach(self, model: Any, owner: str, attribute: str) -> None:
+        """Let a module compute with these experts; the memory of the module's own tensor is freed.
+
+        Args:
+            model: The model.
+            owner: Name of the module that has the tensor.
+            attribute: Name of the tensor.
+        """
+        module, parameter = model.get_submodule(owner), self._matrix.parameter
+        # A module that has experts in two dimensions gets them from its parent, which slices the tensor.
+        user = module if parameter.dim() > 2 else model.get_submodule(owner.rpartition(".")[0])
 
         def fill(*_: Any) -> None:
-            parameter.data = self._weight(matrix).view(self._shape)
+            parameter.data = self._matrix.stored(self._weight(self._matrix.shape))
 
         def free(*_: Any) -> None:
             parameter.data = torch.empty(0, dtype=self._dtype)
 
+        shape = self._matrix.shape, self._matrix.stored_shape  # known while the parameter has values
+        assert shape[0][0] * shape[0][1] == parameter.numel(), shape
         free()
         module.add_module(f"packed_{attribute}", self)
-        module.register_forward_pre_hook(fill)
-        module.register_forward_hook(free, always_call=True)
+        user.register_forward_pre_hook(fill)
+        user.register_forward_hook(free, always_call=True)

@@ -41,6 +41,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "bytes": plan.bytes,
         "average_bits": plan.average_bits,
         "bits_per_weight": plan.bits_per_weight,
+        "covered": plan.covered,
+        "source_notes": list(plan.source_notes),
         "loss": plan.request.search.loss,
         "predicted_loss": plan.predicted_loss,
         "measured_loss": plan.measured_loss,

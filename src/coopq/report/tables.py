@@ -35,11 +35,13 @@ def plan_summary(plan: Plan) -> str:
         what = "" if loss == "nll" else "negative log-likelihood "
         measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
     predicted = "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted, "
+    covered = "" if plan.covered is None else f", {plan.covered:.1%} of the blocks' weights covered"
+    notes = "".join(f"\n{note}" for note in plan.source_notes)
     return (
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
-        f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight\n"
+        f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight{covered}\n"
         f"{_LOSSES[loss]} {predicted}{measured} (nats per token)"
-        f"{'' if plan.fidelity else f'; solver: {_proof(plan)}'}{deployed}{_confidence(plan)}{_fidelity(plan)}"
+        f"{'' if plan.fidelity else f'; solver: {_proof(plan)}'}{deployed}{_confidence(plan)}{_fidelity(plan)}{notes}"
     )
 
 

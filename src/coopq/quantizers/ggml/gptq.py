@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import Width
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.ggml.types import GGMLBackend, IQuants
@@ -55,7 +55,7 @@ class GGMLGPTQ(GGMLBackend):
             moments = {} if tokens is None else second_moments(model, names, tokens)
             latest, eliminations = torch.empty(0), list[Elimination]()
             for name in names:
-                weight = weight_of(model, name).data.flatten(0, -2)
+                weight = matrix_of(model, name).rows()
                 own = moments.pop(name, None)
                 if own is None:
                     yield from ((width, name, self.quantize(weight, width)) for width in widths[name])
@@ -76,8 +76,8 @@ def _portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     portion: list[str] = []
     left = _MOMENTS_BYTES
     for name in names:
-        *experts, _, columns = weight_of(model, name).shape
-        needed = 4 * int(np.prod(experts)) * columns**2
+        matrix = matrix_of(model, name)
+        needed = 4 * max(1, matrix.n_experts) * matrix.shape[1] ** 2
         if portion and needed > left:
             yield portion
             portion, left = [], _MOMENTS_BYTES

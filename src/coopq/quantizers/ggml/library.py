@@ -21,6 +21,8 @@ _TRIED = "0.20"
 """Version of libggml-python whose `ggml_type_traits` is as `_Traits` says."""
 _NEEDS_IMPORTANCE = ("IQ2_XXS",)
 """Types for which ggml ends the process if no importance is given. An embedding without a tied head has none."""
+_LEAST_IMPORTANCE = 1e-6
+"""Least importance of a column, as a share of the mean importance."""
 
 
 def to_blocks(kind: Any, weight: Tensor, importance: Tensor | None) -> Tensor:
@@ -38,7 +40,7 @@ def to_blocks(kind: Any, weight: Tensor, importance: Tensor | None) -> Tensor:
     source = weight.detach().float().cpu().contiguous()
     if importance is None and kind.name in _NEEDS_IMPORTANCE:
         importance = torch.ones(weight.shape[1])
-    columns = [None] if importance is None else importance.float().cpu().reshape(-1, weight.shape[1]).contiguous()
+    columns = [None] if importance is None else _positive(importance.float().cpu().reshape(-1, weight.shape[1]))
     block, size = GGML_QUANT_SIZES[kind]
     blocks = torch.empty(weight.shape[0], weight.shape[1] // block * size, dtype=torch.uint8)
     n_threads = torch.get_num_threads()
@@ -144,3 +146,14 @@ def _dequantizer(kind: int) -> Any:
             f"'libggml-python=={_TRIED}.*'"
         )
     return traits.to_float
+
+
+def _positive(importance: Tensor) -> Tensor:
+    """Importance of columns without zeros: ggml sets live weights of a column without importance to zero.
+
+    Args:
+        importance: Shape (n_experts, in).
+    """
+    mean = importance.mean(dim=1, keepdim=True)
+    floored = importance.maximum(_LEAST_IMPORTANCE * mean)
+    return torch.where(mean > 0, floored, torch.ones_like(importance)).contiguous()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
 from coopq.core.types import UNTOUCHED, Width
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed, WeightQuantizer, require_library
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.input_statistics import column_importance
@@ -136,7 +136,7 @@ class GGMLBackend(WeightQuantizer):
         """Width, name and packed tensors of layers at their widths, layer by layer."""
         importance = {} if tokens is None else column_importance(model, list(widths), tokens)
         for name, layer_widths in widths.items():
-            weight = weight_of(model, name).data.flatten(0, -2)
+            weight = matrix_of(model, name).rows()
             for width in layer_widths:
                 yield width, name, self.quantize(weight, width, importance.get(name))
 

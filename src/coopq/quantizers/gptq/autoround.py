@@ -65,7 +65,7 @@ class AutoRoundBackend(GPTQTensors):
             BackendError: If the library leaves a layer unquantized, or fails, with the last line that it printed.
         """
         check_version("auto-round", _TRIED, f"backend {self.name!r}")
-        names = dict.fromkeys([*(layer.name for layer in linear_layers(model)), *bits])
+        names = dict.fromkeys([*(layer.name for layer in linear_layers(model, routers=True)), *bits])
         job = {
             "bits": {name: bits.get(name, UNTOUCHED) for name in names},
             "settings": {"group_size": self.format.group_size, "sym": self.format.symmetric, "iters": _ITERATIONS},

@@ -109,7 +109,7 @@ class GPTQBackend(_ByGPTQModel):
         Raises:
             BackendError: If GPTQModel fails, with the last line that it printed.
         """
-        widths = {layer.name: bits.get(layer.name, UNTOUCHED) for layer in linear_layers(model)}
+        widths = {layer.name: bits.get(layer.name, UNTOUCHED) for layer in linear_layers(model, routers=True)}
         job = {"settings": self.format.quantize_config(widths)}
         tensors: dict[str, Tensor] = {}
         with running_job("GPTQModel", _WORKER, model, tokenizer, tokens, job) as wait_for:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coopq.model.forward import Forward
+from coopq.model.kernels.forward import Forward
 
 _log = logging.getLogger(__name__)
 

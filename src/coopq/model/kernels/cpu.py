@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from coopq.model.forward import Forward
+from coopq.model.kernels.forward import Forward
 
 
 def onednn_forwards(model: nn.Module) -> dict[nn.Module, Forward]:
