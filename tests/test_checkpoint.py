@@ -162,6 +162,7 @@ def test_the_main_job_gives_a_model_that_generates(backend: str, stories: str, t
     story = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
     assert len(story) > len("Once upon a time") + 12
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "generation_config.json",
         "plan.json",
@@ -200,7 +201,7 @@ def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_
     tensors = load_file(weights)
     save_file({k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight_scale"}, weights)
     assert saved.fingerprint() != before
-    with pytest.raises(ModelError, match="does not fit its plan"):
+    with pytest.raises(OutputError, match="is not what was written there"):
         coopq.load(tmp_path / "saved")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OutputError, match="is damaged or missing"):

@@ -21,6 +21,7 @@ _PUBLIC = {
     "apply": "coopq.pipeline",
     "compare": "coopq.judge.comparison",
     "compare_plan": "coopq.judge.comparison",
+    "dequantized": "coopq.export.checkpoint",
     "estimate": "coopq.pipeline",
     "evaluate_model": "coopq.judge.perplexity",
     "evaluate_saved": "coopq.judge.perplexity",

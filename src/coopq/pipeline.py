@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
-from coopq.core.files import as_plain, require_new_folder
+from coopq.core.files import as_plain, require_new_folder, require_no_input
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.spec import spec_options
 from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, SolverSpec
@@ -17,7 +17,7 @@ from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.formats import target_sizes
 from coopq.game.session import open_session, prepare, weights_fingerprint
-from coopq.model.load import max_positions
+from coopq.model.load import fingerprint_weights, max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.allocate import allocate_run, measure_plan
@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # Ray is optional
 __all__ = ["allocate", "apply", "default_run", "estimate", "quantize"]
 
 allocate = allocate_run
+_PLACES = ("model", "calibration", "base")
+"""Options that name a place. The same content has several names."""
 
 
 def quantize(
@@ -59,8 +61,10 @@ def quantize(
     Returns:
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
-    out = out.resolve()
+    out = out.expanduser().resolve()
+    run = default_run(out) if run is None else run.expanduser().resolve()
     _check_goal(request, goal)
+    _check_places(request, out, run)
     if SavedModel(out).exists:
         return _finished(request, goal, solver, out)
     require_new_folder(out)
@@ -68,7 +72,7 @@ def quantize(
     prepared = prepare(request, sizes_for=target_sizes)
     check_methods([goal.method], prepared.players, len(request.widths.bits))
     prepared.check_budgets(budgets)
-    with open_session(prepared, run or default_run(out), progress, ray=ray) as session:
+    with open_session(prepared, run, progress, ray=ray) as session:
         if goal.max_loss is None:
             (plan,) = make_plans(session, goal.method, budgets, solver)
         else:
@@ -87,6 +91,7 @@ def estimate(
         progress: Told of every loss.
         ray: Where the workers are that measure; None measures in this process.
     """
+    _check_places(request, None, run)
     prepared = prepare(request, sizes_for=target_sizes)
     check_methods(["coopq"], prepared.players, len(request.widths.bits))
     with open_session(prepared, run, progress, ray=ray) as session:
@@ -115,10 +120,11 @@ def apply(
         Mismatch: If the model is not the plan's.
         InfeasibleBudget: If the deployed weights do not keep the plan's budget.
     """
-    out = out.resolve()
+    out = out.expanduser().resolve()
     require_new_folder(out)
     place = model or plan.request.model.source
     request = plan.request.replace(model=place, dtype=plan.fingerprint["dtype"])
+    _check_places(request, out, None)
     if deployment is not None and deployment != plan.quantizer:
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
@@ -128,9 +134,10 @@ def apply(
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
     backend, text = prepared.backend, request.text
     fitting = calibration = None
+    positions = max_positions(loaded.model)
     if backend.calibrated:
-        positions = max_positions(loaded.model)
         fitting = fitting_set(text, loaded.tokenizer, positions)
+    if backend.calibrated or not text.source.startswith("hub:"):  # a text of the hub is not fetched for the check alone
         calibration = calibration_set(text, loaded.tokenizer, positions)
     found = as_plain(weights_fingerprint(prepared, loaded, fitting))
     compared = ("weights",) if plan.deployment is not None else ("weights", "backend", "fitted to")
@@ -144,14 +151,40 @@ def apply(
         )
     if plan.deployment is not None:
         plan = _resized(plan, prepared.sizes)
-    source = Source(loaded=loaded, players=prepared.players, backend=backend, fitting=fitting, calibration=calibration)
+    source = Source(
+        loaded=loaded,
+        players=prepared.players,
+        backend=backend,
+        fitting=fitting,
+        calibration=calibration,
+        reused=False,
+    )
     return save_model(source, plan, out, progress)
 
 
 def default_run(out: Path) -> Path:
     """The run folder of an output folder: beside the output, which holds nothing but the model."""
-    out = out.resolve()
+    out = out.expanduser().resolve()
     return out.with_name(f"{out.name}-run")
+
+
+def _check_places(request: Request, out: Path | None, run: Path | None) -> None:
+    """Check that a job writes over none of its inputs, and that its two folders do not hold each other's files.
+
+    Raises:
+        OutputError: If not.
+    """
+    named = (request.model.source, request.target.base, request.text.source)
+    inputs = [path for name in named if name and (path := Path(name).expanduser()).exists()]
+    if out is not None:
+        require_no_input(out, inputs)
+    if run is not None:
+        require_no_input(run.expanduser() / "run.json", [path for path in inputs if path.is_dir()])
+    if out is not None and run is not None and run.is_relative_to(out):
+        raise OutputError(
+            f"run folder {run} is, or lies in, the output folder {out}, which holds nothing but the model; name "
+            "another --run, or leave it out"
+        )
 
 
 def _check_goal(request: Request, goal: Goal) -> None:
@@ -227,9 +260,35 @@ def _finished(request: Request, goal: Goal, solver: SolverSpec, out: Path) -> Pl
         ours["permutations"] = theirs["permutations"]
     if solver.time_limit is None and METHODS[plan.method].proves:  # a proof is asked for
         ours["solver"], theirs["solver"] = "optimal", plan.solver.status
+    for name in _PLACES:  # contents decide, not names
+        ours.pop(name), theirs.pop(name)
     if fields := differing(ours, theirs):
         raise OutputError(
             f"output folder {out} is not empty: it holds a model made with another {', '.join(fields)}; "
             "name another folder, or empty it first"
         )
+    _check_contents(request, plan, out)
     return plan
+
+
+def _check_contents(request: Request, plan: Plan, out: Path) -> None:
+    """Check that the model and the text of a request are those that a finished output was made from.
+
+    Raises:
+        OutputError: If not, with what changed.
+    """
+    prepared = prepare(request.replace(dtype=plan.fingerprint["dtype"]))
+    loaded = prepared.load(on_host=True)
+    positions, backend = max_positions(loaded.model), prepared.backend
+    tokens = calibration_set(request.text, loaded.tokenizer, positions)
+    found: dict[str, Any] = {"weights": fingerprint_weights(loaded.model), "tokens": tokens.fingerprint}
+    if backend.calibrated:
+        found["fitted to"] = fitting_set(request.text, loaded.tokenizer, positions).fingerprint
+    changed = differing(found, {name: plan.fingerprint.get(name) for name in found})
+    if not changed:
+        return
+    what = f"the model {request.model.source!r}" if changed[0] == "weights" else f"the text {request.text.source!r}"
+    raise OutputError(
+        f"output folder {out} is not empty: {what} is not what its model was made from ({', '.join(changed)} differ); "
+        "name another folder, or empty it first"
+    )

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,6 +116,33 @@ def require_new_folder(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise OutputError(f"output folder {path} is not empty; name another, or empty it first")
     require_writable(path.parent)
+
+
+def require_no_input(out: Path, inputs: Iterable[Path]) -> None:
+    """Check that writing `out` touches no input, and puts nothing into one.
+
+    Links are followed, so another name of the same place does not hide an input.
+
+    Args:
+        out: The file or the folder to write.
+        inputs: Files and folders that are read; those that do not exist are ignored.
+    Raises:
+        OutputError: If `out` is an input, lies in an input, or contains one.
+    """
+    target = out.expanduser().resolve()
+    for given in inputs:
+        path = given.expanduser().resolve()
+        if not path.exists():
+            continue
+        if target == path or (target.exists() and target.samefile(path)):
+            where = f"is the same as the input {given}"
+        elif target.is_relative_to(path):
+            where = f"lies in the input {given}"
+        elif path.is_relative_to(target):
+            where = f"contains the input {given}"
+        else:
+            continue
+        raise OutputError(f"output {out} {where}, which would be changed; name another place")
 
 
 def require_writable(folder: Path) -> None:

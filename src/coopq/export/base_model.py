@@ -32,7 +32,7 @@ class BaseModel:
             source: Where the model is now.
         """
         asked = request.target.base
-        return cls(path or (None if asked is None else Path(asked)), source or request.model.source)
+        return cls(path or (None if asked is None else Path(asked).expanduser()), source or request.model.source)
 
     def load(self, plan: Plan, progress: ProgressCallback) -> LoadedModel:
         """Load the model on the CPU.

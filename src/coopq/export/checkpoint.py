@@ -4,18 +4,18 @@
                             they were; with gptq, which has a form of its own, the file is model.safetensors
     plan.json               width of each module, and how to read the packed weights
     config.json, tokenizer  as transformers writes them
+    README.md, LICENSE ...  a model card, and what the source says of itself
 
 transformers does not look for the name quantized.safetensors, so it cannot load packed weights by mistake.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -23,17 +23,23 @@ from transformers import AutoConfig
 from coopq.core.errors import ModelError, PlanError
 from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
-from coopq.export.stored_tensors import stored_tensors
-from coopq.game.prefix_engine import model_nll
+from coopq.export.folder_files import copy_source_files, write_model_card
+from coopq.export.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
+from coopq.export.verification import (
+    assigned_weights,
+    loss_of,
+    measured_weights,
+    probe_tokens,
+    require_equal,
+)
 from coopq.game.session import Session
 from coopq.model.load import LoadedModel, empty_model, pick_device, pick_dtype
-from coopq.model.players import weight_of
-from coopq.model.safetensors_io import save_tensors
+from coopq.model.safetensors_io import require_finite, save_tensors
 from coopq.model.texts import TokenSet
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.bank import WeightBank
-from coopq.quantizers.packed_modules import PackedWeights, install
+from coopq.quantizers.packed_modules import ABOUT, PackedWeights, install
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class SavedModel:
     def backend(self) -> Backend:
         """The backend that packed the weights."""
         return PackedWeights(self.plan.quantizer).backend
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
 
     def read(self) -> tuple[PackedWeights, dict[str, Tensor]]:
         """The packed weights, and all other tensors by name.
@@ -106,6 +117,7 @@ class Source:
         fitting: Tokens that weights are fitted to; None for backends that fit none.
         calibration: Tokens that searches see; backends with `whole_model` need them.
         bank: Where the packed weights are, if they are made; None lets the backend quantize.
+        reused: Whether the model is used after it was saved; its own weights are freed otherwise.
     """
 
     loaded: LoadedModel
@@ -114,6 +126,7 @@ class Source:
     fitting: TokenSet | None = None
     calibration: TokenSet | None = None
     bank: WeightBank | None = None
+    reused: bool = True
 
     @classmethod
     def from_session(cls, session: Session) -> "Source":
@@ -141,17 +154,24 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
         measured, so for these backends the plan has the loss of the saved model on the calibration tokens.
     Raises:
         PlanError: If the plan and the model have other modules, or the plan says other sizes than the weights take.
+        ModelError: If a weight is not finite, or the saved model cannot compute, or computes another loss than the
+            model with the assigned weights.
     """
-    _check_modules(source, plan)
+    modules = {linear.name for player in source.players for linear in player.linears}
+    if differing := plan.modules.keys() ^ modules:
+        raise PlanError(f"the plan and the model differ in {', '.join(sorted(differing))}; allocate it again")
     tensors = _packed_tensors(source, plan, progress)
     unpacked = stored_tensors(source.loaded.model, plan.modules, source.loaded.checkpoint_dtype)
     tensors |= {name: tensor.contiguous().cpu() for name, tensor in unpacked}
+    masks = dict(source.loaded.model.named_buffers())  # buffers hold infinity on purpose
+    written = (item for item in tensors.items() if item[0] not in masks)
+    require_finite(written, "the model to save", "choose another --backend, or mend the checkpoint")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
-        if source.backend.whole_model:
-            plan = plan.replace(saved_loss=_saved_loss(source, folder))
-            plan.save(folder / "plan.json")
+        plan = _checked(source, plan, folder, progress)
+        plan.save(folder / "plan.json")
+        write_model_card(plan, folder, "coopq", (folder / source.backend.weights_file).stat().st_size)
     return plan
 
 
@@ -166,13 +186,13 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     Raises:
         ModelError: If the folder holds no such model, or the weights do not fit the plan.
     """
-    saved, target = SavedModel(Path(path)), pick_device(device)
+    saved, target = SavedModel(Path(path).expanduser()), pick_device(device)
     plan, folder = saved.plan, saved.folder
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     packed, unpacked = saved.read()
-    model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
+    model = empty_model(saved.config, dtype)
     try:
-        wrong = _load_tensors(model, unpacked, packed)
+        wrong = load_stored(model, unpacked, packed)
         model.to(target)
         if not wrong:
             install(model, packed, plan.quantized, target, dtype)
@@ -188,15 +208,27 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     return model.eval()
 
 
-def _check_modules(source: Source, plan: Plan) -> None:
-    """Check that a plan names the modules of the players.
+def dequantized(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the quantized modules of a saved model compute with.
 
+    Args:
+        folder: The saved model.
+    Yields:
+        Name of each parameter as in the original model, and its weight in the parameter's own shape and orientation,
+        in the dtype of the model that was measured.
     Raises:
-        PlanError: If not.
+        ModelError: If the folder holds no such model, or the weights do not fit the plan.
+        OutputError: If the weights cannot be read.
     """
-    modules = {linear.name for player in source.players for linear in player.linears}
-    if differing := plan.modules.keys() ^ modules:
-        raise PlanError(f"the plan and the model differ in {', '.join(sorted(differing))}; allocate it again")
+    saved = SavedModel(Path(folder).expanduser())
+    plan = saved.plan
+    dtype = pick_dtype(plan.fingerprint["dtype"], torch.device("cpu"), torch.float32)
+    packed, _ = saved.read()
+    try:
+        yield from dequantized_weights(saved.config, packed, plan.quantized, dtype)
+    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ModelError(f"{saved.folder} does not fit its plan ({reason}); save the model again") from error
 
 
 def _packed_tensors(source: Source, plan: Plan, progress: ProgressCallback) -> dict[str, Tensor]:
@@ -226,38 +258,42 @@ def _packed_tensors(source: Source, plan: Plan, progress: ProgressCallback) -> d
 def _write(source: Source, plan: Plan, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write all files of a saved model."""
     model, backend = source.loaded.model, source.backend
-    model.config.save_pretrained(folder)
+    saved_config(model, source.loaded.checkpoint_dtype).save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     source.loaded.tokenizer.save_pretrained(folder)
-    save_tensors(tensors, folder / backend.weights_file)
+    save_tensors(tensors, folder / backend.weights_file, ABOUT)
     native = backend.native_config(plan.modules)
     if native is not None:  # the library's own loader recognises the folder by these
         write_json(folder / "quantize_config.json", native)
         write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": native})
+    copy_source_files(source.loaded.folder, folder)
     plan.save(folder / "plan.json")
 
 
-def _saved_loss(source: Source, folder: Path) -> float:
-    """Negative log-likelihood of a saved model on the calibration tokens, nats per token."""
-    assert source.calibration is not None, "backends with whole_model need the calibration tokens"
-    model = load(folder, device=source.loaded.model.device.type)
-    return float(np.concatenate(list(model_nll(model, source.calibration.tokens))).mean())
+def _checked(source: Source, plan: Plan, folder: Path, progress: ProgressCallback) -> Plan:
+    """The plan of a saved model that computes what the plan's weights compute; with the saved loss if that is new.
 
-
-def _load_tensors(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]) -> list[str]:
-    """Load all tensors but the packed ones.
-
-    Args:
-        model: The model.
-        tensors: The tensors by name.
-        packed: Names of the modules whose weights are packed.
-    Returns:
-        Names of the tensors that are missing or too many.
+    Raises:
+        ModelError: If the saved model cannot compute, or computes another loss.
     """
-    keys = model.load_state_dict(tensors, strict=False)
-    model.tie_weights()
-    state = model.state_dict(keep_vars=True)
-    given = {id(state[name]) for name in tensors if name in state}
-    given |= {id(weight_of(model, name)) for name in packed}
-    return [name for name in keys.missing_keys if id(state[name]) not in given] + list(keys.unexpected_keys)
+    progress("checking the saved model", 0, 1)
+    model, device = source.loaded.model, source.loaded.model.device
+    tokens = probe_tokens(model, source.calibration)
+    if source.bank is None or source.backend.whole_model:
+        packed, _ = PackedWeights.read(folder, plan.quantizer, plan.quantized)
+        assigned = assigned_weights(model, packed, plan.quantized, restore=source.reused)
+    else:
+        assigned = measured_weights(source.bank, plan.assignment)
+    with assigned:
+        expected = loss_of(model, tokens, "the model with the weights of the plan")
+    try:
+        found = loss_of(saved := load(folder, device=device.type), tokens, "the saved model")
+    except torch.OutOfMemoryError:  # the accelerator holds the model that was measured
+        found = loss_of(saved := load(folder, device="cpu"), tokens, "the saved model")
+    require_equal(found, expected, model.dtype, f"the saved {type(model).__name__}", ModelError)
+    if source.backend.whole_model:
+        assert source.calibration is not None, "backends with whole_model need the calibration tokens"
+        plan = plan.replace(saved_loss=loss_of(saved, source.calibration.tokens, "the saved model"))
+    progress("checking the saved model", 1, 1)
+    return plan

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from coopq.core.errors import ExportError, hint
+from coopq.core.files import require_no_input
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import Player, ProgressCallback, silent
@@ -46,7 +47,7 @@ _GPTQ_TENSORS = ("gptq", "gptq-static", "autoround")
 
 FORMS: dict[str, FormEntry] = {
     "gguf": FormEntry(
-        "coopq.export.gguf:GGUF",
+        "coopq.export.gguf.form:GGUF",
         "llama.cpp",
         "one file for llama.cpp and everything that is built on llama.cpp",
         ("ggml", "ggml-iq", "ggml-gptq"),
@@ -165,16 +166,21 @@ def export_model(
         Bytes of the file that holds the weights.
     Raises:
         ExportError: If the form is unknown, or cannot hold the model.
+        OutputError: If `out` is, lies in, or contains what the export reads.
     """
     from coopq.export.base_model import BaseModel
     from coopq.export.checkpoint import SavedModel
 
+    saved, out = saved.expanduser(), out.expanduser()
+    base = None if base is None else base.expanduser()
     chosen, source = get_form(form), SavedModel(saved)
     if not FORMS[form].takes_base and not (base is None and model is None):
         takers = " and ".join(name for name, entry in FORMS.items() if entry.takes_base)
         raise ExportError(f"--base and --model are for {takers}; {form} needs the saved model only")
     chosen.check(source.backend)
-    return chosen.write(source, out, BaseModel.find(source.plan.request, base, model), progress)
+    start = BaseModel.find(source.plan.request, base, model)
+    require_no_input(out, [saved, Path(start.source).expanduser(), *([] if start.path is None else [start.path])])
+    return chosen.write(source, out, start, progress)
 
 
 def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: str | None = None) -> int:

@@ -9,24 +9,27 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from coopq.core.errors import ExportError
+from coopq.core.errors import ExportError, ModelError
 from coopq.core.files import atomic_folder, read_json, require_new_folder, write_json
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
-from coopq.export.checkpoint import SavedModel
+from coopq.export.checkpoint import SavedModel, load
+from coopq.export.folder_files import write_model_card
 from coopq.export.stored_tensors import stored_tensors
+from coopq.export.verification import loss_of, probe_tokens, require_equal
 from coopq.model.load import checkpoint_dtype, load_skeleton
-from coopq.model.players import weight_of
-from coopq.model.safetensors_io import save_tensors, saved_size
+from coopq.model.matrices import matrix_of
+from coopq.model.safetensors_io import require_finite, save_tensors, saved_size
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend, Packed
 from coopq.quantizers.gptq.format import GPTQFormat
 
 _WEIGHTS = "model.safetensors"
-_NOT_COPIED = ("plan.json", "quantize_config.json", _WEIGHTS)
+_NOT_COPIED = ("plan.json", "quantize_config.json", "quantized.safetensors", _WEIGHTS)
 _OFFSET_DIGITS = 4
 """Digits that the two offsets of a tensor may have more in the file's header where players stay untouched: two each."""
 
@@ -36,6 +39,9 @@ class HFFolder(ABC):
 
     name: ClassVar[str]
     """The form's name in `coopq.export.formats.FORMS`, and the method's name in config.json."""
+
+    is_checked: ClassVar[bool] = False
+    """Whether transformers loads the form in this process, so that what was written is tried."""
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
@@ -93,6 +99,7 @@ class HFFolder(ABC):
 
         Raises:
             OutputError: If `out` is not empty.
+            ModelError: If a tensor is not finite.
         """
         plan, tensor_format = saved.plan, self._tensor_format(saved.backend)
         if not plan.quantized:
@@ -110,12 +117,41 @@ class HFFolder(ABC):
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
             for file in saved.folder.iterdir():
-                if file.is_file() and file.name not in _NOT_COPIED:
+                if file.is_dir():
+                    shutil.copytree(file, folder / file.name)
+                elif file.name not in _NOT_COPIED:
                     shutil.copy(file, folder)
             config = read_json(saved.folder / "config.json")
             write_json(folder / "config.json", config | {"quantization_config": quantization})
+            require_finite(tensors.items(), f"the model in the form {self.name}", "quantize with another --backend")
             save_tensors(tensors, folder / _WEIGHTS)
-            return (folder / _WEIGHTS).stat().st_size
+            n_bytes = (folder / _WEIGHTS).stat().st_size
+            write_model_card(plan, folder, "transformers", n_bytes)
+            self._check_written(saved, folder, progress)
+        return n_bytes
+
+    def _check_written(self, saved: SavedModel, folder: Path, progress: ProgressCallback) -> None:
+        """Check that transformers computes the saved model's loss from the folder, if it can load the form here.
+
+        Raises:
+            ExportError: If it cannot compute, or computes another loss.
+        """
+        if not self.is_checked:
+            return
+        progress("checking the exported model", 0, 1)
+        ours = load(saved.folder, device="cpu")
+        tokens = probe_tokens(ours)
+        expected = loss_of(ours, tokens, "the saved model")
+        try:
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype, trust_remote_code=False).eval()
+            found = loss_of(theirs, tokens, "the exported model")
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise ExportError(
+                f"transformers cannot compute with the exported model ({reason}); export to another form"
+            ) from error
+        require_equal(found, expected, ours.dtype, "the exported model", ExportError)
+        progress("checking the exported model", 1, 1)
 
     def _tensor_format(self, backend: Backend) -> GPTQFormat:
         """The tensor format of a backend whose weights the form can hold.
@@ -146,8 +182,7 @@ class HFFolder(ABC):
         tensors = dict(stored_tensors(model, widths, dtype))
         for name, bits in widths.items():
             if bits != UNTOUCHED:
-                rows, columns = weight_of(model, name).shape
-                parts = self.layout((rows, columns), int(bits), group_size)
+                parts = self.layout(matrix_of(model, name).shape, int(bits), group_size)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         return tensors
 

@@ -20,10 +20,12 @@ from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
-from coopq.export.checkpoint import SavedModel
+from coopq.export.checkpoint import SavedModel, load
 from coopq.export.hf_folder import check_columns
+from coopq.export.verification import graph_loss, loss_of, probe_tokens, require_equal
 from coopq.model.load import load_skeleton
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
+from coopq.model.safetensors_io import require_finite
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Affine, Backend
 
@@ -73,7 +75,7 @@ class OpenVINO:
         for each of their shapes. Other constants may be equal by chance; the prediction does not count on that.
         """
         folder, skeleton = _base_folder(base), load_skeleton(base.source)
-        shapes = {name: _shape(weight_of(skeleton, name)) for name in plan.quantized}
+        shapes = {name: matrix_of(skeleton, name).shape for name in plan.quantized}
         constants = [_constant_bytes(backend, shapes[name], bits) for name, bits in plan.quantized.items()]
         shared = {part for constant in constants for part in constant.shared}
         beside = _bytes_beside(folder, _itemsizes(folder), shapes)
@@ -104,7 +106,9 @@ class OpenVINO:
             for file in source.iterdir():
                 if file.is_file() and file.stem != _FILE:
                     shutil.copy(file, folder)
+            require_finite(_floats(graph), "the model for OpenVINO", "quantize with another --backend")
             library.save_model(graph, folder / f"{_FILE}.xml", compress_to_fp16=False)
+            _check_written(saved, folder / f"{_FILE}.xml", progress)
             return (folder / f"{_FILE}.bin").stat().st_size
 
 
@@ -159,8 +163,21 @@ def _itemsizes(folder: Path) -> dict[tuple[int, ...], int]:
     return {tuple(node.shape): _DTYPES[node.get_element_type().to_string()].itemsize for node in constants}
 
 
-def _shape(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
+def _floats(graph: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and values of the constants. Single numbers, and masks, may be infinite on purpose."""
+    for node in _weights(graph):
+        if 2 <= len(node.shape) <= 3 and (dtype := _DTYPES[node.get_element_type().to_string()]):
+            yield node.get_friendly_name(), torch.from_numpy(node.data.view(f"int{8 * dtype.itemsize}")).view(dtype)
+
+
+def _check_written(saved: SavedModel, file: Path, progress: ProgressCallback) -> None:
+    """Check that OpenVINO computes the saved model's loss; an ExportError says if not."""
+    progress("checking the exported model", 0, 1)
+    ours = load(saved.folder, device="cpu")
+    tokens = probe_tokens(ours)
+    expected = loss_of(ours, tokens, "the saved model")
+    require_equal(graph_loss(file, tokens), expected, ours.dtype, "the model for OpenVINO", ExportError)
+    progress("checking the exported model", 1, 1)
 
 
 def _base_folder(base: BaseModel) -> Path:
@@ -221,7 +238,7 @@ def _find_constants(modules: Iterable[str], model: Any, folder: Path, graph: Any
         candidates.setdefault(tuple(node.shape), []).append(node)
     found = {}
     for name in modules:
-        weight = weight_of(model, name).data
+        weight = matrix_of(model, name).rows()
         same_shape = candidates.get(tuple(weight.shape), [])
         same = next((node for node in same_shape if _holds(node, weight)), None)
         if same is None:

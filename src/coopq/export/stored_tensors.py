@@ -1,13 +1,17 @@
-"""Which of a model's own tensors a saved model stores, and in which dtype."""
+"""Which of a model's own tensors a saved model stores, and in which dtype; and how the model gets them back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from coopq.core.types import UNTOUCHED, Width
-from coopq.model.players import weight_of
+from coopq.model.load import empty_model
+from coopq.model.matrices import matrix_of
+from coopq.quantizers.bank import sixteen_bit_dtype
+from coopq.quantizers.packed_modules import PackedWeights
 
 
 def stored_tensors(model: Any, widths: Mapping[str, Width], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -25,8 +29,8 @@ def stored_tensors(model: Any, widths: Mapping[str, Width], dtype: torch.dtype) 
         Name and tensor, on the model's device.
     """
     # A tensor without storage has no address, so identity is that of the parameter.
-    seen = {id(weight_of(model, name)) for name, bits in widths.items() if bits != UNTOUCHED}
-    untouched = {id(weight_of(model, name)) for name, bits in widths.items() if bits == UNTOUCHED}
+    seen = {id(matrix_of(model, name).parameter) for name, bits in widths.items() if bits != UNTOUCHED}
+    untouched = {id(matrix_of(model, name).parameter) for name, bits in widths.items() if bits == UNTOUCHED}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
@@ -38,6 +42,68 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype, *, in_16_bits: bool) -> Tensor
     if not tensor.is_floating_point():
         return tensor
     if in_16_bits:
-        return tensor.to(dtype if dtype.itemsize <= 2 else torch.float16)
+        return tensor.to(sixteen_bit_dtype(tensor, dtype))
     narrow = tensor.to(dtype)
     return narrow if tensor.is_meta or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def load_stored(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]) -> list[str]:
+    """Load the tensors of a saved model that are not packed.
+
+    Args:
+        model: The model, without values.
+        tensors: The tensors by name.
+        packed: Names of the modules whose weights are packed.
+    Returns:
+        Names of the tensors that are missing or too many.
+    """
+    # Tied parameters are one before a value is loaded. The value may have the name of any of them.
+    model.tie_weights()
+    keys = model.load_state_dict(tensors, strict=False)
+    state = model.state_dict(keep_vars=True)
+    given = {id(state[name]) for name in tensors if name in state}
+    given |= {id(matrix_of(model, name).parameter) for name in packed}
+    return [name for name in keys.missing_keys if id(state[name]) not in given] + list(keys.unexpected_keys)
+
+
+def dequantized_weights(
+    config: Any, packed: PackedWeights, widths: Mapping[str, Width], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights that packed tensors stand for, by the names of a model's parameters, in the parameters' shapes.
+
+    Args:
+        config: The model's configuration.
+        packed: The packed weights; the function empties them.
+        widths: Width of each quantized module.
+        dtype: Dtype of the weights.
+    """
+    with torch.device("meta"):
+        skeleton = empty_model(config, dtype)
+    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
+    for name, bits in widths.items():
+        matrix = matrix_of(skeleton, name)
+        weight = packed.backend.dequantize(packed.pop(name), matrix.shape, bits, dtype)
+        yield name if name in parameters else f"{name}.weight", matrix.stored(weight)
+
+
+def saved_config(model: Any, dtype: torch.dtype) -> Any:
+    """The configuration that a saved model is described by: the checkpoint's dtype, and whether weights are tied.
+
+    A model that was loaded to compute in float32 says so in its own configuration, and an engine that trusts it would
+    take twice the memory.
+
+    Args:
+        model: The model.
+        dtype: The checkpoint's dtype.
+    """
+    config = deepcopy(model.config)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = [config, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]
+    for part in parts:
+        part.dtype = dtype
+    if hasattr(embedding, "weight") and hasattr(head, "weight"):
+        is_tied = head.weight is embedding.weight
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            if hasattr(part, "tie_word_embeddings"):
+                part.tie_word_embeddings = is_tied
+    return config

@@ -12,10 +12,13 @@ evaluation/    losses on text that judges
 run.lock       held while a process works in the folder
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from coopq.core.errors import Mismatch, RunError, differing
-from coopq.core.files import read_record, write_record
+from coopq.core.errors import CoopQError, Mismatch, RunError, differing
+from coopq.core.files import locked, read_record, require_writable, write_record
 from coopq.core.specs import Request
 
 _FORMAT_VERSION = 2
@@ -47,6 +50,40 @@ class RunFolder:
     def screening(self, n_sequences: int) -> Path:
         """The journal of losses on the first n calibration sequences."""
         return self.path / f"screening-{n_sequences}.jsonl"
+
+    @contextmanager
+    def opened(self, request: Request) -> Iterator[None]:
+        """Hold the folder, which is made if it is missing; a run that is refused leaves nothing behind.
+
+        The corrected command would otherwise meet the record of the refused one. Losses and weights that were made
+        stay, and so does everything that was there before.
+
+        Raises:
+            Mismatch: As `check`.
+            OutputError: If the folder cannot be written.
+            RunError: If another process holds it.
+        """
+        is_new = not self.path.is_dir() or not any(self.path.iterdir())
+        has_record = (self.path / "run.json").exists()
+        require_writable(self.path)
+        try:
+            with locked(self.path):
+                self.check(request)
+                yield
+        except CoopQError:
+            if is_new and not self._has_work():
+                shutil.rmtree(self.path, ignore_errors=True)
+            elif not has_record and not self._has_losses():
+                (self.path / "run.json").unlink(missing_ok=True)
+            raise
+
+    def _has_losses(self) -> bool:
+        """Whether a journal holds more than its header."""
+        return any(journal.read_bytes().count(b"\n") > 1 for journal in self.path.rglob("*.jsonl"))
+
+    def _has_work(self) -> bool:
+        """Whether the folder holds weights or losses."""
+        return self._has_losses() or any(self.path.rglob("*.safetensors"))
 
     def check(self, request: Request) -> None:
         """Check that a request goes on with the one recorded, if there is one.

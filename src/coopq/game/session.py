@@ -290,6 +290,8 @@ def weights_fingerprint(prepared: Prepared, loaded: LoadedModel, fitting: TokenS
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "device": prepared.device.type,
     }
+    if loaded.notes:
+        weights["source"] = list(loaded.notes)
     if fitting is not None:
         weights["fitted to"] = fitting.fingerprint
     if round_untouched(loaded, prepared.players, widths.bits):

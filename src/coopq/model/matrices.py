@@ -6,7 +6,7 @@ tensor.
 """
 
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,7 +78,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _computes_a_product(type(module)))
 
 
-@cache
 def _computes_a_product(kind: type[nn.Linear]) -> bool:
     """Whether the forward of a class of linear layers is that of `nn.Linear`, written down again or inherited."""
     if kind.forward is nn.Linear.forward:
@@ -86,7 +85,7 @@ def _computes_a_product(kind: type[nn.Linear]) -> bool:
     with torch.random.fork_rng(devices=[]):
         layer, inputs = nn.Linear(3, 2, device="cpu"), torch.randn(4, 3, device="cpu")
     try:
-        outputs = kind.forward(layer, inputs)  # type: ignore[arg-type]
+        outputs = kind.forward(layer, inputs)
     except (TypeError, AttributeError, RuntimeError, ValueError, KeyError, IndexError):
         return False  # the forward needs more than a linear layer has
     return isinstance(outputs, torch.Tensor) and torch.allclose(outputs, layer(inputs), atol=1e-6)

@@ -1,6 +1,6 @@
 """Finds the transformer blocks of a model, and the linear layers and experts in them, from structure alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -37,8 +37,10 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         ModelError: If there is no such list, or more than one.
     """
-    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = _lists_of_blocks(_text_decoder(model), n_layers) or _lists_of_blocks(model, n_layers)
+    text = model.config.get_text_config()
+    n_layers = getattr(text, "num_hidden_layers", None)
+    lengths = {n_layers, getattr(text, "num_layers", None)}  # LongCat counts two layers in each block
+    found = _lists_of_blocks(_text_decoder(model), lengths) or _lists_of_blocks(model, lengths)
     names = {id(module): name for name, module in model.named_modules()}
     found = {names[id(module)]: module for module in found.values()}
     if len(found) != 1:
@@ -169,12 +171,12 @@ def _text_decoder(model: Any) -> nn.Module:
     return decoder if isinstance(decoder, nn.Module) else model
 
 
-def _lists_of_blocks(model: nn.Module, n_layers: int | None) -> dict[str, nn.ModuleList]:
-    """The outermost lists of as many modules as a model has layers, all with linear layers, by name."""
+def _lists_of_blocks(model: nn.Module, lengths: Collection[int | None]) -> dict[str, nn.ModuleList]:
+    """The outermost lists of as many modules as a model may have blocks, all with linear layers, by name."""
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside_another = any(name.startswith(f"{outer}.") for outer in found)
-        if not isinstance(module, nn.ModuleList) or len(module) != n_layers or inside_another:
+        if not isinstance(module, nn.ModuleList) or len(module) not in lengths or inside_another:
             continue
         if all(any(True for _ in _matrices(block)) for block in module):
             found[name] = module

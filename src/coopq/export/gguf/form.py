@@ -1,11 +1,12 @@
 """GGUF files for llama.cpp: a full-precision GGUF file of the model, with the plan's types in the players' places.
 
-Everything else (other tensors, tokenizer, settings) is copied from that base. So every architecture that llama.cpp's
-converter writes can be exported.
+Everything else (other tensors, tokenizer, settings) is copied from that base, once the base is known to be the model.
+So every architecture that llama.cpp's converter writes can be exported.
 """
 
+import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from coopq.core.errors import ExportError, Mismatch
-from coopq.core.files import atomic_file, require_space
+from coopq.core.errors import ExportError
+from coopq.core.files import atomic_file, require_no_input, require_space
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel
+from coopq.export.gguf.base import BaseFile, BaseTensor
+from coopq.export.gguf.compare import require_same_model, row_order
+from coopq.export.gguf.names import module_tensors, require_complete, require_settings, require_shapes
+from coopq.export.gguf.writer import PlannedType, bytes_beside, padded, write_file
 from coopq.model.load import gguf_file
-from coopq.model.players import weight_of
+from coopq.model.matrices import matrix_of
+from coopq.model.sources.gguf import gguf_shards
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.ggml.types import GGMLFormat
 from coopq.quantizers.packed_modules import PackedWeights
 
-_ARCHITECTURE_KEY = "general.architecture"
-_TYPE_KEY, _VERSION_KEY = "general.file_type", "general.quantization_version"
-"""Settings that the writer sets itself; the base's values are not copied."""
+_log = logging.getLogger("coopq")
 
 
 class GGUF:
@@ -44,12 +47,21 @@ class GGUF:
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
     ) -> Sizes:
-        """See `Form.player_sizes`; `fixed` holds the most padding that the players' tensors can have."""
-        reader = _open_base(BaseModel.find(request))
+        """See `Form.player_sizes`; `fixed` holds the most padding that the players' tensors can have.
+
+        Raises:
+            ExportError: If the base cannot be read, or has no tensor of its own for a layer.
+            Mismatch: If the base is of another model, as far as shapes and settings tell.
+        """
+        base = _open_base(BaseModel.find(request))
+        require_shapes(base, [linear for player in players for linear in player.linears])
+        require_complete(base, skeleton)
+        require_settings(base, skeleton.config)
+        _describe(base, skeleton, players)
         player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
-        tensors = _module_tensors(reader, player_of)
-        beside = _bytes_beside(reader, [tensor.name for tensor, _ in tensors])
-        sizes = replace(packed, fixed=beside + len(tensors) * (reader.alignment - 1))
+        tensors = module_tensors(base, player_of)
+        beside = bytes_beside(base, {tensor.name for tensor, _ in tensors})
+        sizes = replace(packed, fixed=beside + len(tensors) * (base.alignment - 1))
         if UNTOUCHED not in request.widths.bits:
             return sizes
         untouched = [0] * len(players)
@@ -63,27 +75,21 @@ class GGUF:
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
         """See `Form.write`; `out` is a file, and an older file is replaced."""
-        import gguf
-
-        plan, reader = saved.plan, _open_base(base)
-        size = _file_bytes(plan, saved.backend, reader)
+        plan, file = saved.plan, _open_base(base)
+        require_no_input(out, [saved.folder, *gguf_shards(file.path), Path(base.source)])
+        size = _file_bytes(plan, saved.backend, file)
         out.parent.mkdir(parents=True, exist_ok=True)
         require_space(out.parent, size, str(out))
-        tensors = _PlannedTensors(plan, reader, saved.backend, base.load(plan, progress).model, saved.read()[0])
+        model = base.load(plan, progress).model
+        require_complete(file, model)
+        require_settings(file, model.config)
+        tensors = _PlannedTensors(plan, file, saved.backend, model, saved.read()[0])
+        require_same_model(file, model, tensors.modules, progress)
+        tensors.check(progress)
         with atomic_file(out) as temporary:
-            writer = gguf.GGUFWriter(temporary, _text(reader, _ARCHITECTURE_KEY))
-            _copy_settings(reader, writer)
-            for done, tensor in enumerate(reader.tensors):
-                progress("writing", done, len(reader.tensors))
-                data, kind = tensors.planned(tensor)
-                writer.add_tensor(tensor.name, data, raw_dtype=kind)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
+            write_file(temporary, file, tensors.types, tensors.data(progress))
             written = temporary.stat().st_size
             assert written == size, (written, size)
-        progress("writing", len(reader.tensors), len(reader.tensors))
         return size
 
 
@@ -92,91 +98,104 @@ class _PlannedTensors:
 
     Args:
         plan: The plan.
-        reader: The base.
+        base: The base.
         backend: What packed the weights.
         model: The plan's model in full precision.
         packed: The packed weights by module.
     """
 
-    def __init__(self, plan: Plan, reader: Any, backend: Backend, model: Any, packed: PackedWeights) -> None:
-        self._widths = plan.modules
-        self._format = _tensor_format(backend)
-        self._model, self._packed = model, packed
-        self._modules = {tensor.name: module for tensor, module in _module_tensors(reader, plan.modules)}
-        self._n_tensors = Counter(self._modules.values())
+    def __init__(self, plan: Plan, base: BaseFile, backend: Backend, model: Any, packed: PackedWeights) -> None:
+        self._widths, self._backend = plan.modules, backend
+        self._base, self._model, self._packed = base, model, packed
+        self.modules = {tensor.name: module for tensor, module in module_tensors(base, plan.modules)}
+        self._n_tensors = Counter(self.modules.values())
+        self._orders: dict[str, npt.NDArray[np.intp]] = {}
+        self.types: dict[str, PlannedType] = {}
 
-    def planned(self, tensor: Any) -> tuple[npt.NDArray[Any], Any]:
-        """Data and type of a tensor of the base.
+    def check(self, progress: ProgressCallback) -> None:
+        """Compare the players' tensors with the model, and choose all types; nothing is written before.
 
         Raises:
-            Mismatch: If the tensor belongs to a player, and has other weights than the model.
+            Mismatch: If a player's tensor has other weights than the model.
+            ExportError: If a number that would be written is not finite.
         """
-        module = self._modules.get(tensor.name)
-        if module is None:
-            return tensor.data, tensor.tensor_type
-        weight = weight_of(self._model, module).data.flatten(0, -2)
-        order = _row_order(tensor, weight, module, self._n_tensors[module])
-        if _stays(tensor, self._widths[module]):
-            return tensor.data, tensor.tensor_type
-        kind = self._format.tensor_type(int(tensor.shape[0]), self._widths[module])
-        rows = self._packed[module]["blocks"] if module in self._packed else weight.half()
-        return rows.cpu().numpy()[order].reshape(*tensor.data.shape[:-1], -1), kind
+        for done, tensor in enumerate(self._base.tensors.values()):
+            progress("checking weights", done, len(self._base.tensors))
+            self.types[tensor.name] = PlannedType(tensor.tensor_type, tensor.n_bytes)
+            if (module := self.modules.get(tensor.name)) is None:
+                continue
+            rows = matrix_of(self._model, module).rows()
+            self._orders[tensor.name] = row_order(tensor, rows, module, self._n_tensors[module])
+            if _stays(tensor, self._widths[module]):
+                continue
+            kind = self._kind(tensor, module, rows)
+            self.types[tensor.name] = PlannedType(kind, _n_bytes(tensor, self._backend, self._widths[module]))
+            written = BaseTensor(tensor.name, tensor.shape, kind, self._content(tensor))
+            if not written.is_finite():
+                raise ExportError(
+                    f"{tensor.name} would hold numbers that are not finite at {self._widths[module]} bits; give "
+                    f"{module} another width"
+                )
+        progress("checking weights", len(self._base.tensors), len(self._base.tensors))
+
+    def data(self, progress: ProgressCallback) -> Iterator[npt.NDArray[np.uint8]]:
+        """Bytes of every tensor, in the order of the base."""
+        for done, tensor in enumerate(self._base.tensors.values()):
+            progress("writing", done, len(self._base.tensors))
+            module = self.modules.get(tensor.name)
+            stays = module is None or _stays(tensor, self._widths[module])
+            yield tensor.data if stays else self._content(tensor)
+        progress("writing", len(self._base.tensors), len(self._base.tensors))
+
+    def _kind(self, tensor: BaseTensor, module: str, rows: torch.Tensor) -> Any:
+        """The type that a player's tensor is written in."""
+        import gguf
+
+        width = self._widths[module]
+        if width == UNTOUCHED and (rows.dtype == torch.bfloat16 or not rows.half().isfinite().all()):
+            return gguf.GGMLQuantizationType.BF16  # float16 has fewer exponents, and loses what is large or small
+        return _tensor_format(self._backend).tensor_type(tensor.shape[0], width)
+
+    def _content(self, tensor: BaseTensor) -> npt.NDArray[np.uint8]:
+        """Bytes of a player's tensor in its type, shape (..., bytes of a row)."""
+        module, kind = self.modules[tensor.name], self.types[tensor.name].kind
+        if module in self._packed:
+            rows = self._packed[module]["blocks"].cpu()
+        else:
+            dtype = torch.bfloat16 if kind.name == "BF16" else torch.float16
+            rows = matrix_of(self._model, module).rows().to(dtype).contiguous().view(torch.uint8)
+        content: npt.NDArray[np.uint8] = rows.numpy()[self._orders[tensor.name]]
+        return content.reshape(*tensor.data.shape[:-1], -1)
 
 
-def _copy_settings(reader: Any, writer: Any) -> None:
-    """Give a writer the base's alignment and settings."""
-    import gguf
-
-    writer.data_alignment = reader.alignment
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in (_ARCHITECTURE_KEY, _TYPE_KEY, _VERSION_KEY):
-            continue
-        kind = field.types[0]
-        sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
-    writer.add_file_type(gguf.LlamaFileType.GUESSED)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+def _describe(base: BaseFile, skeleton: Any, players: Sequence[Player]) -> None:
+    """Say what a user would not expect of the file."""
+    if base.is_quantized:
+        _log.warning(
+            "base %s is quantized itself: its other tensors stay as they are, and the result may be larger than the "
+            "base", base.path.name,
+        )  # fmt: skip
+    if any("language_model." in linear.name for player in players for linear in player.linears):
+        _log.warning("%s: the GGUF file holds the text part only", type(skeleton).__name__)
 
 
-def _file_bytes(plan: Plan, backend: Backend, reader: Any) -> int:
+def _file_bytes(plan: Plan, backend: Backend, base: BaseFile) -> int:
     """Bytes of a plan's file."""
     widths = plan.modules
-    sizes = {
-        tensor.name: _n_bytes(tensor, backend, widths[module]) for tensor, module in _module_tensors(reader, widths)
-    }
-    return _bytes_beside(reader, sizes) + sum(_padded(size, reader.alignment) for size in sizes.values())
+    sizes = {tensor.name: _n_bytes(tensor, backend, widths[module]) for tensor, module in module_tensors(base, widths)}
+    return bytes_beside(base, sizes) + sum(padded(size, base.alignment) for size in sizes.values())
 
 
-def _stays(tensor: Any, bits: Width) -> bool:
+def _stays(tensor: BaseTensor, bits: Width) -> bool:
     """Whether a tensor of the base goes into the file as it is: a tensor of 32 bits is rounded to 16."""
-    import gguf
-
-    return bits == UNTOUCHED and tensor.tensor_type != gguf.GGMLQuantizationType.F32
+    return bits == UNTOUCHED and tensor.tensor_type.name != "F32"
 
 
-def _n_bytes(tensor: Any, backend: Backend, bits: Width) -> int:
+def _n_bytes(tensor: BaseTensor, backend: Backend, bits: Width) -> int:
     """Bytes of a tensor of the base at a width."""
     if _stays(tensor, bits):
-        return int(tensor.n_bytes)
-    return backend.storage_bytes((int(np.prod(tensor.shape[1:])), int(tensor.shape[0])), bits)
-
-
-def _bytes_beside(reader: Any, players: Collection[str]) -> int:
-    """Bytes of the head of the file and of all tensors but the players'.
-
-    Args:
-        reader: The base.
-        players: Names of the players' tensors.
-    """
-    head = 24  # magic, version, and the numbers of tensors and keys
-    for key in (_TYPE_KEY, _VERSION_KEY):
-        head += 8 + len(key) + 4 + 4
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in (_TYPE_KEY, _VERSION_KEY):
-            head += sum(part.nbytes for part in field.parts)
-    head += sum(part.nbytes for tensor in reader.tensors for part in tensor.field.parts)
-    copied = (tensor for tensor in reader.tensors if tensor.name not in players)
-    return _padded(head, reader.alignment) + sum(_padded(int(tensor.n_bytes), reader.alignment) for tensor in copied)
+        return tensor.n_bytes
+    return backend.storage_bytes((tensor.n_rows, tensor.shape[0]), bits)
 
 
 def _tensor_format(backend: Backend) -> GGMLFormat:
@@ -193,92 +212,16 @@ def _tensor_format(backend: Backend) -> GGMLFormat:
     return backend.format
 
 
-def _open_base(base: BaseModel) -> Any:
-    """A reader of the base's GGUF file.
+def _open_base(base: BaseModel) -> BaseFile:
+    """The base's GGUF file.
 
     Raises:
-        ExportError: If there is no such file.
+        ExportError: If there is no such file, or the file cannot be read.
     """
-    import gguf
-
     file = base.path or gguf_file(base.source)
     if file is None:
         raise ExportError(
             f"model {base.source!r} is no GGUF file; name a GGUF file of the model in full precision with --base: "
             "llama.cpp's convert_hf_to_gguf.py writes one"
         )
-    if not file.is_file():
-        raise ExportError(f"there is no file {file}; name a GGUF file of the model in full precision with --base")
-    return gguf.GGUFReader(file)
-
-
-def _text(reader: Any, key: str) -> str:
-    return str(reader.fields[key].contents())
-
-
-def _module_tensors(reader: Any, modules: Iterable[str]) -> list[tuple[Any, str]]:
-    """The tensors of modules in a GGUF file, each with the name of its module.
-
-    Experts have one tensor, or two where transformers keeps gates and ups together and llama.cpp does not.
-
-    Raises:
-        ExportError: If a module has no tensor of its own.
-    """
-    import gguf
-
-    architecture = _text(reader, _ARCHITECTURE_KEY)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    n_blocks = int(reader.fields[f"{architecture}.block_count"].contents())
-    names = gguf.get_tensor_name_map(kinds[architecture], n_blocks)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    found = []
-    for module in modules:
-        experts = module.removesuffix(".gate_up_proj") if module.endswith(".experts.gate_up_proj") else None
-        for part in (module,) if experts is None else (f"{experts}.gate_proj", f"{experts}.up_proj"):
-            name = names.get_name(f"{part}.weight", try_suffixes=(".weight",))
-            if name not in tensors:
-                raise ExportError(
-                    f"{part} has no tensor of its own in the GGUF file ({name or 'no name is known for it'}); models "
-                    "that llama.cpp stores in another form cannot be exported"
-                )
-            found.append((tensors[name], module))
-    return found
-
-
-def _row_order(tensor: Any, weight: Tensor, module: str, n_tensors: int) -> npt.NDArray[np.intp]:
-    """Which row of the model's weight each row of the base's tensor is.
-
-    llama.cpp reorders the rows of some projections. Equal rows have equal blocks, so any of several equal rows will do.
-
-    Args:
-        tensor: The base's tensor.
-        weight: The model's weight, shape (rows, columns).
-        module: Name of the module.
-        n_tensors: Number of the base's tensors that hold the module, each with as many rows.
-    Raises:
-        Mismatch: If the base has other rows.
-    """
-    import gguf
-
-    base_rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type) + np.float32(0)  # no negative zeros
-    base_rows = base_rows.reshape(-1, base_rows.shape[-1])
-    narrow = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
-    dtype = narrow.get(tensor.tensor_type, torch.float32)
-    model_rows = weight.detach().cpu().to(dtype).float().numpy() + np.float32(0)
-    if np.array_equal(model_rows, base_rows):
-        return np.arange(len(model_rows))
-    if model_rows.shape == (n_tensors * len(base_rows), base_rows.shape[1]):
-        places = {row.tobytes(): index for index, row in enumerate(model_rows)}
-        order = np.array([places.get(row.tobytes(), -1) for row in base_rows])
-        if order.min() >= 0:
-            return order
-    raise Mismatch(
-        f"{tensor.name} of the GGUF file is not {module} of the model",
-        {"rows": model_rows.shape},
-        {"rows": base_rows.shape},
-        "name an unquantized GGUF file of the same weights with --base",
-    )
-
-
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment
+    return BaseFile.open(file)

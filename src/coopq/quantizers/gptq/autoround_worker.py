@@ -22,12 +22,15 @@ def main(folder: Path) -> None:
     import torch
     from auto_round import AutoRound
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
+
+    from coopq.model.sources.classes import model_class
 
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     out = folder / "out"
     out.mkdir()
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=getattr(torch, request["dtype"]))
+    kind = model_class(AutoConfig.from_pretrained(folder / "model"))
+    model = kind.from_pretrained(folder / "model", dtype=getattr(torch, request["dtype"]))
     tokens = request["tokens"]
     quantizer = AutoRound(
         model,

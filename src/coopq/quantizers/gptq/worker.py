@@ -54,10 +54,15 @@ def quantize_static(request: dict[str, Any], source: Path, out: Path) -> None:
     """
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from coopq.model.players import body_of
+    from coopq.model.sources.classes import model_class
 
     solvers = _Solvers(request["settings"])
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, request["dtype"]))
+    model = model_class(AutoConfig.from_pretrained(source)).from_pretrained(
+        source, dtype=getattr(torch, request["dtype"])
+    )
     model = model.to(request["device"]).eval()
     layers = {name: model.get_submodule(name) for names in request["layers"].values() for name in names}
     widths = {name: [int(width) for width, names in request["layers"].items() if name in names] for name in layers}
@@ -66,7 +71,7 @@ def quantize_static(request: dict[str, Any], source: Path, out: Path) -> None:
             observers = {name: solvers.make(layers[name], widths[name][0]) for name in names}
             handles = [layers[name].register_forward_hook(solvers.hook(observers[name])) for name in names]
             for sequence in request["tokens"]:
-                model.base_model(input_ids=torch.tensor([sequence], device=model.device), use_cache=False)
+                body_of(model)(input_ids=torch.tensor([sequence], device=model.device), use_cache=False)
             for handle in handles:
                 handle.remove()
             for name, observer in observers.items():

@@ -1,0 +1,284 @@
+"""Which architectures of transformers work: a tiny random model of each is quantized, saved, loaded and compared.
+
+    python benchmarks/architectures.py                # all types that have no result yet; some 50 minutes on one core
+    python benchmarks/architectures.py --again        # the types whose result is not WORKS too
+    python benchmarks/architectures.py llama gpt2     # these types, again
+    python benchmarks/architectures.py --report       # only write the report
+
+The logits of the saved and loaded model are compared with those of the original model, loaded by its own class of
+transformers, whose parameters got the dequantized weights. Each type has a process of its own and a time limit. The
+result of each type is a file in build/architectures. Writes docs/results/architectures.md.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from importlib import resources
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+
+import coopq
+import coopq.export.checkpoint
+import coopq.pipeline
+from _common import RESULTS, ROOT, WORK, command_line, table, write_report
+from _tiny_models import BROKEN, NotBuiltError, build, described, kinds, logits_of, some_tokens
+from coopq.core.errors import CoopQError
+from coopq.core.files import read_json, write_json
+
+TOKENIZER = ROOT / "tests" / "data" / "stories260k"
+GRANULARITIES = ("fused", "block")
+OUTCOMES = ("WORKS", "REFUSES", "FAILS", "NOT BUILT")
+GROUPS = ("causal language models", "wrappers of language models", "variants")
+SECONDS = 180
+"""Most seconds for a type."""
+FULLY_COVERED = 0.95
+TOLERANCE = 1e-3
+"""Largest difference of logits, of the largest logit. Chosen by hand: float32 sums in another order differ by 1e-5."""
+
+Result = dict[str, Any]
+
+
+def examine(kind: str, folder: Path, text: Path) -> Result:
+    """What becomes of one type.
+
+    Args:
+        kind: The type.
+        folder: An empty folder to work in.
+        text: A small text to calibrate on.
+    """
+    torch.set_num_threads(1)
+    source = folder / "model"
+    try:
+        model = build(kind)
+        model.save_pretrained(source)
+    except (NotBuiltError, *BROKEN) as error:
+        reason = str(error) if isinstance(error, NotBuiltError) else f"cannot be saved: {described(error)}"
+        return {"outcome": "NOT BUILT", "reason": reason}
+    for file in TOKENIZER.glob("token*"):
+        shutil.copy(file, source)
+    found: Result = {"class": type(model).__name__}
+    for granularity in GRANULARITIES:
+        found[granularity] = _judge(model, source, granularity, folder / granularity, text)
+    worst = max((found[each] for each in GRANULARITIES), key=lambda each: OUTCOMES.index(each["outcome"]))
+    return found | worst
+
+
+def _judge(model: Any, source: Path, granularity: str, out: Path, text: Path) -> Result:
+    """Quantize, load and compare one model with players of one kind."""
+    request = coopq.Request.from_options(
+        model=str(source),
+        bits=(2, 4),
+        backend="rtn",
+        granularity=granularity,
+        calibration=str(text),
+        tokens=256,
+        sequence_length=64,
+    )
+    try:
+        plan = coopq.quantize(request, coopq.Goal(budget="3avg", method="one-shot-high"), out)
+    except CoopQError as error:
+        message = str(error)
+        outcome = "FAILS" if "\n" in message else "REFUSES"  # a refusal is one line
+        return {"outcome": outcome, "reason": f"{type(error).__name__}: {message}"}
+    except BROKEN as error:
+        return _failure("quantizing", error)
+    try:
+        problem = _difference(model, source, out, plan.quantized)
+    except (CoopQError, *BROKEN) as error:
+        return _failure("comparing", error)
+    covered = {"covered": plan.covered, "players": len(plan.players)}
+    return {"outcome": "FAILS", "reason": problem, **covered} if problem else {"outcome": "WORKS", **covered}
+
+
+def _failure(stage: str, error: BaseException) -> Result:
+    """The result of an error that nobody foresaw, with the last place in coopq."""
+    ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "/coopq/" in frame.filename][-1:]
+    where = "".join(f" < {Path(frame.filename).name}:{frame.lineno}" for frame in ours)
+    trace = "".join(traceback.format_exception(error))[-3000:]
+    return {"outcome": "FAILS", "reason": f"{stage}: {described(error)}{where}", "traceback": trace}
+
+
+def _difference(model: Any, source: Path, out: Path, quantized: dict[str, Any]) -> str:
+    """How a saved model differs from the original with the saved weights; empty if it does not."""
+    loaded = coopq.load(out, device="cpu")
+    if type(loaded) is not type(model):
+        return f"the saved model loads as {type(loaded).__name__}, and was {type(model).__name__}"
+    original = type(model).from_pretrained(source, dtype=torch.float32).eval()
+    tokens = some_tokens()
+    before = logits_of(original, tokens)
+    largest = max(1.0, float(before.abs().max()))
+    if not _same(before, logits_of(model, tokens), largest):
+        return "transformers itself loads another model than it saved"
+    parameters = dict(original.named_parameters(remove_duplicate=False))
+    unchanged = []
+    with torch.no_grad():
+        names = []
+        for name, weight in coopq.dequantized(out):
+            names.append(name)
+            if torch.equal(parameters[name], weight):
+                unchanged.append(name)
+            parameters[name].copy_(weight)
+    if len(names) != len(quantized) or unchanged:
+        return f"{len(names)} of {len(quantized)} modules have dequantized weights, {len(unchanged)} of them unchanged"
+    expected, ours = logits_of(original, tokens), logits_of(loaded, tokens)
+    if not _same(expected, ours, largest):
+        off = float((expected - ours).abs().max())
+        return f"logits differ by {off:.3g}, and the largest is {largest:.3g}"
+    if torch.equal(expected, before):
+        return "quantizing changes no logit"
+    return ""
+
+
+def _same(first: torch.Tensor, second: torch.Tensor, largest: float) -> bool:
+    """Whether two models' logits are equal but for rounding; NaN is equal to nothing."""
+    return bool((first - second).abs().max() <= TOLERANCE * largest)
+
+
+def run_all(wanted: Sequence[str], work: Path, jobs: int) -> None:
+    """Examine types, each in a process of its own, and keep each result in a file of `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    text = work / "text.txt"
+    packaged = resources.files("coopq") / "model" / "data" / "wikitext2_test.txt"
+    text.write_text(packaged.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
+    waiting, running = list(wanted), dict[str, tuple[BaseProcess, float]]()
+    fork = multiprocessing.get_context("fork")  # the libraries are imported once
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            kind = waiting.pop(0)
+            process = fork.Process(target=_child, args=(kind, work, text))
+            process.start()
+            running[kind] = (process, time.monotonic())
+        for kind, (process, start) in list(running.items()):
+            seconds = time.monotonic() - start
+            if process.is_alive() and seconds < SECONDS:
+                continue
+            process.kill()
+            process.join()
+            del running[kind]
+            file = result_file(work, kind)
+            if not file.exists():
+                log = _folder(work, kind).with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+                end = "takes too long" if seconds >= SECONDS else f"ends with code {process.exitcode}"
+                write_json(file, {"outcome": "FAILS", "reason": f"the process {end}", "traceback": log[-3000:]})
+            shutil.rmtree(_folder(work, kind), ignore_errors=True)
+            found = read_json(file)
+            print(f"{kind:30} {found['outcome']:9} {seconds:4.0f} s  {_reason(found)[:200]}", flush=True)
+        time.sleep(0.05)
+
+
+def _child(kind: str, work: Path, text: Path) -> None:
+    """Examine one type; all output goes to a log."""
+    folder = _folder(work, kind)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    result_file(work, kind).unlink(missing_ok=True)
+    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    found = examine(kind, folder, text)
+    write_json(result_file(work, kind), json.loads(json.dumps(found).replace(str(folder), kind)))
+
+
+def _folder(work: Path, kind: str) -> Path:
+    """Where a type is worked on."""
+    return work / kind.replace(":", "-")
+
+
+def result_file(work: Path, kind: str) -> Path:
+    """The file of a type's result."""
+    return _folder(work, kind).with_suffix(".json")
+
+
+def report_lines(results: dict[str, Result]) -> list[str]:
+    """The report on all results."""
+    lines = [
+        "# Which architectures of transformers work",
+        "",
+        "A tiny random model of each architecture is quantized to 2 and 4 bits (rtn), saved, loaded and compared, with",
+        "fused layers and with blocks as players. WORKS: the saved model loads as its own class, and its logits are",
+        "those of the original model, in transformers' own class, with the dequantized weights. REFUSES: one line says",
+        "why, before anything is saved. FAILS: anything else. NOT BUILT: this benchmark has no tiny model of the type.",
+        "",
+        f"`python benchmarks/architectures.py`, transformers {version('transformers')}, torch {torch.__version__}.",
+        "",
+    ]
+    grouped = {group: [kind for kind in sorted(results) if _group(kind) == group] for group in GROUPS}
+    counts = [
+        [group, *(sum(results[kind]["outcome"] == outcome for kind in grouped[group]) for outcome in OUTCOMES)]
+        for group in GROUPS
+    ]
+    lines += [*table(["types", *(f"{outcome}" for outcome in OUTCOMES)], counts), ""]
+    for group in GROUPS:
+        working = [kind for kind in grouped[group] if results[kind]["outcome"] == "WORKS"]
+        lines += [f"## {group[0].upper()}{group[1:]}", ""]
+        lines += [f"WORKS: {', '.join(map(_shown, working)) or 'none'}.", ""]
+        partly = [(kind, share) for kind in working if (share := results[kind]["covered"] or 0) < FULLY_COVERED]
+        if partly:
+            said = ", ".join(f"{_shown(kind)} {share:.0%}" for kind, share in partly)
+            lines += [
+                f"Share of the blocks' weights that is quantized, where it is below {FULLY_COVERED:.0%}: {said}.",
+                "",
+            ]
+        rest = sorted(set(grouped[group]) - set(working), key=lambda kind: OUTCOMES.index(results[kind]["outcome"]))
+        rows = [[_shown(kind), results[kind]["outcome"], _reason(results[kind])] for kind in rest]
+        lines += [*table(["type", "outcome", "why"], rows), ""] if rows else []
+    return lines
+
+
+def _group(kind: str) -> str:
+    """The group of a type in the report."""
+    return GROUPS[1] if kind.startswith("wrapper:") else GROUPS[2] if "@" in kind else GROUPS[0]
+
+
+def _shown(kind: str) -> str:
+    """A type's name for people."""
+    return kind.removeprefix("wrapper:")
+
+
+def _reason(found: Result) -> str:
+    """Why a type does not work, for a cell of a table."""
+    return " ".join(found.get("reason", "").split()).replace("|", "\\|")[:400]
+
+
+def main() -> None:
+    """Examine types, and write the report."""
+    parser = command_line(__doc__)
+    parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--again", action="store_true", help="examine the types whose result is not WORKS again")
+    parser.add_argument("--report", action="store_true", help="examine nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--work", type=Path, default=WORK / "architectures", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "architectures.md", help="the report")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    known, work = kinds(), options.work
+    if unknown := set(options.types) - set(known):
+        parser.error(f"types unknown: {', '.join(sorted(unknown))}")
+
+    def is_wanted(kind: str) -> bool:
+        file = result_file(work, kind)
+        return not file.exists() or (options.again and read_json(file)["outcome"] != "WORKS")
+
+    if not options.report:
+        run_all(options.types or [kind for kind in known if is_wanted(kind)], work, options.jobs)
+    results = {kind: read_json(file) for kind in known if (file := result_file(work, kind)).exists()}
+    write_report(options.out, report_lines(results), quiet=not options.report)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp, made from a full-precision GGUF file of the model."""

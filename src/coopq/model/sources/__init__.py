@@ -1,0 +1,1 @@
+"""Where a model comes from: folders, hub ids and GGUF files, what their tensors hold, and the class they load as."""

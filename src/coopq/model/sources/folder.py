@@ -1,0 +1,109 @@
+"""The folder that a model is read from, and its configuration and tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.utils import cached_file
+
+from coopq.core.errors import ModelError
+from coopq.model.sources.gguf import convert_gguf, gguf_file
+from coopq.model.sources.stored import one_line
+
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "tokenizer*"]
+"""What is read of a model on the hub."""
+_UNWANTED = ["*/*", "consolidated*"]
+"""A second copy of the weights in another form, as some models on the hub have it."""
+
+
+def find_folder(source: str) -> Path:
+    """The folder with a model's config.json: on the hub, a local one, or the conversion of a GGUF file.
+
+    Args:
+        source: Hub id, folder, GGUF file, or the name of the demo model.
+    Raises:
+        ModelError: If there is no such model.
+    """
+    if (file := gguf_file(source)) is not None:
+        return convert_gguf(file)
+    if not source.strip():
+        raise ModelError("the model has no name; give a hub id, a folder, a .gguf file, or 'demo'")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"folder {path} holds no config.json, so it is not a model; give a Hugging Face model folder"
+            )
+        return path.resolve()
+    if path.is_file():
+        raise ModelError(f"model {source!r} is a file; give its folder, or a .gguf file")
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ModelError(f"there is no folder {source!r}; check the path, or give a hub id")
+    return Path(str(cached_file(source, "config.json"))).parent
+
+
+def with_weights(source: str, folder: Path) -> Path:
+    """The folder of a model with its weights, downloaded if the model is on the hub."""
+    if gguf_file(source) is not None or Path(source).expanduser().is_dir():
+        return folder
+    return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+
+
+def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """The configuration of transformers, and the `quantization_config` of the file, which the configuration loses.
+
+    Raises:
+        ModelError: If config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is damaged ({one_line(error)}); download the model again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is damaged (no object, but {type(content).__name__}); download the model again")
+    nested = content.get("text_config")
+    settings = content.get("quantization_config") or (
+        nested.get("quantization_config") if isinstance(nested, dict) else None
+    )
+    if settings is not None and not isinstance(settings, dict):
+        raise ModelError(f"quantization_config in {path} is no object, but {settings!r:.50}; correct it")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    return config, settings
+
+
+def read_tokenizer(folder: Path, rows: int | None) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        folder: The model's folder.
+        rows: Rows of the model's embedding; None skips the comparison.
+    Raises:
+        ModelError: If the tokenizer cannot be read, or makes ids that the model has no rows for.
+    """
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError):
+            if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+                raise
+            tokenizer = AutoProcessor.from_pretrained(folder, trust_remote_code=False).tokenizer
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be read ({one_line(error)}); add or correct tokenizer.json and "
+            "tokenizer_config.json"
+        ) from error
+    if rows is not None:
+        # Special tokens beyond the embedding exist (Gemma-3's <image_soft_token>), and no text holds one.
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        largest = max(set(tokenizer.get_vocab().values()) - special, default=0)
+        if largest >= rows:
+            raise ModelError(
+                f"the tokenizer in {folder} makes ids up to {largest}, and the model's embedding has {rows} rows; give "
+                "the tokenizer that belongs to the model, or resize the embedding"
+            )
+    return tokenizer

