@@ -6,7 +6,7 @@ Private part of transformers in use: `PreTrainedModel._from_config`, which the p
 import math
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from _tiny_sizes import (
     LAYERS,
     LISTS_BY_LAYER,
     NAMES,
-    ROPE_HALVES,
     TEXT,
     UNSET,
     VARIANTS,
@@ -71,8 +70,10 @@ def build(kind: str) -> Any:
     try:
         model_class = getattr(hf, WRAPPERS.get(name) or CAUSAL[name])
         for config in _configs(kind, name):
+            parts = [config, *vars(config).values()]
+            own = next((part for part in parts if isinstance(part, model_class.config_class)), config)
             try:
-                return _made(model_class, config)
+                return _made(model_class, own)
             except BROKEN as error:
                 errors.append(described(error))
     except BROKEN as error:
@@ -94,7 +95,8 @@ def some_tokens(n_sequences: int = 2, length: int = 64) -> torch.Tensor:
 @torch.no_grad()
 def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of a model, without a cache, float32."""
-    return model(input_ids=tokens, use_cache=False).logits.float()
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.float()
 
 
 def _made(model_class: Any, config: Any) -> Any:
@@ -175,9 +177,8 @@ def _tiny(config: Any, n_layers: int, dropped: tuple[str, ...], is_text: bool = 
         if key.startswith("_") or key in dropped:
             continue
         if isinstance(value, hf.PreTrainedConfig):
-            inner_text = any(part in key for part in ("text", "llm", "lang", "thinker")) or (
-                is_text and "decoder" in key
-            )
+            reads_text = any(part in key for part in ("text", "llm", "lang", "thinker"))
+            inner_text = reads_text or (is_text and "decoder" in key) or config.model_type == "blt"
             found[key] = {"model_type": value.model_type, **_tiny(value, n_layers, dropped, inner_text)}
             found[key] |= BY_TYPE.get(value.model_type, {})
             continue
@@ -192,14 +193,14 @@ def _tiny_vision(key: str, value: Any) -> Any:
     if key not in VISION or value is None or isinstance(value, bool):
         return UNSET
     tiny = VISION[key]
-    each_of_two = isinstance(value, list | tuple) and not isinstance(tiny, list) and key != "image_size"
+    each_of_two = isinstance(value, list | tuple) and not isinstance(tiny, list)
     return [tiny] * 2 if each_of_two else tiny
 
 
 def _tiny_text(key: str, value: Any, n_layers: int) -> Any:
     """The tiny value of an entry of a language model's configuration; `UNSET` keeps the default."""
-    if isinstance(value, Mapping):
-        return _with_short_sections(value) if "rope" in key else UNSET
+    if isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
+        return {**value, "mrope_section": [2, 3, 3]}
     if isinstance(value, bool):
         return UNSET
     if key in NAMES["layers"]:
@@ -216,13 +217,6 @@ def _tiny_text(key: str, value: Any, n_layers: int) -> Any:
             return [tiny] * n_layers if isinstance(value, list | tuple) else tiny
     if re.search(r"_token(_id|_index)?$", key) and isinstance(value, int):
         return min(value, VOCABULARY - 12)
-    return UNSET
-
-
-def _with_short_sections(rope: Mapping[str, Any]) -> Any:
-    """Settings of rotary embeddings with three sections that fit a tiny head; `UNSET` if there are no sections."""
-    if isinstance(rope.get("mrope_section"), list | tuple):
-        return {**rope, "mrope_section": list(ROPE_HALVES)}
     return UNSET
 
 

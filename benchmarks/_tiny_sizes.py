@@ -5,8 +5,6 @@ from typing import Any
 UNSET: Any = object()
 """Stands for an entry that keeps its default."""
 VOCABULARY, HIDDEN, LAYERS, HEADS, HEAD_DIM, INNER, EXPERTS, POSITIONS = 512, 64, 4, 4, 16, 128, 4, 512
-ROPE_HALVES = (2, 3, 3)
-"""Sections of rotary embeddings for time, height and width: half of a head."""
 
 
 def _named(names: str, size: Any) -> dict[str, Any]:
@@ -81,7 +79,7 @@ TEXT: dict[str, Any] = {
     "num_shared_experts": 1, "moe_num_shared_experts": 1, "layer_group_size": 2, "expert_layer_period": 2,
     "attn_layer_period": 2, "expert_layer_offset": 1, "attn_layer_offset": 1, "moe_latent_size": None,
     "max_source_positions": 512, "local_attention_window_len": 64, "hidden_size_global": 64,
-    "decoder_vocab_size": VOCABULARY, "d_embed": HIDDEN,
+    "decoder_vocab_size": VOCABULARY, "d_embed": HIDDEN, "projector_hidden_size": 64, "out_hidden_size": HIDDEN,
 }  # fmt: skip
 """Other entries of language models."""
 
@@ -90,12 +88,14 @@ VISION: dict[str, Any] = {
     **_named("num_hidden_layers depth num_layers encoder_layers n_layers layers num_encoder_layers", 2),
     **_named("num_attention_heads num_heads encoder_attention_heads num_key_value_heads attention_heads", 2),
     **_named("intermediate_size encoder_ffn_dim ffn_dim mlp_dim", 64),
-    **_named("projection_dim out_hidden_size vision_output_dim projector_input_dim projector_output_dim", HIDDEN),
+    **_named("projection_dim out_hidden_size vision_output_dim text_hidden_size", HIDDEN),
+    **_named("projector_input_dim projector_output_dim", HIDDEN),
     **_named("deepstack_visual_indexes fullatt_block_indexes intermediate_layers_indices", [0, 1]),
     **_named("conf_num_hidden_layers conf_num_attention_heads", 2),
     "head_dim": 16, "image_size": 32, "patch_size": 8, "vocab_size": VOCABULARY, "num_position_embeddings": 16,
     "vision_soft_tokens_per_image": 4, "max_position_embeddings": 512, "position_embedding_size": 4,
-    "num_global_layers": 1, "model_args": None, "vocab_offset": 0,
+    "num_global_layers": 1, "model_args": None, "vocab_offset": 0, "video_temporal_patch_size": 2, "base_channels": 32,
+    "pos_emb_height": 4, "pos_emb_width": 4,
 }  # fmt: skip
 """Entries of parts that read images or sounds."""
 
@@ -107,23 +107,40 @@ _GEMMA3N = {
 _HYBRID = ["linear_attention", "hybrid"] * 2
 _FOUR_KV = {"num_key_value_heads": 4}
 
+
+def _rope(*sections: int, **more: Any) -> dict[str, Any]:
+    """Settings of rotary embeddings with a section each for time, height and width: half of a head together."""
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections), **more}
+
+
+_THREE_AXES = {"rope_parameters": _rope(2, 3, 3)}
+_IMAGE_TOKENS = {"vocabulary_map": {"<image>": 500, "<|extra_200|>": 501}}
+
 BY_TYPE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"n_group": 1, "topk_group": 1, "num_experts": 4},
     "biogpt": {"intermediate_size": 128},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": {"layer_types": _SLIDING},
+    "chameleon": _IMAGE_TOKENS,
+    "cohere_compass_text": {
+        "layer_types": _SLIDING, "rope_parameters": {"full_attention": None, "sliding_attention": _rope(2, 3, 3)},
+    },
     "cpmant": {"dim_head": 16, "prompt_types": 4, "segment_types": 4},
     "ctrl": {"dff": 128},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", *["sparse"] * 3], "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy", **_FOUR_KV},
     "deepseek_v3": _FOUR_KV,
     "deepseek_v32": _FOUR_KV,
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": _FOUR_KV,
-    "dots3_note_text": _FOUR_KV,
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 64},
+    "dots3_note_text": {"per_layer_config": {}, **_FOUR_KV},
+    "dots3_note_vision_encoder": {"per_layer_config": {}, "adapter_in_dim": 32, "adapter_out_dim": 64},
+    "emu3": _IMAGE_TOKENS,
+    "ernie4_5_vl_moe_text": {"rope_parameters": _rope(3, 3, 2), "moe_intermediate_size": [64, 32]},
     "falcon": {"num_kv_heads": 4, "alibi": False, "new_decoder_architecture": True},
     "falcon_h1": {
         "head_dim": 16, "mlp_multipliers": [1.3, 0.7], "ssm_out_multiplier": 0.6, "attention_out_multiplier": 0.8,
@@ -132,21 +149,41 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     },
     "gemma3n": _GEMMA3N,
     "gemma3n_text": _GEMMA3N,
+    "glm46v_text": _THREE_AXES,
+    "glm4v_moe_text": {"rope_parameters": _rope(1, 1, 2, partial_rotary_factor=0.5)},
+    "glm4v_text": _THREE_AXES,
+    "glm5_next_text": {"qk_nope_head_dim": 16, "v_head_dim": 16, **_FOUR_KV},
+    "glm_ocr_text": _THREE_AXES,
+    "glmga_text": _THREE_AXES,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 8},
+    "granite4_vision": {"deepstack_layer_map": [[0, 1], [1, 2]]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": [2] * 4, "num_experts": 4},
+    "hunyuan_vl_text": {"head_dim": 16, **_THREE_AXES},
     "lfm2": {"full_attn_idxs": [1, 3], "layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, **_FOUR_KV},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1},
     "ministral": {"head_dim": 16},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "moshi": {"audio_vocab_size": 512},
+    "musicgen_decoder": {"num_codebooks": 2},
+    "musicgen_melody_decoder": {"num_codebooks": 2},
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "qwen2_5_omni_text": _THREE_AXES,
+    "qwen2_5_vl_text": _THREE_AXES,
+    "qwen2_vl_text": _THREE_AXES,
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"]},
     "reformer": {
         "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 48], "is_decoder": True,
         "attn_layers": ["local", "lsh", "local", "lsh"],
+    },
+    "step3p5": {
+        "sliding_window": 16, "layer_types": _SLIDING,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
     },
     "xlm": {"n_heads": 4, "emb_dim": 64, "n_layers": 4, "causal": True},
     "xlnet": {"d_inner": 128, "d_head": 16},

@@ -69,11 +69,9 @@ def examine(kind: str, folder: Path, text: Path) -> Result:
         return {"outcome": "NOT BUILT", "reason": reason}
     for file in TOKENIZER.glob("token*"):
         shutil.copy(file, source)
-    found: Result = {"class": type(model).__name__}
-    for granularity in GRANULARITIES:
-        found[granularity] = _judge(model, source, granularity, folder / granularity, text)
-    worst = max((found[each] for each in GRANULARITIES), key=lambda each: OUTCOMES.index(each["outcome"]))
-    return found | worst
+    found = {each: _judge(model, source, each, folder / each, text) for each in GRANULARITIES}
+    worst = max(found.values(), key=lambda each: OUTCOMES.index(each["outcome"]))
+    return {"class": type(model).__name__, **found, **worst}
 
 
 def _judge(model: Any, source: Path, granularity: str, out: Path, text: Path) -> Result:
@@ -158,7 +156,7 @@ def run_all(wanted: Sequence[str], work: Path, jobs: int) -> None:
     while waiting or running:
         while waiting and len(running) < jobs:
             kind = waiting.pop(0)
-            process = fork.Process(target=_child, args=(kind, work, text))
+            process: BaseProcess = fork.Process(target=_child, args=(kind, work, text))
             process.start()
             running[kind] = (process, time.monotonic())
         for kind, (process, start) in list(running.items()):
@@ -170,7 +168,7 @@ def run_all(wanted: Sequence[str], work: Path, jobs: int) -> None:
             del running[kind]
             file = result_file(work, kind)
             if not file.exists():
-                log = _folder(work, kind).with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+                log = _log_file(work, kind).read_text(encoding="utf-8", errors="replace")
                 end = "takes too long" if seconds >= SECONDS else f"ends with code {process.exitcode}"
                 write_json(file, {"outcome": "FAILS", "reason": f"the process {end}", "traceback": log[-3000:]})
             shutil.rmtree(_folder(work, kind), ignore_errors=True)
@@ -185,7 +183,7 @@ def _child(kind: str, work: Path, text: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     result_file(work, kind).unlink(missing_ok=True)
-    log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(_log_file(work, kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     found = examine(kind, folder, text)
@@ -199,7 +197,12 @@ def _folder(work: Path, kind: str) -> Path:
 
 def result_file(work: Path, kind: str) -> Path:
     """The file of a type's result."""
-    return _folder(work, kind).with_suffix(".json")
+    return work / f"{_folder(work, kind).name}.json"
+
+
+def _log_file(work: Path, kind: str) -> Path:
+    """The file of what a type prints."""
+    return work / f"{_folder(work, kind).name}.log"
 
 
 def report_lines(results: dict[str, Result]) -> list[str]:
@@ -215,13 +218,15 @@ def report_lines(results: dict[str, Result]) -> list[str]:
         f"`python benchmarks/architectures.py`, transformers {version('transformers')}, torch {torch.__version__}.",
         "",
     ]
+    missing = len(kinds()) - len(results)
+    lines += [f"{missing} of {len(kinds())} types have no result yet.", ""] if missing else []
     grouped = {group: [kind for kind in sorted(results) if _group(kind) == group] for group in GROUPS}
     counts = [
         [group, *(sum(results[kind]["outcome"] == outcome for kind in grouped[group]) for outcome in OUTCOMES)]
         for group in GROUPS
     ]
     lines += [*table(["types", *(f"{outcome}" for outcome in OUTCOMES)], counts), ""]
-    for group in GROUPS:
+    for group in filter(grouped.get, GROUPS):
         working = [kind for kind in grouped[group] if results[kind]["outcome"] == "WORKS"]
         lines += [f"## {group[0].upper()}{group[1:]}", ""]
         lines += [f"WORKS: {', '.join(map(_shown, working)) or 'none'}.", ""]
@@ -232,7 +237,7 @@ def report_lines(results: dict[str, Result]) -> list[str]:
                 f"Share of the blocks' weights that is quantized, where it is below {FULLY_COVERED:.0%}: {said}.",
                 "",
             ]
-        rest = sorted(set(grouped[group]) - set(working), key=lambda kind: OUTCOMES.index(results[kind]["outcome"]))
+        rest = [each for outcome in OUTCOMES[1:] for each in grouped[group] if results[each]["outcome"] == outcome]
         rows = [[_shown(kind), results[kind]["outcome"], _reason(results[kind])] for kind in rest]
         lines += [*table(["type", "outcome", "why"], rows), ""] if rows else []
     return lines

@@ -267,7 +267,7 @@ def test_fp8_weights_become_bfloat16(llama: Path, kind: str) -> None:
 
     change_tensors(llama, change)
     weights = {"type": "float", "num_bits": 8, "strategy": "channel"}
-    entries = {
+    entries: dict[str, dict[str, Any]] = {
         "fp8": {"weight_block_size": [20, 16]},
         "compressed-tensors": {"format": "float-quantized", "config_groups": {"group_0": {"weights": weights}}},
         "modelopt": {"quant_algo": "FP8"},

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from coopq.core.errors import ExportError, ModelError
 from coopq.core.files import atomic_folder, read_json, require_new_folder, write_json
@@ -24,6 +24,7 @@ from coopq.export.verification import loss_of, probe_tokens, require_equal
 from coopq.model.load import checkpoint_dtype, load_skeleton
 from coopq.model.matrices import matrix_of
 from coopq.model.safetensors_io import require_finite, save_tensors, saved_size
+from coopq.model.sources.classes import model_class
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend, Packed
 from coopq.quantizers.gptq.format import GPTQFormat
@@ -143,7 +144,7 @@ class HFFolder(ABC):
         tokens = probe_tokens(ours)
         expected = loss_of(ours, tokens, "the saved model")
         try:
-            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype, trust_remote_code=False).eval()
+            theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=ours.dtype).eval()
             found = loss_of(theirs, tokens, "the exported model")
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]

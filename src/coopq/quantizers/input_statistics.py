@@ -82,7 +82,7 @@ def _input_means(
     ]
     experts = {name: matrix for name in names if (matrix := matrix_of(model, name)).n_experts}
     head_weight = model.get_output_embeddings().weight
-    head = [name for name in names if name not in linears and matrix_of(model, name).parameter is head_weight]
+    head = [name for name in names if matrix_of(model, name).parameter is head_weight]
     try:
         with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
             for start in range(0, len(tokens), _BATCH_SEQUENCES):
