@@ -103,7 +103,7 @@ def test_linear_layers_get_widths_of_their_own(linear_job: Path) -> None:
     journal = linear_job.with_name("out-run") / "journal.jsonl"
     _, spent = Journal.peek(journal)
     records = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert records[0]["fingerprint"]["players"] == "linear"
+    assert records[0]["fingerprint"]["players"]["granularity"] == "linear"
     walked = sum(record["block_forwards"] for record in records[1:-1])  # the last is the plan itself
     assert walked == data["block_forwards"] < spent
     assert SavedModel(linear_job).n_bytes() == data["bytes"]
