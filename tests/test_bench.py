@@ -256,6 +256,7 @@ def test_every_option_of_a_request_is_a_key(spelling: str, tmp_path: Path) -> No
         "target": "gguf",
         "base": "base.gguf",
         "context": 2048,
+        "routers": True,
     }
     lines = [f"{key.replace('-', spelling)} = {json.dumps(value)}" for key, value in asked.items()]
     lists = (
@@ -279,7 +280,7 @@ def test_a_case_overrides_the_top_in_either_spelling(tmp_path: Path) -> None:
 def test_results_of_another_version_are_refused(config: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "stories260k-rtn-2-4-seed0.json").write_text('{"format_version": 1}')
-    with pytest.raises(RunError, match="format 1, and this version of coopq reads 2; delete the file"):
+    with pytest.raises(RunError, match="format 1, and this version of coopq reads 3; delete the file"):
         run_bench(read_bench(config), tmp_path)
 
 

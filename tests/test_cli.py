@@ -13,6 +13,7 @@ from coopq.core.specs import QuantizerSpec, SolverSpec, TargetSpec, option_field
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import FORMS
 from coopq.game.journal import Journal
+from coopq.game.run_folder import RunFolder
 from coopq.plan.methods import METHODS, names
 from coopq.plan.plan import Plan
 from tests.command_line import FAST, PAPER, command, in_new_process, refused
@@ -220,9 +221,7 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     )
     assert more[0] == 0, more[2]
     assert (run / "journal.jsonl").read_text().startswith(before)
-    record = json.loads((run / "run.json").read_text())
-    record["request"]["search"]["permutations"] = 9
-    (run / "run.json").write_text(json.dumps(record))
+    RunFolder(run).start(RunFolder(run).request().replace(permutations=9))
     assert "is not finished" in refused("allocate", run, "--budget", "3avg"), "nine walks were asked for, six are done"
 
 
@@ -264,9 +263,7 @@ def test_help_of_quantize_has_a_section_for_each_kind_of_option() -> None:
 
 def test_an_unknown_option_is_one_line_that_says_where_to_look(tmp_path: Path, stories: str) -> None:
     line = refused("quantize", stories, "--budgett", "3avg", "--out", tmp_path / "out")
-    assert "No such option" in line
-    assert "--budgett" in line
-    assert line.endswith("`coopq quantize --help` lists what there is")
+    assert line.endswith("option --budgett is unknown; did you mean '--budget'?")
     code, out, err = in_new_process("quantise", stories)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1

@@ -105,13 +105,15 @@ def test_command(tmp_path: Path) -> None:
         ("no-such-task", "lm-eval has no task 'no-such-task'"),
         ("missing.jsonl", "missing.jsonl cannot be read"),
         ("odd.jsonl", "lines with answer are of no known form"),
-        ("number.jsonl", "lines with no names are of no known form"),
+        ("number.jsonl", "number.jsonl cannot be read as lines of JSON"),
+        ("empty.jsonl", "lines with no names are of no known form"),
     ],
 )
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("odd.jsonl"), [{"answer": 1}])
     Path("number.jsonl").write_text("5")
+    Path("empty.jsonl").write_text("\n")
     with pytest.raises(RunError, match=message):
         evaluate_tasks("a model that is not there", [task])
     assert message in refused("evaluate", STORIES, "--task", task)

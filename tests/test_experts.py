@@ -107,7 +107,7 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     code, _, err = command("evaluate", tmp_path / "out", "--tokens", "64", "--sequence-length", "32")
     assert code == 0, err
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
-    assert "holds experts, whose outputs cannot be observed; choose another --method" in line
+    assert "model.layers.0.mlp.experts.gate_up_proj holds several experts; take another method" in line
     line = refused(*arguments, "--budget", "4avg", "--backend", "gptq", "--out", tmp_path / "another")
     assert "plain linear layers only, and model.layers.0.mlp.experts.gate_up_proj is an embedding or experts" in line
 

@@ -1,6 +1,8 @@
 """Models that store matrices in unusual ways, or whose blocks hand each other more than the hidden states."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +307,15 @@ def test_a_model_with_states_of_another_shape_is_refused(tmp_path: Path) -> None
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(ModelError, match=r"states before the first have shape \(4, 6, 16, 32\)"):
         list(make_engine(model, build(model, tmp_path), TOKENS).evaluate(np.array([[2, 4]], dtype=np.float32)))
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, torch; from coopq.model.safetensors_io import save_tensors; "
+        "about = {'player': 'a', 'bits': '2', 'form': 'packed'}; "
+        "save_tensors({'x': torch.arange(7.0), 'y': torch.zeros(3, dtype=torch.uint8)}, pathlib.Path(sys.argv[1]), "
+        "about)"
+    )
+    for index in range(3):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / str(index))], check=True)
+    assert len({(tmp_path / str(index)).read_bytes() for index in range(3)}) == 1

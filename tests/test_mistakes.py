@@ -209,7 +209,7 @@ def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path
         path.write_text(json.dumps(json.loads(first) | {"format_version": version}) + newline + rest)
         line = refused(*arguments)
         assert str(path) in line
-        assert "reads 2" in line, "the format that is read"
+        assert "reads 3" in line, "the format that is read"
         path.write_text(content)
         return line
 

@@ -208,7 +208,7 @@ def test_saved_json_has_every_option_by_its_name(finished: Path) -> None:
     saved = {name: value for group in record["request"].values() for name, value in group.items()}
     assert list(saved) == list(EVERY)
     assert saved["tokens"] == 128
-    assert record["format_version"] == 2
+    assert record["format_version"] == 3
     plan = json.loads((finished / "plan.json").read_text())
     assert plan["request"] == record["request"]
 

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import click
 
-from coopq.cli.options import SectionedCommand, as_json, out_folder, ray_config, takes, takes_cluster
+from coopq.cli.options import PLACE, SectionedCommand, as_json, out_folder, ray_config, takes, takes_cluster
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
 from coopq.core.errors import BackendError, RunError
 from coopq.core.specs import Goal, QuantizerSpec, Request, SolverSpec
-
-_FOLDER = click.Path(path_type=Path)
 
 
 @click.command(cls=SectionedCommand)
 @takes(Request, Goal, SolverSpec)
 @out_folder
-@click.option("--run", type=_FOLDER, help="Folder of the work. Default: OUT-run.")
+@click.option("--run", type=PLACE, help="Folder of the work. Default: OUT-run.")
 @takes_cluster
 @as_json
 def quantize(
@@ -49,7 +47,7 @@ def quantize(
 
 @click.command(cls=SectionedCommand)
 @takes(Request, without=("target", "base", "context", "screen_tokens"))
-@click.option("--run", type=_FOLDER, help="Folder of the work; not with --dry-run.")
+@click.option("--run", type=PLACE, help="Folder of the work; not with --dry-run.")
 @click.option("--dry-run", is_flag=True, help="Only say what this and other methods would take, after two seconds.")
 @takes_cluster
 @as_json
@@ -81,7 +79,7 @@ def estimate(
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("run", type=_FOLDER)
+@click.argument("run", type=PLACE)
 @click.option("--budget", multiple=True, help="As for quantize; may be given several times.")
 @click.option("--front", default=0, help="As many budgets, evenly between the two widths, beside those named.")
 @takes(SolverSpec)
@@ -99,7 +97,7 @@ def allocate(run: Path, budget: tuple[str, ...], front: int, solver: SolverSpec,
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("plan", type=_FOLDER)
+@click.argument("plan", type=PLACE)
 @out_folder
 @click.option("--model", help="Where the plan's model is now.")
 @click.option("--backend", help="Deploy with another backend than was measured.")
@@ -124,12 +122,12 @@ def apply(plan: Path, out: Path, model: str | None, backend: str | None, group_s
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("saved", type=_FOLDER)
+@click.argument("saved", type=PLACE)
 @click.option("--to", required=True, help="Form of an engine; `coopq targets` lists them.")
-@click.option("--out", type=_FOLDER, required=True, help="The GGUF file to write, or the folder of another form.")
+@click.option("--out", type=PLACE, required=True, help="The GGUF file to write, or the folder of another form.")
 @click.option(
     "--base",
-    type=_FOLDER,
+    type=PLACE,
     help="The model in full precision: for gguf, a file of llama.cpp's converter (default: the model, if it is a .gguf)"
     "; for openvino, a folder of optimum-cli.",
 )
@@ -147,7 +145,7 @@ def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("path", type=_FOLDER)
+@click.argument("path", type=PLACE)
 @as_json
 def show(path: Path, as_json: bool) -> None:
     """Show the layers, widths and Shapley values of PATH: a run folder, a plan file or a saved model."""

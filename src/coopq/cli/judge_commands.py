@@ -6,25 +6,23 @@ from typing import Any
 
 import click
 
-from coopq.cli.options import SectionedCommand, as_json, takes
+from coopq.cli.options import PLACE, SectionedCommand, as_json, takes
 from coopq.cli.terminal import print_result, progress_bars, quiet_libraries
 from coopq.core.files import write_json
 from coopq.core.specs import Request
 
-_FOLDER = click.Path(path_type=Path)
+_WINDOW = "2048, or what the model has."
 
 
 @click.command(cls=SectionedCommand)
 @takes(Request, without=("target", "base", "context"))
 @click.option("--budget", multiple=True, required=True, help="As for quantize; may be given several times.")
-@click.option(
-    "--run", type=_FOLDER, required=True, help="Folder of the work; the numbers and the figure land there too."
-)
+@click.option("--run", type=PLACE, required=True, help="Folder of the work; the numbers and the figure land there too.")
 @click.option(
     "--method", multiple=True, help="May be given several times; `coopq methods` lists them. Default: the usual."
 )
 @click.option("--judge-tokens", type=int, help="Only the first tokens of WikiText-2. Default: all.")
-@click.option("--judge-length", default=2048, show_default=True, help="Tokens of a WikiText-2 window.")
+@click.option("--judge-length", type=int, help=f"Tokens of a WikiText-2 window. Default: {_WINDOW}")
 @as_json
 def compare(
     request: Request,
@@ -32,7 +30,7 @@ def compare(
     run: Path,
     method: tuple[str, ...],
     judge_tokens: int | None,
-    judge_length: int,
+    judge_length: int | None,
     as_json: bool,
 ) -> None:
     """Compare methods at several budgets, judged on WikiText-2: one table, one figure. Run it again and it goes on."""
@@ -40,11 +38,14 @@ def compare(
     from rich.text import Text
 
     from coopq.judge import comparison as work
+    from coopq.judge.perplexity import window_length
     from coopq.report.data import comparison_data
     from coopq.report.plots import save_comparison
     from coopq.report.tables import comparison_table
 
     quiet_libraries()
+    if judge_length is None:
+        judge_length = window_length(request.model.source)
     with progress_bars() as progress:
         rows = work.compare(
             request,
@@ -66,8 +67,8 @@ def compare(
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("config", type=_FOLDER)
-@click.option("--out", type=_FOLDER, required=True, help="Folder of the work and of the report.")
+@click.argument("config", type=PLACE)
+@click.option("--out", type=PLACE, required=True, help="Folder of the work and of the report.")
 @click.option("--so-far", is_flag=True, help="Measure nothing: report what is finished, also while the bench goes on.")
 @as_json
 def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
@@ -93,11 +94,11 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 @click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.option("--tokens", type=int, help="Only the first tokens of WikiText-2. Default: all.")
-@click.option("--sequence-length", default=2048, show_default=True, help="Tokens of a window.")
+@click.option("--sequence-length", type=int, help=f"Tokens of a window. Default: {_WINDOW}")
 @click.option(
     "--compare/--no-compare", "comparison", default=True, help="Compare a saved model with what else its budget buys."
 )
-@click.option("--run", type=_FOLDER, help="Run folder of the saved model. Default: MODEL-run.")
+@click.option("--run", type=PLACE, help="Run folder of the saved model. Default: MODEL-run.")
 @click.option("--source", help="Where the full-precision model is now.")
 @click.option(
     "--task", multiple=True, help="Zero-shot accuracy at a task of lm-eval, or of a .jsonl file; instead of perplexity."
@@ -108,7 +109,7 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 def evaluate(
     model: str,
     tokens: int | None,
-    sequence_length: int,
+    sequence_length: int | None,
     comparison: bool,
     run: Path | None,
     source: str | None,
@@ -120,7 +121,7 @@ def evaluate(
     """Measure the perplexity of MODEL on WikiText-2; beside a saved model also full precision and uniform widths."""
     from coopq.export.checkpoint import SavedModel
     from coopq.judge.comparison import compare_plan
-    from coopq.judge.perplexity import evaluate_model, evaluate_saved
+    from coopq.judge.perplexity import evaluate_model, evaluate_saved, window_length
     from coopq.pipeline import default_run
     from coopq.report.data import evaluation_data
     from coopq.report.tables import comparison_table
@@ -129,11 +130,13 @@ def evaluate(
     if task:
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return
-    saved, place = SavedModel(Path(model)), run or default_run(Path(model))
-    options: dict[str, Any] = {"length": sequence_length, "max_tokens": tokens, "device": device}
+    folder = Path(model).expanduser()
+    saved, place = SavedModel(folder), run or default_run(folder)
+    length = window_length(model) if sequence_length is None else sequence_length
+    options: dict[str, Any] = {"length": length, "max_tokens": tokens, "device": device}
     with progress_bars() as progress:
         if saved.exists:
-            evaluation = evaluate_saved(Path(model), place, **options, progress=progress)
+            evaluation = evaluate_saved(folder, place, **options, progress=progress)
         else:
             evaluation = evaluate_model(model, **options, progress=progress)
     if not as_json:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from coopq.cli.terminal import fail, show_log
-from coopq.core.errors import CoopQError
+from coopq.core.errors import CoopQError, hint
 
 _COMMANDS = {
     "quantize": ("coopq.cli.commands", "Search the widths of a budget, and save the quantized model."),
@@ -36,7 +36,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """A command, imported now."""
         if cmd_name not in _COMMANDS:
-            return None
+            ctx.fail(f"command {cmd_name!r} is unknown; {hint(cmd_name, _COMMANDS)}")
         command: click.Command = getattr(importlib.import_module(_COMMANDS[cmd_name][0]), cmd_name)
         return command
 
@@ -60,7 +60,7 @@ def main() -> None:
     if debug:  # accepted anywhere, and handed on before the command
         arguments = ["--debug", *(word for word in arguments if word != "--debug")]
     try:
-        code: Any = app.main(arguments, standalone_mode=False)
+        code: Any = app.main(arguments, prog_name="coopq", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
@@ -81,7 +81,15 @@ def main() -> None:
 
 def _one_line(error: click.ClickException) -> str:
     """What click says, in one line, with the way out."""
+    if isinstance(error, click.NoSuchOption):
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts] if error.ctx else []
+        advice = hint(error.option_name, known)
+        where = error.ctx.command_path if error.ctx else "coopq"
+        lists_all = f"`{where} --help` lists all"
+        return f"option {error.option_name} is unknown; {advice if advice.startswith('did') else lists_all}"
     message = " ".join(error.format_message().split())
+    if "did you mean" in message or "choose from" in message:
+        return message
     where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "coopq"
     return f"{message.rstrip('.')}; `{where} --help` lists what there is"
 

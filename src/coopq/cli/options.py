@@ -85,6 +85,20 @@ class SpecArgument(click.Argument):
         return (self.name or "").upper(), self.explanation
 
 
+class _Place(click.Path):
+    """A file or folder; `~` is the user's home, also where no shell expands it: after `=`, or from a program."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, absolute if it begins with `~`."""
+        return Path(str(super().convert(value, param, ctx))).expanduser()
+
+
+PLACE = _Place()
+
+
 class _Name(click.ParamType):  # type: ignore[type-arg]  # not generic at run time before click 8.2
     """A name that is checked elsewhere, with completion."""
 
@@ -220,7 +234,7 @@ def takes_cluster(command: Command) -> Command:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 out_folder = click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PLACE,
     required=True,
     help="Folder of the quantized model; it appears whole, at the end.",
 )

@@ -1,5 +1,6 @@
 """Folders and files: atomic writes, locks, and checks made before expensive work starts."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from filelock import FileLock, Timeout
 from coopq.core.errors import CoopQError, OutputError, RunError
 
 Kind = TypeVar("Kind")
+_BROKEN = (ValueError, RecursionError)
+"""What decoding raises for bytes that are no JSON: malformed text, NaN, numbers out of range, or too deep nesting."""
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -61,15 +64,26 @@ def read_json(path: Path) -> Any:
         RunError: If the file is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return msgspec.json.decode(path.read_bytes())
+    except _BROKEN as error:
         raise RunError(f"{path} is not readable as JSON ({error}); delete it and run the same command again") from error
+
+
+def checksum(record: Any, before: str = "") -> str:
+    """A hash of plain data, for telling whether a file still holds what was written.
+
+    Args:
+        record: Plain data, as a JSON file gives it back.
+        before: The checksum of the record before this one, if the order of records counts.
+    """
+    content = before.encode() + msgspec.json.encode(record, order="deterministic")
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def read_record(
     path: Path, kind: type[Kind], version: int, *, what: str, missing: str, way_out: str, error: type[CoopQError]
 ) -> Kind:
-    """A record from a JSON file, checked against its type.
+    """A record from a JSON file, checked against its type and its checksum.
 
     Args:
         path: The file.
@@ -79,25 +93,40 @@ def read_record(
         missing: The message if there is no file.
         way_out: What a user should do about a damaged file.
         error: The class of the errors.
+    Raises:
+        CoopQError: Of the class `error`, if the file is missing, broken, of another format, incomplete or changed.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = data.pop("format_version")
+        data = msgspec.json.decode(path.read_bytes())
     except FileNotFoundError as reason:
         raise error(missing) from reason
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as reason:
-        raise error(f"{path} is not a {what} ({reason!r}); {way_out}") from reason
+    except (OSError, *_BROKEN) as reason:
+        raise error(f"{path} is not a {what} ({reason}); {way_out}") from reason
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise error(f"{path} is not a {what} (it has no format version); {way_out}")
+    found, written = data.pop("format_version"), data.pop("checksum", None)
     if found != version:
-        raise error(f"{path} has {what} format {found}, and this version of coopq reads {version}; {way_out}")
+        theirs = _shortened(found)
+        raise error(f"{path} has {what} format {theirs}, and this version of coopq reads {version}; {way_out}")
     try:
-        return msgspec.convert(data, kind)
-    except (msgspec.ValidationError, CoopQError) as reason:
+        record = msgspec.convert(data, kind)
+    except (msgspec.ValidationError, CoopQError, *_BROKEN) as reason:
         raise error(f"{path} is not a complete {what} ({reason}); {way_out}") from reason
+    if written != checksum(data):
+        raise error(f"{path} was changed after it was written: its checksum does not fit the {what}; {way_out}")
+    return record
+
+
+def _shortened(value: Any) -> str:
+    """A value for a message of one line."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def write_record(path: Path, record: Any, version: int) -> None:
-    """Write a dataclass or a msgspec Struct as JSON, with its format version; see `write_json`."""
-    write_json(path, {"format_version": version, **msgspec.to_builtins(record)})
+    """Write a dataclass or a msgspec Struct as JSON, with its format version and a checksum; see `write_json`."""
+    data = as_plain(msgspec.to_builtins(record))
+    write_json(path, {"format_version": version, "checksum": checksum(data), **data})
 
 
 def as_plain(data: Any) -> Any:

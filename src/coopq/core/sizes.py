@@ -25,6 +25,9 @@ _UNITS = {
 }
 _BUDGET = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(avg|bpw|KiB|MiB|GiB|kB|KB|MB|GB|B)\s*")
 
+_MOST_CHARACTERS = 40
+"""Length of a budget: more digits than a size has are a mistake, and Python refuses numbers of thousands of digits."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -45,10 +48,11 @@ class Budget:
         Raises:
             BudgetError: If the text has another form.
         """
-        match = _BUDGET.fullmatch(text)
+        match = _BUDGET.fullmatch(text) if len(text) <= _MOST_CHARACTERS else None
         if match is None:
+            shown = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
             raise BudgetError(
-                f"budget {text!r} cannot be read; write average bits (2.5avg), "
+                f"budget {shown!r} cannot be read; write average bits (2.5avg), "
                 "bits per weight with scales and zeros (2.8bpw), or bytes (40MiB, 1.4GB)"
             )
         return cls(text=match[1] + match[2], value=Fraction(match[1]), unit=match[2])

@@ -69,11 +69,13 @@ class LinearLayer:
         name: Name of the module, or of the parameter that holds experts.
         shape: Outputs and inputs.
         is_plain: Whether it is the weight of an `nn.Linear`.
+        n_experts: Number of experts in the tensor; 0 for a matrix of its own.
     """
 
     name: str
     shape: tuple[int, int]
     is_plain: bool = True
+    n_experts: int = 0
 
     @property
     def n_weights(self) -> int:

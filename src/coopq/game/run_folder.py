@@ -21,7 +21,7 @@ from coopq.core.errors import CoopQError, Mismatch, RunError, differing
 from coopq.core.files import locked, read_record, require_writable, write_record
 from coopq.core.specs import Request
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _FREE = ("permutations", "seed", "model", "device", "dtype", "screen_tokens", "target", "base", "context")
 """Options that may change from command to command in one run folder.
 

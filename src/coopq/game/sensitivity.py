@@ -56,7 +56,18 @@ class Sensitivity:
         self._first_order: tuple[int, dict[Width, list[list[float]]]] | None = None
         self.low = low
         self.high = high
-        self.block_forwards = 0
+        self._block_forwards = 0
+        self.on_work: Callable[[], None] = lambda: None
+
+    @property
+    def block_forwards(self) -> int:
+        """Forwards of one block so far; `on_work` is called when the number grows."""
+        return self._block_forwards
+
+    @block_forwards.setter
+    def block_forwards(self, n: int) -> None:
+        self._block_forwards = n
+        self.on_work()
 
     @property
     def players(self) -> Sequence[Player]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from coopq.core.errors import BackendError, OutOfMemory
+from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request
 from coopq.core.subject import Subject
@@ -128,8 +128,7 @@ def prepare(request: Request, *, sizes_for: SizesFor = sizes_in_our_form, judge_
     """
     check_text(request.text)
     backend = get_backend(request.quantizer, request.widths.bits)
-    if request.text.fit_tokens is not None and not backend.calibrated:
-        raise BackendError(f"backend {request.quantizer.backend!r} fits its weights to no text; leave --fit-tokens out")
+    backend.check_text(request.text)
     spec, widths = request.model, request.widths
     skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))

@@ -1,5 +1,6 @@
 """Perplexity on WikiText-2, which no search sees."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,28 @@ from coopq.judge.results import Evaluation
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.offload import OffloadedBlocks
+from coopq.model.sources.folder import find_folder, read_config, read_tokenizer
 from coopq.model.texts import TokenSet, wikitext2
 
+_log = logging.getLogger(__name__)
+_WINDOW = 2048
+"""Tokens of a window in most reports of perplexity."""
 _STATE_BYTES = 2**31
 """Most bytes of hidden states that the prefix engine holds at once, one for each depth; a longer text is judged in
 portions. Chosen by hand."""
+
+
+def window_length(source: str) -> int:
+    """Tokens of a window if nobody says how many: 2048, or the positions of a model that has fewer.
+
+    Args:
+        source: A model as in `coopq.model.load.load_model`, or the folder of a saved model.
+    """
+    config, _ = read_config(find_folder(source))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _WINDOW
+    if positions < _WINDOW:
+        _log.info("windows of %d tokens instead of %d: the model has no more positions", positions, _WINDOW)
+    return min(positions, _WINDOW)
 
 
 def evaluate_model(
@@ -78,10 +96,13 @@ def evaluate_saved(
         device: Where to compute.
         progress: Told of every batch.
     """
-    from transformers import AutoTokenizer
-
     saved, model = SavedModel(folder), load(folder, device=device)
-    text = wikitext2(AutoTokenizer.from_pretrained(folder), length, max_tokens, max_positions(model))
+    text = wikitext2(
+        read_tokenizer(folder, getattr(model.get_input_embeddings(), "num_embeddings", None)),
+        length,
+        max_tokens,
+        max_positions(model),
+    )
     assignment = np.array(saved.plan.assignment, dtype=np.float32)
     weights = saved.fingerprint()
     total, done = 0.0, 0

@@ -3,6 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from coopq.core.errors import EstimationError
+
+_MOST_NLL = 700.0
+"""A larger loss has a perplexity that no float holds."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -22,7 +27,16 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll)."""
+        """exp(nll).
+
+        Raises:
+            EstimationError: If the loss is too large for a working model.
+        """
+        if self.nll > _MOST_NLL:
+            raise EstimationError(
+                f"{self.nll:.4g} nats per token are no loss of a working model; check the model's files, or compute in "
+                "float32"
+            )
         return math.exp(self.nll)
 
 

@@ -1,10 +1,11 @@
 """Zero-shot accuracy of a model, measured by lm-eval."""
 
-import json
+import codecs
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from coopq.core.errors import EstimationError, RunError
@@ -14,6 +15,7 @@ from coopq.judge.results import Accuracy
 from coopq.model.kernels.cpu import onednn_forwards
 from coopq.model.kernels.forward import override_forward
 from coopq.model.load import load_model
+from coopq.model.sources.folder import read_tokenizer
 
 _FORMS: dict[frozenset[str], dict[str, str]] = {
     frozenset({"query", "choices", "gold"}): {
@@ -76,10 +78,11 @@ def evaluate_tasks(
         progress: Told of every task.
     """
     check_tasks(tasks)
-    if SavedModel(Path(source)).exists:
-        from transformers import AutoTokenizer
-
-        return zero_shot(load(source, device=device), AutoTokenizer.from_pretrained(source), tasks, limit, progress)
+    folder = Path(source).expanduser()
+    if SavedModel(folder).exists:
+        model = load(folder, device=device)
+        tokenizer = read_tokenizer(folder, getattr(model.get_input_embeddings(), "num_embeddings", None))
+        return zero_shot(model, tokenizer, tasks, limit, progress)
     loaded = load_model(source, device=device)
     return zero_shot(loaded.model, loaded.tokenizer, tasks, limit, progress)
 
@@ -123,18 +126,29 @@ def zero_shot(
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    """Configuration of a task file for lm-eval."""
+    """Configuration of a task file for lm-eval.
+
+    Raises:
+        RunError: If a line is damaged, or of no known form.
+    """
+    path = path.expanduser()
     try:
-        with path.open(encoding="utf-8") as file:
-            fields = json.loads(file.readline())
-    except (OSError, ValueError) as error:
+        lines = [line for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+        questions = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as lines of JSON: {error}") from error
-    names = sorted(fields) if isinstance(fields, dict) else []
+    kinds = {frozenset(question) for question in questions}
+    names = sorted(next(iter(kinds))) if len(kinds) == 1 else []
     form = _FORMS.get(frozenset(names))
+    if len(kinds) > 1:
+        raise RunError(f"{path}: not all lines have the same fields; make them equal")
     if form is None:
         forms = "; ".join(", ".join(sorted(form)) for form in _FORMS)
         raise RunError(f"{path}: lines with {', '.join(names) or 'no names'} are of no known form; write {forms}")
-    metrics = ["acc", "acc_norm"] if "query" in fields else ["acc"]
+    for number, question in enumerate(questions, start=1):
+        if (wrong := _wrong_in(question)) is not None:
+            raise RunError(f"{path}, question {number}: {wrong}; correct it")
+    metrics = ["acc", "acc_norm"] if "query" in names else ["acc"]
     return {
         "task": path.stem,
         "dataset_path": "json",
@@ -143,3 +157,15 @@ def _from_file(path: Path) -> dict[str, Any]:
         "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
         **form,
     }
+
+
+def _wrong_in(question: dict[str, Any]) -> str | None:
+    """What is wrong with the values of a question; None if nothing is."""
+    listed, gold = question.get("choices", question.get("context_options")), question.get("gold")
+    texts = [value for name, value in question.items() if name in ("query", "context", "continuation")]
+    texts += listed if isinstance(listed, list) else []
+    if not all(isinstance(text, str) for text in texts):
+        return "a text is no text"
+    if "gold" in question and not (isinstance(listed, list) and isinstance(gold, int) and 0 <= gold < len(listed)):
+        return f"gold = {gold!r} is no index of its choices"
+    return None

@@ -193,7 +193,7 @@ def _layers_of_blocks(model: Any, routers: bool) -> list[list[LinearLayer]]:
         left_out = set() if routers else _routers(block)
         for name, matrix, is_plain in _matrices(block):
             if id(matrix.parameter) not in seen and name not in left_out:
-                own.append(LinearLayer(f"{prefix}.{index}.{name}", matrix.shape, is_plain))
+                own.append(LinearLayer(f"{prefix}.{index}.{name}", matrix.shape, is_plain, matrix.n_experts))
                 seen.add(id(matrix.parameter))
         found.append(own)
     return found

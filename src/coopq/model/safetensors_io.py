@@ -74,11 +74,24 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, 
     try:
         metadata = _METADATA if about is None else {**_METADATA, **about, _CHECKSUM: _checksum(tensors)}
         save_file(dict(tensors), path, metadata=metadata)
+        _sort_metadata(path)
     except SafetensorError as error:
         raise OutputError(
             f"cannot write {path} ({error}); free disk space and run the same command again: nothing computed is lost"
         ) from error
     path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order what a file says about itself: safetensors writes the entries in any order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, (len(text), length)
+        file.seek(8)
+        file.write(text)
 
 
 def load_tensors(

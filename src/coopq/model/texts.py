@@ -2,13 +2,13 @@
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,6 +19,12 @@ _FIT_TOKENS = 32_768
 """Tokens that weights are fitted to if a user does not say how many."""
 _HUB_DOCUMENTS = 2000
 """Documents read from a data set of the hub: more than a calibration set needs, and some data sets have no end."""
+
+
+class _Document(msgspec.Struct):
+    """A line of a .jsonl file; other fields are ignored."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def check_text(text: TextSpec) -> None:
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
     elif text.source != "c4":
-        path = Path(text.source)
+        path = Path(text.source).expanduser()
         if not path.is_file():
             raise CalibrationError(
                 f"no calibration file at {path}; give a .txt or .jsonl file, 'c4' (packaged), or 'hub:NAME'"
@@ -168,7 +174,7 @@ def _documents(source: str) -> list[str]:
     if source == "c4":
         with resources.as_file(resources.files("coopq.model") / "data" / "c4_sample.jsonl") as path:
             return _jsonl_documents(path)
-    path = Path(source)
+    path = Path(source).expanduser()
     return _jsonl_documents(path) if path.suffix == ".jsonl" else [_read_text(path)]
 
 
@@ -191,10 +197,8 @@ def _jsonl_documents(path: Path) -> list[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-            if not isinstance(text, str):
-                raise TypeError("not a text")
-        except (ValueError, KeyError, TypeError) as error:
+            text = msgspec.json.decode(line, type=_Document).text
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(
                 f"calibration file {path}, line {number}: not a JSON object with a field 'text'; "
                 "repair or remove the line"
@@ -205,7 +209,7 @@ def _jsonl_documents(path: Path) -> list[str]:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"calibration file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"

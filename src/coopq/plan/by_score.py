@@ -4,15 +4,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from msgspec import Meta, Struct
 
-from coopq.core.errors import EstimationError
-from coopq.core.files import as_plain, read_json, write_json
+from coopq.core.errors import EstimationError, RunError
+from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import Assignments
+from coopq.core.types import Assignments, ProgressCallback, silent
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.session import Session
 from coopq.plan.allocate import choose_by_gains, make_plan, search_space
@@ -22,7 +23,17 @@ from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
 from coopq.search.solver.exact import allocate, near_optimum
 
+_FORMAT_VERSION = 2
 _log = logging.getLogger(__name__)
+
+
+class _Record(Struct, forbid_unknown_fields=True):
+    """The file of a score."""
+
+    fingerprint: dict[str, Any]
+    gains: list[float]
+    block_forwards: Annotated[int, Meta(ge=0)]
+    pairs: list[list[float]] | None = None
 
 
 class Score(NamedTuple):
@@ -70,15 +81,19 @@ def cached_score(session: Session, method: Method, measured_at: Sequence[Sensiti
         {**session.fingerprint, "bits": session.request.widths.bits, "player widths": session.player_widths}
     )
     if path.is_file():
-        record = read_json(path)
-        if record.get("fingerprint") == fingerprint:
-            pairs = record.get("pairs")
-            return Score(
-                np.array(record["gains"]), None if pairs is None else np.array(pairs), record["block_forwards"]
-            )
-    session.progress(f"scoring by {method.name}", 0, 1)
-    found = score(method, measured_at)
-    session.progress(f"scoring by {method.name}", 1, 1)
+        kept = read_record(
+            path,
+            _Record,
+            _FORMAT_VERSION,
+            what="score",
+            missing=f"{path} is gone; run the same command again",
+            way_out="delete it, and run the same command again",
+            error=RunError,
+        )
+        if kept.fingerprint == fingerprint:
+            pairs = None if kept.pairs is None else np.array(kept.pairs)
+            return Score(np.array(kept.gains), pairs, kept.block_forwards)
+    found = score(method, measured_at, session.progress)
     own = Score(
         _sum_to_own_steps(session, found.gains),
         None if found.pairs is None else _sum_to_own_steps(session, _sum_to_own_steps(session, found.pairs).T),
@@ -89,27 +104,37 @@ def cached_score(session: Session, method: Method, measured_at: Sequence[Sensiti
             f"the scores of {method.name} are not all numbers; choose another method, or compute in --dtype float32"
         )
     path.parent.mkdir(exist_ok=True)
-    record = {"fingerprint": fingerprint, "gains": own.gains.tolist(), "block_forwards": own.block_forwards}
-    if own.pairs is not None:
-        record["pairs"] = own.pairs.tolist()
-    write_json(path, record)
+    kept_pairs = None if own.pairs is None else own.pairs.tolist()
+    write_record(path, _Record(fingerprint, own.gains.tolist(), own.block_forwards, kept_pairs), _FORMAT_VERSION)
     return own
 
 
-def score(method: Method, measured_at: Sequence[Sensitivity]) -> Score:
+def score(method: Method, measured_at: Sequence[Sensitivity], progress: ProgressCallback = silent) -> Score:
     """A score of the steps between all widths.
 
     Args:
         method: The score.
         measured_at: One sensitivity for each pair of neighbouring widths, the highest pair first.
+        progress: Told of every block forward, out of as many as the method's cost lets expect.
     """
     before = sum(sensitivity.block_forwards for sensitivity in measured_at)
-    function = method.load()
+    expected = sum((method.cost or 0) * len(set(sensitivity.blocks)) for sensitivity in measured_at)
+    stage, function = f"scoring by {method.name}, block forwards", method.load()
+
+    def report() -> None:
+        done = sum(sensitivity.block_forwards for sensitivity in measured_at) - before
+        progress(stage, done, max(expected, done + 1))
+
+    report()
+    for sensitivity in measured_at:
+        sensitivity.on_work = report
     if method.scores_pairs:
         gains, pairs = function(measured_at)
     else:
         gains, pairs = np.stack([function(sensitivity) for sensitivity in measured_at], axis=1).ravel(), None
-    return Score(gains, pairs, sum(sensitivity.block_forwards for sensitivity in measured_at) - before)
+    spent = sum(sensitivity.block_forwards for sensitivity in measured_at) - before
+    progress(stage, max(spent, 1), max(spent, 1))
+    return Score(gains, pairs, spent)
 
 
 def starts_by_scores(session: Session, budgets: Sequence[Budget]) -> tuple[Assignments, int]:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from coopq.core.errors import RunError
 from coopq.core.files import read_record, write_record
@@ -16,7 +16,7 @@ from coopq.core.types import Player, as_width
 from coopq.game.run_folder import RunFolder
 from coopq.search.shapley import ShapleyEstimate
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,47 @@ class Estimation(Subject):
     spent: Spent
 
 
+_Size = Annotated[int, Meta(ge=0)]
+
+
+class _Estimate(Struct, forbid_unknown_fields=True):
+    """The arrays of `ShapleyEstimate` as lists."""
+
+    shapley: list[float]
+    stderr: list[Annotated[float, Meta(ge=0)]]
+    covariance: list[list[float]]
+    loss_high: float
+    loss_low: float
+    permutations: Annotated[int, Meta(ge=2)]
+
+
 class _Record(Struct, forbid_unknown_fields=True):
     """estimate.json."""
 
     request: Request
     fingerprint: dict[str, Any]
-    players: tuple[Player, ...]
-    bytes: dict[str, tuple[int, ...]]
-    fixed: int
-    estimate: dict[str, list[Any] | float]
+    players: Annotated[tuple[Player, ...], Meta(min_length=1)]
+    bytes: dict[str, tuple[_Size, ...]]
+    fixed: _Size
+    estimate: _Estimate
     spent: Spent
+
+    def __post_init__(self) -> None:
+        n = len(self.players)
+        found = self.estimate
+        lengths = [len(found.shapley), len(found.stderr), len(found.covariance)]
+        lengths += [*map(len, found.covariance), *map(len, self.bytes.values())]
+        if set(lengths) != {n}:
+            raise ValueError(f"not every list has a value for each of {n} players")
+        if not set(self.request.widths.bits) <= {as_width(bits) for bits in self.bytes}:
+            raise ValueError(f"no sizes for some of {self.request.widths.text} bits")
+        linears = [linear for player in self.players for linear in player.linears]
+        if (
+            len({linear.name for linear in linears}) < len(linears)
+            or not linears
+            or min(min(x.shape) for x in linears) < 1
+        ):
+            raise ValueError("a module belongs to two players, or has no weights")
 
 
 def is_estimated(folder: RunFolder) -> bool:
@@ -64,7 +95,7 @@ def is_estimated(folder: RunFolder) -> bool:
 
 def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
     """Write an estimation into its run folder."""
-    estimate = {
+    plain = {
         name: value.tolist() if isinstance(value, np.ndarray) else value
         for name, value in vars(estimation.estimate).items()
     }
@@ -74,7 +105,7 @@ def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
         players=estimation.players,
         bytes={str(bits): n_bytes for bits, n_bytes in estimation.sizes.n_bytes.items()},
         fixed=estimation.sizes.fixed,
-        estimate=estimate,
+        estimate=_Estimate(**plain),
         spent=estimation.spent,
     )
     write_record(folder.estimate, record, _FORMAT_VERSION)
@@ -104,21 +135,23 @@ def load_estimation(path: Path) -> Estimation:
     ours, theirs = record.request.search, request.search
     if (ours.permutations, ours.seed) != (theirs.permutations, theirs.seed):
         raise RunError(unfinished)
-    values: dict[str, Any] = {
-        name: np.array(value) if isinstance(value, list) else value for name, value in record.estimate.items()
-    }
-    try:
-        return Estimation(
-            request=record.request,
-            players=record.players,
-            sizes=Sizes(
-                n_weights=tuple(player.n_weights for player in record.players),
-                n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
-                fixed=record.fixed,
-            ),
-            fingerprint=record.fingerprint,
-            estimate=ShapleyEstimate(**values),
-            spent=record.spent,
-        )
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{folder.estimate} is not a complete estimation ({error}); use another run folder") from error
+    estimate = record.estimate
+    return Estimation(
+        request=record.request,
+        players=record.players,
+        sizes=Sizes(
+            n_weights=tuple(player.n_weights for player in record.players),
+            n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
+            fixed=record.fixed,
+        ),
+        fingerprint=record.fingerprint,
+        estimate=ShapleyEstimate(
+            shapley=np.array(estimate.shapley),
+            stderr=np.array(estimate.stderr),
+            covariance=np.array(estimate.covariance),
+            loss_high=estimate.loss_high,
+            loss_low=estimate.loss_low,
+            permutations=estimate.permutations,
+        ),
+        spent=record.spent,
+    )

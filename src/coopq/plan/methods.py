@@ -43,6 +43,7 @@ class Method:
         is_in_paper: Whether the paper compares with the method.
         is_compared: Whether `coopq compare` takes the method if none is named.
         whole_blocks: Whether players have to be whole blocks.
+        watches_outputs: Whether the score looks at outputs of single linear layers, which experts in one tensor lack.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Method:
     is_in_paper: bool = False
     is_compared: bool = False
     whole_blocks: bool = False
+    watches_outputs: bool = False
 
     def load(self) -> Any:
         """The strategy, or the score's function."""
@@ -169,6 +171,7 @@ _ALL = (
         scores_pairs=True,
         is_start=True,
         is_compared=True,
+        watches_outputs=True,
     ),
     _score("llm-mq", "first-order sensitivity to rounding", 4, "llm_mq:gains_by_layer", **_BASELINE),
     _score("llm-mq-block", "the same: absolute value of a block's sum", 4, "llm_mq:gains_by_block", **_BASELINE),
@@ -178,7 +181,13 @@ _ALL = (
     _score("activation", "the norm of a block's output", 1, "activation:gains", **_BASELINE),
     _score("first-last", "distance from the middle: the ends keep more bits", 0, "first_last:gains"),
     _score("hawq", "traces of the Hessian times squared errors of weights", 64, "hawq:gains"),
-    _score("auto-quantize", "output errors weighted by squared gradients", 6, "auto_quantize:gains_by_gradient"),
+    _score(
+        "auto-quantize",
+        "output errors weighted by squared gradients",
+        6,
+        "auto_quantize:gains_by_gradient",
+        watches_outputs=True,
+    ),
     _score("auto-quantize-kl", "KL of each player and width alone", 32, "auto_quantize:gains_by_divergence"),
 )
 
@@ -244,6 +253,12 @@ def check_methods(methods: Sequence[str], players: Sequence[Player], n_widths: i
             raise EstimationError(
                 f"method {method.name!r} scores layers in blocks, not embeddings; take a search, or leave "
                 "--embeddings out"
+            )
+        experts = [linear.name for player in players for linear in player.linears if linear.n_experts]
+        if method.watches_outputs and experts:
+            raise EstimationError(
+                f"method {method.name!r} looks at outputs of single layers, and {experts[0]} holds several experts; "
+                "take another method: 'active'"
             )
         if method.name == "exact":
             check_enumerable(len(players), n_widths)

@@ -14,7 +14,9 @@ from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.confidence import Confidence
 from coopq.search.surrogate import Fidelity
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
+_ROUNDING = 1e-6
+"""What an average may be off by rounding, in bits."""
 
 
 class PlayerPlan(Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,9 +155,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Read a plan.
 
         Raises:
-            PlanError: If the file is missing, is no plan, or has another version's format.
+            PlanError: If the file is missing, is no plan, has another version's format, was changed, or contradicts
+                itself.
         """
-        return read_record(
+        plan = read_record(
             path,
             Plan,
             _FORMAT_VERSION,
@@ -164,6 +167,34 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             way_out="allocate it again",
             error=PlanError,
         )
+        if (wrong := _contradiction(plan)) is not None:
+            raise PlanError(f"{path} contradicts itself: {wrong}; allocate it again")
+        return plan
+
+
+def _contradiction(plan: Plan) -> str | None:
+    """What in a plan cannot be true beside the rest of the plan; None if nothing is found."""
+    modules = [name for player in plan.players for name in player.modules]
+    doubled = next((name for name in modules if modules.count(name) > 1), None)
+    foreign = next((bits for bits in (*plan.assignment, *(plan.runner_up or ())) if not 0 < bits <= UNTOUCHED), None)
+    n_untouched = plan.assignment.count(UNTOUCHED)
+    if not modules:
+        return "it has no modules"
+    if doubled is not None:
+        return f"module {doubled} belongs to two players"
+    if foreign is not None:
+        return f"{foreign:g} bits are no width"
+    if plan.runner_up is not None and len(plan.runner_up) != len(plan.players):
+        return f"its runner-up has {len(plan.runner_up)} players, and the plan {len(plan.players)}"
+    if not 0 < plan.bytes <= plan.budget_bytes:
+        return f"its weights take {plan.bytes} bytes of a budget of {plan.budget_bytes}"
+    if not 0 <= plan.untouched_bytes <= plan.bytes or (plan.untouched_bytes > 0) != (n_untouched > 0):
+        return f"{n_untouched} players are untouched, and take {plan.untouched_bytes} of {plan.bytes} bytes"
+    if not min(plan.assignment) - _ROUNDING <= plan.average_bits <= max(plan.assignment) + _ROUNDING:
+        return f"{plan.average_bits} are not the average of its players' bits"
+    if plan.bits_per_weight <= 0 or min(plan.block_forwards, plan.block_forwards_unshared) < 0:
+        return "a size or a cost is negative"
+    return None
 
 
 def load_plans(paths: Sequence[Path]) -> list[Plan]:

@@ -2,12 +2,17 @@
 
 import hashlib
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 
-from coopq.core.files import read_json, write_json
+from coopq.core.errors import RunError
+from coopq.core.files import read_record, write_record
 from coopq.core.types import Assignments
 from coopq.game.journal import Journal
+
+_FORMAT_VERSION = 2
 
 
 class SearchLog:
@@ -19,11 +24,23 @@ class SearchLog:
 
     Args:
         folder: The run folder.
+    Raises:
+        RunError: If the file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "searches.json"
-        self._known: dict[str, tuple[int, str]] = read_json(self._path) if self._path.is_file() else {}
+        self._known: dict[str, tuple[int, str]] = {}
+        if self._path.is_file():
+            self._known = read_record(
+                self._path,
+                dict[str, dict[str, tuple[Annotated[int, Meta(ge=0)], str]]],
+                _FORMAT_VERSION,
+                what="record of searches",
+                missing=f"{self._path} is gone; run the same command again",
+                way_out="restore the file from a copy, or use another run folder",
+                error=RunError,
+            ).get("searches", {})
 
     def n_known(self, search: str, journal: Journal) -> int:
         """Number of losses in the journal when a search began; a search that never began begins now."""
@@ -40,7 +57,7 @@ class SearchLog:
 
     def _write(self, search: str, known: int, digest: str) -> None:
         self._known[search] = known, digest
-        write_json(self._path, self._known)
+        write_record(self._path, {"searches": self._known}, _FORMAT_VERSION)
 
 
 def _digest(assignments: Assignments) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
+from coopq.core.specs import TextSpec
 from coopq.core.types import Width
 from coopq.model.matrices import matrix_of
 
@@ -74,6 +75,8 @@ class Backend(ABC):
     quantized as a whole."""
     calibrated: ClassVar[bool] = False
     """Whether weights are fitted to tokens."""
+    shortest_sequence: ClassVar[int] = 2
+    """Tokens of the shortest sequence that weights can be fitted to."""
     only_plain: ClassVar[bool] = False
     """Whether the backend quantizes plain linear layers only: no embeddings, and no experts that share one tensor."""
     weights_file: ClassVar[str] = "quantized.safetensors"
@@ -83,6 +86,21 @@ class Backend(ABC):
     """Whether `affine` gives the integers of packed weights."""
     format: object = None
     """The tensor format, if several backends share one: a `GPTQFormat` or a `GGMLFormat`. Exporters test its type."""
+
+    def check_text(self, text: TextSpec) -> None:
+        """Check that weights can be fitted to a text of these lengths, before any work.
+
+        Raises:
+            BackendError: If the backend fits weights to no text, or not to sequences as short as these.
+        """
+        if text.fit_tokens is not None and not self.calibrated:
+            raise BackendError(f"backend {self.name!r} fits its weights to no text; leave --fit-tokens out")
+        if text.sequence_length < self.shortest_sequence:
+            raise BackendError(
+                f"backend {self.name!r} fits weights to sequences of at least {self.shortest_sequence} tokens, and "
+                f"sequence-length = {text.sequence_length}; use longer sequences, 64 tokens for example, and multiples "
+                "of that length for --tokens and --fit-tokens"
+            )
 
     @property
     @abstractmethod

@@ -115,8 +115,8 @@ def read_bench(path: Path) -> Bench:
         RunError: If the file cannot be read, a key is missing or unknown, or a value does not fit.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} cannot be read as TOML: {error}") from error
     tables = data.pop("case", [{}])
     if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
@@ -178,5 +178,5 @@ def _spelled_with_underscores(table: Mapping[str, Any], known: Sequence[str]) ->
 
 def _beside(path: Path, name: str) -> str:
     """A path relative to the file, if something lies there; other names unchanged."""
-    beside = path.parent / name
+    beside = path.parent / Path(name).expanduser()
     return str(beside) if beside.exists() else name

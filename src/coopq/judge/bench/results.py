@@ -12,7 +12,7 @@ from coopq.core.files import read_record, write_record
 from coopq.core.specs import Request
 from coopq.judge.bench.config import Bench, Case
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 class Row(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -115,8 +115,24 @@ def load_result(bench: Bench, case: Case, seed: int, out: Path) -> Result | None
         way_out="delete the file to measure the run again",
         error=RunError,
     )
+    if (wrong := _contradiction(found.result)) is not None:
+        raise RunError(f"{path} contradicts itself: {wrong}; delete the file to measure the run again")
     is_asked = found.result.request == case.seeded(seed) and found == _record(bench, case, found.result)
     return found.result if is_asked else None
+
+
+def _contradiction(result: Result) -> str | None:
+    """What in a result cannot be true beside the rest; None if nothing is found."""
+    n = len(result.players)
+    if any(row.assignment is not None and len(row.assignment) != n for row in result.rows):
+        return f"an assignment has another number of widths than {n}, the number of players"
+    if len({len(row.windows) for row in result.rows}) != 1 or not result.rows[0].windows:
+        return "rows have different numbers of windows"
+    matrices = [matrix for matrix in (result.covariance, result.interactions) if matrix is not None]
+    rows = [row for matrix in matrices for row in (matrix, *matrix)] + list(result.shapley or ())
+    if any(len(row) != n for row in rows):
+        return f"a list has another number of values than {n}, the number of players"
+    return None
 
 
 def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except (
-            OSError, ValueError, LookupError, NotImplementedError, AttributeError, TypeError, RuntimeError
+            OSError, ValueError, LookupError, NotImplementedError, AttributeError, TypeError, RuntimeError, struct.error
         ) as error:  # fmt: skip
             raise ModelError(
                 f"cannot read GGUF file {path} ({one_line(error)}); if transformers does not read GGUF files of this "

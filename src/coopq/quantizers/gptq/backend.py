@@ -99,6 +99,7 @@ class GPTQBackend(_ByGPTQModel):
     """
 
     name: ClassVar[str] = "gptq"
+    shortest_sequence: ClassVar[int] = 11  # GPTQModel drops sequences of up to 10 tokens
     whole_model: ClassVar[bool] = True
 
     def quantize_model(
