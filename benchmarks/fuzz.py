@@ -173,6 +173,7 @@ TARGETS: dict[str, Target] = {
     "saved tensors": Target("out/*.safetensors", ("out",), evaluated("out")),
     "saved config.json": Target("out/config.json", ("out",), evaluated("out")),
     "saved tokenizer.json": Target("out/tokenizer.json", ("out",), evaluated("out")),
+    "saved hashes.json": Target("out/hashes.json", ("out",), evaluated("out")),
     "bench result": Target("bench/out/results/*.json", ("bench",), bench_answer),
     "bench TOML": Target("bench/bench.toml", ("bench",), bench_answer, is_ours=False),
     "model config.json": Target("model/config.json", ("model",), evaluated("model"), is_ours=False),

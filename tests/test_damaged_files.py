@@ -280,3 +280,25 @@ def test_damaged_benches(content: str, tmp_path: Path) -> None:
     with pytest.raises(CoopQError) as error:
         read_bench(tmp_path / "bench.toml")
     assert "bench.toml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("config.json", lambda text: text.replace('"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-02')),
+        ("config.json", lambda text: "[" * 100_000),
+        ("tokenizer.json", lambda text: text.replace('"id": 1,', '"id": 2,')),
+        ("hashes.json", lambda text: text.replace('"tokenizer.json": "', '"tokenizer.json": "0')),
+        ("hashes.json", None),
+    ],
+)
+def test_a_saved_model_whose_files_were_changed_is_refused(
+    name: str, change: Callable[[str], str] | None, job: Path
+) -> None:
+    file = job / name
+    before = file.read_text(encoding="utf-8")
+    file.unlink() if change is None else file.write_text(change(before), encoding="utf-8")
+    assert change is None or file.read_text(encoding="utf-8") != before
+    line = refused("evaluate", job, "--no-compare")
+    assert name in line
+    assert "save the model again" in line

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -189,12 +190,13 @@ def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], 
 def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     shutil.copytree(gptq[1], tmp_path / "saved")
     file = tmp_path / "saved" / "plan.json"
-    data = json.loads(file.read_text())
-    player = data["players"][0]
-    assert [name.rpartition(".")[2] for name in player["modules"]] == ["q_proj", "k_proj", "v_proj"]
-    *first, last = player["modules"]
-    data["players"][0] = player | {"modules": first}
-    data["players"].insert(1, player | {"modules": [last], "bits": 6 - player["bits"]})
-    file.write_text(json.dumps(data))
+    player, *others = gptq[0].players
+    assert [name.rpartition(".")[2] for name in player.modules] == ["q_proj", "k_proj", "v_proj"]
+    *first, last = player.modules
+    split = [
+        msgspec.structs.replace(player, modules=tuple(first)),
+        msgspec.structs.replace(player, modules=(last,), bits=6 - player.bits),
+    ]
+    gptq[0].replace(players=(*split, *others)).save(file)
     with pytest.raises(ExportError, match=r"q_proj, .*v_proj need one width.*--granularity fused"):
         export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")

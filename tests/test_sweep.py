@@ -92,6 +92,12 @@ class Counting:
         self.calls += 1
         return states
 
+    def memory(self) -> list[Any]:
+        return []
+
+    def remember(self, memory: Any) -> None:
+        assert memory == []
+
 
 def test_the_cost_is_that_of_the_prefix_trees_of_chunks() -> None:
     unique = np.unique(np.random.default_rng(0).choice([2, 4], size=(50, 12)), axis=0).astype(np.float32)

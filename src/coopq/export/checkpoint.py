@@ -4,6 +4,7 @@
                             they were; with gptq, which has a form of its own, the file is model.safetensors
     plan.json               width of each module, and how to read the packed weights
     config.json, tokenizer  as transformers writes them
+    hashes.json             hashes of the configuration and the tokenizer
     README.md, LICENSE ...  a model card, and what the source says of itself
 
 transformers does not look for the name quantized.safetensors, so it cannot load packed weights by mistake.
@@ -23,15 +24,9 @@ from transformers import AutoConfig
 from coopq.core.errors import ModelError, PlanError
 from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
-from coopq.export.folder_files import copy_source_files, write_model_card
+from coopq.export.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
 from coopq.export.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
-from coopq.export.verification import (
-    assigned_weights,
-    loss_of,
-    measured_weights,
-    probe_tokens,
-    require_equal,
-)
+from coopq.export.verification import assigned_weights, loss_of, measured_weights, probe_tokens, require_equal
 from coopq.game.session import Session
 from coopq.model.load import LoadedModel, empty_model, pick_device, pick_dtype
 from coopq.model.safetensors_io import require_finite, save_tensors
@@ -44,11 +39,7 @@ from coopq.quantizers.packed_modules import ABOUT, PackedWeights, install
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A folder that `save_model` wrote.
-
-    Attributes:
-        folder: The folder.
-    """
+    """A folder that `save_model` wrote."""
 
     folder: Path
 
@@ -62,12 +53,13 @@ class SavedModel:
         """The plan of the model.
 
         Raises:
-            ModelError: If the folder holds no saved model.
+            ModelError: If the folder holds no saved model, or the configuration or the tokenizer was changed.
         """
         if not self.exists:
             raise ModelError(
                 f"{self.folder} holds no model saved by coopq; `coopq quantize` and `coopq apply` write such models"
             )
+        require_unchanged(self.folder)
         return Plan.load(self.folder / "plan.json")
 
     @cached_property
@@ -77,7 +69,12 @@ class SavedModel:
 
     @property
     def config(self) -> Any:
-        """The configuration of the model."""
+        """The configuration of the model.
+
+        Raises:
+            ModelError: If the configuration or the tokenizer was changed.
+        """
+        require_unchanged(self.folder)
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
 
     def read(self) -> tuple[PackedWeights, dict[str, Tensor]]:
@@ -268,6 +265,7 @@ def _write(source: Source, plan: Plan, tensors: Mapping[str, Tensor], folder: Pa
         write_json(folder / "quantize_config.json", native)
         write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": native})
     copy_source_files(source.loaded.folder, folder)
+    write_hashes(folder)
     plan.save(folder / "plan.json")
 
 

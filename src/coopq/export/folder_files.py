@@ -1,5 +1,6 @@
-"""What a folder of a quantized model holds beside weights: the source's own files, and a model card."""
+"""What a folder of a quantized model holds beside weights: the source's own files, hashes, and a model card."""
 
+import hashlib
 import importlib.metadata
 import re
 import shutil
@@ -9,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from coopq.core.files import as_plain
+from coopq.core.errors import ModelError
+from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.sizes import Budget
 from coopq.core.spec import spelled
 from coopq.core.specs import Request
@@ -43,6 +45,19 @@ _COPIED = (
     "generation_config.json",
 )
 """Files of the source that are no weights and no code, by pattern."""
+_HASHED = (
+    "config.json",
+    "quantize_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+"""Files that the loss depends on, by pattern; weights and the plan have checksums of their own."""
+_HASHES = "hashes.json"
+_FORMAT_VERSION = 1
 _SUFFIXES = ("", ".md", ".txt", ".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".pdf", ".rst")
 """Kinds of these files. Code and pickles are never copied."""
 
@@ -64,6 +79,43 @@ def copy_source_files(source: Path, out: Path) -> None:
                 shutil.copyfile(file, target)  # the hub's cache holds links
     if (source / "README.md").is_file():
         shutil.copyfile(source / "README.md", out / SOURCE_CARD)
+
+
+class _Hashes(msgspec.Struct):
+    """What hashes.json holds: a hash of each file, by its name."""
+
+    files: dict[str, str]
+
+
+def write_hashes(folder: Path) -> None:
+    """Write hashes.json: a hash of each file that the loss of a saved model depends on."""
+    write_record(folder / _HASHES, _Hashes(_hashes(folder)), _FORMAT_VERSION)
+
+
+def require_unchanged(folder: Path) -> None:
+    """Compare the configuration and the tokenizer of a saved model with hashes.json, before they are parsed.
+
+    Raises:
+        ModelError: If a file was changed, added or removed.
+    """
+    way_out = "save the model again"
+    written = read_record(
+        folder / _HASHES,
+        _Hashes,
+        _FORMAT_VERSION,
+        what="list of hashes",
+        missing=f"{folder} lacks {_HASHES}, so nothing tells whether its files are whole; {way_out}",
+        way_out=way_out,
+        error=ModelError,
+    ).files
+    found = _hashes(folder)
+    if changed := sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name)):
+        raise ModelError(f"{folder / changed[0]} was changed after the model was saved; {way_out}")
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = {path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in sorted(files)}
 
 
 def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:

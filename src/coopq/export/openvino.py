@@ -167,7 +167,8 @@ def _floats(graph: Any) -> Iterator[tuple[str, Tensor]]:
     """Name and values of the constants. Single numbers, and masks, may be infinite on purpose."""
     for node in _weights(graph):
         if 2 <= len(node.shape) <= 3 and (dtype := _DTYPES[node.get_element_type().to_string()]):
-            yield node.get_friendly_name(), torch.from_numpy(node.data.view(f"int{8 * dtype.itemsize}")).view(dtype)
+            values = node.data.copy().view(f"int{8 * dtype.itemsize}")  # the file's own values cannot be written
+            yield node.get_friendly_name(), torch.from_numpy(values).view(dtype)
 
 
 def _check_written(saved: SavedModel, file: Path, progress: ProgressCallback) -> None:

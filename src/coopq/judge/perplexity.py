@@ -37,7 +37,8 @@ def window_length(source: str) -> int:
     Args:
         source: A model as in `coopq.model.load.load_model`, or the folder of a saved model.
     """
-    config, _ = read_config(find_folder(source))
+    saved = SavedModel(Path(source).expanduser())
+    config = saved.config if saved.exists else read_config(find_folder(source))[0]
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or _WINDOW
     if positions < _WINDOW:
         _log.info("windows of %d tokens instead of %d: the model has no more positions", positions, _WINDOW)
