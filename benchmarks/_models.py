@@ -15,7 +15,7 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import Request
 from coopq.core.types import Losses
 from coopq.export.checkpoint import Source, save_model
-from coopq.export.formats import target_sizes
+from coopq.export.formats import TargetFile
 from coopq.game.prefix_engine import model_nll
 from coopq.game.session import Session, open_session, prepare
 from coopq.judge.comparison import make_measured_plans
@@ -39,7 +39,7 @@ def session_on(request: Request, folder: Path, *, bank: Path | None = None) -> I
         folder: The run folder.
         bank: Folder of the weight bank, if several runs share a bank.
     """
-    prepared = prepare(request, sizes_for=target_sizes)
+    prepared = prepare(request, target=TargetFile())
     with progress_bars() as progress, open_session(prepared, folder, progress, bank=bank) as session:
         yield session
 

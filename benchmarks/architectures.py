@@ -10,17 +10,10 @@ transformers, whose parameters got the dequantized weights. Each type has a proc
 result of each type is a file in build/architectures. Writes docs/results/architectures.md.
 """
 
-import json
-import multiprocessing
 import os
 import shutil
-import sys
-import time
 import traceback
-from collections.abc import Sequence
-from importlib import resources
 from importlib.metadata import version
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +27,18 @@ import coopq
 import coopq.export.checkpoint
 import coopq.pipeline
 from _common import RESULTS, ROOT, WORK, command_line, table, write_report
+from _each_type import Result, reason, result_file, results, run_all, shown
 from _tiny_models import BROKEN, NotBuiltError, build, described, kinds, logits_of, some_tokens
 from coopq.core.errors import CoopQError
-from coopq.core.files import read_json, write_json
+from coopq.core.files import read_json
 
 TOKENIZER = ROOT / "tests" / "data" / "stories260k"
 GRANULARITIES = ("fused", "block")
 OUTCOMES = ("WORKS", "REFUSES", "FAILS", "NOT BUILT")
 GROUPS = ("causal language models", "wrappers of language models", "variants")
-SECONDS = 180
-"""Most seconds for a type."""
 FULLY_COVERED = 0.95
 TOLERANCE = 1e-3
 """Largest difference of logits, of the largest logit. Chosen by hand: float32 sums in another order differ by 1e-5."""
-
-Result = dict[str, Any]
 
 
 def examine(kind: str, folder: Path, text: Path) -> Result:
@@ -145,67 +135,7 @@ def _same(first: torch.Tensor, second: torch.Tensor, largest: float) -> bool:
     return bool((first - second).abs().max() <= TOLERANCE * largest)
 
 
-def run_all(wanted: Sequence[str], work: Path, jobs: int) -> None:
-    """Examine types, each in a process of its own, and keep each result in a file of `work`."""
-    work.mkdir(parents=True, exist_ok=True)
-    text = work / "text.txt"
-    packaged = resources.files("coopq") / "model" / "data" / "wikitext2_test.txt"
-    text.write_text(packaged.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
-    waiting, running = list(wanted), dict[str, tuple[BaseProcess, float]]()
-    fork = multiprocessing.get_context("fork")  # the libraries are imported once
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            kind = waiting.pop(0)
-            process: BaseProcess = fork.Process(target=_child, args=(kind, work, text))
-            process.start()
-            running[kind] = (process, time.monotonic())
-        for kind, (process, start) in list(running.items()):
-            seconds = time.monotonic() - start
-            if process.is_alive() and seconds < SECONDS:
-                continue
-            process.kill()
-            process.join()
-            del running[kind]
-            file = result_file(work, kind)
-            if not file.exists():
-                log = _log_file(work, kind).read_text(encoding="utf-8", errors="replace")
-                end = "takes too long" if seconds >= SECONDS else f"ends with code {process.exitcode}"
-                write_json(file, {"outcome": "FAILS", "reason": f"the process {end}", "traceback": log[-3000:]})
-            shutil.rmtree(_folder(work, kind), ignore_errors=True)
-            found = read_json(file)
-            print(f"{kind:30} {found['outcome']:9} {seconds:4.0f} s  {_reason(found)[:200]}", flush=True)
-        time.sleep(0.05)
-
-
-def _child(kind: str, work: Path, text: Path) -> None:
-    """Examine one type; all output goes to a log."""
-    folder = _folder(work, kind)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    result_file(work, kind).unlink(missing_ok=True)
-    log = os.open(_log_file(work, kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    found = examine(kind, folder, text)
-    write_json(result_file(work, kind), json.loads(json.dumps(found).replace(str(folder), kind)))
-
-
-def _folder(work: Path, kind: str) -> Path:
-    """Where a type is worked on."""
-    return work / kind.replace(":", "-")
-
-
-def result_file(work: Path, kind: str) -> Path:
-    """The file of a type's result."""
-    return work / f"{_folder(work, kind).name}.json"
-
-
-def _log_file(work: Path, kind: str) -> Path:
-    """The file of what a type prints."""
-    return work / f"{_folder(work, kind).name}.log"
-
-
-def report_lines(results: dict[str, Result]) -> list[str]:
+def report_lines(found: dict[str, Result]) -> list[str]:
     """The report on all results."""
     lines = [
         "# Which architectures of transformers work",
@@ -218,27 +148,27 @@ def report_lines(results: dict[str, Result]) -> list[str]:
         f"`python benchmarks/architectures.py`, transformers {version('transformers')}, torch {torch.__version__}.",
         "",
     ]
-    missing = len(kinds()) - len(results)
+    missing = len(kinds()) - len(found)
     lines += [f"{missing} of {len(kinds())} types have no result yet.", ""] if missing else []
-    grouped = {group: [kind for kind in sorted(results) if _group(kind) == group] for group in GROUPS}
+    grouped = {group: [kind for kind in sorted(found) if _group(kind) == group] for group in GROUPS}
     counts = [
-        [group, *(sum(results[kind]["outcome"] == outcome for kind in grouped[group]) for outcome in OUTCOMES)]
+        [group, *(sum(found[kind]["outcome"] == outcome for kind in grouped[group]) for outcome in OUTCOMES)]
         for group in GROUPS
     ]
     lines += [*table(["types", *(f"{outcome}" for outcome in OUTCOMES)], counts), ""]
     for group in filter(grouped.get, GROUPS):
-        working = [kind for kind in grouped[group] if results[kind]["outcome"] == "WORKS"]
+        working = [kind for kind in grouped[group] if found[kind]["outcome"] == "WORKS"]
         lines += [f"## {group[0].upper()}{group[1:]}", ""]
-        lines += [f"WORKS: {', '.join(map(_shown, working)) or 'none'}.", ""]
-        partly = [(kind, share) for kind in working if (share := results[kind]["covered"] or 0) < FULLY_COVERED]
+        lines += [f"WORKS: {', '.join(map(shown, working)) or 'none'}.", ""]
+        partly = [(kind, share) for kind in working if (share := found[kind]["covered"] or 0) < FULLY_COVERED]
         if partly:
-            said = ", ".join(f"{_shown(kind)} {share:.0%}" for kind, share in partly)
+            said = ", ".join(f"{shown(kind)} {share:.0%}" for kind, share in partly)
             lines += [
                 f"Share of the blocks' weights that is quantized, where it is below {FULLY_COVERED:.0%}: {said}.",
                 "",
             ]
-        rest = [each for outcome in OUTCOMES[1:] for each in grouped[group] if results[each]["outcome"] == outcome]
-        rows = [[_shown(kind), results[kind]["outcome"], _reason(results[kind])] for kind in rest]
+        rest = [each for outcome in OUTCOMES[1:] for each in grouped[group] if found[each]["outcome"] == outcome]
+        rows = [[shown(kind), found[kind]["outcome"], reason(found[kind])] for kind in rest]
         lines += [*table(["type", "outcome", "why"], rows), ""] if rows else []
     return lines
 
@@ -246,16 +176,6 @@ def report_lines(results: dict[str, Result]) -> list[str]:
 def _group(kind: str) -> str:
     """The group of a type in the report."""
     return GROUPS[1] if kind.startswith("wrapper:") else GROUPS[2] if "@" in kind else GROUPS[0]
-
-
-def _shown(kind: str) -> str:
-    """A type's name for people."""
-    return kind.removeprefix("wrapper:")
-
-
-def _reason(found: Result) -> str:
-    """Why a type does not work, for a cell of a table."""
-    return " ".join(found.get("reason", "").split()).replace("|", "\\|")[:400]
 
 
 def main() -> None:
@@ -279,9 +199,8 @@ def main() -> None:
         return not file.exists() or (options.again and read_json(file)["outcome"] != "WORKS")
 
     if not options.report:
-        run_all(options.types or [kind for kind in known if is_wanted(kind)], work, options.jobs)
-    results = {kind: read_json(file) for kind in known if (file := result_file(work, kind)).exists()}
-    write_report(options.out, report_lines(results), quiet=not options.report)
+        run_all(options.types or [kind for kind in known if is_wanted(kind)], work, options.jobs, examine)
+    write_report(options.out, report_lines(results(known, work)), quiet=not options.report)
     print(options.out)
 
 

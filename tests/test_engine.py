@@ -1,4 +1,5 @@
 import itertools
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from torch._dynamo.utils import counters
 
-from coopq.core.errors import EstimationError, ModelError
+from coopq.core.errors import CalibrationError, EstimationError, ModelError
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
 from coopq.game.prefix_engine import make_engine, model_nll, prefix_tree_size
 from coopq.model import blockwise
@@ -248,14 +249,26 @@ def test_blocks_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -
         list(make_engine(model, bank, TOKENS[:2]).evaluate(np.array([[2, 2, 2]], dtype=np.float32)))
 
 
-def test_a_loss_that_is_not_a_number_is_an_error_with_the_assignment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [("model.norm", "the head"), ("model.layers.1.input_layernorm", "block model.layers.1 at widths [4]"),
+     ("model.embed_tokens", "the embedding")],
+)  # fmt: skip
+def test_a_loss_that_is_not_finite_is_an_error_with_the_part_at_fault(part: str, named: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     bank = build(model, tmp_path)
     engine = make_engine(model, bank, TOKENS[:2])
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(EstimationError, match=r"assignment \[2, 4, 4\] is not a number"):
+        model.get_submodule(part).weight.fill_(float("inf"))
+    with pytest.raises(EstimationError, match=re.escape(f"{named} gives numbers that are not finite")):
         list(engine.evaluate(np.array([[2, 4, 4]], dtype=np.float32)))
+
+
+def test_a_token_that_a_model_has_no_row_for_is_refused() -> None:
+    model = tiny_model("llama")
+    tokens = np.array([[1, 2, 97]])
+    with pytest.raises(CalibrationError, match="holds token 97, and the model's embedding has 97 rows"):
+        list(model_nll(model, tokens))
 
 
 def test_a_model_without_blocks_gets_an_error_that_says_what_was_looked_for() -> None:

@@ -151,7 +151,7 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
     assert largest_difference(worker, fitted) == 0
     nowhere, threads = str(tmp_path / "nowhere"), torch.get_num_threads()
     request = fitted.request.replace(calibration="nowhere.txt")  # the text lies on the driver's disk alone
-    astray = Worker(request, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
+    astray = Worker(request, fitted.players, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
     assert largest_difference(astray, fitted) > 0, "the tokens that weights are fitted to matter"
 
 
@@ -163,7 +163,7 @@ def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(fitted: Session, monk
     tokens, threads = fitted.fitting, torch.get_num_threads()
     assert tokens is not None
     bank, weights = str(fitted.folder.bank), weights_of_bank(fitted)
-    worker = Worker(fitted.request, weights, bank, tokens.tokens, fitted.player_widths, threads)
+    worker = Worker(fitted.request, fitted.players, weights, bank, tokens.tokens, fitted.player_widths, threads)
     assert largest_difference(worker, fitted) == 0
 
 

@@ -14,6 +14,7 @@ from coopq.core.specs import Request
 from coopq.core.types import Assignment, Assignments, Losses, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel
+from coopq.export.formats import Form
 from coopq.game.sensitivity import Sensitivity
 from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
@@ -99,7 +100,7 @@ def largest_weights(sensitivity: Sensitivity) -> Gains:
     )
 
 
-class ToyForm:
+class ToyForm(Form):
     """A form that is a copy of what coopq saves, with eight bytes more."""
 
     def check(self, backend: Backend) -> None:

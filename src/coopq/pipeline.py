@@ -15,7 +15,7 @@ from coopq.core.spec import spec_options
 from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, SolverSpec
 from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
-from coopq.export.formats import target_sizes
+from coopq.export.formats import TargetFile
 from coopq.game.session import open_session, prepare, weights_fingerprint
 from coopq.model.load import fingerprint_weights, max_positions
 from coopq.model.memory import weights_fit
@@ -69,7 +69,7 @@ def quantize(
         return _finished(request, goal, solver, out)
     require_new_folder(out)
     budgets = [] if goal.budget is None else [Budget.parse(goal.budget)]
-    prepared = prepare(request, sizes_for=target_sizes)
+    prepared = prepare(request, target=TargetFile())
     check_methods([goal.method], prepared.players, len(request.widths.bits))
     prepared.check_budgets(budgets)
     with open_session(prepared, run, progress, ray=ray) as session:
@@ -92,7 +92,7 @@ def estimate(
         ray: Where the workers are that measure; None measures in this process.
     """
     _check_places(request, None, run)
-    prepared = prepare(request, sizes_for=target_sizes)
+    prepared = prepare(request, target=TargetFile())
     check_methods(["coopq"], prepared.players, len(request.widths.bits))
     with open_session(prepared, run, progress, ray=ray) as session:
         return estimate_walks(session)
@@ -129,7 +129,7 @@ def apply(
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
         request = _deployed(request, plan.deployment, plan.assignment)
-    prepared = prepare(request, sizes_for=target_sizes)
+    prepared = prepare(request, target=TargetFile())
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
     backend, text = prepared.backend, request.text

@@ -15,6 +15,7 @@ from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.plan.plan import Plan
+from coopq.quantizers.sizes import Target, packed_sizes
 
 if TYPE_CHECKING:  # these import torch
     from coopq.export.base_model import BaseModel
@@ -85,6 +86,29 @@ class Form(Protocol):
             ExportError: If not.
         """
         ...
+
+    def held_players(self, request: Request, players: Sequence[Player]) -> Sequence[Player]:
+        """The players, without layers that the form cannot hold quantized: all of them, unless a form says otherwise.
+
+        Args:
+            request: What is asked for; `request.target.form` is this form.
+            players: All players, by block.
+        Raises:
+            ExportError: If the form cannot hold the model.
+        """
+        return players
+
+    def check_model(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
+        """Check that the base that a request names has the weights of a model: nothing, for forms without a base.
+
+        Args:
+            request: What is asked for; `request.target.form` is this form.
+            model: The model.
+            players: The players that the form holds.
+            progress: Told of every step.
+        Raises:
+            Mismatch: If the base is of another model.
+        """
 
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
@@ -196,6 +220,23 @@ def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: s
     return chosen.file_bytes(plan, backend, BaseModel.find(plan.request, base, model))
 
 
+class TargetFile(Target):
+    """The file of a request's target; without a target, what coopq itself saves."""
+
+    def fit(
+        self, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
+    ) -> tuple[Sequence[Player], Sizes]:
+        """See `Target.fit`."""
+        if request.target.form is not None:
+            players = get_form(request.target.form).held_players(request, players)
+        return players, target_sizes(request, skeleton, players, backend)
+
+    def check(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
+        """See `Target.check`."""
+        if request.target.form is not None:
+            get_form(request.target.form).check_model(request, model, players, progress)
+
+
 def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend") -> Sizes:
     """Sizes of players in the file of a request's target, and the bytes that budgets have to hold beside the players.
 
@@ -208,9 +249,7 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
         BackendError: If the backend cannot quantize a layer.
         ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
     """
-    from coopq.game.session import sizes_in_our_form
-
-    target, sizes = request.target, sizes_in_our_form(request, skeleton, players, backend)
+    target, sizes = request.target, packed_sizes(players, backend, request.widths.bits)
     if target.form is not None:
         form = get_form(target.form)
         form.check(backend)
@@ -221,9 +260,27 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
 
 
 def cache_bytes(model: Any, context: int) -> int:
-    """Bytes of a KV cache of `context` tokens in 16 bits, at most: models with sliding windows need less."""
+    """Bytes of a KV cache of `context` tokens in 16 bits, at most: models with sliding windows need less.
+
+    Raises:
+        ExportError: If the configuration does not tell the sizes of the cache.
+    """
     text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    per_token = 2 * int(text.num_hidden_layers) * int(heads) * int(width)  # keys and values
-    return _CACHE_BYTES * per_token * context
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    by_layer: dict[str, Any] = getattr(text, "per_layer_config", None) or {}  # Gemma-4
+    numbers = 0
+    try:
+        n_layers = int(text.num_hidden_layers)
+        for layer in range(n_layers - (getattr(text, "num_kv_shared_layers", None) or 0)):
+            if kinds is None or "attention" in kinds[layer].replace("linear_attention", ""):
+                own = by_layer.get(str(layer), {})
+                width = own.get("head_dim") or getattr(text, "head_dim", None)
+                heads = own.get("num_key_value_heads") or getattr(text, "num_key_value_heads", None)
+                width = width or text.hidden_size // text.num_attention_heads
+                numbers += 2 * int(heads or text.num_attention_heads) * int(width)  # keys and values
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ExportError(
+            f"the configuration of {type(model).__name__} does not tell the size of its cache ({error}); leave out "
+            "--context"
+        ) from error
+    return _CACHE_BYTES * numbers * context

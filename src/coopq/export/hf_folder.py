@@ -1,7 +1,7 @@
 """What the forms that transformers loads have in common: the folder of a saved model with other tensors."""
 
 import shutil
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
 from coopq.export.folder_files import write_model_card
+from coopq.export.formats import Form
 from coopq.export.stored_tensors import stored_tensors
 from coopq.export.verification import loss_of, probe_tokens, require_equal
 from coopq.model.load import checkpoint_dtype, load_skeleton
@@ -35,7 +36,7 @@ _OFFSET_DIGITS = 4
 """Digits that the two offsets of a tensor may have more in the file's header where players stay untouched: two each."""
 
 
-class HFFolder(ABC):
+class HFFolder(Form):
     """A form made from GPTQ's tensors, symmetric and in order; see `coopq.export.formats.Form`."""
 
     name: ClassVar[str]
@@ -56,7 +57,7 @@ class HFFolder(ABC):
     def quantization_config(self, plan: Plan, tensor_format: GPTQFormat) -> dict[str, Any]:
         """What config.json says about the quantized modules."""
 
-    def check_widths(self, widths: Mapping[str, Width]) -> None:  # noqa: B027 (most forms take any widths)
+    def check_widths(self, widths: Mapping[str, Width]) -> None:
         """Check that engines take these widths together.
 
         Args:

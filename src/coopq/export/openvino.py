@@ -21,6 +21,7 @@ from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
+from coopq.export.formats import Form
 from coopq.export.hf_folder import check_columns
 from coopq.export.verification import graph_loss, loss_of, probe_tokens, require_equal
 from coopq.model.load import load_skeleton
@@ -36,7 +37,7 @@ _SHAPE_BYTES = 16
 """Bytes of the constant that gives packed weights their shape: two int64."""
 
 
-class OpenVINO:
+class OpenVINO(Form):
     """The form "openvino"; see `coopq.export.formats.Form`."""
 
     def check(self, backend: Backend) -> None:
@@ -175,8 +176,7 @@ def _check_written(saved: SavedModel, file: Path, progress: ProgressCallback) ->
     """Check that OpenVINO computes the saved model's loss; an ExportError says if not."""
     progress("checking the exported model", 0, 1)
     ours = load(saved.folder, device="cpu")
-    tokens = probe_tokens(ours)
-    expected = loss_of(ours, tokens, "the saved model")
+    expected = loss_of(ours, tokens := probe_tokens(ours), "the saved model")
     require_equal(graph_loss(file, tokens), expected, ours.dtype, "the model for OpenVINO", ExportError)
     progress("checking the exported model", 1, 1)
 

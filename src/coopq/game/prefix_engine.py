@@ -20,6 +20,7 @@ from coopq.game.losses import Loss, NegativeLogLikelihood, make_loss, sequence_n
 from coopq.model.blockwise import Blockwise, States, whole_size
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import blocks_share_weights
+from coopq.model.texts import require_known_tokens
 from coopq.quantizers.bank import WeightBank
 
 _TOLERANCE = 1e-3
@@ -144,8 +145,8 @@ class PrefixEngine:
                 self.block_forwards += spent
                 if not np.isfinite(losses).all():
                     raise EstimationError(
-                        f"the loss of assignment {as_widths(assignment)} is not a number; "
-                        "compute in float32, or use a wider low bit-width"
+                        f"an assignment has no finite loss: {self._first_not_finite(assignment, without)} gives "
+                        "numbers that are not finite; compute in float32, or use a wider low bit-width"
                     )
                 if index in checked:
                     self._check(assignment, without, states)
@@ -175,6 +176,21 @@ class PrefixEngine:
                 f"{self.blockwise.model_class}: its blocks cannot run one by one ({type(error).__name__}: {reason}), "
                 "so it cannot be measured"
             ) from error
+
+    @torch.no_grad()
+    def _first_not_finite(self, assignment: Assignment, left_out: npt.NDArray[np.bool_]) -> str:
+        """The first part of the model whose numbers are not finite, in words."""
+        states = self._model.embed(assignment)
+        if not all(batch.isfinite().all() for batch in states):
+            return "the embedding"
+        self.blockwise.remember([])
+        for d in np.flatnonzero(~left_out).tolist():
+            widths = assignment[self._model.members[d]]
+            with self._model.block_at(d, widths):
+                states = self.blockwise.forward_block(d, states)
+            if not all(batch.isfinite().all() for batch in states):
+                return f"block {self.blockwise.prefix}.{d} at widths {as_widths(widths)}"
+        return "the head"
 
     @torch.no_grad()
     def _losses(self, loss: Loss, states: States) -> npt.NDArray[np.float64]:
@@ -269,6 +285,7 @@ def model_nll(model: Any, tokens: npt.NDArray[np.int64]) -> Iterator[npt.NDArray
     Raises:
         EstimationError: If a loss is not finite.
     """
+    require_known_tokens(model, tokens)
     ids = torch.from_numpy(tokens).to(model.device)
     vocabulary = model.config.get_text_config().vocab_size
     for batch in ids.split(whole_size(model.device.type, tokens.shape[1], vocabulary)):

@@ -15,7 +15,7 @@ import torch
 
 from coopq.core.errors import EstimationError, Mismatch
 from coopq.core.specs import Request
-from coopq.core.types import Assignment, Assignments, Width
+from coopq.core.types import Assignment, Assignments, Player, Width
 from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.session import Session, prepare
 from coopq.model.load import fingerprint_weights
@@ -52,6 +52,7 @@ class Worker:
 
     Args:
         request: What is measured.
+        players: The driver's players.
         weights: What the bank's weights depend on, as the driver has it.
         bank: The driver's bank, for workers that see its disk; other workers quantize the model themselves.
         fitting: Tokens that weights are fitted to, shape (n_sequences, length); None for backends that fit none.
@@ -62,6 +63,7 @@ class Worker:
     def __init__(
         self,
         request: Request,
+        players: Sequence[Player],
         weights: Mapping[str, Any],
         bank: str,
         fitting: npt.NDArray[np.int64] | None,
@@ -79,10 +81,10 @@ class Worker:
                 {"weights": found},
                 "give workers the driver's files and versions",
             )
-        round_untouched(loaded, prepared.players, request.widths.bits)
+        round_untouched(loaded, players, request.widths.bits)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
-        self.bank = WeightBank(folder, loaded, prepared.players, prepared.backend, weights)
+        self.bank = WeightBank(folder, loaded, players, prepared.backend, weights)
         if folder != shared:
             self.bank.build(request.widths.bits, fitting, player_widths=player_widths)
         self._model = loaded.model
@@ -142,7 +144,9 @@ class Cluster:
         self._fitting = ray.put(None if session.fitting is None else session.fitting.tokens)
         bank = str(session.folder.bank)
         self.workers = [
-            actor.remote(session.request, weights, bank, self._fitting, session.player_widths, n_threads)
+            actor.remote(
+                session.request, session.players, weights, bank, self._fitting, session.player_widths, n_threads
+            )
             for _ in range(self.n_workers)
         ]
 

@@ -4,11 +4,11 @@ Everything that measures, quantizes or judges a model opens the model here.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -29,18 +29,12 @@ from coopq.model.texts import TokenSet, calibration_set, check_length, check_tex
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.bank import WeightBank, round_untouched
-from coopq.quantizers.sizes import packed_sizes
+from coopq.quantizers.sizes import OUR_FILE, Target
 
 _log = logging.getLogger(__name__)
+_WELL_COVERED = 0.95
+"""Share of the blocks' weights that belongs to players; below it, a user is told."""
 Item = TypeVar("Item")
-
-SizesFor: TypeAlias = Callable[[Request, Any, Sequence[Player], Backend], Sizes]
-"""Sizes of players from a request, the model's skeleton, the players and the backend."""
-
-
-def sizes_in_our_form(request: Request, skeleton: Any, players: Sequence[Player], backend: Backend) -> Sizes:
-    """Sizes of players as coopq itself saves them."""
-    return packed_sizes(players, backend, request.widths.bits)
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Prepared:
         backend: What quantizes.
         sizes: Bytes of the players at each width, to the byte.
         device: Where the model computes.
+        target: The file that plans are made for.
     """
 
     request: Request
@@ -62,6 +57,7 @@ class Prepared:
     backend: Backend
     sizes: Sizes
     device: torch.device
+    target: Target
 
     def check_budgets(self, budgets: Sequence[Budget]) -> None:
         """Check that budgets are feasible.
@@ -116,12 +112,12 @@ class Prepared:
         return loaded, OffloadedBlocks(loaded.model, self.device) if must_offload else None, needed, free
 
 
-def prepare(request: Request, *, sizes_for: SizesFor = sizes_in_our_form, judge_length: int = 0) -> Prepared:
+def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 0) -> Prepared:
     """Check a request and look at the model without its weights.
 
     Args:
         request: What is asked for.
-        sizes_for: Sizes of the players: as coopq saves them, or as the file of a target engine holds them.
+        target: The file that plans are made for.
         judge_length: Tokens of the windows that assignments will be judged on, if they will be.
     Raises:
         CoopQError: Naming what is wrong.
@@ -132,10 +128,15 @@ def prepare(request: Request, *, sizes_for: SizesFor = sizes_in_our_form, judge_
     spec, widths = request.model, request.widths
     skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
-    players = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
-    sizes = sizes_for(request, skeleton, players, backend)
+    found = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
+    players, sizes = target.fit(request, skeleton, found, backend)
+    covered = covered_share(skeleton, players)
+    if covered < _WELL_COVERED:
+        _log.warning(
+            "%.0f %% of the weights of the blocks can be quantized; the others stay as they are", 100 * covered
+        )
     sizes.player_widths(widths.bits)  # refuses widths that save nothing
-    return Prepared(request, skeleton, players, backend, sizes, pick_device(spec.device))
+    return Prepared(request, skeleton, tuple(players), backend, sizes, pick_device(spec.device), target)
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ def open_session(
     folder = RunFolder(run.expanduser(), bank)
     with folder.opened(prepared.request):
         loaded, offloaded, needed, free = prepared.load_to_measure(progress)
+        prepared.target.check(prepared.request, loaded.model, prepared.players, progress)
         if offloaded is not None and ray is not None:
             raise OutOfMemory(f"{needed}, and {gib(free)} are free: workers need a GPU each that holds the model")
         text = prepared.request.text

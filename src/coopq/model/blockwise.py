@@ -22,6 +22,7 @@ from coopq.model.kernels.forward import Forward, override_forward
 from coopq.model.kernels.gpu import compiled_forward, is_compilable
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import body_of, find_blocks
+from coopq.model.texts import require_known_tokens
 
 States: TypeAlias = list[Tensor]
 """Hidden states of all tokens by batch, each of shape (n, length, width)."""
@@ -77,6 +78,7 @@ class Blockwise:
     """
 
     def __init__(self, model: Any, tokens: npt.NDArray[np.int64], offloaded: OffloadedBlocks | None = None) -> None:
+        require_known_tokens(model, tokens)
         self._model = model
         self._offloaded = offloaded
         self.prefix, blocks = find_blocks(model)

@@ -237,7 +237,7 @@ def _on_meta(described: _Described) -> Any:
 def max_positions(model: Any) -> int | None:
     """Number of positions of a model; None for no limit."""
     length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length
+    return length if length is not None and length > 0 else None  # XLNet says -1
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:

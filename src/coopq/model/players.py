@@ -1,6 +1,7 @@
 """Finds the transformer blocks of a model, and the linear layers and experts in them, from structure alone."""
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -110,6 +111,12 @@ def find_players(
     return tuple(players)
 
 
+def without_layers(players: Iterable[Player], names: Collection[str]) -> tuple[Player, ...]:
+    """Players without some linear layers; players with no other layers are left out."""
+    kept = ((player, tuple(each for each in player.linears if each.name not in names)) for player in players)
+    return tuple(replace(player, linears=linears) for player, linears in kept if linears)
+
+
 def covered_share(model: Any, players: Iterable[Player]) -> float:
     """Share of the weights of a model's blocks that belongs to players: norms, convolutions and routers do not."""
     blocks = find_blocks(model)[1]
@@ -122,6 +129,9 @@ def body_of(model: Any) -> nn.Module:
     body: nn.Module = model.base_model
     if body is model:  # the class names another prefix than its own
         body = getattr(model, "model", model)
+    decoder = _text_decoder(model)
+    if body is model and decoder is not model:  # a wrapper around a model with a head (Llama-4)
+        return body_of(decoder)
     return body
 
 

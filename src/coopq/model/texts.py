@@ -61,6 +61,23 @@ class TokenSet:
         return f"{sequences} x {length} tokens of {self.source}" + (", each after a BOS token" if self.bos else "")
 
 
+def require_known_tokens(model: Any, tokens: npt.NDArray[np.int64]) -> None:
+    """Check that a model has a row for each token: a text may spell special tokens that the model never had.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: Any shape.
+    Raises:
+        CalibrationError: If not.
+    """
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if rows is not None and tokens.size and (largest := int(tokens.max())) >= rows:
+        raise CalibrationError(
+            f"a text holds token {largest}, and the model's embedding has {rows} rows; take special tokens out of the "
+            "text, or give the tokenizer that belongs to the model"
+        )
+
+
 def calibration_set(text: TextSpec, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
     """Calibration tokens: windows drawn at random, without replacement, from all documents of a text.
 

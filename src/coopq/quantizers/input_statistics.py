@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from coopq.model.matrices import Matrix, is_linear, matrix_of
 from coopq.model.players import body_of
+from coopq.model.texts import require_known_tokens
 
 _log = logging.getLogger(__name__)
 _BATCH_SEQUENCES = 2
@@ -62,6 +63,7 @@ def _input_means(
         tokens: As for `column_importance`.
         total_of_rows: The statistic summed over some inputs, shape (n, in), float32.
     """
+    require_known_tokens(model, tokens)
     sums: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], int] = {}
     latest = total = torch.empty(0)

@@ -1,7 +1,8 @@
 """Compares a whole base with a model, tensor by tensor, before anything is written."""
 
 import logging
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from coopq.core.errors import Mismatch
 from coopq.core.types import ProgressCallback
 from coopq.export.gguf.base import BaseFile, BaseTensor
-from coopq.export.gguf.names import TensorNames
+from coopq.export.gguf.names import TensorNames, module_tensors
 from coopq.model.matrices import matrix_of
 
 Numbers = npt.NDArray[np.float32]
@@ -21,17 +22,20 @@ _PERMUTED = ("attn_q", "attn_k", "attn_qkv", "ssm_")
 _log = logging.getLogger("coopq")
 
 
-def require_same_model(base: BaseFile, model: Any, checked: Collection[str], progress: ProgressCallback) -> list[str]:
-    """Compare every tensor of a base that belongs to no player with the model's.
+def row_orders(
+    base: BaseFile, model: Any, modules: Iterable[str], progress: ProgressCallback
+) -> dict[str, npt.NDArray[np.intp]]:
+    """Compare every tensor of a base with the model's.
 
     Args:
         base: The base.
         model: The model in full precision.
-        checked: Tensors that are compared elsewhere.
+        modules: Names of the players' modules.
         progress: Told of every tensor.
     Returns:
-        Names of tensors that have no counterpart in the model, so that they cannot be compared.
+        For each tensor that holds a module: which row of the module's weight each row of the tensor is.
     Raises:
+        ExportError: If a module has no tensor of its own.
         Mismatch: Naming a tensor with other values.
     """
     names, owners = TensorNames(base), dict[str, list[str]]()
@@ -39,10 +43,14 @@ def require_same_model(base: BaseFile, model: Any, checked: Collection[str], pro
     for name in state:
         for holder in names.tensors(name) or ():
             owners.setdefault(holder, []).append(name)
-    unverified = []
+    unverified, orders = [], dict[str, npt.NDArray[np.intp]]()
+    held = {tensor.name: module for tensor, module in module_tensors(base, modules)}
+    n_tensors = Counter(held.values())
     for done, tensor in enumerate(base.tensors.values()):
         progress("comparing the base", done, len(base.tensors))
-        if tensor.name in checked:
+        if (module := held.get(tensor.name)) is not None:
+            rows = matrix_of(model, module).rows()
+            orders[tensor.name] = _row_order(tensor, rows, module, n_tensors[module])
             continue
         own = owners.get(tensor.name)
         if own is None:
@@ -61,10 +69,10 @@ def require_same_model(base: BaseFile, model: Any, checked: Collection[str], pro
             "%d tensors of %s have no known counterpart in the model and are copied unverified: %s%s",
             len(unverified), base.path.name, ", ".join(unverified[:5]), more,
         )  # fmt: skip
-    return unverified
+    return orders
 
 
-def row_order(tensor: BaseTensor, weight: Tensor, module: str, n_tensors: int) -> npt.NDArray[np.intp]:
+def _row_order(tensor: BaseTensor, weight: Tensor, module: str, n_tensors: int) -> npt.NDArray[np.intp]:
     """Which row of the model's weight each row of the base's tensor is.
 
     llama.cpp reorders the rows of some projections. Equal rows have equal blocks, so any of several equal rows will do.
@@ -73,12 +81,12 @@ def row_order(tensor: BaseTensor, weight: Tensor, module: str, n_tensors: int) -
         tensor: The base's tensor.
         weight: The model's weight, shape (rows, columns).
         module: Name of the module.
-        n_tensors: Number of the base's tensors that hold the module, each with as many rows.
+        n_tensors: Number of the base's tensors that hold the module, each with a part of the rows.
     Raises:
         Mismatch: If the base has other rows.
     """
     theirs = tensor.values()
-    if len(weight) == n_tensors * len(theirs) and weight.shape[1] == theirs.shape[1]:
+    if (len(weight) == len(theirs) or n_tensors > 1) and weight.shape[1] == theirs.shape[1]:
         for model_rows, base_rows in _rounded(tensor, weight, theirs):
             if np.array_equal(model_rows, base_rows):
                 return np.arange(len(model_rows))
@@ -89,7 +97,7 @@ def row_order(tensor: BaseTensor, weight: Tensor, module: str, n_tensors: int) -
     raise Mismatch(
         f"{tensor.name} of the GGUF file is not {module} of the model",
         {"shape": tuple(weight.shape), "values": _sample(weight.flatten()[:3].float().cpu().numpy())},
-        {"shape": (n_tensors * len(theirs), theirs.shape[1]), "values": _sample(theirs.flatten()[:3])},
+        {"shape": theirs.shape, "values": _sample(theirs.flatten()[:3])},
         "name an unquantized GGUF file of the same weights with --base",
     )
 
@@ -127,6 +135,10 @@ def _is_same(tensor: BaseTensor, ours: Tensor) -> bool:
     for model_rows, base_rows in _rounded(tensor, ours.detach().reshape(-1, columns), theirs):
         if _places(model_rows, base_rows).min() >= 0:
             return True
+    if tensor.name.endswith("ssm_out.weight"):  # columns in another order
+        return numbers.size == theirs.size and np.array_equal(
+            np.sort(numbers.reshape(theirs.shape), axis=1), np.sort(theirs, axis=1)
+        )
     if tensor.name.endswith("attn_k_b.weight"):
         return _is_permuted_part(numbers, theirs.reshape(-1))
     return False

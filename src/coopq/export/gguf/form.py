@@ -5,8 +5,7 @@ So every architecture that llama.cpp's converter writes can be exported.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,14 @@ from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel
+from coopq.export.formats import Form
 from coopq.export.gguf.base import BaseFile, BaseTensor
-from coopq.export.gguf.compare import require_same_model, row_order
-from coopq.export.gguf.names import module_tensors, require_complete, require_settings, require_shapes
+from coopq.export.gguf.compare import row_orders
+from coopq.export.gguf.names import TensorNames, module_tensors, require_complete, require_settings, require_shapes
 from coopq.export.gguf.writer import PlannedType, bytes_beside, padded, write_file
 from coopq.model.load import gguf_file
 from coopq.model.matrices import matrix_of
+from coopq.model.players import without_layers
 from coopq.model.sources.gguf import gguf_shards
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend
@@ -37,12 +38,29 @@ from coopq.quantizers.packed_modules import PackedWeights
 _log = logging.getLogger("coopq")
 
 
-class GGUF:
+class GGUF(Form):
     """The form "gguf"; see `coopq.export.formats.Form`."""
 
     def check(self, backend: Backend) -> None:
         """See `Form.check`."""
         _tensor_format(backend)
+
+    def held_players(self, request: Request, players: Sequence[Player]) -> Sequence[Player]:
+        """See `Form.held_players`: layers that llama.cpp stores in parts of another form stay as in the base."""
+        names = TensorNames(_open_base(BaseModel.find(request)))
+        kept = {linear.name for player in players for linear in player.linears if names.is_in_another_form(linear.name)}
+        if not kept:
+            return players
+        _log.warning(
+            "%d layers stay as in the base, since llama.cpp stores them in another form: %s, ...",
+            len(kept), min(kept),
+        )  # fmt: skip
+        return without_layers(players, kept)
+
+    def check_model(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
+        """See `Form.check_model`: every tensor of the base is compared."""
+        modules = [linear.name for player in players for linear in player.linears]
+        row_orders(_open_base(BaseModel.find(request)), model, modules, progress)
 
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
@@ -83,9 +101,8 @@ class GGUF:
         model = base.load(plan, progress).model
         require_complete(file, model)
         require_settings(file, model.config)
-        tensors = _PlannedTensors(plan, file, saved.backend, model, saved.read()[0])
-        require_same_model(file, model, tensors.modules, progress)
-        tensors.check(progress)
+        orders = row_orders(file, model, plan.modules, progress)
+        tensors = _PlannedTensors(plan, file, saved.backend, model, saved.read()[0], orders)
         with atomic_file(out) as temporary:
             write_file(temporary, file, tensors.types, tensors.data(progress))
             written = temporary.stat().st_size
@@ -102,41 +119,38 @@ class _PlannedTensors:
         backend: What packed the weights.
         model: The plan's model in full precision.
         packed: The packed weights by module.
+        orders: Which row of a module each row of a tensor is.
+    Raises:
+        ExportError: If a number that would be written is not finite.
     """
 
-    def __init__(self, plan: Plan, base: BaseFile, backend: Backend, model: Any, packed: PackedWeights) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        base: BaseFile,
+        backend: Backend,
+        model: Any,
+        packed: PackedWeights,
+        orders: Mapping[str, npt.NDArray[np.intp]],
+    ) -> None:
         self._widths, self._backend = plan.modules, backend
         self._base, self._model, self._packed = base, model, packed
         self.modules = {tensor.name: module for tensor, module in module_tensors(base, plan.modules)}
-        self._n_tensors = Counter(self.modules.values())
-        self._orders: dict[str, npt.NDArray[np.intp]] = {}
+        self._orders = orders
         self.types: dict[str, PlannedType] = {}
-
-    def check(self, progress: ProgressCallback) -> None:
-        """Compare the players' tensors with the model, and choose all types; nothing is written before.
-
-        Raises:
-            Mismatch: If a player's tensor has other weights than the model.
-            ExportError: If a number that would be written is not finite.
-        """
-        for done, tensor in enumerate(self._base.tensors.values()):
-            progress("checking weights", done, len(self._base.tensors))
+        for tensor in base.tensors.values():
             self.types[tensor.name] = PlannedType(tensor.tensor_type, tensor.n_bytes)
-            if (module := self.modules.get(tensor.name)) is None:
+            module = self.modules.get(tensor.name)
+            if module is None or _stays(tensor, self._widths[module]):
                 continue
-            rows = matrix_of(self._model, module).rows()
-            self._orders[tensor.name] = row_order(tensor, rows, module, self._n_tensors[module])
-            if _stays(tensor, self._widths[module]):
-                continue
-            kind = self._kind(tensor, module, rows)
-            self.types[tensor.name] = PlannedType(kind, _n_bytes(tensor, self._backend, self._widths[module]))
+            kind = self._kind(tensor, module)
+            self.types[tensor.name] = PlannedType(kind, _n_bytes(tensor, backend, self._widths[module]))
             written = BaseTensor(tensor.name, tensor.shape, kind, self._content(tensor))
             if not written.is_finite():
                 raise ExportError(
                     f"{tensor.name} would hold numbers that are not finite at {self._widths[module]} bits; give "
                     f"{module} another width"
                 )
-        progress("checking weights", len(self._base.tensors), len(self._base.tensors))
 
     def data(self, progress: ProgressCallback) -> Iterator[npt.NDArray[np.uint8]]:
         """Bytes of every tensor, in the order of the base."""
@@ -147,11 +161,11 @@ class _PlannedTensors:
             yield tensor.data if stays else self._content(tensor)
         progress("writing", len(self._base.tensors), len(self._base.tensors))
 
-    def _kind(self, tensor: BaseTensor, module: str, rows: torch.Tensor) -> Any:
+    def _kind(self, tensor: BaseTensor, module: str) -> Any:
         """The type that a player's tensor is written in."""
         import gguf
 
-        width = self._widths[module]
+        width, rows = self._widths[module], matrix_of(self._model, module).rows()
         if width == UNTOUCHED and (rows.dtype == torch.bfloat16 or not rows.half().isfinite().all()):
             return gguf.GGMLQuantizationType.BF16  # float16 has fewer exponents, and loses what is large or small
         return _tensor_format(self._backend).tensor_type(tensor.shape[0], width)

@@ -11,8 +11,22 @@ _WRAPPERS = (("model.language_model.", "model."), ("language_model.model.", "mod
 """How wrappers of several modes name their text part, and how llama.cpp names the text part."""
 _RENAMED = (("dt_bias", "dt_proj.bias"), ("e_score_correction_bias", "e_score_correction.bias"))
 """Tensors that llama.cpp's converter renames before it looks for their place. Source: convert_hf_to_gguf.py."""
+_SPELLED = ((".block_sparse_moe.", ".mlp."), (".block_sparse_moe.", ".feed_forward."))
+"""Parts of names that transformers and llama.cpp spell differently for some architectures, of Granite's for example."""
+_IN_PARTS = (
+    (".gate_up_proj", ".gate_proj", ".up_proj"),
+    (".in_proj_qkvz", ".in_proj_qkv", ".in_proj_z"),
+    (".shared_mlp.input_linear", ".mlp.shared_expert.gate_proj", ".mlp.shared_expert.up_proj"),
+    (".shared_mlp.input_linear", ".mlp.gate_proj", ".mlp.up_proj"),
+)
+"""Layers of transformers that llama.cpp keeps in two tensors, with the names that both have in other models."""
 _ELSEWHERE = {"attn_kv_b.weight": ("attn_k_b.weight", "attn_v_b.weight")}
 """Tensors that llama.cpp stores in another form under other names."""
+_HEADS_IN_TURN = ("qwen35", "qwen35moe")
+"""Architectures whose heads of values llama.cpp keeps in the order of the first of each group, then the second.
+
+Source: _LinearAttentionVReorderBase in convert_hf_to_gguf.py.
+"""
 _WAY_OUT = "name an unquantized GGUF file of the same model with --base"
 
 
@@ -38,10 +52,13 @@ class TensorNames:
         for old, new in _RENAMED:
             if name.endswith(old):
                 name = name.removesuffix(old) + new
-        found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is not None and found not in self._base.tensors and f"{found}.weight" in self._base.tensors:
-            return f"{found}.weight"
-        return None if found is None else str(found)
+        spellings = [name, *(name.replace(ours, theirs) for ours, theirs in _SPELLED)]
+        names = (self._map.get_name(spelling, try_suffixes=(".weight", ".bias")) for spelling in spellings)
+        found = next((str(name) for name in names if name is not None), None)
+        if found is not None and found not in self._base.tensors:
+            longer = (f"{found}{end}" for end in (".weight", ".bias"))
+            return next((name for name in longer if name in self._base.tensors), found)
+        return found
 
     def tensors(self, name: str) -> list[str] | None:
         """Names of the base's tensors that hold a tensor of the model, in order; None if one of them is missing."""
@@ -49,16 +66,28 @@ class TensorNames:
         if own is not None and own in self._base.tensors:
             return [own]
         stem = name.removesuffix(".weight")
-        if stem.endswith(".gate_up_proj"):  # experts, or one layer
-            first = stem.removesuffix("gate_up_proj")
-            both = [self.expected(f"{first}{part}.weight") for part in ("gate_proj", "up_proj")]
-            found = [part for part in both if part is not None and part in self._base.tensors]
-            return found if len(found) == 2 else None
+        for whole, *parts in _IN_PARTS:
+            if stem.endswith(whole):
+                both = [self.expected(f"{stem.removesuffix(whole)}{part}.weight") for part in parts]
+                found = [part for part in both if part is not None and part in self._base.tensors]
+                if len(found) == 2:
+                    return found
         for suffix, others in _ELSEWHERE.items():
             if own is not None and own.endswith(suffix):
                 names = [own.removesuffix(suffix) + other for other in others]
                 return names if all(name in self._base.tensors for name in names) else None
         return None
+
+    def is_in_another_form(self, module: str) -> bool:
+        """Whether the base holds a module in tensors whose rows are not the module's, so that it stays as it is."""
+        own = self.expected(f"{module}.weight")
+        if own is None:
+            return False
+        if own.endswith("ssm_out.weight"):  # the columns are in the order of the heads of values, which is another
+            architecture = self._base.architecture
+            groups, heads = (self._base.value(f"{architecture}.ssm.{key}") for key in ("group_count", "time_step_rank"))
+            return architecture in _HEADS_IN_TURN and groups != heads
+        return own.endswith(tuple(_ELSEWHERE)) and self.tensors(f"{module}.weight") != [own]
 
     def module_rows(self, module: str) -> list[BaseTensor]:
         """The tensors whose rows are the rows of a module, in any order.
@@ -67,8 +96,8 @@ class TensorNames:
             ExportError: If the module has no tensors of its own.
         """
         found = self.tensors(f"{module}.weight")
-        own = self.expected(f"{module}.weight")
-        if found is None or (own is not None and own.endswith(tuple(_ELSEWHERE))):
+        if found is None or self.is_in_another_form(module):
+            own = self.expected(f"{module}.weight")
             raise ExportError(
                 f"{module} has no tensor of its own in the GGUF file ({own or 'no name is known for it'}): llama.cpp "
                 f"stores {self._base.architecture} models in another form; leave out --target gguf, or use another "
@@ -150,13 +179,15 @@ def require_settings(base: BaseFile, config: Any) -> None:
             raise Mismatch(f"GGUF file {base.path} is of another model: {full}", {name: value}, {name: there}, _WAY_OUT)
     tokens = base.settings.get("tokenizer.ggml.tokens")
     embedding = base.tensors.get("token_embd.weight")
-    n_rows = getattr(text, "vocab_size", None)
+    n_rows, n_tokens = getattr(text, "vocab_size", None), None if tokens is None else tokens.length
+    if n_rows is None:
+        return
     for what, count in (
         ("rows of token_embd.weight", None if embedding is None else embedding.n_rows),
-        ("tokens of its tokenizer", None if tokens is None else tokens.length),
+        ("tokens of its tokenizer", n_tokens),
     ):
-        wrong = count is not None and n_rows is not None and (count > n_rows or (what[0] == "r" and count != n_rows))
-        if wrong:
+        # The converter leaves out rows of the embedding that no token has (Gemma-3), and never adds some.
+        if (count is not None and count not in (n_rows, n_tokens)) or (count or 0) > n_rows:
             raise Mismatch(f"GGUF file {base.path} is of another model", {what: n_rows}, {what: count}, _WAY_OUT)
 
 
@@ -189,5 +220,4 @@ def _expected_settings(text: Any) -> Mapping[str, Any]:
         "rope.scaling.type": full.get("rope_type") if scaled else None,
         "expert_count": first("num_local_experts", "num_experts", "n_routed_experts"),
         "expert_used_count": first("num_experts_per_tok"),
-        "context_length": first("max_position_embeddings", "n_positions"),
     }

@@ -12,7 +12,7 @@ from coopq.core.files import locked, require_writable
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, as_widths, silent
-from coopq.export.formats import target_sizes
+from coopq.export.formats import TargetFile
 from coopq.game.journal import Journal
 from coopq.game.session import Prepared, Session, open_session, prepare
 from coopq.judge.bench.config import Bench, Case
@@ -94,7 +94,7 @@ def _runs(bench: Bench) -> Iterator[tuple[Case, int]]:
 def _prepare(bench: Bench, case: Case, request: Request) -> Prepared:
     """A request of a case, checked with the methods and the budgets of the case."""
     budgets = [Budget.parse(budget) for budget in case.budgets]
-    prepared = prepare(request, sizes_for=target_sizes, judge_length=bench.judge_length)
+    prepared = prepare(request, target=TargetFile(), judge_length=bench.judge_length)
     check_methods(case.methods, prepared.players, len(request.widths.bits))
     prepared.check_budgets(budgets)
     return prepared
