@@ -23,7 +23,15 @@ REFUSED = {"falcon_h1": "output.weight of the GGUF file", "gemma3n_text": "no ty
 @pytest.mark.slow
 def test_every_way_of_storing_tensors_is_exported_or_refused_before_the_work(tmp_path: Path) -> None:
     kinds = [*EXPORTED, *REFUSED]
-    command = [sys.executable, BENCHMARK, *kinds, "--work", tmp_path / "work", "--out", tmp_path / "report.md"]
+    command: list[str | Path] = [
+        sys.executable,
+        BENCHMARK,
+        *kinds,
+        "--work",
+        tmp_path / "work",
+        "--out",
+        tmp_path / "report.md",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {kind: json.loads((tmp_path / "work" / f"{kind.replace(':', '-')}.json").read_text()) for kind in kinds}

@@ -119,7 +119,6 @@ def test_every_short_file_is_one_line(source: Path, tmp_path: Path) -> None:
         ({"qwen3.rope.freq_base": 500.0}, r"qwen3.rope.freq_base \(rope.freq_base: 500.0 there, 10000.0 here\)"),
         ({"qwen3.attention.layer_norm_rms_epsilon": 1e-3}, "layer_norm_rms_epsilon"),
         ({"qwen3.attention.head_count": 8}, "head_count: 8 there, 4 here"),
-        ({"qwen3.context_length": 32}, "context_length: 32 there, 64 here"),
         ({"qwen3.embedding_length": 64}, "embedding_length"),
         ({"tokenizer.ggml.tokens": ["a"] * 600}, "tokens of its tokenizer: 600 there, 512 here"),
     ],

@@ -122,10 +122,8 @@ def test_folders_and_files_are_small() -> None:
     assert {module: n for module, n in lengths.items() if n > MOST_LINES} == {}
 
 
-@pytest.mark.parametrize(
-    ("function", "folder"), [("find_players", "model"), ("get_backend", "quantizers"), ("packed_sizes", "quantizers")]
-)
-def test_a_request_is_turned_into_players_backend_and_sizes_in_one_place(function: str, folder: str) -> None:
+@pytest.mark.parametrize(("function", "folder"), [("find_players", "model"), ("get_backend", "quantizers")])
+def test_a_request_is_turned_into_players_and_backend_in_one_place(function: str, folder: str) -> None:
     """Outside the function's own folder."""
     callers = [
         module

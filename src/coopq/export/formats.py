@@ -15,7 +15,7 @@ from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.plan.plan import Plan
-from coopq.quantizers.sizes import Target, packed_sizes
+from coopq.quantizers.sizes import OUR_FILE, Target
 
 if TYPE_CHECKING:  # these import torch
     from coopq.export.base_model import BaseModel
@@ -249,7 +249,7 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
         BackendError: If the backend cannot quantize a layer.
         ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
     """
-    target, sizes = request.target, packed_sizes(players, backend, request.widths.bits)
+    target, (_, sizes) = request.target, OUR_FILE.fit(request, skeleton, players, backend)
     if target.form is not None:
         form = get_form(target.form)
         form.check(backend)
