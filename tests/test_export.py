@@ -200,3 +200,21 @@ def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tm
     gptq[0].replace(players=(*split, *others)).save(file)
     with pytest.raises(ExportError, match=r"q_proj, .*v_proj need one width.*--granularity fused"):
         export_model(tmp_path / "saved", "compressed-tensors", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "part"), [("compressed-tensors", "weight_scale"), ("auto-round", "scales")])
+def test_an_exported_folder_that_computes_something_else_is_not_written(
+    form: str, part: str, gptq: tuple[coopq.Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = type(get_form(form))
+    pack = kind.pack  # type: ignore[attr-defined]
+
+    def wrong(*arguments: Any) -> Any:
+        packed = pack(*arguments)
+        return {**packed, part: 30 * packed[part]}
+
+    monkeypatch.setattr(kind, "pack", wrong)
+    with pytest.raises(ExportError, match="computes another loss"):
+        export_model(gptq[1], form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,9 +3,16 @@
 transformers reads GPTQ's own configuration as if all modules had one width.
 """
 
+import importlib.util
+import json
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,11 +22,23 @@ from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.gptq.format import GPTQFormat
 
+_LOSS = """
+import json, sys
+import numpy, torch
+from transformers import AutoModelForCausalLM
+from coopq.export.verification import loss_of
+asked = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float16).eval()
+print(loss_of(model, numpy.array(asked["tokens"]), "the exported model"))
+"""
+"""What the other process runs. The library computes in float16 only."""
+
 
 class AutoRound(HFFolder):
     """The form "auto-round"."""
 
     name: ClassVar[str] = "auto-round"
+    computes_in: ClassVar[torch.dtype | None] = torch.float16
 
     def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
         """See `HFFolder.layout`."""
@@ -43,3 +62,19 @@ class AutoRound(HFFolder):
         exceptions = {name: {"bits": bits, **settings} for name, bits in plan.modules.items() if bits != common}
         form = {"packing_format": "auto_round:auto_gptq", "bits": common, **settings}
         return {**form, "extra_config": exceptions}
+
+    def is_loadable(self) -> bool:
+        """See `HFFolder.is_loadable`."""
+        return importlib.util.find_spec("auto_round") is not None
+
+    def loss_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> float:
+        """See `HFFolder.loss_by_transformers`; in a process of its own, since the library takes over logging.
+
+        Raises:
+            RuntimeError: With the last line of the process, if it fails.
+        """
+        asked = json.dumps({"folder": str(folder), "tokens": tokens.tolist()})
+        done = subprocess.run([sys.executable, "-c", _LOSS], input=asked, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip().splitlines() or ["its process died"])[-1])
+        return float(done.stdout.splitlines()[-1])

@@ -23,7 +23,6 @@ class CompressedTensors(HFFolder):
     """The form "compressed-tensors"."""
 
     name: ClassVar[str] = "compressed-tensors"
-    is_checked: ClassVar[bool] = True
 
     def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
         """See `HFFolder.layout`."""

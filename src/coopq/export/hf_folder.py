@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AutoConfig
@@ -42,8 +44,8 @@ class HFFolder(Form):
     name: ClassVar[str]
     """The form's name in `coopq.export.formats.FORMS`, and the method's name in config.json."""
 
-    is_checked: ClassVar[bool] = False
-    """Whether transformers loads the form in this process, so that what was written is tried."""
+    computes_in: ClassVar[torch.dtype | None] = None
+    """The dtype that transformers computes in; None for that of the model."""
 
     @abstractmethod
     def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
@@ -132,27 +134,41 @@ class HFFolder(Form):
             self._check_written(saved, folder, progress)
         return n_bytes
 
+    def is_loadable(self) -> bool:
+        """Whether transformers can load the form here, so that what was written is tried."""
+        return True
+
+    def loss_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> float:
+        """Loss of a folder of this form as transformers computes it, nats per token.
+
+        Args:
+            folder: The folder.
+            tokens: Shape (1, length).
+            dtype: What to compute in.
+        """
+        theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
+        return loss_of(theirs, tokens, "the exported model")
+
     def _check_written(self, saved: SavedModel, folder: Path, progress: ProgressCallback) -> None:
         """Check that transformers computes the saved model's loss from the folder, if it can load the form here.
 
         Raises:
             ExportError: If it cannot compute, or computes another loss.
         """
-        if not self.is_checked:
+        if not self.is_loadable():
             return
         progress("checking the exported model", 0, 1)
         ours = load(saved.folder, device="cpu")
         tokens = probe_tokens(ours)
         expected = loss_of(ours, tokens, "the saved model")
         try:
-            theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=ours.dtype).eval()
-            found = loss_of(theirs, tokens, "the exported model")
+            found = self.loss_by_transformers(folder, tokens, ours.dtype)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ExportError(
                 f"transformers cannot compute with the exported model ({reason}); export to another form"
             ) from error
-        require_equal(found, expected, ours.dtype, "the exported model", ExportError)
+        require_equal(found, expected, self.computes_in or ours.dtype, "the exported model", ExportError)
         progress("checking the exported model", 1, 1)
 
     def _tensor_format(self, backend: Backend) -> GPTQFormat:
