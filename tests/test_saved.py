@@ -140,7 +140,7 @@ def test_a_saved_model_with_another_loss_is_refused(tmp_path: Path, monkeypatch:
     right = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, inputs: 1.5 * right(self, inputs))
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match="computes another loss"):
+    with pytest.raises(ModelError, match="computes other losses"):
         save(LoadedModel(model, Tokenizer(), torch.float32), plan_for(model, "rtn", 16, [4] * 3), tmp_path / "saved")
     assert not any(tmp_path.iterdir())
 

@@ -16,20 +16,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.core.types import Width
+from coopq.core.types import Losses, Width
 from coopq.export.hf_folder import HFFolder
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.gptq.format import GPTQFormat
 
-_LOSS = """
+_LOSSES = """
 import json, sys
 import numpy, torch
 from transformers import AutoModelForCausalLM
-from coopq.export.verification import loss_of
+from coopq.export.verification import token_losses
 asked = json.load(sys.stdin)
 model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float16).eval()
-print(loss_of(model, numpy.array(asked["tokens"]), "the exported model"))
+print(json.dumps(token_losses(model, numpy.array(asked["tokens"]), "the exported model").tolist()))
 """
 """What the other process runs. The library computes in float16 only."""
 
@@ -67,14 +67,14 @@ class AutoRound(HFFolder):
         """See `HFFolder.is_loadable`."""
         return importlib.util.find_spec("auto_round") is not None
 
-    def loss_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> float:
-        """See `HFFolder.loss_by_transformers`; in a process of its own, since the library takes over logging.
+    def losses_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
+        """See `HFFolder.losses_by_transformers`; in a process of its own, since the library takes over logging.
 
         Raises:
             RuntimeError: With the last line of the process, if it fails.
         """
         asked = json.dumps({"folder": str(folder), "tokens": tokens.tolist()})
-        done = subprocess.run([sys.executable, "-c", _LOSS], input=asked, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", _LOSSES], input=asked, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["its process died"])[-1])
-        return float(done.stdout.splitlines()[-1])
+        return np.array(json.loads(done.stdout.splitlines()[-1]))

@@ -26,7 +26,14 @@ from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
 from coopq.export.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
-from coopq.export.verification import assigned_weights, loss_of, measured_weights, probe_tokens, require_equal
+from coopq.export.verification import (
+    assigned_weights,
+    loss_of,
+    measured_weights,
+    probe_tokens,
+    require_equal,
+    token_losses,
+)
 from coopq.game.session import Session
 from coopq.model.load import LoadedModel, empty_model, pick_device, pick_dtype
 from coopq.model.safetensors_io import require_finite, save_tensors
@@ -69,11 +76,7 @@ class SavedModel:
 
     @property
     def config(self) -> Any:
-        """The configuration of the model.
-
-        Raises:
-            ModelError: If the configuration or the tokenizer was changed.
-        """
+        """The configuration of the model; a ModelError if it, or the tokenizer, was changed."""
         require_unchanged(self.folder)
         return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
 
@@ -284,11 +287,11 @@ def _checked(source: Source, plan: Plan, folder: Path, progress: ProgressCallbac
     else:
         assigned = measured_weights(source.bank, plan.assignment)
     with assigned:
-        expected = loss_of(model, tokens, "the model with the weights of the plan")
+        expected = token_losses(model, tokens, "the model with the weights of the plan")
     try:
-        found = loss_of(saved := load(folder, device=device.type), tokens, "the saved model")
+        found = token_losses(saved := load(folder, device=device.type), tokens, "the saved model")
     except torch.OutOfMemoryError:  # the accelerator holds the model that was measured
-        found = loss_of(saved := load(folder, device="cpu"), tokens, "the saved model")
+        found = token_losses(saved := load(folder, device="cpu"), tokens, "the saved model")
     require_equal(found, expected, model.dtype, f"the saved {type(model).__name__}", ModelError)
     if source.backend.whole_model:
         assert source.calibration is not None, "backends with whole_model need the calibration tokens"

@@ -17,13 +17,13 @@ from coopq.core.errors import ExportError, ModelError
 from coopq.core.files import atomic_folder, read_json, require_new_folder, write_json
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
+from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
 from coopq.export.folder_files import write_model_card
 from coopq.export.formats import Form
 from coopq.export.stored_tensors import stored_tensors
-from coopq.export.verification import loss_of, probe_tokens, require_equal
+from coopq.export.verification import probe_tokens, require_equal, token_losses
 from coopq.model.load import checkpoint_dtype, load_skeleton
 from coopq.model.matrices import matrix_of
 from coopq.model.safetensors_io import require_finite, save_tensors, saved_size
@@ -138,8 +138,8 @@ class HFFolder(Form):
         """Whether transformers can load the form here, so that what was written is tried."""
         return True
 
-    def loss_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> float:
-        """Loss of a folder of this form as transformers computes it, nats per token.
+    def losses_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
+        """Losses of a folder of this form as `token_losses` has them, by transformers.
 
         Args:
             folder: The folder.
@@ -147,7 +147,7 @@ class HFFolder(Form):
             dtype: What to compute in.
         """
         theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
-        return loss_of(theirs, tokens, "the exported model")
+        return token_losses(theirs, tokens, "the exported model")
 
     def _check_written(self, saved: SavedModel, folder: Path, progress: ProgressCallback) -> None:
         """Check that transformers computes the saved model's loss from the folder, if it can load the form here.
@@ -160,9 +160,9 @@ class HFFolder(Form):
         progress("checking the exported model", 0, 1)
         ours = load(saved.folder, device="cpu")
         tokens = probe_tokens(ours)
-        expected = loss_of(ours, tokens, "the saved model")
+        expected = token_losses(ours, tokens, "the saved model")
         try:
-            found = self.loss_by_transformers(folder, tokens, ours.dtype)
+            found = self.losses_by_transformers(folder, tokens, ours.dtype)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ExportError(

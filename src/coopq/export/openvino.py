@@ -23,7 +23,7 @@ from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
 from coopq.export.formats import Form
 from coopq.export.hf_folder import check_columns
-from coopq.export.verification import graph_loss, loss_of, probe_tokens, require_equal
+from coopq.export.verification import graph_losses, probe_tokens, require_equal, token_losses
 from coopq.model.load import load_skeleton
 from coopq.model.matrices import matrix_of
 from coopq.model.safetensors_io import require_finite
@@ -176,8 +176,8 @@ def _check_written(saved: SavedModel, file: Path, progress: ProgressCallback) ->
     """Check that OpenVINO computes the saved model's loss; an ExportError says if not."""
     progress("checking the exported model", 0, 1)
     ours = load(saved.folder, device="cpu")
-    expected = loss_of(ours, tokens := probe_tokens(ours), "the saved model")
-    require_equal(graph_loss(file, tokens), expected, ours.dtype, "the model for OpenVINO", ExportError)
+    expected = token_losses(ours, tokens := probe_tokens(ours), "the saved model")
+    require_equal(graph_losses(file, tokens), expected, ours.dtype, "the model for OpenVINO", ExportError)
     progress("checking the exported model", 1, 1)
 
 

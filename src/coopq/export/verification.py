@@ -1,6 +1,5 @@
 """Before an output appears: what was written is loaded again, and has to compute the loss of the assigned weights."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -10,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from coopq.core.errors import CoopQError, EstimationError, ExportError, ModelError
-from coopq.core.types import Width
-from coopq.game.losses import sequence_nll
+from coopq.core.types import Losses, Width
 from coopq.game.prefix_engine import model_nll
 from coopq.model.matrices import matrix_of
-from coopq.model.texts import TokenSet
+from coopq.model.texts import TokenSet, require_known_tokens
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.packed_modules import PackedWeights
 
@@ -24,7 +23,7 @@ PROBE_TOKENS = 64
 """Most tokens of the sequence that a written model is tried on: enough to notice other weights."""
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_16_BITS = 2e-2
-"""Most relative difference of losses. In 16 bits the kernels of packed layers round differently."""
+"""Most mean difference of tokens' losses, relative to their mean. In 16 bits packed layers round otherwise."""
 _FORWARD_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, AssertionError)
 """What a model's own code raises if it meets a module that it does not expect."""
 
@@ -59,8 +58,37 @@ def loss_of(model: Any, tokens: npt.NDArray[np.int64], what: str) -> float:
     Raises:
         ModelError: If the forward fails, with the model's class and the module at fault, or its loss is no number.
     """
-    try:
+    with _named(model, what):
         return float(np.concatenate(list(model_nll(model, tokens))).mean())
+
+
+@torch.no_grad()
+def token_losses(model: Any, tokens: npt.NDArray[np.int64], what: str) -> Losses:
+    """Negative log-likelihood of each token but the first of a short sequence, nats, shape (length - 1,).
+
+    Args and errors: as for `loss_of`; tokens have shape (1, length).
+    """
+    with _named(model, what):
+        require_known_tokens(model, tokens)
+        ids = torch.from_numpy(tokens).to(model.device)
+        losses = _nll(model(input_ids=ids, use_cache=False).logits, ids)
+        if not np.isfinite(losses).all():
+            raise EstimationError("a loss is not a number")
+        return losses
+
+
+def _nll(logits: Tensor, ids: Tensor) -> Losses:
+    losses: Losses = (
+        functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").double().cpu().numpy()
+    )
+    return losses
+
+
+@contextmanager
+def _named(model: Any, what: str) -> Iterator[None]:
+    """Turn what a model's forward raises into an error that names the model and the module at fault."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except EstimationError as error:
@@ -111,26 +139,27 @@ def measured_weights(bank: WeightBank, assignment: Sequence[Width]) -> Iterator[
         bank.restore()
 
 
-def require_equal(found: float, expected: float, dtype: torch.dtype, what: str, error: type[CoopQError]) -> None:
-    """Check that a written model has the loss of the weights that it was made from.
+def require_equal(found: Losses, expected: Losses, dtype: torch.dtype, what: str, error: type[CoopQError]) -> None:
+    """Check that a written model has the losses of the weights that it was made from, token by token.
 
     Args:
-        found: Loss of the written model, nats per token.
-        expected: Loss of the model with the assigned weights on the same tokens.
+        found: Losses of the written model, nats, shape (n,).
+        expected: Losses of the model with the assigned weights on the same tokens.
         dtype: What both computed in.
         what: What was written, for the message.
         error: The class of the error.
     """
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE_16_BITS)
-    if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=1e-5):
+    difference = float(np.abs(found - expected).mean())
+    if not difference <= _TOLERANCE.get(dtype, _TOLERANCE_16_BITS) * float(expected.mean()) + 1e-5:
         raise error(
-            f"{what} computes another loss ({found:.5f} nats per token) than the weights that were chosen "
-            f"({expected:.5f}), so nothing is written; choose another --backend, and report the model's class"
+            f"{what} computes other losses ({found.mean():.5f} nats per token) than the weights that were chosen "
+            f"({expected.mean():.5f}; {difference:.5f} apart from token to token), so nothing is written; choose "
+            "another --backend, and report the model's class"
         )
 
 
-def graph_loss(model_file: Any, tokens: npt.NDArray[np.int64]) -> float:
-    """Loss of an OpenVINO model on tokens, computed in float32 on the CPU, nats per token.
+def graph_losses(model_file: Any, tokens: npt.NDArray[np.int64]) -> Losses:
+    """Losses of an OpenVINO model as `token_losses` has them, computed in float32 on the CPU.
 
     Args:
         model_file: Path of the model's .xml file.
@@ -157,7 +186,7 @@ def graph_loss(model_file: Any, tokens: npt.NDArray[np.int64]) -> float:
     except (RuntimeError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [""])[-1]
         raise ExportError(f"OpenVINO cannot run the exported model ({reason}); name another --base") from error
-    return float(sequence_nll(torch.from_numpy(logits), torch.from_numpy(tokens)).mean())
+    return _nll(torch.from_numpy(logits), torch.from_numpy(tokens))
 
 
 def _failing_module(model: Any, traceback: TracebackType | None) -> str:
