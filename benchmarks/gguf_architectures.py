@@ -156,7 +156,7 @@ def _export(source: Path, base: Path, out: Path, text: Path) -> Result:
         plan = coopq.quantize(request, coopq.Goal(budget="6avg", method="one-shot-high"), out, run=run)
         coopq.export_model(out, "gguf", file, base=base, model=str(source))
     except CoopQError as error:
-        early = not (run / "bank").exists() and "\n" not in str(error)
+        early = not list((run / "bank").glob("*.safetensors")) and "\n" not in str(error)
         late = "" if early else "after the work: "
         return {"outcome": "REFUSES" if early else "FAILS", "reason": f"{late}{type(error).__name__}: {error}"}
     except BROKEN as error:

@@ -24,7 +24,7 @@ from coopq.game.run_folder import RunFolder
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.offload import OffloadedBlocks
-from coopq.model.players import covered_share, find_players
+from coopq.model.players import covered_share, find_players, warn_of_weights_outside
 from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
@@ -32,8 +32,6 @@ from coopq.quantizers.bank import WeightBank, round_untouched
 from coopq.quantizers.sizes import OUR_FILE, Target
 
 _log = logging.getLogger(__name__)
-_WELL_COVERED = 0.95
-"""Share of the blocks' weights that belongs to players; below it, a user is told."""
 Item = TypeVar("Item")
 
 
@@ -130,11 +128,7 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
     found = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
     players, sizes = target.fit(request, skeleton, found, backend)
-    covered = covered_share(skeleton, players)
-    if covered < _WELL_COVERED:
-        _log.warning(
-            "%.0f %% of the weights of the blocks can be quantized; the others stay as they are", 100 * covered
-        )
+    warn_of_weights_outside(skeleton, players)
     sizes.player_widths(widths.bits)  # refuses widths that save nothing
     return Prepared(request, skeleton, tuple(players), backend, sizes, pick_device(spec.device), target)
 

@@ -1,5 +1,6 @@
 """Finds the transformer blocks of a model, and the linear layers and experts in them, from structure alone."""
 
+import logging
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,8 @@ from torch import nn
 from coopq.core.errors import ModelError, hint
 from coopq.core.types import LinearLayer, Player
 from coopq.model.matrices import Matrix, expert_matrices, is_linear, matrix_of, number_of_experts
+
+_log = logging.getLogger("coopq")
 
 GRANULARITIES = ("block", "fused", "linear")
 """What a player can be: a transformer block, linear layers of a block that engines fuse into one, or a linear layer."""
@@ -25,6 +28,7 @@ _FUSED = (
 
 Source: `packed_modules_mapping` and `stacked_params_mapping` of the files named, in vllm/model_executor/models.
 """
+_WELL_COVERED = 0.95
 _ROUTER_NAMES = ("router", "gate", "wg", "gating", "expert_gate")
 """Names of modules that choose experts, outside of the modules that hold experts."""
 
@@ -122,6 +126,12 @@ def covered_share(model: Any, players: Iterable[Player]) -> float:
     blocks = find_blocks(model)[1]
     total = sum(tensor.numel() for tensor in {id(t): t for block in blocks for t in block.parameters()}.values())
     return sum(player.n_weights for player in players if not player.is_end) / total
+
+
+def warn_of_weights_outside(model: Any, players: Iterable[Player]) -> None:
+    """Tell a user if much of a model belongs to no player."""
+    if (share := covered_share(model, players)) < _WELL_COVERED:
+        _log.warning("only %.0f %% of the blocks' weights can be quantized; the others stay as they are", 100 * share)
 
 
 def body_of(model: Any) -> nn.Module:
