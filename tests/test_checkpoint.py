@@ -17,6 +17,7 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel, Source, save_model
+from coopq.export.folder_files import write_hashes
 from coopq.export.stored_tensors import stored_tensors
 from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.game.session import open_session, prepare
@@ -165,6 +166,7 @@ def test_the_main_job_gives_a_model_that_generates(backend: str, stories: str, t
         "README.md",
         "config.json",
         "generation_config.json",
+        "hashes.json",
         "plan.json",
         "quantized.safetensors",
         "tokenizer.json",
@@ -180,6 +182,7 @@ def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(storie
     save(loaded, plan, tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     (tmp_path / "saved" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 6}))
+    write_hashes(tmp_path / "saved")
     with pytest.raises(ModelError, match=r"lacks, or should not hold, model.layers.5"):
         coopq.load(tmp_path / "saved")
 

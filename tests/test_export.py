@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,13 +14,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma4TextConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MambaConfig,
+    RwkvConfig,
+)
 
 import coopq
 from coopq import Goal, QuantizerSpec, Request
 from coopq.core.errors import CoopQError, ExportError, Mismatch, OutputError
 from coopq.export.checkpoint import SavedModel
-from coopq.export.formats import FORMS, export_model, get_form, predicted_bytes
+from coopq.export.formats import FORMS, cache_bytes, export_model, get_form, predicted_bytes
 from coopq.game.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.quantizers import BACKENDS, get_backend
@@ -39,6 +48,36 @@ def test_the_table_names_the_backends_that_a_form_holds(name: str) -> None:
         else:
             with pytest.raises(ExportError, match=re.escape(name)):
                 get_form(form).check(backend)
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [
+        (LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3), 3 * 4 * 16),
+        (MambaConfig(), 0),
+        (
+            Lfm2Config(
+                hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2,
+                layer_types=["conv", "full_attention"],
+            ),
+            2 * 2 * 16,
+        ),
+        (
+            Gemma4TextConfig(
+                num_attention_heads=4, num_key_value_heads=2, head_dim=16, global_head_dim=32, num_hidden_layers=3,
+                num_kv_shared_layers=1, layer_types=["sliding_attention", "full_attention", "full_attention"],
+            ),
+            2 * 2 * (16 + 32),
+        ),
+    ],
+)  # fmt: skip
+def test_a_cache_has_the_keys_and_values_of_each_layer(config: Any, numbers: int) -> None:
+    assert cache_bytes(SimpleNamespace(config=config), 10) == 2 * numbers * 10
+
+
+def test_a_configuration_that_says_nothing_of_heads_has_no_known_cache() -> None:
+    with pytest.raises(ExportError, match=r"does not tell the size of its cache .*leave out --context"):
+        cache_bytes(SimpleNamespace(config=RwkvConfig()), 10)
 
 
 def test_a_budget_holds_the_cache(stories: str, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # these import torch
 
 _CACHE_BYTES = 2
 """Bytes of a number in a KV cache."""
+_WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
+"""Kinds of layers, as configurations name them, that keep no keys and values."""
 
 
 class FormEntry(NamedTuple):
@@ -228,7 +230,10 @@ class TargetFile(Target):
     ) -> tuple[Sequence[Player], Sizes]:
         """See `Target.fit`."""
         if request.target.form is not None:
-            players = get_form(request.target.form).held_players(request, players)
+            form = get_form(request.target.form)
+            form.check(backend)
+            OUR_FILE.fit(request, skeleton, players, backend)  # refuses rows that the backend has no type for
+            players = form.held_players(request, players)
         return players, target_sizes(request, skeleton, players, backend)
 
     def check(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
@@ -251,9 +256,7 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
     """
     target, (_, sizes) = request.target, OUR_FILE.fit(request, skeleton, players, backend)
     if target.form is not None:
-        form = get_form(target.form)
-        form.check(backend)
-        sizes = form.player_sizes(sizes, request, skeleton, players, backend)
+        sizes = get_form(target.form).player_sizes(sizes, request, skeleton, players, backend)
     if target.context is not None:
         sizes = replace(sizes, fixed=sizes.fixed + cache_bytes(skeleton, target.context))
     return sizes
@@ -267,17 +270,16 @@ def cache_bytes(model: Any, context: int) -> int:
     """
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    by_layer: dict[str, Any] = getattr(text, "per_layer_config", None) or {}  # Gemma-4
+    by_layer = getattr(text, "per_layer_config", None)  # Gemma-4's layers differ
     numbers = 0
     try:
         n_layers = int(text.num_hidden_layers)
         for layer in range(n_layers - (getattr(text, "num_kv_shared_layers", None) or 0)):
-            if kinds is None or "attention" in kinds[layer].replace("linear_attention", ""):
-                own = by_layer.get(str(layer), {})
-                width = own.get("head_dim") or getattr(text, "head_dim", None)
-                heads = own.get("num_key_value_heads") or getattr(text, "num_key_value_heads", None)
-                width = width or text.hidden_size // text.num_attention_heads
-                numbers += 2 * int(heads or text.num_attention_heads) * int(width)  # keys and values
+            if kinds is None or kinds[layer] not in _WITHOUT_CACHE:
+                own = text if by_layer is None else by_layer[layer]
+                width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+                heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+                numbers += 2 * int(heads) * int(width)  # keys and values
     except (AttributeError, TypeError, IndexError) as error:
         raise ExportError(
             f"the configuration of {type(model).__name__} does not tell the size of its cache ({error}); leave out "
