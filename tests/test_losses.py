@@ -105,3 +105,26 @@ def test_the_footprint_counts_the_distributions_of_full_precision() -> None:
         Footprint.estimate(model, players, text, "cpu", diverges=diverges) for diverges in (False, True)
     )
     assert diverging.states - plain.states == 4 * 3 * 32 * model.config.vocab_size
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-4, 1e-2, 1.0, 30.0])
+def test_a_divergence_keeps_its_digits_however_small(scale: float) -> None:
+    full = 10 + 3 * torch.randn(16, 5000)
+    other = full + scale * torch.randn(16, 5000)
+    exact = functional.kl_div(
+        other.double().log_softmax(1), full.double().log_softmax(1), reduction="none", log_target=True
+    )
+    reference = Reference.from_logits([(0, full)])
+    found = portions_divergence([(at, other[:, at : at + 700]) for at in range(0, 5000, 700)], reference)
+    torch.testing.assert_close(found, exact.sum(dim=1), rtol=1e-3, atol=1e-12)
+    assert (found >= 0).all()
+
+
+def test_a_model_has_no_divergence_from_itself(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank = WeightBank(
+        tmp_path, LoadedModel(model, None, torch.float32), find_players(model), RTNBackend(group_size=16), {}
+    )
+    engine = make_engine(model, bank, np.random.default_rng(0).integers(3, 97, size=(4, 20)), "kl")
+    ((_, losses, _),) = engine.evaluate(np.full((1, len(bank.players)), UNTOUCHED, dtype=np.float32))
+    assert np.abs(losses).max() < 1e-7

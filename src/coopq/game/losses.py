@@ -15,6 +15,8 @@ from coopq.model.kernels.gpu import log_total
 
 Portions = Iterable[tuple[int, Tensor]]
 """The first token of each portion of the vocabulary, and the logits of the portion, shape (n, size)."""
+_NEAR = 3.0
+"""Divergence in nats below which no term of the exact sum overflows in practice. Chosen by hand."""
 LOSSES = {
     "nll": "negative log-likelihood of the next token, the paper's loss",
     "kl": "Kullback-Leibler divergence of the next token's distribution from full precision",
@@ -135,26 +137,40 @@ class Reference:
     """Distributions of the next token by the full-precision model.
 
     Attributes:
-        probabilities: Probability of each token at each position, shape (n, vocabulary), float32.
+        log_probabilities: Logarithm of each token's probability at each position, shape (n, vocabulary), float32.
         entropy: Entropy of each distribution, nats, shape (n,).
     """
 
-    probabilities: Tensor
+    log_probabilities: Tensor
     entropy: Tensor
 
     @classmethod
     def from_logits(cls, portions: Portions) -> "Reference":
         """The distributions that logits stand for."""
         log_probabilities = functional.log_softmax(torch.cat([logits for _, logits in portions], dim=1).float(), dim=1)
-        probabilities = log_probabilities.exp()
-        return cls(probabilities, -torch.linalg.vecdot(probabilities, log_probabilities))
+        return cls(log_probabilities, -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities))
 
 
 def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
-    """Kullback-Leibler divergence from the reference at each position, in nats, shape (n,)."""
+    """Kullback-Leibler divergence from the reference at each position, in nats, shape (n,), float64.
+
+    With p the reference and x its logarithm's distance to the logits, less any constant, the divergence is
+    log(sum p e^x) - sum p x. The two terms are equal to many digits where x is small. So what is summed is
+    p (e^x - 1 - x), which is never negative, with x about zero on average over the first portion. Where a distribution
+    is far off, e^x may overflow, and nothing cancels: there the logarithms of the totals are subtracted.
+    """
     totals, expected_logits = [], torch.zeros_like(reference.entropy)
+    curved = torch.zeros_like(reference.entropy, dtype=torch.float64)
+    along, centre = torch.zeros_like(curved), None
     for first, logits in portions:
+        log_probabilities = reference.log_probabilities[:, first : first + logits.shape[1]]
+        probabilities, distance = log_probabilities.exp(), logits.float() - log_probabilities
         totals.append(log_total(logits))
-        probabilities = reference.probabilities[:, first : first + logits.shape[1]]
         expected_logits += torch.linalg.vecdot(probabilities, logits.float())
-    return torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy
+        if centre is None:
+            centre = (torch.linalg.vecdot(probabilities, distance) / probabilities.sum(dim=1))[:, None]
+        distance -= centre
+        along += torch.linalg.vecdot(probabilities, distance).double()
+        curved += torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance).double()
+    far = (torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy).double()
+    return torch.where(far < _NEAR, torch.log1p(along + curved) - along, far)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coopq.game.losses import Reference, portions_divergence
 from coopq.model.blockwise import Blockwise, States
 
 
@@ -92,6 +93,6 @@ def divergence(blockwise: Blockwise, final: States, moved: States) -> npt.NDArra
     found = []
     for batch in zip(final, moved, strict=True):
         for pair in zip(*(states[:, :-1].flatten(0, 1).split(portion) for states in batch), strict=True):
-            full, other = (blockwise.head(positions.unsqueeze(1)).float()[:, 0].log_softmax(1) for positions in pair)
-            found.append(functional.kl_div(other, full, reduction="none", log_target=True).double().sum(dim=1))
+            full, other = (blockwise.head(positions.unsqueeze(1))[:, 0] for positions in pair)
+            found.append(portions_divergence([(0, other)], Reference.from_logits([(0, full)])))
     return torch.cat(found).cpu().numpy()
