@@ -102,7 +102,7 @@ def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, prog
     with Journal(folder / "journal.jsonl", {}) as journal:
         game = QuantizationGame(paid, journal, len(players), progress, "active")
         meters = Meters(lambda _: game, 1, [player.block for player in players], nothing)
-        run_search(ActiveSearch(space, None, nothing), meters)
+        run_search(ActiveSearch(space), meters)
     return meters
 
 

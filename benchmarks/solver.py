@@ -80,7 +80,7 @@ def fitted(n_steps: int, seed: int, *, widths: tuple[int, ...]) -> QuadraticProg
     capacity = int(step_bytes.sum()) // 2
     space = SearchSpace(player_widths, step_bytes, (capacity,), seed)
     game = SteppedGame(SyntheticGame(n_steps, "super-linear", seed), space)
-    search = run(ActiveSearch(space, limit=lambda _: FITTED_POINTS_PER_STEP * n_steps), game)
+    search = run(ActiveSearch(space, limit=FITTED_POINTS_PER_STEP * n_steps), game)
     return best_surrogate(search.measured.surrogates(capacity)).program(space.constraint(capacity))
 
 

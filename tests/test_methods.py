@@ -11,13 +11,10 @@ from coopq.core.specs import Request, SolverSpec
 from coopq.export.checkpoint import SavedModel
 from coopq.game.session import open_session, prepare
 from coopq.plan.allocate import measure_plan
-from coopq.plan.by_score import starts_by_scores
 from coopq.plan.by_search import make_search
 from coopq.plan.confidence import Confidence, confidence
-from coopq.plan.methods import METHODS, get_method, make_plans, names
+from coopq.plan.methods import METHODS, get_method, make_plans
 from coopq.search import SearchSpace, run
-from coopq.search.solver.exact import Allocation, allocate
-from coopq.search.solver.quadratic_program import QuadraticProgram
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
@@ -82,29 +79,12 @@ def test_a_search_of_linear_layers_screened_on_few_sequences(tmp_path: Path) -> 
     assert "left-out error" in text
 
 
-def test_starts_of_the_active_search_do_not_depend_on_the_clock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search that is resumed on a slower machine proposes the same points."""
-    limits: list[float | None] = []
-
-    def watched(program: QuadraticProgram, time_limit: float | None = None) -> Allocation:
-        limits.append(time_limit)
-        return allocate(program, time_limit)
-
-    for module in ("allocate", "by_score"):
-        monkeypatch.setattr(f"coopq.plan.{module}.allocate", watched)
-    with open_session(prepare(REQUEST), folder) as session:
-        starts, _ = starts_by_scores(session, [Budget.parse("3.3avg")])
-    assert len(starts) == len(names(is_start=True))
-    assert len(limits) == len(starts) - 1, "the one with pair terms is descended"
-    assert set(limits) == {None}
-
-
 @pytest.mark.parametrize("method", ["greedy-down", "greedy-up"])
 def test_greedy_moves_many_players_several_a_step(method: str) -> None:
     space = SearchSpace.uniform((LOW, HIGH), np.ones(96, dtype=np.int64), (48,))
     game = SyntheticGame(96, "quadratic", 0)
     no_starts = np.zeros((0, 96), dtype=np.float32)
-    search = run(make_search(get_method(method), space, (no_starts, np.zeros(0)), no_starts), game)
+    search = run(make_search(get_method(method), space, (no_starts, np.zeros(0))), game)
     assert len(search.measured) < 96 + 18 * 33, "a third of the players before each of 16 moves of 3 players"
     chosen = search.choose(48)
     assert (chosen == HIGH).sum() == 48

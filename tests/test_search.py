@@ -21,7 +21,6 @@ from coopq.search import (
     run_search,
 )
 from coopq.search.solver.local_search import random_fill
-from coopq.search.strategies.active import descent
 from coopq.search.surrogate import fit_surrogates, rank_correlation
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame, TableGame
 
@@ -88,21 +87,6 @@ def test_active_is_better_than_greedy() -> None:
             chosen = np.array([search.choose(capacity) for capacity in space.capacities])
             losses[name].append(float(np.mean(game(chosen) / chance)))
     assert np.mean(losses["active"]) < min(np.mean(losses["down"]), np.mean(losses["up"]))
-
-
-def test_many_players_start_with_a_descent_and_soon_go_below_it() -> None:
-    space = SearchSpace.uniform((LOW, HIGH), np.random.default_rng(0).choice([1, 3, 8], size=66), (100,), seed=0)
-    game = SyntheticGame(66, "saturating", 0)
-    opening = descent(space)
-    assert opening is not None
-    down, active = run(opening, game), ActiveSearch(space)
-    while len(active.measured) < len(down.measured) + 60:
-        points = active.propose()
-        active.learn(points, game(points))
-    assert set(map(bytes, down.measured.q)) <= set(map(bytes, active.measured.q))
-    finer = run(Greedy.paced(space), game)
-    assert len(active.measured) < len(finer.measured)
-    assert active.measured.lowest(100) < min(down.measured.lowest(100), finer.measured.lowest(100))
 
 
 def test_active_is_soon_sure_of_a_quadratic_game() -> None:

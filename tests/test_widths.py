@@ -32,7 +32,6 @@ from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression,
 from coopq.search.solver.exact import allocate
 from coopq.search.solver.local_search import descend, local_optima, neighbours, random_fill
 from coopq.search.solver.quadratic_program import QuadraticProgram
-from coopq.search.strategies.active import descent
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
@@ -176,21 +175,6 @@ def test_active_finds_the_optimum_of_small_games() -> None:
                 assert search.lowest(capacity) == pytest.approx(enumeration.lowest(capacity), abs=1e-9)
 
 
-def test_rounds_are_as_small_with_several_widths() -> None:
-    """Surrogates are fitted as often, however many widths players have."""
-    n, sizes = 72, []
-    for widths in (WIDTHS[:2], WIDTHS):
-        space = space_of_bits(widths, n, (0.5,))
-        game, search, opening = Smooth(n, 0), ActiveSearch(space), descent(space)
-        assert opening is not None
-        n_descended = len(run(opening, game).measured)
-        while len(search.measured) < n_descended:
-            points = search.propose()
-            search.learn(points, game(points))
-        sizes.append(len(search.propose()))
-    assert 0 < sizes[1] <= sizes[0]
-
-
 @pytest.mark.parametrize("direction", ["down", "up"])
 def test_greedy_of_many_steps_ends_near_the_optimum_of_a_smooth_game(direction: str) -> None:
     game, rng = Smooth(30, 0), np.random.default_rng(0)
@@ -224,7 +208,7 @@ def test_one_shot_is_the_optimum_where_steps_add_up() -> None:
 def test_searches_keep_every_budget(name: str) -> None:
     for seed in range(3):
         space, no_starts = random_space(seed, 5, 3, 2), np.zeros((0, 5), dtype=np.float32)
-        search = run(make_search(get_method(name), space, (no_starts, np.zeros(0)), no_starts), Smooth(5, seed))
+        search = run(make_search(get_method(name), space, (no_starts, np.zeros(0))), Smooth(5, seed))
         for capacity in space.capacities:
             assert space.constraint(capacity).is_feasible(space.steps_down(search.choose(capacity)))
 

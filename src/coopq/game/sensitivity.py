@@ -37,6 +37,9 @@ class Sensitivity:
             None if all players have both.
 
     Attributes:
+        blockwise: As given.
+        bank: As given.
+        members: The players of each block.
         block_forwards: Forwards of one block over all tokens that were asked for, cached results included. A backward
             counts as two.
     """
@@ -49,9 +52,9 @@ class Sensitivity:
         high: Width,
         player_widths: Sequence[Sequence[Width]] | None = None,
     ) -> None:
-        self._blockwise = blockwise
-        self._bank = bank
-        self._members = players_of_blocks(bank.players)
+        self.blockwise = blockwise
+        self.bank = bank
+        self.members = players_of_blocks(bank.players)
         self._player_widths = player_widths
         self._first_order: tuple[int, dict[Width, list[list[float]]]] | None = None
         self.low = low
@@ -72,7 +75,7 @@ class Sensitivity:
     @property
     def players(self) -> Sequence[Player]:
         """The players, in order."""
-        return self._bank.players
+        return self.bank.players
 
     @property
     def blocks(self) -> list[int]:
@@ -88,22 +91,22 @@ class Sensitivity:
     @property
     def scored_tokens(self) -> int:
         """Predicted tokens of a sequence: all but the first."""
-        return int(self._blockwise.batches[0].shape[1]) - 1
+        return int(self.blockwise.batches[0].shape[1]) - 1
 
     def weights(self, player: int) -> dict[str, Tensor]:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
-        return self._bank.weights(player, UNTOUCHED)
+        return self.bank.weights(player, UNTOUCHED)
 
     def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
         """Weights of a player's linear layers by name, quantized and dequantized, each of shape (out, in)."""
-        return self._bank.weights(player, self._width(player, bits))
+        return self.bank.weights(player, self.width_of(player, bits))
 
     def states(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Hidden states before and after each block, both of shape (n_sequences, length, width); two are held."""
-        self._blockwise.record()
-        before = self._blockwise.embedded
-        for block in range(self._blockwise.n_blocks):
-            after = self._blockwise.forward_block(block, before)
+        self.blockwise.record()
+        before = self.blockwise.embedded
+        for block in range(self.blockwise.n_blocks):
+            after = self.blockwise.forward_block(block, before)
             self.block_forwards += 1
             yield torch.cat(before), torch.cat(after)
             before = after
@@ -117,13 +120,13 @@ class Sensitivity:
         Yields:
             The player, and d loss / d weight by name of the linear layer, shape (out, in).
         """
-        states = self._all_states()
-        upstream = head_gradients(self._blockwise, states.pop())
-        for block, members in reversed(list(enumerate(self._members))):
+        states = self.all_states()
+        upstream = head_gradients(self.blockwise, states.pop())
+        for block, members in reversed(list(enumerate(self.members))):
             self.block_forwards += 3
-            parameters = [self._bank.parameters(player) for player in members]
+            parameters = [self.bank.parameters(player) for player in members]
             weights = {name: weight for by_name in parameters for name, weight in by_name.items()}
-            found = weight_gradients(self._blockwise, block, states.pop(), upstream, weights)
+            found = weight_gradients(self.blockwise, block, states.pop(), upstream, weights)
             for player in reversed(members):
                 yield player, {linear.name: found[linear.name] for linear in self.players[player].linears}
 
@@ -157,17 +160,6 @@ class Sensitivity:
         """
         return self._sums_over_outputs(lambda moved, gradient: moved * gradient)
 
-    def output_errors(self) -> npt.NDArray[np.float64]:
-        """Squared errors of linear layers' outputs by quantizing each player alone, weighted by squared gradients.
-
-        The sum over tokens and outputs of (y (Q_b(W) - W) x)^2, where y is the gradient of the sequence's mean loss by
-        the output.
-
-        Returns:
-            Shape (2, n_players, n_sequences); at the low width, then at the high one.
-        """
-        return self._sums_over_outputs(lambda moved, gradient: (moved * gradient).square())
-
     def traces(self, n_samples: int, seed: int) -> dict[str, float]:
         """Traces of the Hessian of the mean loss by each linear layer's weights, by name: Hutchinson's estimates.
 
@@ -188,13 +180,13 @@ class Sensitivity:
                 signs = _random_signs(originals, seed * n_samples + sample)
                 for name, player in owners.items():
                     moved = torch.add(originals[name], signs[name], alpha=direction * step)
-                    self._bank.parameters(player)[name].data = moved
+                    self.bank.parameters(player)[name].data = moved
                 for _, gradients in self.gradients():
                     for name, gradient in gradients.items():
                         along = float((gradient.double() * signs[name].to(gradient.device)).sum())
                         traces[name] += direction * along / (2 * step * n_samples)
         finally:
-            self._bank.restore()
+            self.bank.restore()
         return traces
 
     @torch.no_grad()
@@ -204,51 +196,51 @@ class Sensitivity:
         Returns:
             Shape (2, n_players), nats per token; at the low width, then at the high one.
         """
-        states = self._all_states()
+        states = self.all_states()
         found = np.zeros((2, len(self.players)))
         try:
             for player, (row, bits) in product(range(len(self.players)), enumerate((self.low, self.high))):
                 block = self.players[player].block
-                self._bank.set_player(player, self._width(player, bits))
+                self.bank.set_player(player, self.width_of(player, bits))
                 moved = states[block]
-                for after in range(block, self._blockwise.n_blocks):
-                    moved = self._blockwise.forward_block(after, moved)
+                for after in range(block, self.blockwise.n_blocks):
+                    moved = self.blockwise.forward_block(after, moved)
                     self.block_forwards += 1
-                self._bank.set_player(player, UNTOUCHED)
-                found[row, player] = divergence(self._blockwise, states[-1], moved).mean()
+                self.bank.set_player(player, UNTOUCHED)
+                found[row, player] = divergence(self.blockwise, states[-1], moved).mean()
         finally:
-            self._bank.restore()
+            self.bank.restore()
         return found
 
-    def _width(self, player: int, bits: Width) -> Width:
+    def width_of(self, player: int, bits: Width) -> Width:
         """The narrowest width of a player that is at least `bits`."""
         return bits if self._player_widths is None else min(w for w in self._player_widths[player] if w >= bits)
 
-    def _all_states(self) -> list[States]:
+    def all_states(self) -> list[States]:
         """States before the first block and after each block."""
-        self._blockwise.record()
-        states = [self._blockwise.embedded]
-        for block in range(self._blockwise.n_blocks):
-            states.append(self._blockwise.forward_block(block, states[-1]))
-        self.block_forwards += self._blockwise.n_blocks
+        self.blockwise.record()
+        states = [self.blockwise.embedded]
+        for block in range(self.blockwise.n_blocks):
+            states.append(self.blockwise.forward_block(block, states[-1]))
+        self.block_forwards += self.blockwise.n_blocks
         return states
 
     def _sums_over_outputs(self, term: Term) -> npt.NDArray[np.float64]:
         """Sums over the outputs of linear layers, shape (2, n_players, n_sequences); see `sequence_changes`."""
-        sizes = [len(batch) for batch in self._blockwise.batches]
+        sizes = [len(batch) for batch in self.blockwise.batches]
         starts, n_sequences = np.cumsum([0, *sizes]), sum(sizes)
-        states = self._all_states()
+        states = self.all_states()
         # Each sequence's own mean loss: the mean over all sequences, times their number, is the sum of these.
-        upstream = [gradient * n_sequences for gradient in head_gradients(self._blockwise, states.pop())]
+        upstream = [gradient * n_sequences for gradient in head_gradients(self.blockwise, states.pop())]
         sums = np.zeros((2, len(self.players), n_sequences))
-        for block in reversed(range(self._blockwise.n_blocks)):
+        for block in reversed(range(self.blockwise.n_blocks)):
             self.block_forwards += 5  # a forward, the gradient by the states, and two products for each weight
-            with self._blockwise.placed(block):
-                members = self._members[block]
+            with self.blockwise.placed(block):
+                members = self.members[block]
                 for j, batch in enumerate(states.pop()):
                     leaf = batch.detach().requires_grad_()
-                    with torch.enable_grad(), self._bank.watching(members) as seen:
-                        output = self._blockwise.call_block(block, j, leaf)
+                    with torch.enable_grad(), self.bank.watching(members) as seen:
+                        output = self.blockwise.call_block(block, j, leaf)
                     upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
                     for player, (row, bits) in product(members, enumerate((self.low, self.high))):
                         sums[row, player, starts[j] : starts[j + 1]] += self._sum_terms(
@@ -272,7 +264,7 @@ class Sensitivity:
         total: npt.NDArray[np.float64] = np.zeros(())
         for name, weight in self.weights(player).items():
             inputs, gradient = gradients[name]
-            error = self._bank.matrices[name].rows(quantized[name] - weight)
+            error = self.bank.matrices[name].rows(quantized[name] - weight)
             moved = functional.linear(inputs, error.to(inputs.device))
             total = total + term(moved, gradient).reshape(n_sequences, -1).double().sum(dim=1).cpu().numpy()
         return total

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -13,15 +12,14 @@ from coopq.core.errors import EstimationError, RunError
 from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import Assignments, ProgressCallback, silent
+from coopq.core.types import ProgressCallback, silent
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.session import Session
 from coopq.plan.allocate import choose_by_gains, make_plan, search_space
 from coopq.plan.estimation import Spent
-from coopq.plan.methods import METHODS, Method, check_methods, names
+from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
-from coopq.search.solver.exact import allocate, near_optimum
 
 _FORMAT_VERSION = 2
 _log = logging.getLogger(__name__)
@@ -130,36 +128,13 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
         sensitivity.on_work = report
     if method.scores_pairs:
         gains, pairs = function(measured_at)
+    elif method.is_at_once:
+        gains, pairs = function(measured_at).ravel(), None
     else:
         gains, pairs = np.stack([function(sensitivity) for sensitivity in measured_at], axis=1).ravel(), None
     spent = sum(sensitivity.block_forwards for sensitivity in measured_at) - before
     progress(stage, max(spent, 1), max(spent, 1))
     return Score(gains, pairs, spent)
-
-
-def starts_by_scores(session: Session, budgets: Sequence[Budget]) -> tuple[Assignments, int]:
-    """What the cheap scores choose for budgets, and the block forwards that these scores take.
-
-    No time limit decides here: a search that is resumed has to start from the same assignments.
-    """
-    space, block_forwards = search_space(session, budgets), 0
-    chosen = [space.assignments(np.zeros((0, space.n_steps), dtype=bool))]
-    if any(player.is_end for player in session.players):  # scores know nothing of embeddings
-        return chosen[0], 0
-    measured_at = sensitivities(session)
-    for name in names(is_start=True):
-        try:
-            check_methods([name], session.players, len(session.request.widths.bits))
-            found = cached_score(session, METHODS[name], measured_at)
-        except EstimationError as error:  # only a hint: the search does without
-            _log.warning("%s; the search starts without it", error)
-            continue
-        block_forwards += found.block_forwards
-        for capacity in space.capacities:
-            program = replace(space.constraint(capacity), a=found.gains)
-            solved = allocate(program) if found.pairs is None else near_optimum(replace(program, K=found.pairs))
-            chosen.append(space.assignments(solved.q[None]))
-    return np.concatenate(chosen), block_forwards
 
 
 def _sum_to_own_steps(session: Session, terms: Gains) -> Gains:

@@ -15,12 +15,13 @@ from coopq.game.game import Meter, Meters
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.game.session import Session
 from coopq.plan.allocate import describe_search, make_plan, search_space
-from coopq.plan.by_score import starts_by_scores
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
+from coopq.plan.scores.prior import step_prior
 from coopq.plan.search_log import SearchLog
 from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run, run_search
+from coopq.search.informed import Prior
 
 _N_FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set; chosen by hand."""
@@ -32,8 +33,7 @@ def plans_by_search(session: Session, method: Method, budgets: Sequence[Budget],
     With screening the search looks at the first calibration sequences; its finalists are measured on all of them.
     """
     space, text = search_space(session, budgets), session.request.text
-    starts, scoring = starts_by_scores(session, budgets) if method.takes_starts else (_no_starts(space), 0)
-    search, meters = _search(session, method, space, starts)
+    search, meters, scoring = _search(session, method, space)
     share, n_blocks = text.n_screen_sequences / text.n_sequences, len(set(session.blocks))
     spent = Spent(
         scoring + round(meters.block_forwards * share), scoring + round(meters.evaluations * share) * n_blocks
@@ -54,16 +54,16 @@ def plans_by_search(session: Session, method: Method, budgets: Sequence[Budget],
     return plans
 
 
-def make_search(method: Method, space: SearchSpace, known: Known, starts: Assignments) -> Search:
+def make_search(method: Method, space: SearchSpace, known: Known, prior: Prior | None = None) -> Search:
     """The strategy of a method.
 
     Args:
         method: A search.
         space: What the strategy chooses from.
         known: Points measured before the search began, for strategies that learn from them.
-        starts: Assignments to measure first, shape (n, n_players), for strategies that take them.
+        prior: What each step costs about, for strategies that take it.
     """
-    arguments = [known] * method.learns + [starts] * method.takes_starts
+    arguments = [known] * method.learns + [prior] * method.takes_prior
     search: Search = method.load()(space, *arguments, **method.options)
     return search
 
@@ -119,8 +119,8 @@ def begin_with_nothing(session: Session, methods: Sequence[str], budgets: Sequen
         log.begin_with_nothing(_search_name(method, space, session.folder.journal))
 
 
-def _search(session: Session, method: Method, space: SearchSpace, starts: Assignments) -> tuple[Search, Meters]:
-    """Run a search on the screening sequences, and count what the search takes."""
+def _search(session: Session, method: Method, space: SearchSpace) -> tuple[Search, Meters, int]:
+    """Run a search on the screening sequences; also what it takes, and the block forwards of its prior."""
     n_screen, stage = session.request.text.n_screen_sequences, f"searching, {method.name}"
     with session.game(stage, n_screen) as game, ExitStack() as stack:
         name = _search_name(method.name, space, game.journal.path)
@@ -131,7 +131,8 @@ def _search(session: Session, method: Method, space: SearchSpace, starts: Assign
             return game if n == n_screen else stack.enter_context(session.game(stage, n))
 
         meters = Meters(game_on_first, n_screen, session.blocks, known[0])
-        return run_search(make_search(method, space, known, starts), meters), meters
+        prior, scoring = step_prior(session, space, meters(1.0)) if method.takes_prior else (None, 0)
+        return run_search(make_search(method, space, known, prior), meters), meters, scoring
 
 
 def _rank(space: SearchSpace, search: Search, capacity: int) -> Assignments:
@@ -153,10 +154,6 @@ def _decide(
     decided = {capacity: space.assignments(deciding.best(capacity, 2)) for capacity in space.capacities}
     unshared = len(finalists) * len(set(session.blocks))
     return decided, Spent(prefix_tree_size(finalists, session.blocks), unshared)
-
-
-def _no_starts(space: SearchSpace) -> Assignments:
-    return space.assignments(np.zeros((0, space.n_steps), dtype=bool))
 
 
 def _search_name(method: str, space: SearchSpace, journal: Path) -> str:

@@ -18,10 +18,11 @@ from coopq.model.blockwise import batch_size
 from coopq.model.memory import Footprint
 from coopq.plan.by_search import make_search
 from coopq.plan.methods import METHODS, names
+from coopq.plan.scores.prior import SCORE
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, Search, SearchSpace, run_search
 from coopq.search.solver.local_search import random_fill
-from coopq.search.strategies.active import descent, most_points
+from coopq.search.strategies.active import most_points
 from coopq.search.strategies.exhaustive import MOST_PLAYERS
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 
@@ -137,21 +138,20 @@ def forecast_methods(players: Sequence[Player], request: Request) -> dict[str, W
         if method.most_widths is not None and len(widths) > method.most_widths:
             continue
         if name == "active":
-            found[name] = _active(space, blocks, request.text.n_screen_sequences)
+            found[name] = _active(space, blocks)
         elif name != "exact" or len(widths) ** n <= 2**MOST_PLAYERS:
-            search = make_search(method, space, (nothing, np.zeros(0)), nothing)
+            search = make_search(method, space, (nothing, np.zeros(0)))
             found[name] = _play(search, space, blocks, request.text.n_screen_sequences)
     return found
 
 
-def _active(space: SearchSpace, blocks: list[int], n_sequences: int) -> Work:
-    """At most what the active search takes: its opening descent, then rounds of points that fill the budget."""
-    opening, points = descent(space), most_points(space)
-    opened = Work(0, 0) if opening is None else _play(opening, space, blocks, n_sequences)
+def _active(space: SearchSpace, blocks: list[int]) -> Work:
+    """At most what the active search takes: its score, then rounds of points that fill the budget."""
+    points, scoring = most_points(space), (METHODS[SCORE].cost or 0) * len(set(blocks))
     rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
     drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))
     searched = prefix_tree_size(drawn, blocks) * points // len(drawn)
-    return Work(opened.block_forwards + searched, opened.evaluations + points, is_bound=True)
+    return Work(scoring + searched, points, is_bound=True)
 
 
 def _play(search: Search, space: SearchSpace, blocks: list[int], n_sequences: int) -> Work:

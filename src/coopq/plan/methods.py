@@ -34,12 +34,12 @@ class Method:
         options: Keyword arguments of the strategy.
         most_widths: Number of widths that the method can choose from; None for any number.
         learns: Whether the search fits what was measured before the search began.
-        takes_starts: Whether the search measures first what the cheap scores choose.
+        takes_prior: Whether the search begins with what a gradient score says of each step.
         trusts_surrogate: Whether the search chooses what its surrogate predicts to be best, measured or not.
         takes_alpha: Whether the method solves the paper's program, with its alpha.
         proves: Whether the program is solved to proof. Otherwise the optimum is not the point, or nobody would wait.
         scores_pairs: Whether the score has terms for pairs of steps too.
-        is_start: Whether the score takes a few forwards at most, so that the active search measures what it chooses.
+        is_at_once: Whether the score takes all widths in one pass, and knows embeddings and experts.
         is_in_paper: Whether the paper compares with the method.
         is_compared: Whether `coopq compare` takes the method if none is named.
         whole_blocks: Whether players have to be whole blocks.
@@ -54,12 +54,12 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     most_widths: int | None = None
     learns: bool = False
-    takes_starts: bool = False
+    takes_prior: bool = False
     trusts_surrogate: bool = False
     takes_alpha: bool = False
     proves: bool = False
     scores_pairs: bool = False
-    is_start: bool = False
+    is_at_once: bool = False
     is_in_paper: bool = False
     is_compared: bool = False
     whole_blocks: bool = False
@@ -86,7 +86,7 @@ def _score(name: str, summary: str, cost: int, path: str, **traits: Any) -> Meth
     return Method(name, "score", summary, cost, f"coopq.plan.scores.{path}", **{"proves": True, **traits})
 
 
-_BASELINE = {"is_start": True, "is_in_paper": True, "is_compared": True}
+_BASELINE = {"is_in_paper": True, "is_compared": True}
 _BELIEVES = {"trusts_surrogate": True}
 _ALL = (
     _search(
@@ -95,7 +95,7 @@ _ALL = (
         262,
         "active:ActiveSearch",
         learns=True,
-        takes_starts=True,
+        takes_prior=True,
         is_compared=True,
     ),
     _walks(
@@ -169,7 +169,6 @@ _ALL = (
         "fisher:terms",
         proves=False,
         scores_pairs=True,
-        is_start=True,
         is_compared=True,
         watches_outputs=True,
     ),
@@ -184,9 +183,9 @@ _ALL = (
     _score(
         "auto-quantize",
         "output errors weighted by squared gradients",
-        6,
+        9,
         "auto_quantize:gains_by_gradient",
-        watches_outputs=True,
+        is_at_once=True,
     ),
     _score("auto-quantize-kl", "KL of each player and width alone", 32, "auto_quantize:gains_by_divergence"),
 )
@@ -209,7 +208,7 @@ def make_plans(session: "Session", method: str, budgets: Sequence[Budget], solve
 
 
 def names(**traits: Any) -> tuple[str, ...]:
-    """Names of the methods with some values of attributes: `names(kind="score", is_start=True)`."""
+    """Names of the methods with some values of attributes: `names(kind="score", is_in_paper=True)`."""
     return tuple(
         method.name
         for method in METHODS.values()
@@ -249,7 +248,7 @@ def check_methods(methods: Sequence[str], players: Sequence[Player], n_widths: i
                 f"method {method.name!r} chooses between {method.most_widths} widths, and {n_widths} are given; take "
                 "two, or another method: 'active'"
             )
-        if method.kind == "score" and any(player.is_end for player in players):
+        if method.kind == "score" and not method.is_at_once and any(player.is_end for player in players):
             raise EstimationError(
                 f"method {method.name!r} scores layers in blocks, not embeddings; take a search, or leave "
                 "--embeddings out"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from coopq.core.errors import EstimationError, Mismatch, ModelError
+from coopq.core.errors import Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 from coopq.model.load import LoadedModel
@@ -179,6 +179,11 @@ class WeightBank:
                     own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
                     yield linear.name, {key.removeprefix(prefix): tensor for key, tensor in own.items()}
 
+    @property
+    def model(self) -> Any:
+        """The model whose weights these are."""
+        return self._loaded.model
+
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The model's parameters that hold a player's weights, by name."""
         return {linear.name: self._parameters[linear.name] for linear in self.players[player].linears}
@@ -187,20 +192,15 @@ class WeightBank:
     def watching(self, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """A dictionary that gets the input and output of each linear layer of players, by name, in a forward pass.
 
-        Raises:
-            EstimationError: If a player has experts that share one tensor: these have no outputs of their own.
+        Experts that share one tensor have no outputs of their own, and are left out.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 
         def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
             return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
 
-        names = [linear.name for player in players for linear in self.players[player].linears]
-        experts = [name for name in names if self.matrices[name].n_experts]
-        if experts:
-            raise EstimationError(
-                f"{experts[0]} holds experts, whose outputs cannot be observed; choose another --method"
-            )
+        linears = [linear for player in players for linear in self.players[player].linears]
+        names = [linear.name for linear in linears if not linear.n_experts]
         handles = [self._loaded.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:
             yield seen

@@ -1,55 +1,43 @@
-"""Active search: surrogates propose assignments, the true loss decides, and each loss improves the surrogates.
+"""Active search: a surrogate proposes assignments, the true loss decides, and each loss improves the surrogate.
 
-docs/decisions/0009-active-search.md says why, and what was tried instead.
+docs/decisions/0009-active-search.md says why, and docs/decisions/0038-informed-search.md what the prior is for.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 
 from coopq.core.types import Assignment, Assignments, Losses
+from coopq.search.informed import Floats, InformedSurrogate, Prior, fit_informed, knapsacks
 from coopq.search.measured import Known, Measured
 from coopq.search.protocol import Search
-from coopq.search.solver.local_search import local_optima, neighbours
-from coopq.search.solver.quadratic_program import Steps
+from coopq.search.solver.local_search import descend, local_optima, neighbours
+from coopq.search.solver.quadratic_program import QuadraticProgram, Steps
 from coopq.search.space import SearchSpace
-from coopq.search.strategies.greedy import Greedy
 
-_POINTS_PER_SURROGATE = 2
-"""Points that each surrogate proposes for each budget in a round: few, so that the surrogates learn often, and more
-than one, so that points share prefixes. Chosen by hand."""
-_PLAYERS_PER_POINT = 32
-"""With more than twice as many players, a surrogate proposes one point for this number of players (decision 9)."""
-_LIKELY = 0.05
-"""A budget is settled when no candidate is lower than its best loss with a higher probability (decision 9)."""
-_POINTS_PER_PLAYER_OF_FEW, _POINTS_PER_STEP, _POINTS_PER_PLAYER = 13, 6, 8
-"""Limits on the points measured, see `most_points` (decision 9; benchmarks/enough.py, docs/results/enough-*.md). For
-blocks the limit is less than a tenth of the paper's hundred walks."""
-_FEW_STEPS = 64
-"""With more steps than this, a search starts with a descent (decision 9). Chosen by hand: what a player does alone at
-either end says too little about the points between if there are many steps."""
-_DESCENT_MOVES, _DESCENT_CANDIDATES = 8, 4
-"""A descent takes this number of moves from end to end, and measures one in so many steps before a move (decision 9;
-benchmarks/openings.py, docs/results/openings.md)."""
-_POOL = 2000
-"""Candidates of lowest predicted loss that get an expected improvement. With 210 players there are 25,000 candidates,
-and predictions for all took most of the time between two rounds (decision 9). Chosen by hand."""
+_PER_ROUND = 2
+"""Points that are proposed for each budget in a round: few, so that the surrogate learns often. Chosen by hand."""
+_OPENING, _AROUND = 5, 2
+"""Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
+_POOL = 1000
+"""Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
+_CLIMBS = 12
+"""Most exchanges from the best point towards the surrogate's own optimum in a round. Chosen by hand."""
 _INCUMBENTS = 3
 """Best measured points of a budget whose neighbours are candidates. Chosen by hand."""
+TOLERANCE = 0.01
+"""Share of the loss lost that a user would not miss."""
+_WORTH = 0.03
+"""A budget is settled when no candidate is expected to gain this share of the tolerance, in this number of rounds:"""
+_ROUNDS = 3
+_POINTS_PER_PLAYER_OF_FEW, _POINTS_PER_STEP, _POINTS_PER_PLAYER, _FEW_STEPS = 13, 6, 8, 64
+"""Limits on the points measured, see `most_points`; searches with a prior seldom meet them (decision 9)."""
+_LIKELY = 0.05
+"""Without a prior a budget is settled when no candidate is lower than its best loss with a higher probability."""
 _RANDOM_STARTS = 20
-"""Random descents on each surrogate. Chosen by hand."""
-
-
-def descent(space: SearchSpace) -> Greedy | None:
-    """The greedy descent that the search of many steps starts with; None for few steps."""
-    n = space.n_steps
-    if n <= _FEW_STEPS:
-        return None
-    return Greedy(space, per_move=n // _DESCENT_MOVES, candidates=n // _DESCENT_CANDIDATES)
+"""Random descents on each surrogate without a prior. Chosen by hand."""
 
 
 def most_points(space: SearchSpace) -> int:
-    """Most points that a search measures, its start and its descent not counted.
+    """Most points that a search measures, its opening not counted.
 
     Few steps: 13 for each player, or 6 for each step if that is more. Many steps: 6 for each step, at most 8 for each
     player.
@@ -63,21 +51,19 @@ def most_points(space: SearchSpace) -> int:
 class ActiveSearch(Search):
     """Searches all budgets of a space at once on the true loss.
 
-    The search starts from known points, from the assignments in `starts`, and from each player alone at either end of
-    the game. With many steps a greedy descent replaces the players alone.
+    The search starts from what the prior alone chooses for the budgets and for sizes around them. Then it goes in
+    rounds. For each budget a surrogate is fitted to all points, and the unmeasured points of highest expected
+    improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
+    of the best points. A budget is settled when no point is worth a measurement.
 
-    Then the search goes in rounds. For each budget, one surrogate of each transform of the loss is fitted to all points
-    measured so far. Candidates are the surrogate's own optima and the neighbours of these optima and of the best
-    measured points. The candidates of highest expected improvement on the best measured loss are measured next. A
-    budget is settled when no candidate is better with a probability worth a measurement, by the errors of the
-    surrogates on left-out points.
+    A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
+    surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
 
     Args:
         space: Players, widths, budgets, seed.
         known: Points measured before the search, with their losses.
-        starts: Assignments to measure first, shape (n, n_players): the search ends with nothing worse.
-        opening: The descent to start with, if any.
-        limit: Most points to measure, starts and descent not counted.
+        prior: What each step costs about; None if nothing is known.
+        limit: Most points to measure, the opening not counted; None for `most_points`.
 
     Source: expected improvement, Jones et al., Efficient Global Optimization, 1998.
     """
@@ -86,74 +72,137 @@ class ActiveSearch(Search):
         self,
         space: SearchSpace,
         known: Known | None = None,
-        starts: Assignments | None = None,
-        opening: Callable[[SearchSpace], Greedy | None] = descent,
-        limit: Callable[[SearchSpace], int] = most_points,
+        prior: Prior | None = None,
+        limit: int | None = None,
     ) -> None:
-        self._space = space
-        self._starts = np.zeros((0, space.n_players), dtype=np.float32) if starts is None else starts
+        self._space, self._prior = space, prior
         self.measured = Measured(space)
         if known is not None:
             self.measured.add(*known)
-        self._descent = opening(space)
-        self._limit, self._most = limit(space), 0
+        self._limit = most_points(space) if limit is None else limit
+        self._most = 0
         self._round = 0
+        self._quiet = dict.fromkeys(space.capacities, 0)
 
     def propose(self) -> Assignments:
-        """The start first, then the candidates that may improve on the best measured losses."""
-        if self._descent is not None and len(move := self._descent.propose()):
-            return move
+        """The opening first, then the points that are expected to improve on the best measured losses."""
         self._round += 1
         if self._round == 1:
             self._most = len(self.measured) + self._limit
-            if len(start := self._start()):
-                return start
+            opening = self._alone() if self._prior is None else self._opening(self._prior)
+            if len(fresh := self._unmeasured(opening)):
+                return fresh
         chosen: list[Steps] = []
         if len(self.measured) < self._most:
             for budget, capacity in enumerate(self._space.capacities):
-                chosen += self._candidates(budget, capacity, chosen)
+                if self._prior is None:
+                    chosen += self._likely(budget, capacity, chosen)
+                elif self._quiet[capacity] < _ROUNDS:
+                    chosen += self._candidates(self._prior, capacity, chosen)
         return self._space.assignments(np.array(chosen, dtype=bool).reshape(-1, self._space.n_steps))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses."""
         self.measured.add(assignments, losses)
-        if self._descent is not None:
-            self._descent.learn(assignments, losses)
 
     def choose(self, capacity: int) -> Assignment:
         """The measured assignment of lowest loss, shape (n_players,)."""
         return self._space.assignments(self.measured.best(capacity)[0])
 
-    def _start(self) -> Assignments:
-        """The starts and, without a descent, each player alone at either end, shape (n, n_players)."""
-        if self._descent is not None:
-            return self._starts
+    def _alone(self) -> Steps:
+        """Both ends of the game, and each player alone at either end."""
         none_down = np.zeros((1, self._space.n_steps), dtype=bool)
-        ends = self._space.assignments(
-            np.concatenate([none_down, self._space.one_player_down(), ~none_down, self._space.one_player_up()])
-        )
-        return np.concatenate([ends, self._starts])
+        return np.concatenate([none_down, self._space.one_player_down(), ~none_down, self._space.one_player_up()])
 
-    def _candidates(self, budget: int, capacity: int, taken: list[Steps]) -> list[Steps]:
-        """The points that the surrogates of a budget propose, except measured points and points in `taken`."""
+    def _opening(self, prior: Prior) -> Steps:
+        """What the prior chooses for the budgets and for other sizes, and some neighbours."""
+        space, rng = self._space, np.random.default_rng(self._space.seed)
+        found = []
+        for capacity in knapsacks(space.capacities, int(space.step_bytes.sum()), _OPENING):
+            program = space.constraint(capacity)
+            found.append((best := _filled(program, prior.gains))[None])
+            if capacity in space.capacities and len(beside := neighbours(program, best)):
+                found.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
+        return np.concatenate(found)
+
+    def _unmeasured(self, points: Steps) -> Assignments:
+        """Distinct points without a loss, as assignments."""
+        distinct = np.unique(points, axis=0)
+        fresh = [q for q in distinct if q not in self.measured]
+        return self._space.assignments(np.array(fresh, dtype=bool).reshape(-1, self._space.n_steps))
+
+    def _candidates(self, prior: Prior, capacity: int, taken: list[Steps]) -> list[Steps]:
+        """The points of a budget that are worth a measurement, except measured points and points in `taken`."""
+        program, lowest = self._space.constraint(capacity), self.measured.lowest(capacity)
+        surrogate = fit_informed(prior, self.measured.q, self.measured.losses, lowest)
+        gains = surrogate.corrected_gains()
+        incumbents = self.measured.best(capacity, _INCUMBENTS)
+        optimum = _climb(program, surrogate, gains, np.concatenate([_filled(program, gains)[None], incumbents]))
+        pools = [optimum[None], *(_nearest(program, gains, q) for q in (optimum, *incumbents))]
+        pool = np.unique(np.concatenate(pools), axis=0)
+        seen = {q.tobytes() for q in taken}
+        pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
+        if not len(pool):
+            self._quiet[capacity] = _ROUNDS
+            return []
+        improvement = surrogate.improvement(pool, lowest)
+        best = np.argsort(-improvement, kind="stable")[:_PER_ROUND]
+        is_worth = improvement[best[0]] >= _WORTH * TOLERANCE
+        self._quiet[capacity] = 0 if is_worth else self._quiet[capacity] + 1
+        return list(pool[best])
+
+    def _likely(self, budget: int, capacity: int, taken: list[Steps]) -> list[Steps]:
+        """The points that quadratics propose for a budget, except measured points and points in `taken`."""
         rng = np.random.default_rng([self._space.seed, self._round, budget])
         incumbents, lowest = self.measured.best(capacity, _INCUMBENTS), self.measured.lowest(capacity)
         around_incumbents = [neighbours(self._space.constraint(capacity), q) for q in incumbents]
         seen = {q.tobytes() for q in taken}
-        most = max(_POINTS_PER_SURROGATE, self._space.n_players // _PLAYERS_PER_POINT)
         proposed: list[Steps] = []
         for surrogate in self.measured.surrogates(capacity):
             program = surrogate.program(self._space.constraint(capacity))
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
-            around_optima = [neighbours(program, q) for q in optima[:2]]
-            pool = np.concatenate([optima, *around_optima, *around_incumbents])
+            pool = np.concatenate([optima, *(neighbours(program, q) for q in optima[:2]), *around_incumbents])
             pool = pool[np.unique(np.packbits(pool, axis=1), axis=0, return_index=True)[1]]
             pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
             if len(pool):
                 pool = pool[np.argsort(surrogate.value(pool), kind="stable")[:_POOL]]
                 improvement, probability = surrogate.improvement(pool, lowest)
-                best = np.argsort(-improvement, kind="stable")[:most]
+                best = np.argsort(-improvement, kind="stable")[:_PER_ROUND]
                 fresh = pool[best[probability[best] >= _LIKELY]]
                 seen.update(q.tobytes() for q in fresh)
                 proposed += list(fresh)
         return proposed
+
+
+def _filled(program: QuadraticProgram, gains: Floats) -> Steps:
+    """The point of lowest total of gains that a greedy fill and exchanges find, shape (n_steps,)."""
+    linear = QuadraticProgram(gains, program.K, program.step_bytes, program.capacity, program.player_of_step)
+    q, left = np.ones(len(gains), dtype=bool), program.capacity
+    while True:
+        back = np.flatnonzero(linear.movable(q)[0] & (program.step_bytes <= left))
+        if not len(back):
+            return descend(linear, q)
+        step = back[np.argmax(gains[back] / program.step_bytes[back])]
+        q[step] = False
+        left -= int(program.step_bytes[step])
+
+
+def _nearest(program: QuadraticProgram, gains: Floats, q: Steps) -> Steps:
+    """The neighbours of a point with the lowest totals of gains, shape (up to `_POOL`, n_steps)."""
+    found = neighbours(program, q)
+    return found[np.argsort(found @ gains, kind="stable")[:_POOL]]
+
+
+def _climb(program: QuadraticProgram, surrogate: InformedSurrogate, gains: Floats, starts: Steps) -> Steps:
+    """The point that exchanges lead to from the best start, as the surrogate sees it, shape (n_steps,)."""
+    means = surrogate.log_loss(starts)[0]
+    current, lowest = starts[means.argmin()], float(means.min())
+    for _ in range(_CLIMBS):
+        beside = _nearest(program, gains, current)
+        if not len(beside):
+            break
+        means = surrogate.log_loss(beside)[0]
+        if float(means.min()) >= lowest - 1e-9:
+            break
+        current, lowest = beside[means.argmin()], float(means.min())
+    return current
