@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from coopq.core.types import UNTOUCHED, Player, Width
 from coopq.game.assigned_model import players_of_blocks
-from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, weight_gradients
+from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, watching, weight_gradients
 from coopq.model.blockwise import Blockwise, States
+from coopq.model.weight_cache import Weights
 from coopq.quantizers.bank import WeightBank
 
 _STEP = 3e-3
@@ -90,11 +91,11 @@ class Sensitivity:
         """Predicted tokens of a sequence: all but the first."""
         return int(self._blockwise.batches[0].shape[1]) - 1
 
-    def weights(self, player: int) -> dict[str, Tensor]:
+    def weights(self, player: int) -> Weights:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self._bank.weights(player, UNTOUCHED)
 
-    def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
+    def quantized(self, player: int, bits: Width) -> Weights:
         """Weights of a player's linear layers by name, quantized and dequantized, each of shape (out, in)."""
         return self._bank.weights(player, self._width(player, bits))
 
@@ -247,7 +248,7 @@ class Sensitivity:
                 members = self._members[block]
                 for j, batch in enumerate(states.pop()):
                     leaf = batch.detach().requires_grad_()
-                    with torch.enable_grad(), self._bank.watching(members) as seen:
+                    with torch.enable_grad(), watching(self._bank, members) as seen:
                         output = self._blockwise.call_block(block, j, leaf)
                     upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
                     for player, (row, bits) in product(members, enumerate((self.low, self.high))):

@@ -3,7 +3,9 @@
 Every gradient is of the mean negative log-likelihood over all predicted tokens, in nats per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from coopq.core.errors import EstimationError
 from coopq.model.blockwise import Blockwise, States
+from coopq.quantizers.bank import WeightBank
 
 
 def head_gradients(blockwise: Blockwise, final: States) -> States:
@@ -95,3 +99,27 @@ def divergence(blockwise: Blockwise, final: States, moved: States) -> npt.NDArra
             full, other = (blockwise.head(positions.unsqueeze(1)).float()[:, 0].log_softmax(1) for positions in pair)
             found.append(functional.kl_div(other, full, reduction="none", log_target=True).double().sum(dim=1))
     return torch.cat(found).cpu().numpy()
+
+
+@contextmanager
+def watching(bank: WeightBank, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that gets the input and output of each linear layer of players, by name, in a forward pass.
+
+    Raises:
+        EstimationError: If a player has experts that share one tensor: these have no outputs of their own.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
+
+    names = [linear.name for player in players for linear in bank.players[player].linears]
+    experts = [name for name in names if bank.matrices[name].n_experts]
+    if experts:
+        raise EstimationError(f"{experts[0]} holds experts, whose outputs cannot be observed; choose another --method")
+    handles = [bank.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

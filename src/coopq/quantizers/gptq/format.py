@@ -65,8 +65,8 @@ class GPTQFormat:
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         codes, zeros = self.codes(packed, shape, bits)
-        group = packed["g_idx"].long()
-        weight = codes.float().sub_(zeros.float()[:, group]).mul_(packed["scales"].T.float()[:, group])
+        group, scales = packed["g_idx"].long(), packed["scales"].T.float()
+        weight = codes.float().sub_(zeros.float().index_select(1, group)).mul_(scales.index_select(1, group))
         return weight.to(dtype).contiguous()
 
     def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
