@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coopq.core.errors import Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
@@ -60,11 +60,9 @@ class WeightBank:
         self._folder = folder
         self._backend = backend
         self._tokenizer = loaded.tokenizer
-        self.matrices = {
-            linear.name: matrix_of(loaded.model, linear.name) for player in players for linear in player.linears
-        }
+        self.matrices = {each.name: matrix_of(loaded.model, each.name) for player in players for each in player.linears}
         self._parameters = {name: matrix.parameter for name, matrix in self.matrices.items()}
-        self._originals: dict[str, Tensor] = {name: weight.data for name, weight in self._parameters.items()}
+        self._originals: Weights = {name: weight.data for name, weight in self._parameters.items()}
         shared = blocks_share_weights(loaded.model)
         at_once = bytes_at_once(players, loaded.model.dtype.itemsize, shared)
         self._ranks = ranks(players, shared)
@@ -113,8 +111,9 @@ class WeightBank:
         done = 0
         progress("quantizing", done, total)  # before the first player, which may take long
         for player, width, packed in self._quantize(missing, tokens):
+            tensors = {f"{name}.{key}": part.contiguous() for name, own in packed.items() for key, part in own.items()}
             with atomic_file(self._path(player, width)) as temporary:
-                save_tensors(packed, temporary, self._about(player, width))
+                save_tensors(tensors, temporary, self._about(player, width))
             done += 1
             progress("quantizing", done, total)
         assert done == total, (done, total)
@@ -212,11 +211,11 @@ class WeightBank:
 
     def _quantize(
         self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, Width, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[int, Width, dict[str, Packed]]]:
         """Quantize players at widths.
 
         Yields:
-            Player, width and packed tensors by name, as soon as all layers of a player are there.
+            Player, width and packed tensors by name of the layer, as soon as all layers of a player are there.
         """
         layers = {
             width: [linear.name for player in chosen for linear in self.players[player].linears]
@@ -231,20 +230,18 @@ class WeightBank:
         for name in place:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
-        made: dict[Key, dict[str, Tensor]] = {}
-        left = {(player, width): len(self.players[player].linears) for width in players for player in players[width]}
+        made: dict[Key, dict[str, Packed]] = {}
         for width, name, tensors in self._backend.quantize_widths(self.model, self._tokenizer, layers, tokens):
             player, shape = place[name]
             packed = made.setdefault((player, width), {})
-            packed.update({f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
+            packed[name] = tensors
             rows = self._backend.dequantize(tensors, shape, width, self._originals[name].dtype)
             if not torch.isfinite(rows).all():
                 raise ModelError(
                     f"backend {self._backend.name!r} makes values of {name} at {width:g} bits that are not finite: the "
                     "weight is too large for 16-bit scales; choose another backend"
                 )
-            left[player, width] -= 1
-            if not left[player, width]:
+            if len(packed) == len(self.players[player].linears):
                 yield player, width, made.pop((player, width))
         assert not made, list(made)
 
@@ -252,10 +249,8 @@ class WeightBank:
         """Make the weights of a player at a width from the packed ones."""
         packed = self._packed.get((player, bits))
         if packed is None:
-            device = (
-                "cpu" if self._packed_on_host else str(self._originals[self.players[player].linears[0].name].device)
-            )
-            packed = self._read(player, bits, device)
+            first = self._originals[self.players[player].linears[0].name]
+            packed = self._read(player, bits, "cpu" if self._packed_on_host else str(first.device))
             if self._room is not None:  # otherwise what is made of them is kept
                 self._packed[player, bits] = packed
         weights = {}
@@ -268,15 +263,11 @@ class WeightBank:
 
     def _read(self, player: int, bits: Width, device: str = "cpu") -> dict[str, Packed]:
         """Packed tensors of a player's linear layers at a width, by name, from disk."""
-        path, about = self._path(player, bits), self._about(player, bits)
-        tensors = load_tensors(path, device, way_out=_WAY_OUT, about=about)
+        tensors = load_tensors(self._path(player, bits), device, way_out=_WAY_OUT, about=self._about(player, bits))
         return {
-            linear.name: {
-                name.removeprefix(f"{linear.name}."): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(f"{linear.name}.")
-            }
+            linear.name: {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
             for linear in self.players[player].linears
+            for prefix in (f"{linear.name}.",)
         }
 
     def _point(self, player: int, weights: Weights) -> None:
