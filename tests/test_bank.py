@@ -104,7 +104,7 @@ def test_weights_are_those_that_the_backend_made(name: str, tmp_path: Path) -> N
         for linear in held.players[player].linears:
             packed = backend.quantize(originals[f"{linear.name}.weight"], width)
             expected = backend.dequantize(packed, linear.shape, width, torch.float32)
-            assert torch.equal(held.weights(player, width)[linear.name], expected)
+            assert torch.equal(held.weights(player, float(width))[linear.name], expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

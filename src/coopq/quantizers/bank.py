@@ -12,7 +12,7 @@ from torch import nn
 
 from coopq.core.errors import Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
-from coopq.core.types import REMOVED, UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.core.types import REMOVED, UNTOUCHED, Player, ProgressCallback, Width, as_width, silent
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import matrix_of
 from coopq.model.players import blocks_share_weights, find_blocks
@@ -165,13 +165,14 @@ class WeightBank:
         """
         if bits == UNTOUCHED:
             return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
-        key = player, bits
+        key = player, as_width(bits)
         if (found := self._cache.get(key)) is not None:
             return found
         evicted = self._cache.make_room(key, self.players[player].n_weights * self.model.dtype.itemsize)
-        self._loose.update(other for other, width in evicted or () if self._bits.get(other) == width)
-        self._let_go(player)
-        made = self._dequantize(player, bits)
+        if evicted:
+            self._loose.update(other for other, width in evicted if self._bits.get(other) == width)
+            self._let_go(player)
+        made = self._dequantize(*key)
         if evicted is not None:
             self._cache.put(key, made)
         return made
