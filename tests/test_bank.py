@@ -19,6 +19,7 @@ from coopq.model.players import find_players
 from coopq.model.weight_cache import WeightCache, bytes_at_once, ranks
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.gptq.format import GPTQFormat, pack_weight
+from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import tiny_model
 from tests.quantizers import backend as make
 from tests.quantizers import weight_quantizer
@@ -211,3 +212,23 @@ def test_the_ends_compute_with_every_block() -> None:
     ends = sum(player.n_weights for player in players if player.is_end)
     assert bytes_at_once(players, 2, shared=False) == 2 * (max(n_weights) + ends)
     assert bytes_at_once(players, 2, shared=True) == 2 * (sum(n_weights) + ends)
+
+
+def test_a_backend_of_whole_models_keeps_packed_weights_too(tmp_path: Path) -> None:
+    class Whole(RTNBackend):
+        whole_model = True
+
+    model, backend = tiny_model("llama"), Whole()
+    seen: list[tuple[int, int]] = []
+    for lost in ([], ["player001-4bit.safetensors"]):
+        for name in lost:
+            (tmp_path / name).unlink()
+        seen.clear()
+        held = WeightBank(tmp_path, LoadedModel(model, None, torch.float32), find_players(model), backend, {})
+        held.build((2, 4), progress=lambda _, done, total: seen.append((done, total)))
+        assert seen[-1] == ((3, 3) if lost else (6, 6)), "all layers of a width are quantized together"
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    for linear in held.players[1].linears:
+        weight = model.get_submodule(linear.name).weight.detach()
+        expected = backend.dequantize(backend.quantize(weight, 4), linear.shape, 4, torch.float32)
+        assert torch.equal(held.weights(1, 4)[linear.name], expected)
