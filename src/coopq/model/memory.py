@@ -10,10 +10,10 @@ import torch
 from coopq.core.errors import OutOfMemory
 from coopq.core.specs import TextSpec
 from coopq.core.types import Player
+from coopq.core.weight_cache import bytes_at_once
 from coopq.model.blockwise import batch_size, logit_bytes, whole_size
 from coopq.model.load import SHARDED, load_skeleton, pick_device
 from coopq.model.players import blocks_share_weights, find_blocks
-from coopq.model.weight_cache import bytes_at_once
 
 # benchmarks/memory.py set these: peaks of runs on SmolLM2-135M-Instruct are 0.90 to 1.09 times the predicted bytes
 # (docs/results/memory.md, on a CPU), and a run on an H100 takes 45.7 of 47.8 GiB (docs/results/gpu.md).

@@ -13,11 +13,11 @@ from torch import nn
 from coopq.core.errors import Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
 from coopq.core.types import REMOVED, UNTOUCHED, Player, ProgressCallback, Width, as_width, silent
+from coopq.core.weight_cache import Key, WeightCache, Weights, bytes_at_once, ranks
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import matrix_of
 from coopq.model.players import blocks_share_weights, find_blocks
 from coopq.model.safetensors_io import load_tensors, save_tensors
-from coopq.model.weight_cache import Key, WeightCache, Weights, bytes_at_once, ranks
 from coopq.quantizers.backend import Backend, Packed
 
 _FORMAT_VERSION = 3

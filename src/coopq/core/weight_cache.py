@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from coopq.core.types import Player, Width
 
-Weights: TypeAlias = Mapping[str, Tensor]
+if TYPE_CHECKING:  # nothing here needs torch to run
+    from torch import Tensor
+
+Weights: TypeAlias = "Mapping[str, Tensor]"
 """Weights of a player's linear layers, by name."""
 Key: TypeAlias = tuple[int, Width]
 """A player and a width."""
