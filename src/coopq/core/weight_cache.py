@@ -71,7 +71,7 @@ class WeightCache:
         """Bytes of all weights."""
         return sum(self._bytes.values())
 
-    def get(self, key: Key) -> Weights | None:
+    def get(self, key: Key) -> "Weights | None":
         """The weights of a player at a width; None if they are not kept."""
         self._clock += 1
         self._used[key] = self._clock
