@@ -18,7 +18,7 @@ import numpy as np
 from _common import DATA, RESULTS, command_line, table, write_report
 from _models import session_on
 from coopq.core.files import read_json, write_json
-from coopq.core.types import UNTOUCHED, Width
+from coopq.core.types import Width
 from coopq.game.session import Session
 from coopq.judge.bench.config import Case, read_bench
 from coopq.judge.bench.run import finished
@@ -33,11 +33,9 @@ N_QUESTIONS = 300
 def measure(session: Session, assignment: tuple[Width, ...], n_questions: int) -> list[dict[str, Any]]:
     """Accuracies of one assignment."""
     try:
-        for player, bits in enumerate(assignment):
-            if bits != UNTOUCHED:
-                session.bank.set_player(player, bits)
-        model, tokenizer = session.loaded.model, session.loaded.tokenizer
-        return [asdict(found) for found in zero_shot(model, tokenizer, TASKS, n_questions, session.progress)]
+        with session.bank.assigned(assignment):
+            model, tokenizer = session.loaded.model, session.loaded.tokenizer
+            return [asdict(found) for found in zero_shot(model, tokenizer, TASKS, n_questions, session.progress)]
     finally:
         session.bank.restore()
 

@@ -111,7 +111,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, default=TOKENS, help="calibration tokens (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=BLOCKS, help="blocks (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, help="folder of the bank, 28 GB; memory-backed is faster")
+    parser.add_argument("--folder", type=Path, help="folder of the bank, 6 GB")
     parser.add_argument("--run", action="store_true", help="measure whole searches too")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -2,8 +2,6 @@ import importlib
 import inspect
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coopq.core.errors import BackendError, Mismatch, ModelError, OutputError, UnsupportedBits
+from coopq.core.errors import BackendError, UnsupportedBits
 from coopq.core.specs import QuantizerSpec
-from coopq.core.types import UNTOUCHED
-from coopq.model.load import LoadedModel
-from coopq.model.players import find_players
 from coopq.quantizers import BACKENDS, get_backend
 from coopq.quantizers.backend import Backend
-from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.contract import WEIGHT_ONLY, check_backend
 from coopq.quantizers.rtn import pack_bits, unpack_bits
-from tests.architectures import tiny_model
 from tests.quantizers import backend as make
 from tests.quantizers import weight_quantizer
 
@@ -124,69 +117,6 @@ def test_group_sizes_are_checked(name: str, group_size: int) -> None:
 def test_shapes_that_hqq_cannot_pack_are_refused_from_the_shape_alone() -> None:
     with pytest.raises(BackendError, match="cannot pack"):
         make("hqq").storage_bytes((3, 100), 4)
-
-
-def bank(folder: Path, model: Any, fingerprint: str = "a") -> WeightBank:
-    loaded = LoadedModel(model, None, torch.float32)
-    return WeightBank(folder, loaded, find_players(model), make("rtn"), {"weights": fingerprint})
-
-
-def test_the_bank_is_built_once_and_mapped_from_disk(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    weight = model.model.layers[1].mlp.up_proj.weight
-    original = weight.detach().clone()
-    bank(tmp_path, model).build((2, 4))
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(stamps) == 13  # packed and dequantised weights of three players at two widths
-    seen: list[str] = []
-    again = bank(tmp_path, model)
-    again.build((2, 4), progress=lambda stage, *_: seen.append(stage))
-    assert not seen
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
-    backend = weight_quantizer("rtn")
-    again.set_player(1, 4)
-    expected = backend.dequantize(backend.quantize(original, 4), (64, 32), 4, torch.float32)
-    assert torch.equal(weight, expected)
-    again.set_player(1, UNTOUCHED)
-    assert torch.equal(weight, original)
-
-
-def test_the_bank_keeps_packed_weights_too_and_makes_what_is_lacking(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    bank(tmp_path, model).build((2, 4))
-    (lost,) = tmp_path.glob("player001-4bit-packed.safetensors")
-    lost.unlink()  # as in a bank of an older version
-    again = bank(tmp_path, model)
-    again.build((2, 4))
-    bits = {
-        linear.name: width for player, width in zip(again.players, (2, 4), strict=False) for linear in player.linears
-    }
-    packed = dict(again.packed(bits))
-    assert list(packed) == list(bits)
-    for name, tensors in make("rtn").quantize_model(model, None, bits, None):
-        assert packed[name].keys() == tensors.keys()
-        assert all(torch.equal(packed[name][key], tensor) for key, tensor in tensors.items())
-
-
-def test_a_bank_of_something_else_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    bank(tmp_path, model)
-    with pytest.raises(Mismatch, match="weights: 'a' there, 'b' here"):
-        bank(tmp_path, model, "b")
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[2].self_attn.v_proj.weight[0, 0] = float("inf")
-    with pytest.raises(ModelError, match=r"model.layers.2.self_attn.v_proj holds values that are not finite"):
-        bank(tmp_path, model).build((2,))
-
-
-def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(OutputError, match="the weight bank needs 0 MiB"):
-        bank(tmp_path, tiny_model("llama")).build((2, 4))
 
 
 def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:

@@ -22,11 +22,12 @@ from coopq.export.stored_tensors import stored_tensors
 from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.game.session import open_session, prepare
 from coopq.model.load import LoadedModel, load_model
+from coopq.model.matrices import round_untouched
 from coopq.model.players import GRANULARITIES, find_players
 from coopq.plan.methods import make_plans
 from coopq.plan.plan import Plan
 from coopq.quantizers import get_backend
-from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.contract import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for, save

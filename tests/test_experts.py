@@ -17,9 +17,10 @@ from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import predicted_bytes
 from coopq.game.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
+from coopq.model.matrices import round_untouched
 from coopq.model.players import find_players, weight_of
 from coopq.quantizers import get_backend
-from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.ggml.gptq import GGMLGPTQ, elimination_order, second_order
 from coopq.quantizers.ggml.library import to_blocks
 from coopq.quantizers.ggml.types import GGMLBackend

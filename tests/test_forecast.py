@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget
@@ -36,10 +37,28 @@ def test_a_skeleton_has_the_footprint_of_the_model() -> None:
 
 
 def test_the_bank_is_as_large_as_foreseen(tmp_path: Path) -> None:
-    with open_session(prepare(REQUEST), tmp_path) as session:
-        expected = Footprint.estimate(session.loaded.model, session.players, REQUEST.text, "cpu").bank
+    prepared = prepare(REQUEST)
+    with open_session(prepared, tmp_path) as session:
         weights = [session.bank.weights(player, bits) for player in range(5) for bits in (2, 4)]
-    assert sum(tensor.nbytes for by_name in weights for tensor in by_name.values()) == expected
+    assert sum(tensor.nbytes for by_name in weights for tensor in by_name.values()) == prepared.footprint.dequantized
+    packed = [load_file(file) for file in (tmp_path / "bank").glob("*.safetensors")]
+    assert sum(tensor.nbytes for by_name in packed for tensor in by_name.values()) == prepared.footprint.bank
+
+
+def test_dequantized_weights_get_what_a_run_leaves() -> None:
+    skeleton = load_skeleton(str(STORIES))
+    cpu, gpu = (
+        Footprint.estimate(skeleton, find_players(skeleton), REQUEST.text, kind, 2, 1000) for kind in ("cpu", "cuda")
+    )
+    assert cpu.needed == cpu.total - cpu.dequantized + cpu.at_once + 1000
+    assert gpu.needed == gpu.total - gpu.dequantized + gpu.at_once  # packed weights can stay on the host
+    assert cpu.room(None) is None
+    assert cpu.room(2 * cpu.total) is None
+    assert cpu.room(cpu.needed) == cpu.at_once
+    half = cpu.room(round(1.1 * (cpu.total - cpu.dequantized)) + cpu.dequantized // 2)
+    assert half == cpu.dequantized // 2 - 1000
+    assert gpu.room(gpu.blocks + gpu.dequantized) == gpu.at_once
+    assert gpu.room(2 * gpu.blocks + gpu.dequantized, offloaded=True) is None
 
 
 def test_too_little_memory_is_refused_with_what_fits() -> None:
@@ -133,15 +152,15 @@ def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> Non
                 assert plan.block_forwards == pytest.approx(work.block_forwards, rel=0.35)
 
 
-def test_a_bank_that_is_not_resident_gives_the_same_losses(tmp_path: Path) -> None:
+def test_a_run_with_little_memory_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.float32)
-    with open_session(prepare(REQUEST), tmp_path) as session, session.game("resident") as game:
-        resident = game(points)
-        session.bank.resident = False
-        session.bank._weights.clear()
-        again = game._engine.evaluate(points)
-        np.testing.assert_array_equal([losses.mean() for _, losses, _ in again], resident)
-        assert not session.bank._weights
+    found, needed = [], prepare(REQUEST).footprint.needed
+    for free in (None, needed):
+        monkeypatch.setattr("coopq.game.session.free_memory", lambda device, free=free: free)
+        with open_session(prepare(REQUEST), tmp_path / str(free)) as session, session.game("measuring") as game:
+            assert (session.bank._room is None) == (free is None)
+            found.append(game(points))
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) -> None:
@@ -157,6 +176,7 @@ def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) ->
     assert code == 0, err
     assert "greedy-down" in out
     assert "GiB of memory" in out
+    assert "of disk" in out
 
 
 def test_estimate_without_a_folder_says_what_to_do() -> None:

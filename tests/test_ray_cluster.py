@@ -136,6 +136,7 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
         "kill": lambda _: None,
         "put": lambda value: value,
         "cluster_resources": lambda: {"CPU": torch.get_num_threads()},
+        "nodes": lambda: [{"Alive": True}],
         "remote": lambda **_: lambda _: Actor,
     }
     vars(ray).update(replacements)

@@ -39,7 +39,7 @@ class CompressedTensors(HFFolder):
         codes, _ = tensor_format.codes(packed, (rows, columns), bits)
         return {
             # Both formats store a code plus half the range, and put the first code lowest. They differ in the axis.
-            "weight_packed": pack_codes(codes.T, int(bits)).contiguous(),
+            "weight_packed": pack_codes(codes, int(bits)),
             "weight_scale": packed["scales"].T.contiguous(),
             "weight_shape": torch.tensor([rows, columns]),
         }

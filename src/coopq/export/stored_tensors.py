@@ -9,8 +9,7 @@ from torch import Tensor
 
 from coopq.core.types import UNTOUCHED, Width
 from coopq.model.load import empty_model
-from coopq.model.matrices import matrix_of
-from coopq.quantizers.bank import sixteen_bit_dtype
+from coopq.model.matrices import matrix_of, sixteen_bit_dtype
 from coopq.quantizers.packed_modules import PackedWeights
 
 

@@ -132,9 +132,8 @@ def assigned_weights(
 def measured_weights(bank: WeightBank, assignment: Sequence[Width]) -> Iterator[None]:
     """Let a bank's model have the weights that were measured inside the `with` block; see `assigned_weights`."""
     try:
-        for player, bits in enumerate(assignment):
-            bank.set_player(player, bits)
-        yield
+        with bank.assigned(assignment):
+            yield
     finally:
         bank.restore()
 

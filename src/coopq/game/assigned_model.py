@@ -1,7 +1,7 @@
 """A model, block by block, at the bit-widths of assignments."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -54,6 +54,10 @@ class AssignedModel:
         self.set_block(d, widths)
         with self.blockwise.placed(d), self.blockwise.fast(d):
             yield
+
+    def assigned(self, assignment: Assignment) -> AbstractContextManager[None]:
+        """Let the model's own forward compute at an assignment inside the `with` block."""
+        return self._bank.assigned(assignment.tolist())
 
     def restore(self) -> None:
         """Give the model its own weights back."""

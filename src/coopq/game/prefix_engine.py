@@ -240,18 +240,17 @@ class PrefixEngine:
             states: Its states after the last block.
         """
         blockwise = self.blockwise
-        kept = np.flatnonzero(~left_out).tolist()
-        for d in kept:
-            self._model.set_block(d, assignment[self._model.members[d]])
         final = states[0]
         if blockwise.is_compiled:
             # Compiled blocks round differently, and low widths that ruin the model amplify rounding differences.
             final = self._model.embed(assignment)[0]
-            for d in kept:
+            for d in np.flatnonzero(~left_out).tolist():
+                self._model.set_block(d, assignment[self._model.members[d]])
                 final = blockwise.call_block(d, 0, final)
         n_sequences = whole_size(final.device.type, blockwise.batches[0].shape[1], blockwise.vocabulary)
         batch = blockwise.batches[0][:n_sequences]
-        own = sequence_nll(blockwise.own_logits(batch, np.flatnonzero(left_out).tolist()), batch)
+        with self._model.assigned(assignment):
+            own = sequence_nll(blockwise.own_logits(batch, np.flatnonzero(left_out).tolist()), batch)
         found = self._losses(NegativeLogLikelihood(), [final])[: len(batch)]
         if not np.allclose(own, found, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise ModelError(

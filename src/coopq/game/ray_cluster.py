@@ -19,7 +19,9 @@ from coopq.core.types import Assignment, Assignments, Player, Width
 from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.session import Session, prepare
 from coopq.model.load import fingerprint_weights
-from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.model.matrices import round_untouched
+from coopq.model.memory import free_memory
+from coopq.quantizers.bank import WeightBank
 
 _CHUNKS_PER_WORKER = 4
 """Chunks of one call for each worker: small, so that a worker that is slow or lost holds up little; large, so that the
@@ -58,6 +60,7 @@ class Worker:
         fitting: Tokens that weights are fitted to, shape (n_sequences, length); None for backends that fit none.
         player_widths: The widths of each player.
         n_threads: Threads that the worker computes with.
+        n_sharing: Workers that share the memory of a device.
     """
 
     def __init__(
@@ -69,10 +72,13 @@ class Worker:
         fitting: npt.NDArray[np.int64] | None,
         player_widths: Sequence[Sequence[Width]],
         n_threads: int,
+        n_sharing: int = 1,
     ) -> None:
         torch.set_num_threads(n_threads)
         # The target's base file and the calibration text may lie on the driver's disk alone; a worker needs neither.
         prepared = prepare(request.replace(target=None, base=None, calibration="c4"))
+        free = free_memory(request.model.device)
+        room = prepared.footprint.room(None if free is None else free // n_sharing)
         loaded = prepared.load()
         if (found := fingerprint_weights(loaded.model)) != weights["weights"]:
             raise Mismatch(
@@ -84,7 +90,7 @@ class Worker:
         round_untouched(loaded, players, request.widths.bits)
         shared = Path(bank)
         folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
-        self.bank = WeightBank(folder, loaded, players, prepared.backend, weights)
+        self.bank = WeightBank(folder, loaded, players, prepared.backend, weights, room=room)
         if folder != shared:
             self.bank.build(request.widths.bits, fitting, player_widths=player_widths)
         self._model = loaded.model
@@ -142,10 +148,19 @@ class Cluster:
         actor = ray.remote(num_cpus=n_threads, num_gpus=per_gpu, max_restarts=-1, max_task_retries=-1)(Worker)
         # The reference is kept: a worker that starts anew asks for the tokens again.
         self._fitting = ray.put(None if session.fitting is None else session.fitting.tokens)
+        n_hosts = sum(node["Alive"] for node in ray.nodes())
+        n_sharing = 1 if per_gpu else -(-self.n_workers // n_hosts)
         bank = str(session.folder.bank)
         self.workers = [
             actor.remote(
-                session.request, session.players, weights, bank, self._fitting, session.player_widths, n_threads
+                session.request,
+                session.players,
+                weights,
+                bank,
+                self._fitting,
+                session.player_widths,
+                n_threads,
+                n_sharing,
             )
             for _ in range(self.n_workers)
         ]

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from coopq.core.types import UNTOUCHED, Player, Width
+from coopq.core.weight_cache import Weights
 from coopq.game.assigned_model import players_of_blocks
-from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, weight_gradients
+from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, watching, weight_gradients
 from coopq.model.blockwise import Blockwise, States
 from coopq.quantizers.bank import WeightBank
 
@@ -93,11 +94,11 @@ class Sensitivity:
         """Predicted tokens of a sequence: all but the first."""
         return int(self.blockwise.batches[0].shape[1]) - 1
 
-    def weights(self, player: int) -> dict[str, Tensor]:
+    def weights(self, player: int) -> Weights:
         """Original weights of a player's linear layers by name, each of shape (out, in)."""
         return self.bank.weights(player, UNTOUCHED)
 
-    def quantized(self, player: int, bits: Width) -> dict[str, Tensor]:
+    def quantized(self, player: int, bits: Width) -> Weights:
         """Weights of a player's linear layers by name, quantized and dequantized, each of shape (out, in)."""
         return self.bank.weights(player, self.width_of(player, bits))
 
@@ -239,7 +240,7 @@ class Sensitivity:
                 members = self.members[block]
                 for j, batch in enumerate(states.pop()):
                     leaf = batch.detach().requires_grad_()
-                    with torch.enable_grad(), self.bank.watching(members) as seen:
+                    with torch.enable_grad(), watching(self.bank, members) as seen:
                         output = self.blockwise.call_block(block, j, leaf)
                     upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
                     for player, (row, bits) in product(members, enumerate((self.low, self.high))):

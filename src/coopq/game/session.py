@@ -22,13 +22,14 @@ from coopq.game.journal import Journal
 from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.run_folder import RunFolder
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
+from coopq.model.matrices import round_untouched
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import covered_share, find_players, warn_of_weights_outside
 from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
-from coopq.quantizers.bank import WeightBank, round_untouched
+from coopq.quantizers.bank import WeightBank, packed_bytes
 from coopq.quantizers.sizes import OUR_FILE, Target
 
 _log = logging.getLogger(__name__)
@@ -66,17 +67,20 @@ class Prepared:
         for budget in budgets:
             self.sizes.limit(budget, self.request.widths.low, self.request.widths.high)
 
+    @property
+    def footprint(self) -> Footprint:
+        """What measuring this request takes."""
+        text, widths, diverges = self.request.text, self.request.widths.quantized, self.request.search.loss == "kl"
+        sizes = len(widths), packed_bytes(self.backend, self.players, widths)
+        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, *sizes, diverges=diverges)
+
     def fit(self) -> tuple[Footprint, int | None]:
         """What measuring this request takes and what is free, in bytes, once the run is known to fit.
 
         Raises:
             OutOfMemory: If the run does not fit, with the setting that would fit.
         """
-        request, free = self.request, free_memory(self.request.model.device)
-        n_widths, diverges = len(request.widths.quantized), request.search.loss == "kl"
-        needed = Footprint.estimate(
-            self.skeleton, self.players, request.text, self.device.type, n_widths, diverges=diverges
-        )
+        needed, free = self.footprint, free_memory(self.request.model.device)
         needed.check(free)
         if needed.must_offload(free) and self.request.widths.embeddings:
             raise OutOfMemory(
@@ -229,6 +233,7 @@ def open_session(
     """
     folder = RunFolder(run.expanduser(), bank)
     with folder.opened(prepared.request):
+        host_free = free_memory("cpu")
         loaded, offloaded, needed, free = prepared.load_to_measure(progress)
         prepared.target.check(prepared.request, loaded.model, prepared.players, progress)
         if offloaded is not None and ray is not None:
@@ -248,9 +253,8 @@ def open_session(
         # A journal of another model is refused before anything is written over.
         with Journal(folder.journal, fingerprint):
             pass
-        # In the host's memory the bank's files are mapped: the system drops pages that it has no room for.
-        resident = prepared.device.type == "cpu" or offloaded is not None or needed.holds_bank(free)
-        weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, resident=resident)
+        room = needed.room(free) if offloaded is None else needed.room(host_free, offloaded=True)
+        weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, room=room)
         session = Session(
             request=prepared.request,
             players=prepared.players,

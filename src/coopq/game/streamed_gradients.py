@@ -3,7 +3,9 @@
 Every gradient is of the mean negative log-likelihood over all predicted tokens, in nats per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from torch.nn import functional
 
 from coopq.game.losses import Reference, portions_divergence
 from coopq.model.blockwise import Blockwise, States
+from coopq.quantizers.bank import WeightBank
 
 
 def head_gradients(blockwise: Blockwise, final: States) -> States:
@@ -96,3 +99,24 @@ def divergence(blockwise: Blockwise, final: States, moved: States) -> npt.NDArra
             full, other = (blockwise.head(positions.unsqueeze(1))[:, 0] for positions in pair)
             found.append(portions_divergence([(0, other)], Reference.from_logits([(0, full)])))
     return torch.cat(found).cpu().numpy()
+
+
+@contextmanager
+def watching(bank: WeightBank, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """A dictionary that gets the input and output of each linear layer of players, by name, in a forward pass.
+
+    Experts that share one tensor have no outputs of their own, and are left out.
+    """
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
+        return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
+
+    linears = [linear for player in players for linear in bank.players[player].linears]
+    names = [linear.name for linear in linears if not linear.n_experts]
+    handles = [bank.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -5,13 +5,19 @@ parameters are stored so. GPT-2's `Conv1D` and some experts are stored transpose
 tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from coopq.core.types import UNTOUCHED, Player, Width
+
+if TYPE_CHECKING:
+    from coopq.model.load import LoadedModel
 
 _N_EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts", "n_experts")
 """Attributes of modules, and entries of configurations, that hold the number of experts."""
@@ -100,6 +106,37 @@ def matrix_of(model: nn.Module, name: str) -> Matrix:
         experts = expert_matrices(parent)
         return experts[attribute] if attribute in experts else Matrix(found)
     return Matrix(found.weight, transposed=isinstance(found, Conv1D))
+
+
+def round_untouched(loaded: "LoadedModel", players: Sequence[Player], widths: Sequence[Width]) -> bool:
+    """Round the players' weights to 16 bits, if players may stay untouched and the checkpoint has 32 bits.
+
+    A saved model stores 16 bits of an untouched weight, so the weight that is measured is the weight that is saved.
+
+    Returns:
+        Whether the weights were rounded.
+    """
+    if UNTOUCHED not in widths or loaded.checkpoint_dtype.itemsize == 2:
+        return False
+    for name in (linear.name for player in players for linear in player.linears):
+        weight = matrix_of(loaded.model, name).parameter
+        weight.data = weight.data.to(sixteen_bit_dtype(weight.data, loaded.checkpoint_dtype)).to(weight.dtype)
+    return True
+
+
+def sixteen_bit_dtype(weight: Tensor, checkpoint: torch.dtype) -> torch.dtype:
+    """The dtype that an untouched weight is saved in.
+
+    Args:
+        weight: The weight.
+        checkpoint: The checkpoint's dtype, which is kept if it has 16 bits.
+    Returns:
+        float16 for a wider checkpoint; bfloat16 if float16 cannot hold a value of the weight.
+    """
+    if checkpoint.itemsize <= 2:
+        return checkpoint
+    fits = weight.is_meta or not weight.numel() or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
+    return torch.float16 if fits else torch.bfloat16
 
 
 def expert_matrices(module: nn.Module) -> dict[str, Matrix]:

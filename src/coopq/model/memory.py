@@ -10,9 +10,10 @@ import torch
 from coopq.core.errors import OutOfMemory
 from coopq.core.specs import TextSpec
 from coopq.core.types import Player
+from coopq.core.weight_cache import bytes_at_once
 from coopq.model.blockwise import batch_size, logit_bytes, whole_size
 from coopq.model.load import SHARDED, load_skeleton, pick_device
-from coopq.model.players import find_blocks
+from coopq.model.players import blocks_share_weights, find_blocks
 
 # benchmarks/memory.py set these: peaks of runs on SmolLM2-135M-Instruct are 0.90 to 1.09 times the predicted bytes
 # (docs/results/memory.md, on a CPU), and a run on an H100 takes 45.7 of 47.8 GiB (docs/results/gpu.md).
@@ -22,6 +23,8 @@ _STATE_COPIES = 12
 """Arrays as wide as the hidden states that a block holds for one batch: norms, residuals, queries, keys, values, ..."""
 _INNER_COPIES = 3
 """Arrays as wide as the widest linear layer that a block holds for one batch."""
+_MARGIN = 1.1
+"""How much more than was forecast a run may take before dequantized weights get the rest."""
 _SCRATCH = 2**25
 """Bytes that libraries keep whatever the model: compiled kernels, their scratchpads, arenas of their threads."""
 
@@ -34,8 +37,9 @@ class Footprint:
         weights: The full-precision model.
         blocks: All blocks of the model.
         largest_block: The largest block of the model.
-        bank: Dequantized weights of every player at every width.
-        one_width: Dequantized weights of every player at one width.
+        bank: Packed weights of every player at every width, as they are on disk.
+        dequantized: Dequantized weights of every player at every width.
+        at_once: Dequantized weights that compute at the same time, see `bytes_at_once`.
         states: Hidden states over all calibration tokens (after the embedding at each of its widths, after each block,
             and two temporary ones) and, for the KL divergence, the full-precision model's distributions.
         working: One batch in a block and in the head; for scores with gradients.
@@ -48,7 +52,8 @@ class Footprint:
     blocks: int
     largest_block: int
     bank: int
-    one_width: int
+    dequantized: int
+    at_once: int
     states: int
     working: int
     device_type: str
@@ -63,6 +68,7 @@ class Footprint:
         text: TextSpec,
         device_type: str,
         n_widths: int = 2,
+        bank: int = 0,
         diverges: bool = False,
     ) -> "Footprint":
         """The footprint of a model, or of its skeleton without storage, that computes in its own dtype.
@@ -73,6 +79,7 @@ class Footprint:
             text: The calibration text.
             device_type: Type of the device that computes.
             n_widths: Number of widths that weights are quantized to.
+            bank: Bytes of the packed weights.
             diverges: Whether the loss is the KL divergence from full precision.
         """
         shape, itemsize = model.config.get_text_config(), model.dtype.itemsize
@@ -85,8 +92,9 @@ class Footprint:
             weights=sum(tensor.nbytes for tensor in model.parameters()),
             blocks=sum(block_bytes),
             largest_block=max(block_bytes),
-            bank=n_widths * n_weights * itemsize,
-            one_width=n_weights * itemsize,
+            bank=bank,
+            dequantized=n_widths * n_weights * itemsize,
+            at_once=bytes_at_once(players, itemsize, blocks_share_weights(model)),
             states=token_bytes * text.n_sequences * text.sequence_length,
             working=_working_bytes(model, players, text, device_type, diverges) + _SCRATCH,
             device_type=device_type,
@@ -96,30 +104,38 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Bytes with all of the bank."""
-        return self.weights + self.bank + self.states + self.working
+        """Bytes with all weights dequantized: then packed weights are read once each."""
+        return self.weights + self.dequantized + self.states + self.working
 
     @property
     def needed(self) -> int:
-        """Bytes without what can be elsewhere.
+        """Bytes with as few dequantized weights as compute at the same time.
 
-        On a CPU the bank is mapped from disk. On a GPU the bank can stay on the host, except for the weights of one
-        width besides the model's own.
+        A GPU can leave packed weights on the host.
         """
-        return self.total - self.bank + (0 if self.device_type == "cpu" else self.one_width)
+        packed = self.bank if self.device_type == "cpu" else 0
+        return self.weights + packed + min(self.at_once, self.dequantized) + self.states + self.working
 
     @property
     def needed_offloaded(self) -> int:
         """Bytes on a GPU with offloaded blocks: room for the largest block and its gradients."""
-        return self.total - self.bank - self.blocks + 2 * self.largest_block
+        return self.weights - self.blocks + 2 * self.largest_block + self.states + self.working
 
     def must_offload(self, free: int | None) -> bool:
         """Whether the blocks have to stay in the host's memory, by the free bytes of the device."""
         return self.device_type != "cpu" and free is not None and free < self.needed
 
-    def holds_bank(self, free: int | None) -> bool:
-        """Whether all of the bank has room where the model computes, by the free bytes of the device."""
-        return free is None or self.total <= free
+    def room(self, free: int | None, *, offloaded: bool = False) -> int | None:
+        """Bytes that dequantized weights may take; None if all of them have room.
+
+        Args:
+            free: Free bytes, before the model is loaded, where the blocks stay.
+            offloaded: Whether the blocks stay on the host while a GPU has everything else.
+        """
+        others = self.blocks if offloaded else self.total - self.dequantized
+        if free is None or (left := free - round(_MARGIN * others)) >= self.dequantized:
+            return None
+        return max(self.at_once, left - self.bank)
 
     def check(self, free: int | None) -> None:
         """Check that the run can fit.
@@ -141,10 +157,10 @@ class Footprint:
         raise OutOfMemory(f"{self}, and {gib(free)} are free on the {self.device_type}; {way_out}")
 
     def __str__(self) -> str:
-        bank = f" (and {gib(self.bank)} of bank)"
         return (
             f"the run needs {gib(self.needed)} of memory: weights {gib(self.weights)}, hidden states "
-            f"{gib(self.states)}, one batch {gib(self.working)}{bank}"
+            f"{gib(self.states)}, one batch {gib(self.working)}, the rest for quantized weights; it is fastest with "
+            f"{gib(self.total)}, and its bank takes {gib(self.bank)} of disk"
         )
 
 

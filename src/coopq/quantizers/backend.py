@@ -1,7 +1,7 @@
 """The contract of a quantization backend.
 
-A backend turns weights into packed tensors and back. The packed tensors are the single source of truth: the bank holds
-their dequantized form, a saved model holds them as they are, and a loaded model computes with them.
+A backend turns weights into packed tensors and back. The packed tensors are the single source of truth: the bank and
+a saved model hold them as they are, what is measured is their dequantized form, and a loaded model computes with them.
 
 There are two kinds of backends:
 

@@ -1,4 +1,4 @@
-"""The weights of every player at every width: made once and kept on disk, both packed and dequantized."""
+"""The weights of every player at every width: made once, kept packed on disk, and dequantized to compute."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,49 +8,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coopq.core.errors import Mismatch, ModelError
 from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.core.types import REMOVED, UNTOUCHED, Player, ProgressCallback, Width, as_width, silent
+from coopq.core.weight_cache import Key, WeightCache, Weights, bytes_at_once, ranks
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import matrix_of
+from coopq.model.players import blocks_share_weights, find_blocks
 from coopq.model.safetensors_io import load_tensors, save_tensors
 from coopq.quantizers.backend import Backend, Packed
 
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _WAY_OUT = "delete it and run the same command again"
-
-
-def round_untouched(loaded: LoadedModel, players: Sequence[Player], widths: Sequence[Width]) -> bool:
-    """Round the players' weights to 16 bits, if players may stay untouched and the checkpoint has 32 bits.
-
-    A saved model stores 16 bits of an untouched weight, so the weight that is measured is the weight that is saved.
-
-    Returns:
-        Whether the weights were rounded.
-    """
-    if UNTOUCHED not in widths or loaded.checkpoint_dtype.itemsize == 2:
-        return False
-    for name in (linear.name for player in players for linear in player.linears):
-        weight = matrix_of(loaded.model, name).parameter
-        weight.data = weight.data.to(sixteen_bit_dtype(weight.data, loaded.checkpoint_dtype)).to(weight.dtype)
-    return True
-
-
-def sixteen_bit_dtype(weight: Tensor, checkpoint: torch.dtype) -> torch.dtype:
-    """The dtype that an untouched weight is saved in.
-
-    Args:
-        weight: The weight.
-        checkpoint: The checkpoint's dtype, which is kept if it has 16 bits.
-    Returns:
-        float16 for a wider checkpoint; bfloat16 if float16 cannot hold a value of the weight.
-    """
-    if checkpoint.itemsize <= 2:
-        return checkpoint
-    fits = weight.is_meta or not weight.numel() or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
-    return torch.float16 if fits else torch.bfloat16
 
 
 class WeightBank:
@@ -59,17 +30,16 @@ class WeightBank:
     Attributes:
         players: The players of the model.
         matrices: The matrix of each linear layer, by name.
-        resident: As given.
+        model: The model.
 
     Args:
-        folder: Folder of the weights. Each player has two files for each width, the dequantized weights and the packed
-            ones; the packed file is missing for backends with `whole_model`.
+        folder: Folder of the packed weights, a file for each player and width.
         loaded: The full-precision model with its tokenizer.
         players: The players of the model.
         backend: The backend that quantizes.
         fingerprint: What the weights depend on; a folder with another fingerprint is refused.
-        resident: Keep weights on the model's device once they were read. Otherwise they are read from disk, or from the
-            system's file cache, whenever they are set.
+        room: Bytes that dequantized weights may take besides the model's own; None has room for all. With less than
+            `bytes_at_once`, packed weights stay in the host's memory, and otherwise on the model's device.
 
     Raises:
         Mismatch: If the folder belongs to something else.
@@ -83,19 +53,27 @@ class WeightBank:
         backend: Backend,
         fingerprint: Mapping[str, Any],
         *,
-        resident: bool = True,
+        room: int | None = None,
     ) -> None:
         self.players = players
-        self.resident = resident
+        self.model = loaded.model
         self._folder = folder
         self._backend = backend
-        self._loaded = loaded
-        self.matrices = {
-            linear.name: matrix_of(loaded.model, linear.name) for player in players for linear in player.linears
-        }
+        self._tokenizer = loaded.tokenizer
+        self.matrices = {each.name: matrix_of(loaded.model, each.name) for player in players for each in player.linears}
         self._parameters = {name: matrix.parameter for name, matrix in self.matrices.items()}
-        self._originals: dict[str, Tensor] = {name: weight.data for name, weight in self._parameters.items()}
-        self._weights: dict[tuple[int, Width], dict[str, Tensor]] = {}
+        self._originals: Weights = {name: weight.data for name, weight in self._parameters.items()}
+        shared = blocks_share_weights(loaded.model)
+        at_once = bytes_at_once(players, loaded.model.dtype.itemsize, shared)
+        self._ranks = ranks(players, shared)
+        self._cache = WeightCache(self._ranks, None if room is None else room - at_once)
+        self._loose: set[int] = set()
+        """Players that have quantized weights in the model which the cache does not keep."""
+        self._bits: dict[int, Width] = {}
+        """Width that each player has in the model."""
+        self._room = room
+        self._packed: dict[Key, dict[str, Packed]] = {}
+        self._packed_on_host = room is not None and room <= at_once
         folder.mkdir(parents=True, exist_ok=True)
         header = folder / "bank.json"
         ours = {"format_version": _FORMAT_VERSION, **fingerprint}
@@ -126,42 +104,78 @@ class WeightBank:
         """
         missing = self._missing(widths, player_widths)
         total = sum(map(len, missing.values()))
-        require_space(self._folder, self._needed_bytes(missing), "the weight bank")
+        n_bytes = [packed_bytes(self._backend, [self.players[p]], [width]) for width in missing for p in missing[width]]
+        require_space(self._folder, sum(n_bytes), "the weight bank")
         if not total:
             return
         done = 0
         progress("quantizing", done, total)  # before the first player, which may take long
-        for player, width, packed, weights in self._quantize(missing, tokens):
-            if not self._backend.whole_model:
-                with atomic_file(self._packed_path(player, width)) as temporary:
-                    save_tensors(packed, temporary, self._about(player, width, "packed"))
+        for player, width, packed in self._quantize(missing, tokens):
+            tensors = {f"{name}.{key}": part.contiguous() for name, own in packed.items() for key, part in own.items()}
             with atomic_file(self._path(player, width)) as temporary:
-                save_tensors(weights, temporary, self._about(player, width, "dequantized"))
+                save_tensors(tensors, temporary, self._about(player, width))
             done += 1
             progress("quantizing", done, total)
         assert done == total, (done, total)
 
     def set_player(self, player: int, bits: Width) -> None:
-        """Give the model a player's weights at a width; pointers move, nothing is copied."""
-        weights = self.weights(player, bits)
-        for linear in self.players[player].linears:
-            self._parameters[linear.name].data = weights[linear.name]
+        """Give the model a player's weights at a width; pointers move, nothing is copied.
 
-    def weights(self, player: int, bits: Width) -> dict[str, Tensor]:
+        Players of other blocks may get their own weights back, if there is no room for all.
+        """
+        if player in self._loose and self._bits[player] == bits:
+            return
+        if self._loose:
+            self._let_go(player)
+        self._point(player, self.weights(player, bits))
+        if bits != UNTOUCHED and (player, bits) not in self._cache:
+            self._loose.add(player)
+        self._bits[player] = bits
+
+    @contextmanager
+    def assigned(self, assignment: Sequence[Width]) -> Iterator[None]:
+        """Let the model's own forward compute at the widths of an assignment inside the `with` block.
+
+        A block gets its weights when its turn comes, as there may be no room for those of all blocks. The model is left
+        with the weights of the assignment, as far as there is room.
+        """
+
+        def give(players: Sequence[int]) -> None:
+            for player in players:
+                if assignment[player] != REMOVED:
+                    self.set_player(player, assignment[player])
+
+        def before(block: int) -> Callable[[nn.Module, Any], None]:
+            own = [p for p, player in enumerate(self.players) if player.block == block and not player.is_end]
+            return lambda *_: give(own)
+
+        give([p for p, player in enumerate(self.players) if player.is_end])
+        blocks = find_blocks(self.model)[1]
+        handles = [block.register_forward_pre_hook(before(d)) for d, block in enumerate(blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def weights(self, player: int, bits: Width) -> Weights:
         """Dequantized weights of a player at a width, by name; at `UNTOUCHED` the model's own weights.
 
         Weights at other widths must have been built.
         """
         if bits == UNTOUCHED:
             return {linear.name: self._originals[linear.name] for linear in self.players[player].linears}
-        if (player, bits) in self._weights:
-            return self._weights[player, bits]
-        device = str(self._originals[self.players[player].linears[0].name].device)
-        about = self._about(player, bits, "dequantized")
-        weights = load_tensors(self._path(player, bits), device, way_out=_WAY_OUT, about=about)
-        if self.resident:
-            self._weights[player, bits] = weights
-        return weights
+        key = player, as_width(bits)
+        if (found := self._cache.get(key)) is not None:
+            return found
+        evicted = self._cache.make_room(key, self.players[player].n_weights * self.model.dtype.itemsize)
+        if evicted:
+            self._loose.update(other for other, width in evicted if self._bits.get(other) == width)
+            self._let_go(player)
+        made = self._dequantize(*key)
+        if evicted is not None:
+            self._cache.put(key, made)
+        return made
 
     def packed(self, bits: Mapping[str, Width]) -> Iterator[tuple[str, Packed]]:
         """Name and packed tensors of linear layers, in host memory; they must have been built.
@@ -171,42 +185,11 @@ class WeightBank:
         """
         for player, linears in enumerate(player.linears for player in self.players):
             if linears[0].name in bits:
-                width = bits[linears[0].name]
-                about = self._about(player, width, "packed")
-                tensors = load_tensors(self._packed_path(player, width), way_out=_WAY_OUT, about=about)
-                for linear in linears:
-                    prefix = f"{linear.name}."
-                    own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-                    yield linear.name, {key.removeprefix(prefix): tensor for key, tensor in own.items()}
-
-    @property
-    def model(self) -> Any:
-        """The model whose weights these are."""
-        return self._loaded.model
+                yield from self._read(player, bits[linears[0].name], "cpu").items()
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The model's parameters that hold a player's weights, by name."""
         return {linear.name: self._parameters[linear.name] for linear in self.players[player].linears}
-
-    @contextmanager
-    def watching(self, players: Sequence[int]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """A dictionary that gets the input and output of each linear layer of players, by name, in a forward pass.
-
-        Experts that share one tensor have no outputs of their own, and are left out.
-        """
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def keep(name: str) -> Callable[[Any, Any, Tensor], None]:
-            return lambda _, inputs, output: seen.update({name: (inputs[0].detach(), output)})
-
-        linears = [linear for player in players for linear in self.players[player].linears]
-        names = [linear.name for linear in linears if not linear.n_experts]
-        handles = [self._loaded.model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def restore(self) -> None:
         """Give the model its own weights back."""
@@ -222,29 +205,18 @@ class WeightBank:
             if width == UNTOUCHED:
                 continue
             players = [p for p in range(len(self.players)) if player_widths is None or width in player_widths[p]]
-            lacking = [player for player in players if not self._is_there(player, width)]
+            lacking = [player for player in players if not self._path(player, width).exists()]
             # Layers that depend on each other are quantized together.
             missing[width] = players if lacking and self._backend.whole_model else lacking
         return missing
 
-    def _needed_bytes(self, missing: Mapping[Width, Sequence[int]]) -> int:
-        """Bytes on disk of players at widths."""
-        itemsize = next(iter(self._originals.values())).dtype.itemsize
-        return sum(
-            linear.n_weights * itemsize
-            + (0 if self._backend.whole_model else self._backend.storage_bytes(linear.shape, width))
-            for width, players in missing.items()
-            for player in players
-            for linear in self.players[player].linears
-        )
-
     def _quantize(
         self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None
-    ) -> Iterator[tuple[int, Width, dict[str, Tensor], dict[str, Tensor]]]:
+    ) -> Iterator[tuple[int, Width, dict[str, Packed]]]:
         """Quantize players at widths.
 
         Yields:
-            Player, width, packed tensors and dequantized weights by name, as soon as all layers of a player are there.
+            Player, width and packed tensors by name of the layer, as soon as all layers of a player are there.
         """
         layers = {
             width: [linear.name for player in chosen for linear in self.players[player].linears]
@@ -259,36 +231,70 @@ class WeightBank:
         for name in place:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
-        made: dict[tuple[int, Width], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
-        for width, name, tensors in self._backend.quantize_widths(
-            self._loaded.model, self._loaded.tokenizer, layers, tokens
-        ):
-            (player, shape), dtype = place[name], self._originals[name].dtype
-            packed, weights = made.setdefault((player, width), ({}, {}))
-            packed.update({f"{name}.{key}": tensor.contiguous() for key, tensor in tensors.items()})
-            rows = self._backend.dequantize(tensors, shape, width, dtype)
+        made: dict[Key, dict[str, Packed]] = {}
+        for width, name, tensors in self._backend.quantize_widths(self.model, self._tokenizer, layers, tokens):
+            player, shape = place[name]
+            packed = made.setdefault((player, width), {})
+            packed[name] = tensors
+            rows = self._backend.dequantize(tensors, shape, width, self._originals[name].dtype)
             if not torch.isfinite(rows).all():
                 raise ModelError(
                     f"backend {self._backend.name!r} makes values of {name} at {width:g} bits that are not finite: the "
                     "weight is too large for 16-bit scales; choose another backend"
                 )
-            weights[name] = self.matrices[name].stored(rows)
-            if len(weights) == len(self.players[player].linears):
-                yield player, width, *made.pop((player, width))
+            if len(packed) == len(self.players[player].linears):
+                yield player, width, made.pop((player, width))
         assert not made, list(made)
 
-    def _is_there(self, player: int, bits: Width) -> bool:
-        """Whether the folder has a player at a width, dequantized and packed."""
-        return self._path(player, bits).exists() and (
-            self._backend.whole_model or self._packed_path(player, bits).exists()
-        )
+    def _dequantize(self, player: int, bits: Width) -> Weights:
+        """Make the weights of a player at a width from the packed ones."""
+        packed = self._packed.get((player, bits))
+        if packed is None:
+            first = self._originals[self.players[player].linears[0].name]
+            packed = self._read(player, bits, "cpu" if self._packed_on_host else str(first.device))
+            if self._room is not None:  # otherwise what is made of them is kept
+                self._packed[player, bits] = packed
+        weights = {}
+        for linear in self.players[player].linears:
+            own = self._originals[linear.name]
+            tensors = {part: tensor.to(own.device) for part, tensor in packed[linear.name].items()}
+            rows = self._backend.dequantize(tensors, linear.shape, bits, own.dtype)
+            weights[linear.name] = self.matrices[linear.name].stored(rows)
+        return weights
 
-    def _about(self, player: int, bits: Width, form: str) -> dict[str, str]:
+    def _read(self, player: int, bits: Width, device: str = "cpu") -> dict[str, Packed]:
+        """Packed tensors of a player's linear layers at a width, by name, from disk."""
+        tensors = load_tensors(self._path(player, bits), device, way_out=_WAY_OUT, about=self._about(player, bits))
+        return {
+            linear.name: {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            for linear in self.players[player].linears
+            for prefix in (f"{linear.name}.",)
+        }
+
+    def _point(self, player: int, weights: Weights) -> None:
+        for linear in self.players[player].linears:
+            self._parameters[linear.name].data = weights[linear.name]
+
+    def _let_go(self, player: int) -> None:
+        """Give this player, and players of other blocks, their own weights back if the cache does not keep theirs.
+
+        The model's ends compute with every block.
+        """
+        for other in tuple(self._loose):
+            has_end = self.players[player].is_end or self.players[other].is_end
+            if other == player or not (has_end or self._ranks[other] == self._ranks[player]):
+                self._loose.remove(other)
+                self._point(other, self.weights(other, UNTOUCHED))
+
+    def _about(self, player: int, bits: Width) -> dict[str, str]:
         """What a file of the bank says that it holds."""
-        return {"player": self.players[player].name, "bits": f"{bits:g}", "form": form}
-
-    def _packed_path(self, player: int, bits: Width) -> Path:
-        return self._folder / f"player{player:03d}-{bits:g}bit-packed.safetensors"
+        return {"player": self.players[player].name, "bits": f"{bits:g}"}
 
     def _path(self, player: int, bits: Width) -> Path:
         return self._folder / f"player{player:03d}-{bits:g}bit.safetensors"
+
+
+def packed_bytes(backend: Backend, players: Sequence[Player], widths: Sequence[Width]) -> int:
+    """Bytes of the packed weights of players, each at all of some widths."""
+    linears = [linear for player in players for linear in player.linears]
+    return sum(backend.storage_bytes(linear.shape, width) for linear in linears for width in widths)

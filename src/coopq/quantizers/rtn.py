@@ -1,5 +1,6 @@
 """Round to nearest in groups, asymmetric min-max: the reference backend, in plain torch."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +64,7 @@ class RTNBackend(WeightQuantizer):
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         affine = self.affine(packed, shape, bits)
-        groups = (affine.codes.float() - affine.zeros.float()) * affine.scales.float()
+        groups = affine.codes.float().sub_(affine.zeros.float()).mul_(affine.scales.float())
         return groups.reshape(shape[0], -1)[:, : shape[1]].to(dtype).contiguous()
 
     def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
@@ -108,12 +109,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """The first `n` codes of the bytes that `pack_bits` returned, uint8, shape (n,)."""
-    octets = packed.reshape(-1, bits)
-    words = torch.zeros(len(octets), dtype=torch.int64, device=packed.device)
-    for j in range(bits):
-        words |= octets[:, j].long() << (8 * j)
-    mask = 2**bits - 1
-    return torch.stack([(words >> (bits * i) & mask).to(torch.uint8) for i in range(8)], dim=1).flatten()[:n]
+    n_bytes = bits // math.gcd(bits, 8)  # the fewest bytes that hold whole codes
+    dtype = torch.uint8 if n_bytes == 1 else torch.int32 if n_bytes < 4 else torch.int64
+    columns = packed.reshape(-1, n_bytes)
+    words = columns[:, 0].to(dtype)
+    for j in range(1, n_bytes):
+        words = words | columns[:, j].to(dtype) << (8 * j)
+    codes = [(words >> i & (2**bits - 1)).to(torch.uint8) for i in range(0, 8 * n_bytes, bits)]
+    return torch.stack(codes, dim=1).flatten()[:n]
 
 
 def _packed_bytes(n: int, bits: int) -> int:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from coopq.core.types import UNTOUCHED, LinearLayer, Width
 from coopq.game.losses import Reference, portions_divergence
 from coopq.game.sensitivity import Sensitivity
-from coopq.game.streamed_gradients import head_gradients, output_gradients
+from coopq.game.streamed_gradients import head_gradients, output_gradients, watching
 from coopq.model.blockwise import States
 from coopq.quantizers.input_statistics import column_importance
 
@@ -45,7 +45,7 @@ def output_errors(sensitivity: Sensitivity, widths: Sequence[Width]) -> Errors:
             mean_square = float(torch.cat([gradient.square().mean()[None] for gradient in upstream]).mean())
             for j, batch in enumerate(states.pop()):
                 leaf = batch.detach().requires_grad_()
-                with torch.enable_grad(), bank.watching(members) as seen:
+                with torch.enable_grad(), watching(bank, members) as seen:
                     output = blockwise.call_block(block, j, leaf)
                 upstream[j], gradients = output_gradients(output, leaf, upstream[j], seen)
                 for row, width in enumerate(widths):

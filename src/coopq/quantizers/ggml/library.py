@@ -77,7 +77,14 @@ def from_blocks(kind: Any, blocks: Tensor) -> Tensor:
 
     block, size = GGML_QUANT_SIZES[kind]
     weight = torch.empty(len(blocks), blocks.shape[1] // size * block)
-    _dequantizer(int(kind))(blocks.data_ptr(), weight.data_ptr(), weight.numel())
+    n_threads, dequantize = torch.get_num_threads(), _dequantizer(int(kind))
+
+    def dequantize_rows(part: Tensor, target: Tensor) -> None:
+        dequantize(part.data_ptr(), target.data_ptr(), target.numel())
+
+    rows = -(-len(blocks) // n_threads)
+    with ThreadPoolExecutor(n_threads) as threads:
+        list(threads.map(dequantize_rows, blocks.split(rows), weight.split(rows)))
     return weight
 
 

@@ -57,23 +57,23 @@ class GPTQFormat:
         return not self.act_order
 
     def codes(self, packed: Packed, shape: tuple[int, int], bits: Width) -> tuple[Tensor, Tensor]:
-        """Integers of a weight of shape (out, in): codes, shape (in, out), and zero points, shape (groups, out)."""
-        codes = _unpack(packed["qweight"].T, bits).T[: shape[1]]
+        """Integers of a weight of shape (out, in), uint8: codes, shape (out, in), and zero points, (out, groups)."""
+        codes = _unpack(packed["qweight"].T, bits)[:, : shape[1]]
         # The format stores zero points less one.
-        return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1) & (2**bits - 1)
+        return codes, (_unpack(packed["qzeros"], bits)[:, : shape[0]] + 1 & (2 ** int(bits) - 1)).T
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
         codes, zeros = self.codes(packed, shape, bits)
-        group = packed["g_idx"].long()
-        weight = packed["scales"].float()[group] * (codes - zeros[group]).float()
-        return weight.T.to(dtype).contiguous()
+        group, scales = packed["g_idx"].long(), packed["scales"].T.float()
+        weight = codes.float().sub_(zeros.float().index_select(1, group)).mul_(scales.index_select(1, group))
+        return weight.to(dtype).contiguous()
 
     def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`."""
         codes, zeros = self.codes(packed, shape, bits)
-        groups = codes.T.reshape(shape[0], -1, self.group_size)
-        return Affine(groups.to(torch.uint8), zeros.T.unsqueeze(-1).to(torch.uint8), packed["scales"].T.unsqueeze(-1))
+        groups = codes.reshape(shape[0], -1, self.group_size)
+        return Affine(groups, zeros.unsqueeze(-1), packed["scales"].T.unsqueeze(-1))
 
     def affine_form(self) -> AffineForm:
         """See `Backend.affine_form`; all weights have the same form."""
@@ -141,6 +141,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack(words: Tensor, bits: Width) -> Tensor:
-    """Codes of int32 words along the last axis, the first code lowest; int64, shape (..., n_words * 32 / bits)."""
-    shifts = torch.arange(0, _WORD, bits, device=words.device)
-    return ((words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    """Codes of int32 words along the last axis, the first code lowest; uint8, shape (..., n_words * 32 / bits)."""
+    octets = words.contiguous().view(torch.uint8)  # the lowest byte is the first: coopq runs on no other machines
+    codes = [octets >> shift & (2 ** int(bits) - 1) for shift in range(0, 8, int(bits))]
+    return torch.stack(codes, dim=-1).flatten(-2)

@@ -1,0 +1,132 @@
+"""The weight bank of the demo model: bytes on disk, seconds to dequantize, and losses with caches of several sizes.
+
+    python benchmarks/bank.py                # a few minutes; writes docs/results/bank.md
+
+Evaluations are of the same random assignments with each cache in turn, round after round. A cache of no size makes
+every player's weights anew whenever they are set. Seconds are of the processor: whatever else the machine does adds
+nothing.
+"""
+
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from _common import RESULTS, command_line, cpu_seconds, median_seconds, processor, row, table, write_report
+from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.types import Width
+from coopq.game.prefix_engine import PrefixEngine, make_engine
+from coopq.game.session import Prepared, prepare
+from coopq.model.load import max_positions
+from coopq.model.texts import calibration_set
+from coopq.quantizers import get_backend
+from coopq.quantizers.backend import WeightQuantizer
+from coopq.quantizers.bank import WeightBank
+
+CASES: dict[str, tuple[Width, ...]] = {"rtn": (2, 4), "hqq": (2, 4), "ggml": (4, 5, 8)}
+"""Backends and widths. Rows of the demo model have 576 weights: ggml has no more types for these."""
+TYPES = ("rtn", "hqq", "quanto", "ggml", "ggml-iq")
+"""Backends of which every width is timed on one matrix."""
+SHAPE = (512, 1024)
+TOKENS, LENGTH, ASSIGNMENTS, ROUNDS = 64, 64, 20, 1
+"""Few tokens: the weights are made once whatever the tokens, so this is where making them costs most."""
+SHARES = {"full": 1.0, "a quarter": 0.25, "none": 0.0}
+"""Caches: which share of all dequantized weights they hold."""
+
+
+def open_banks(prepared: Prepared, folder: Path) -> tuple[dict[str, WeightBank], dict[str, PrefixEngine]]:
+    """A bank with a cache of each size over one folder, with an engine each."""
+    loaded, footprint = prepared.load(), prepared.footprint
+    tokens = calibration_set(prepared.request.text, loaded.tokenizer, max_positions(loaded.model)).tokens
+    rooms = {name: footprint.at_once + round(share * footprint.dequantized) for name, share in SHARES.items()}
+    banks = {
+        name: WeightBank(
+            folder, loaded, prepared.players, prepared.backend, {}, room=None if name == "full" else rooms[name]
+        )
+        for name in SHARES
+    }
+    fitted_to = tokens if prepared.backend.calibrated else None
+    banks["full"].build(prepared.request.widths.bits, fitted_to)
+    return banks, {name: make_engine(loaded.model, bank, tokens) for name, bank in banks.items()}
+
+
+def seconds_to_read(bank: WeightBank, widths: tuple[Width, ...]) -> float:
+    """Seconds to dequantize every player at every width once."""
+    start = cpu_seconds()
+    for player in range(len(bank.players)):
+        for width in widths:
+            bank.weights(player, width)
+    return cpu_seconds() - start
+
+
+def case(name: str, widths: tuple[Width, ...]) -> list[Any]:
+    """A row of the report."""
+    request = Request.from_options(model="demo", backend=name, bits=widths, tokens=TOKENS, sequence_length=LENGTH)
+    prepared = prepare(request)
+    with TemporaryDirectory() as folder:
+        banks, engines = open_banks(prepared, Path(folder))
+        on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        first, again = (seconds_to_read(banks["none"], widths) for _ in range(2))
+        points = np.random.default_rng(0).choice(widths, size=(ASSIGNMENTS, len(prepared.players))).astype(np.float32)
+        times: dict[str, list[float]] = {cache: [] for cache in engines}
+        losses = {cache: [found for _, found, _ in engine.evaluate(points)] for cache, engine in engines.items()}
+        assert all(np.array_equal(found, losses["full"]) for found in losses.values())
+        for _ in range(ROUNDS):
+            for cache, engine in engines.items():
+                start = cpu_seconds()
+                list(engine.evaluate(points))
+                times[cache].append((cpu_seconds() - start) / len(points))
+    full = np.array(times["full"])
+    cells = [f"{np.median(full):.3f}"]
+    cells += [f"{np.median(times[cache]):.3f} ({np.median(times[cache] / full):.2f})" for cache in list(SHARES)[1:]]
+    before = on_disk + prepared.footprint.dequantized
+    sizes = [f"{before / 1e6:,.0f}", f"{on_disk / 1e6:,.0f}"]
+    found = [name, ", ".join(map(str, widths)), *sizes, f"{first:.2f}", f"{again:.2f}", *cells]
+    print(row(found), flush=True)
+    return found
+
+
+def type_rows() -> list[list[str]]:
+    """Milliseconds to dequantize a million weights, for each backend and width."""
+    weight = torch.randn(SHAPE)
+    rows = []
+    for name in TYPES:
+        backend = get_backend(QuantizerSpec(name))
+        assert isinstance(backend, WeightQuantizer)
+        cells = []
+        for width in backend.bits:
+            packed = backend.quantize(weight, width)
+            seconds = median_seconds(partial(backend.dequantize, packed, SHAPE, width, weight.dtype), 9)
+            cells.append(f"{width:g}: {seconds * 1e9 / weight.numel():.1f}")
+        rows.append([name, ", ".join(cells)])
+        print(row(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure all cases and types, and write the report."""
+    command_line(__doc__).parse_args()
+    columns = ["backend", "widths", "MB before", "MB on disk", "s to read", "s to dequantize"]
+    lines = [
+        "# The weight bank",
+        "",
+        f"Written by `python benchmarks/bank.py` on {processor()}, threads: {torch.get_num_threads()}.",
+        "SmolLM2-135M in float32; its 30 blocks are the players. Before, the bank had dequantized weights on disk too.",
+        "Processor seconds are to make the weights of every player at every width, with and without reading and",
+        f"checking files, and for one of {ASSIGNMENTS} random assignments on {TOKENS} tokens, in brackets as a",
+        "multiple of those with a full cache. With more tokens, a loss takes longer and making weights does not.",
+        "",
+        *table([*columns, *(f"s a loss, cache {cache}" for cache in SHARES)], [case(*each) for each in CASES.items()]),
+        "",
+        "Milliseconds to dequantize a million weights, by width:",
+        "",
+        *table(["backend", "milliseconds"], type_rows()),
+    ]
+    write_report(RESULTS / "bank.md", lines)
+
+
+if __name__ == "__main__":
+    main()
