@@ -1,5 +1,6 @@
 """Files that were damaged or edited: each is refused in one line, and none changes an answer without a word."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -193,7 +194,8 @@ def test_lines_that_are_no_documents(line: str, tmp_path: Path, stories: str) ->
 
 
 def test_gptq_wants_sequences_that_its_library_keeps() -> None:
-    pytest.importorskip("gptqmodel")
+    if importlib.util.find_spec("gptqmodel") is None:  # importing it would change this process
+        pytest.skip("needs gptqmodel")
     gptq = get_backend(QuantizerSpec(backend="gptq"), (4,))
     with pytest.raises(CoopQError, match=r"at least 11 tokens, and sequence-length = 2; .* --fit-tokens"):
         gptq.check_text(TextSpec(tokens=4, sequence_length=2, fit_tokens=4))
@@ -204,10 +206,9 @@ def test_methods_that_watch_outputs_and_experts() -> None:
     plain = Player("b.0", (LinearLayer("b.0.up", (4, 4)),), 0)
     experts = Player("b.1", (LinearLayer("b.1.experts.down", (16, 4), is_plain=False, n_experts=4),), 1)
     check_methods(["auto-quantize", "fisher", "lim"], [plain], 2)
-    for method in ("auto-quantize", "fisher"):
-        with pytest.raises(EstimationError, match=r"b\.1\.experts\.down holds several experts; take another method"):
-            check_methods([method], [plain, experts], 2)
-    check_methods(["lim", "active"], [plain, experts], 2)
+    with pytest.raises(EstimationError, match=r"b\.1\.experts\.down holds several experts; take another method"):
+        check_methods(["fisher"], [plain, experts], 2)
+    check_methods(["lim", "active", "auto-quantize"], [plain, experts], 2)
 
 
 def test_scores_tell_how_far_they_are(stories: str, tmp_path: Path) -> None:

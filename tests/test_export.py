@@ -251,7 +251,7 @@ def test_an_exported_folder_that_computes_something_else_is_not_written(
 
     def wrong(*arguments: Any) -> Any:
         packed = pack(*arguments)
-        return {**packed, part: 2 * packed[part]}
+        return {**packed, part: 30 * packed[part]}
 
     monkeypatch.setattr(kind, "pack", wrong)
     with pytest.raises(ExportError, match="computes other losses"):

@@ -28,6 +28,8 @@ TOLERANCE = 0.01
 _WORTH = 0.03
 """A budget is settled when no candidate is expected to gain this share of the tolerance, in this number of rounds:"""
 _ROUNDS = 3
+_STALE_ROUNDS = 5
+"""A budget is also settled when so many rounds have gained less than that share: expectations can be too high."""
 _POINTS_PER_PLAYER_OF_FEW, _POINTS_PER_STEP, _POINTS_PER_PLAYER, _FEW_STEPS = 13, 6, 8, 64
 """Limits on the points measured, see `most_points`; searches with a prior seldom meet them (decision 9)."""
 _LIKELY = 0.05
@@ -83,6 +85,7 @@ class ActiveSearch(Search):
         self._most = 0
         self._round = 0
         self._quiet = dict.fromkeys(space.capacities, 0)
+        self._stale = dict.fromkeys(space.capacities, (0, np.inf))
 
     def propose(self) -> Assignments:
         """The opening first, then the points that are expected to improve on the best measured losses."""
@@ -134,6 +137,12 @@ class ActiveSearch(Search):
     def _candidates(self, prior: Prior, capacity: int, taken: list[Steps]) -> list[Steps]:
         """The points of a budget that are worth a measurement, except measured points and points in `taken`."""
         program, lowest = self._space.constraint(capacity), self.measured.lowest(capacity)
+        rounds, before = self._stale[capacity]
+        has_gained = lowest - prior.origin < (1 - _WORTH * TOLERANCE) * (before - prior.origin)
+        self._stale[capacity] = (0, lowest) if has_gained else (rounds + 1, before)
+        if rounds + 1 > _STALE_ROUNDS and not has_gained:
+            self._quiet[capacity] = _ROUNDS
+            return []
         surrogate = fit_informed(prior, self.measured.q, self.measured.losses, lowest)
         gains = surrogate.corrected_gains()
         incumbents = self.measured.best(capacity, _INCUMBENTS)
