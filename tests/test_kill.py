@@ -67,7 +67,7 @@ def test_killed_at_random_moments(n_kills: int, method: str, name: str, stories:
     assert end(start(stories, tmp_path / "whole", method)) == 0, (tmp_path / "whole.log").read_text()
     expected = Plan.load(tmp_path / "whole" / "plan.json")
     total = n_lines(tmp_path / "whole-run" / name)
-    assert total > 30
+    assert total > 20
 
     journal = tmp_path / "out-run" / name
     # Moments spread over the whole job, each at a random place within its share, some of them before the first value

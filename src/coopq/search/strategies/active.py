@@ -28,7 +28,7 @@ TOLERANCE = 0.01
 _WORTH = 0.03
 """A budget is settled when no candidate is expected to gain this share of the tolerance, in this number of rounds:"""
 _ROUNDS = 3
-_STALE_ROUNDS = 5
+_STALE_ROUNDS = 15
 """A budget is also settled when so many rounds have gained less than that share: expectations can be too high."""
 _POINTS_PER_PLAYER_OF_FEW, _POINTS_PER_STEP, _POINTS_PER_PLAYER, _FEW_STEPS = 13, 6, 8, 64
 """Limits on the points measured, see `most_points`; searches with a prior seldom meet them (decision 9)."""
