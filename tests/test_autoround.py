@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import coopq
 import coopq.quantizers.gptq.autoround as autoround
 from coopq.core.errors import BackendError
-from coopq.core.specs import Goal, Request
+from coopq.core.goal import Goal
+from coopq.core.specs import Request
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.game.prefix_engine import model_nll

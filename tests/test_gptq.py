@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import coopq
 from coopq.core.errors import BackendError, OutputError
-from coopq.core.specs import Goal, Request, TextSpec
+from coopq.core.goal import Goal
+from coopq.core.specs import Request, TextSpec
 from coopq.export.checkpoint import SavedModel
 from coopq.game.prefix_engine import model_nll
 from coopq.model.load import load_model

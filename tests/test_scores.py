@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import coopq
 from coopq.core.errors import EstimationError
+from coopq.core.goal import Goal
 from coopq.core.sizes import Budget, Sizes
-from coopq.core.specs import Goal, Request, SolverSpec
+from coopq.core.specs import Request, SolverSpec
 from coopq.core.subject import Subject
 from coopq.core.types import LinearLayer, Player
 from coopq.game.prefix_engine import make_engine

@@ -10,8 +10,9 @@ import pytest
 
 from coopq.core.errors import BudgetError, OptionError
 from coopq.core.files import read_record, write_record
+from coopq.core.goal import Goal
 from coopq.core.spec import option_name, spelled
-from coopq.core.specs import Goal, Request, SolverSpec, TextSpec, WidthsSpec, option_fields
+from coopq.core.specs import Request, SolverSpec, TextSpec, WidthsSpec, option_fields
 from coopq.judge.bench.config import read_bench
 from tests.command_line import command
 

@@ -12,7 +12,7 @@ from typing import Any
 _PUBLIC = {
     "Budget": "coopq.core.sizes",
     "CoopQError": "coopq.core.errors",
-    "Goal": "coopq.core.specs",
+    "Goal": "coopq.core.goal",
     "Plan": "coopq.plan.plan",
     "QuantizerSpec": "coopq.core.specs",
     "Request": "coopq.core.specs",

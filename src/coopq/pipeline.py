@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
 from coopq.core.files import as_plain, require_new_folder, require_no_input
+from coopq.core.goal import Goal
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.spec import spec_options
-from coopq.core.specs import DEFAULT_SOLVER, Goal, QuantizerSpec, Request, SolverSpec
+from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
 from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.formats import TargetFile
-from coopq.game.session import open_session, prepare, weights_fingerprint
+from coopq.game.run_folder import RunFolder
+from coopq.game.session import open_session, prepare
+from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.model.load import fingerprint_weights, max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
@@ -63,6 +66,7 @@ def quantize(
     """
     out = out.expanduser().resolve()
     run = default_run(out) if run is None else run.expanduser().resolve()
+    limit = goal.limit()
     _check_goal(request, goal)
     _check_places(request, out, run)
     if SavedModel(out).exists:
@@ -74,9 +78,9 @@ def quantize(
     prepared.check_budgets(budgets)
     with open_session(prepared, run, progress, ray=ray) as session:
         if goal.max_loss is None:
-            (plan,) = make_plans(session, goal.method, budgets, solver)
+            (plan,) = make_plans(session, goal.method, budgets, solver, limit)
         else:
-            plan = smallest_plan(session, goal.max_loss, solver)
+            plan = smallest_plan(session, goal.max_loss, limit)
         return save_model(Source.from_session(session), measure_plan(session, plan), out, progress)
 
 
@@ -168,6 +172,11 @@ def default_run(out: Path) -> Path:
     return out.with_name(f"{out.name}-run")
 
 
+def plans_so_far(out: Path, run: Path | None) -> list[Path]:
+    """Files of the plans that a job has found in its run folder; an interrupted search leaves its best plan there."""
+    return list(RunFolder(default_run(out) if run is None else run.expanduser()).plans.glob("*.json"))
+
+
 def _check_places(request: Request, out: Path | None, run: Path | None) -> None:
     """Check that a job writes over none of its inputs, and that its two folders do not hold each other's files.
 
@@ -197,10 +206,9 @@ def _check_goal(request: Request, goal: Goal) -> None:
     if screens and (goal.max_loss is not None or method.kind != "search"):
         what = f"method {method.name!r}" if goal.max_loss is None else "a limit on the loss"
         raise EstimationError(f"screening is for searches of a budget, not for {what}; leave --screen-tokens out")
-    if goal.max_loss is not None and method.name != "active":
-        raise EstimationError(
-            f"method {method.name!r} cannot search for a loss; leave --method out, the active search can"
-        )
+    if not method.is_anytime and not (goal.max_loss is None and goal.limit() is None):
+        what = "answer before its end" if goal.max_loss is None else "search for a loss"
+        raise EstimationError(f"method {method.name!r} cannot {what}; leave --method out, the active search can")
 
 
 def _deployed(request: Request, deployment: QuantizerSpec, assignment: Sequence[Width]) -> Request:
@@ -258,8 +266,11 @@ def _finished(request: Request, goal: Goal, solver: SolverSpec, out: Path) -> Pl
         ours["budget"], theirs["budget"] = Budget.parse(goal.budget).text, plan.budget
     if METHODS[plan.method].kind != "walks":
         ours["permutations"] = theirs["permutations"]
-    if solver.time_limit is None and METHODS[plan.method].proves:  # a proof is asked for
+    if solver.time_limit is None and plan.solver is not None and METHODS[plan.method].proves:  # a proof is asked for
         ours["solver"], theirs["solver"] = "optimal", plan.solver.status
+    if plan.stopped_after is not None:  # a search that ended by itself is the same with any limit
+        limit = goal.limit()
+        ours["limit"], theirs["limit"] = None if limit is None else limit.text, plan.stopped_after
     for name in _PLACES:  # contents decide, not names
         ours.pop(name), theirs.pop(name)
     if fields := differing(ours, theirs):

@@ -7,7 +7,8 @@ import click
 from coopq.cli.options import PLACE, SectionedCommand, as_json, out_folder, ray_config, takes, takes_cluster
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
 from coopq.core.errors import BackendError, RunError
-from coopq.core.specs import Goal, QuantizerSpec, Request, SolverSpec
+from coopq.core.goal import Goal
+from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 
 
 @click.command(cls=SectionedCommand)
@@ -33,9 +34,14 @@ def quantize(
     from coopq.report.tables import plan_summary, provenance
 
     quiet_libraries()
-    with progress_bars() as progress:
-        cluster = ray_config(ray_address, workers)
-        plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
+    try:
+        with progress_bars() as progress:
+            cluster = ray_config(ray_address, workers)
+            plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
+    except KeyboardInterrupt:
+        for found in sorted(pipeline.plans_so_far(out, run)):
+            note(f"the best plan so far is {found}; the same command with --minutes 0 finishes with the best plan")
+        raise
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
     if request.target.form is not None:

@@ -11,9 +11,9 @@ from msgspec import Meta
 from msgspec.structs import FieldInfo, fields
 
 from coopq.core.errors import EstimationError, OptionError
+from coopq.core.goal import Goal
 from coopq.core.spec import Spec, build
 from coopq.core.specs import (
-    Goal,
     ModelSpec,
     QuantizerSpec,
     Request,

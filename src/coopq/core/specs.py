@@ -16,7 +16,6 @@ from msgspec import Meta, Struct
 from msgspec.structs import FieldInfo, fields, force_setattr
 
 from coopq.core.errors import OptionError, hint
-from coopq.core.sizes import Budget
 from coopq.core.spec import Spec, build, spec_options, spelled
 from coopq.core.types import UNTOUCHED, Width, as_widths
 
@@ -221,28 +220,6 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     def options(self) -> dict[str, Any]:
         """All options by name."""
         return {name: value for group in _SPECS for name, value in spec_options(getattr(self, group)).items()}
-
-
-class Goal(Spec, frozen=True):
-    """Which assignment is wanted, and by which method."""
-
-    budget: Annotated[
-        str | None, Meta(description="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
-    ] = None
-    max_loss: Annotated[
-        float | None,
-        Meta(description="Instead of a budget: the smallest size whose calibration loss stays under this, in nats."),
-    ] = None
-    method: Annotated[str, Meta(description="How to choose the widths; `coopq methods` lists all.")] = "active"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.budget is None) == (self.max_loss is None):
-            raise OptionError("give a budget, or a limit on the loss, and not both: budget = 3.5avg, or max-loss = 3.8")
-        if self.budget is not None:
-            Budget.parse(self.budget)
-        if self.max_loss is not None and not abs(self.max_loss) < float("inf"):
-            raise OptionError(f"max-loss = {self.max_loss} is no limit; give nats per token, 3.8 for example")
 
 
 class SolverSpec(Spec, frozen=True):

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import EstimationError
+from coopq.core.limits import Limit
 from coopq.core.types import Assignment, Assignments, Game, Losses, ProgressCallback, as_widths, silent
 from coopq.game.journal import Journal
 from coopq.game.prefix_engine import prefix_tree_size
@@ -39,6 +40,7 @@ class QuantizationGame:
         n_players: Length of an assignment.
         progress: Told of every loss.
         stage: Name of the work for `progress`.
+        limit: When to end early.
 
     Attributes:
         journal: The journal, with every loss measured here.
@@ -51,12 +53,14 @@ class QuantizationGame:
         n_players: int,
         progress: ProgressCallback = silent,
         stage: str = "measuring",
+        limit: Limit | None = None,
     ) -> None:
         self._engine = engine
         self.journal = journal
         self._n_players = n_players
         self._progress = progress
         self._stage = stage
+        self._limit = limit
         self._done = self._total = 0
 
     @property
@@ -77,6 +81,7 @@ class QuantizationGame:
 
         Raises:
             EstimationError: If the engine returns no loss for an assignment.
+            Stopped: If the time is over; losses measured until then are in the journal.
         """
         unique = np.unique(assignments, axis=0)
         unknown = np.array([row for row in unique if self.journal.get(row) is None], dtype=np.float32)
@@ -84,11 +89,18 @@ class QuantizationGame:
         self._done += len(unique) - len(unknown)
         if len(unknown):
             self._progress(self._stage, self._done, self._total)
-            for assignment, losses, block_forwards in self._engine.evaluate(unknown):
+            self._check_time()
+            for n_measured, (assignment, losses, block_forwards) in enumerate(self._engine.evaluate(unknown), 1):
                 self.journal.append(assignment, losses, block_forwards)
                 self._done += 1
                 self._progress(self._stage, self._done, self._total)
+                if n_measured < len(unknown):
+                    self._check_time()
         return np.stack([self._recorded(row) for row in assignments])
+
+    def _check_time(self) -> None:
+        if self._limit is not None:
+            self._limit.check_time()
 
     def _recorded(self, assignment: Assignment) -> npt.NDArray[np.float64]:
         """The losses of an assignment that was measured, shape (n_sequences,)."""
@@ -108,6 +120,8 @@ class Meter:
         game: The game.
         blocks: Block of each player, shape (n_players,).
         known: Assignments that count as measured before, shape (n, n_players).
+        limit: When to end early.
+        share: Share of the calibration sequences that the game measures on.
 
     Attributes:
         block_forwards: Block forwards over all tokens that an uninterrupted run spends. Assignments share prefixes
@@ -115,9 +129,17 @@ class Meter:
         evaluations: Assignments measured.
     """
 
-    def __init__(self, game: Game, blocks: Sequence[int], known: Assignments) -> None:
+    def __init__(
+        self,
+        game: Game,
+        blocks: Sequence[int],
+        known: Assignments,
+        limit: Limit | None = None,
+        share: float = 1.0,
+    ) -> None:
         self._game = game
         self._blocks = blocks
+        self._limit, self._share = limit, share
         self._known = {row.tobytes() for row in known}
         self.block_forwards = 0
         self.evaluations = 0
@@ -128,11 +150,18 @@ class Meter:
         return self._game.n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
-        """Losses of the assignments, nats per token, shape (n,)."""
+        """Losses of the assignments, nats per token, shape (n,).
+
+        Raises:
+            Stopped: If the limit does not allow them.
+        """
         new = [row for row in np.unique(assignments, axis=0) if row.tobytes() not in self._known]
         if new:
+            block_forwards = prefix_tree_size(np.array(new), self._blocks)
+            if self._limit is not None:
+                self._limit.spend(self._share * block_forwards / len(set(self._blocks)))
             self._known.update(row.tobytes() for row in new)
-            self.block_forwards += prefix_tree_size(np.array(new), self._blocks)
+            self.block_forwards += block_forwards
             self.evaluations += len(new)
         return self._game(assignments)
 
@@ -145,22 +174,29 @@ class Meters:
         n_sequences: Number of all sequences.
         blocks: Block of each player, shape (n_players,).
         known: Assignments that count as measured before, shape (n, n_players).
+        limit: When to end early.
     """
 
     def __init__(
-        self, make_game: Callable[[int], Game], n_sequences: int, blocks: Sequence[int], known: Assignments
+        self,
+        make_game: Callable[[int], Game],
+        n_sequences: int,
+        blocks: Sequence[int],
+        known: Assignments,
+        limit: Limit | None = None,
     ) -> None:
         self._make_game = make_game
         self._n_sequences = n_sequences
         self._blocks = blocks
         self._known = known
+        self._limit = limit
         self._meters: dict[int, Meter] = {}
 
     def __call__(self, share: float) -> Meter:
         """The game on a share of the sequences, at least one."""
         n = max(1, round(share * self._n_sequences))
         if n not in self._meters:
-            self._meters[n] = Meter(self._make_game(n), self._blocks, self._known)
+            self._meters[n] = Meter(self._make_game(n), self._blocks, self._known, self._limit, n / self._n_sequences)
         return self._meters[n]
 
     @property

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from coopq.core.errors import OutOfMemory
+from coopq.core.limits import Limit
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request
 from coopq.core.subject import Subject
@@ -21,11 +22,11 @@ from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
 from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.run_folder import RunFolder
-from coopq.model.load import LoadedModel, fingerprint_weights, load_model, load_skeleton, max_positions, pick_device
-from coopq.model.matrices import round_untouched
+from coopq.game.weights_fingerprint import weights_fingerprint
+from coopq.model.load import LoadedModel, load_model, load_skeleton, max_positions, pick_device
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.offload import OffloadedBlocks
-from coopq.model.players import covered_share, find_players, warn_of_weights_outside
+from coopq.model.players import find_players, warn_of_weights_outside
 from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
@@ -168,22 +169,27 @@ class Session(Subject):
         return make_engine(self.loaded.model, self.bank, tokens.tokens, loss, self.offloaded)
 
     @contextmanager
-    def game(self, stage: str, n_sequences: int | None = None) -> Iterator[QuantizationGame]:
+    def game(
+        self, stage: str, n_sequences: int | None = None, limit: Limit | None = None
+    ) -> Iterator[QuantizationGame]:
         """The game that searches play.
 
         Args:
             stage: Name of the work, for progress.
             n_sequences: Only the first calibration sequences, with a journal of their own; None takes all.
+            limit: When to end early.
         """
         tokens, journal = self.calibration, self.folder.journal
         if n_sequences is not None and n_sequences < self.request.text.n_sequences:
             tokens = replace(tokens, tokens=tokens.tokens[:n_sequences])
             journal = self.folder.screening(n_sequences)
-        with self.game_on(tokens, journal, stage, self.request.search.loss) as game:
+        with self.game_on(tokens, journal, stage, self.request.search.loss, limit) as game:
             yield game
 
     @contextmanager
-    def game_on(self, tokens: TokenSet, journal: Path, stage: str, loss: str = "nll") -> Iterator[QuantizationGame]:
+    def game_on(
+        self, tokens: TokenSet, journal: Path, stage: str, loss: str = "nll", limit: Limit | None = None
+    ) -> Iterator[QuantizationGame]:
         """The game on other tokens, with its losses in `journal`."""
         fingerprint = {**self.fingerprint, "tokens": tokens.fingerprint, "bos": tokens.bos, "loss": loss}
         with Journal(journal, fingerprint) as losses:
@@ -192,7 +198,7 @@ class Session(Subject):
             else:
                 engine = self.cluster.engine(tokens.fingerprint, tokens.tokens, loss)
                 stage = f"{stage}, {self.cluster.n_workers} workers"
-            yield QuantizationGame(engine, losses, len(self.players), self.progress, stage)
+            yield QuantizationGame(engine, losses, len(self.players), self.progress, stage, limit)
 
     def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
         """The items, with progress."""
@@ -276,23 +282,3 @@ def open_session(
             if ray is not None:
                 session = replace(session, cluster=stack.enter_context(ray.connect(session, weights)))
             yield session
-
-
-def weights_fingerprint(prepared: Prepared, loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
-    """What quantized weights depend on; weights that may stay untouched are rounded to 16 bits here."""
-    widths = prepared.request.widths
-    weights = {
-        "weights": fingerprint_weights(loaded.model),
-        "players": {"granularity": widths.granularity, "embeddings": widths.embeddings, "routers": widths.routers},
-        "covered": round(covered_share(loaded.model, prepared.players), 4),
-        "backend": prepared.backend.fingerprint(),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": prepared.device.type,
-    }
-    if loaded.notes:
-        weights["source"] = list(loaded.notes)
-    if fitting is not None:
-        weights["fitted to"] = fitting.fingerprint
-    if round_untouched(loaded, prepared.players, widths.bits):
-        weights["rounded to"] = "float16"
-    return weights

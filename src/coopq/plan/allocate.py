@@ -18,11 +18,10 @@ from coopq.plan.confidence import confidence
 from coopq.plan.estimation import Estimation, Spent, load_estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan, PlayerPlan, Solver
-from coopq.search.measured import Measured
 from coopq.search.solver.exact import Allocation, allocate, near_optimum
 from coopq.search.solver.quadratic_program import QuadraticProgram, paper_program
 from coopq.search.space import SearchSpace
-from coopq.search.surrogate import Fidelity, best_surrogate
+from coopq.search.surrogate import Fidelity
 
 if TYPE_CHECKING:  # a session imports torch, and plans are allocated without
     from coopq.game.session import Session
@@ -42,25 +41,23 @@ class Choice:
     Attributes:
         method: Name of the method.
         assignment: Width of each player, shape (n_players,).
-        allocation: The solution of the method's program.
+        allocation: The solution of the method's program; None for searches, which solve none.
         scores: What the method says of each player, shape (n_players,).
         spent: What the method took.
         stderr: Standard errors of the scores, shape (n_players,); None for methods without.
         alpha: Shrinkage of the covariance; None for methods without.
         predicted_loss: Loss that the method predicts, nats per token; None for methods that predict none.
-        runner_up: The best other assignment measured, shape (n_players,); None if none was.
         fidelity: How far the method's surrogate can be trusted; None for methods without one.
     """
 
     method: str
     assignment: Assignment
-    allocation: Allocation
+    allocation: Allocation | None
     scores: Array
     spent: Spent
     stderr: Array | None = None
     alpha: float | None = None
     predicted_loss: float | None = None
-    runner_up: Assignment | None = None
     fidelity: Fidelity | None = None
 
 
@@ -126,44 +123,6 @@ def choose_by_gains(
     )
 
 
-def describe_search(
-    space: SearchSpace,
-    capacity: int,
-    method: str,
-    chosen: Assignment,
-    measured: Measured,
-    spent: Spent,
-    solver: SolverSpec,
-) -> Choice:
-    """The choice of a search, with what its surrogate says of the chosen assignment.
-
-    The allocation is the surrogate's optimum, in the units of its transform: how far below the optimum any assignment
-    could be, if the surrogate were true.
-
-    Args:
-        space: Players and steps.
-        capacity: Bytes that steps not taken may cost together.
-        method: Name of the search.
-        chosen: The assignment, shape (n_players,).
-        measured: What the search measured.
-        spent: What the search took.
-        solver: The time limit.
-    """
-    surrogates = measured.surrogates(capacity)
-    surrogate = best_surrogate(surrogates)
-    q = space.steps_down(chosen)
-    return Choice(
-        method=method,
-        assignment=chosen,
-        allocation=settle(surrogate.program(space.constraint(capacity)), solver),
-        scores=space.sum_by_player(surrogates[0].shapley()),
-        spent=spent,
-        # A surrogate does not predict what it was fitted to.
-        predicted_loss=None if q in measured else float(surrogate.predict(q[None])[0]),
-        fidelity=surrogate.fidelity,
-    )
-
-
 def settle(program: QuadraticProgram, solver: SolverSpec) -> Allocation:
     """A solution with a bound, in bounded time, of a program that can be hard."""
     if len(program.step_bytes) > _MOST_EXACT:
@@ -191,16 +150,19 @@ def make_plan(subject: Subject, budget: Budget, choice: Choice) -> Plan:
                 subject.players, assignment, choice.scores.tolist(), stderr, strict=True
             )
         ),
-        solver=Solver(allocation.status, allocation.objective, allocation.bound, allocation.gap),
+        solver=None if allocation is None else _proof(allocation),
         predicted_loss=choice.predicted_loss,
         measured_loss=None,
         request=subject.request,
         fingerprint=dict(subject.fingerprint),
         block_forwards=choice.spent.block_forwards,
         block_forwards_unshared=choice.spent.unshared,
-        runner_up=None if choice.runner_up is None else tuple(as_widths(choice.runner_up)),
         fidelity=choice.fidelity,
     )
+
+
+def _proof(allocation: Allocation) -> Solver:
+    return Solver(allocation.status, allocation.objective, allocation.bound, allocation.gap)
 
 
 def allocate_run(
@@ -249,11 +211,10 @@ def allocate_run(
 
 def measure_plan(session: "Session", plan: Plan) -> Plan:
     """The plan with its loss on the calibration set measured, and the confidence in it; kept in the run folder."""
-    points = np.array([plan.assignment, plan.runner_up or plan.assignment], dtype=np.float32)
-    with session.game("measuring the plan") as game:
-        chosen, runner_up = game.per_sequence(points)
-    sure = confidence(chosen, None if plan.runner_up is None else runner_up)
-    plan = plan.replace(measured_loss=float(chosen.mean()), confidence=sure)
+    if plan.confidence is None:
+        with session.game("measuring the plan") as game:
+            losses = game.per_sequence(np.array([plan.assignment], dtype=np.float32))[0]
+        plan = plan.replace(measured_loss=float(losses.mean()), confidence=confidence(losses, None))
     session.folder.plans.mkdir(exist_ok=True)
     plan.save(session.folder.plans / plan.file_name)
     return plan

@@ -1,5 +1,7 @@
 """Plans by searches on the true loss."""
 
+import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,32 +10,42 @@ from pathlib import Path
 import numpy as np
 
 from coopq.core.errors import InfeasibleBudget
+from coopq.core.limits import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import Assignments, Game
+from coopq.core.types import Assignment, Assignments, Game
 from coopq.game.game import Meter, Meters
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.game.session import Session
-from coopq.plan.allocate import describe_search, make_plan, search_space
+from coopq.plan.allocate import Choice, make_plan, search_space
+from coopq.plan.describe import describe
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
+from coopq.plan.rivals import compared
 from coopq.plan.scores.prior import step_prior
 from coopq.plan.search_log import SearchLog
-from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run, run_search
+from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run_search
 from coopq.search.informed import Prior
 
 _N_FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set; chosen by hand."""
+_N_RIVALS = 200
+"""Best assignments of a budget among which the runner-up is."""
+_TOLD = 0.02
+"""Share of the loss by which a search improves before it says so again."""
+_log = logging.getLogger(__name__)
 
 
-def plans_by_search(session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec) -> list[Plan]:
+def plans_by_search(
+    session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec, limit: Limit | None = None
+) -> list[Plan]:
     """The plans of budgets by one search, which shares what it measures between the budgets.
 
     With screening the search looks at the first calibration sequences; its finalists are measured on all of them.
     """
     space, text = search_space(session, budgets), session.request.text
-    search, meters, scoring = _search(session, method, space)
+    search, prior, meters, scoring = _search(session, method, space, budgets, limit)
     share, n_blocks = text.n_screen_sequences / text.n_sequences, len(set(session.blocks))
     spent = Spent(
         scoring + round(meters.block_forwards * share), scoring + round(meters.evaluations * share) * n_blocks
@@ -43,14 +55,15 @@ def plans_by_search(session: Session, method: Method, budgets: Sequence[Budget],
         ranked, deciding = _decide(session, space, method, ranked)
         spent = Spent(spent.block_forwards + deciding.block_forwards, spent.unshared + deciding.unshared)
     plans = []
-    stage = f"solving the program, {method.name}"
-    for budget, capacity in zip(session.each(stage, budgets), space.capacities, strict=True):
-        chosen, *others = ranked[capacity]
-        choice = describe_search(space, capacity, method.name, chosen, search.measured, spent, solver)
-        choice = replace(choice, runner_up=others[0] if others else None)
+    for budget, capacity in zip(budgets, space.capacities, strict=True):
+        chosen = ranked[capacity][0]
+        choice = describe(space, capacity, method.name, chosen, search.measured, spent, prior)
         if share < 1:  # a surrogate of the screening sequences predicts no loss of all sequences
             choice = replace(choice, predicted_loss=None)
-        plans.append(make_plan(session, budget, choice))
+        plan = compared(
+            session, make_plan(session, budget, choice), ranked[capacity], is_best=not method.trusts_surrogate
+        )
+        plans.append(plan.replace(stopped_after=limit.text if limit is not None and limit.is_reached else None))
     return plans
 
 
@@ -68,7 +81,7 @@ def make_search(method: Method, space: SearchSpace, known: Known, prior: Prior |
     return search
 
 
-def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan:
+def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None) -> Plan:
     """The plan of the smallest size whose loss, measured on the calibration set, stays under a limit.
 
     Sizes are bisected, to a hundredth of the bytes between the lowest and the highest width. At each size an active
@@ -80,10 +93,10 @@ def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan
     whole = search_space(session)
     total, least = int(whole.step_bytes.sum()), int(whole.step_bytes.min())
     low, high = 0, total
-    with session.game("searching the smallest size") as game:
+    with session.game("searching the smallest size", limit=limit) as game:
         name = _search_name(f"at most {max_loss}", whole, game.journal.path)
         known = game.journal.first(SearchLog(session.folder.path).n_known(name, game.journal))
-        meter, measured = Meter(game, session.blocks, known[0]), Measured(whole)
+        meter, measured = Meter(game, session.blocks, known[0], limit), Measured(whole)
         prior, scoring = step_prior(session, whole, meter)
         measured.add(*known)
         ends = whole.assignments(np.array([[False], [True]]).repeat(whole.n_steps, axis=1))
@@ -96,21 +109,28 @@ def smallest_plan(session: Session, max_loss: float, solver: SolverSpec) -> Plan
             )
         if losses[1] <= max_loss:
             high = 0
+        if limit is not None:
+            limit.spend(scoring / len(set(session.blocks)))
+            limit.begin()
         while high - low > max(least, total // 100):
             middle = (low + high) // 2
-            search = run(ActiveSearch(replace(whole, capacities=(middle,)), measured.known(), prior), meter)
-            measured = search.measured
+            search = ActiveSearch(replace(whole, capacities=(middle,)), measured.known(), prior)
+            measured = run_search(search, lambda _: meter, limit).measured
             if measured.lowest(middle) <= max_loss:
                 high = int(measured.bytes_above_min[measured.losses <= max_loss].min())
+            elif limit is not None and limit.is_reached:
+                break
             else:
                 low = middle
-    chosen, *others = whole.assignments(measured.best(high, 2))
+    best = whole.assignments(measured.best(high, _N_RIVALS))
+    chosen = best[0]
     budget = Budget.parse(f"{session.sizes.total_bytes(chosen) + session.sizes.fixed}B")
     spent = Spent(scoring + meter.block_forwards, scoring + meter.evaluations * len(set(session.blocks)))
     (capacity,) = search_space(session, [budget]).capacities
-    choice = describe_search(whole, capacity, "active", chosen, measured, spent, solver)
-    choice = replace(choice, runner_up=others[0] if others else None)
-    return make_plan(session, budget, choice).replace(max_loss=max_loss)
+    choice = describe(whole, capacity, "active", chosen, measured, spent, prior)
+    plan = compared(session, make_plan(session, budget, choice), best, is_best=True)
+    stopped_after = limit.text if limit is not None and limit.is_reached else None
+    return plan.replace(max_loss=max_loss, stopped_after=stopped_after)
 
 
 def begin_with_nothing(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
@@ -120,20 +140,69 @@ def begin_with_nothing(session: Session, methods: Sequence[str], budgets: Sequen
         log.begin_with_nothing(_search_name(method, space, session.folder.journal))
 
 
-def _search(session: Session, method: Method, space: SearchSpace) -> tuple[Search, Meters, int]:
-    """Run a search on the screening sequences; also what it takes, and the block forwards of its prior."""
+def _search(
+    session: Session, method: Method, space: SearchSpace, budgets: Sequence[Budget], limit: Limit | None
+) -> tuple[Search, Prior | None, Meters, int]:
+    """Run a search on the screening sequences.
+
+    Returns:
+        The search, its prior, what the search took, and the block forwards of the prior.
+    """
     n_screen, stage = session.request.text.n_screen_sequences, f"searching, {method.name}"
-    with session.game(stage, n_screen) as game, ExitStack() as stack:
+    with session.game(stage, n_screen, limit) as game, ExitStack() as stack:
         name = _search_name(method.name, space, game.journal.path)
         n_known = SearchLog(session.folder.path).n_known(name, game.journal) if method.learns else 0
         known = game.journal.first(n_known)
 
         def game_on_first(n: int) -> Game:
-            return game if n == n_screen else stack.enter_context(session.game(stage, n))
+            return game if n == n_screen else stack.enter_context(session.game(stage, n, limit))
 
-        meters = Meters(game_on_first, n_screen, session.blocks, known[0])
+        meters = Meters(game_on_first, n_screen, session.blocks, known[0], limit)
         prior, scoring = step_prior(session, space, meters(1.0)) if method.takes_prior else (None, 0)
-        return run_search(make_search(method, space, known, prior), meters), meters, scoring
+        if limit is not None:
+            limit.spend(scoring / len(set(session.blocks)))
+        search = make_search(method, space, known, prior)
+        keeper = _Keeper(session, budgets, space, prior)
+        run_search(search, meters, limit, keeper if method.is_anytime else lambda _: None)
+        if limit is not None and limit.is_reached:
+            search.measured.add(*game.journal.first(len(game.journal)))  # of the last round, too
+        return search, prior, meters, scoring
+
+
+class _Keeper:
+    """Keeps the best plans so far in the run folder, so that a search that is interrupted leaves an answer.
+
+    Args:
+        session: The session.
+        budgets: The budgets.
+        space: Players and steps, with the capacities of the budgets.
+        prior: What each step costs about.
+    """
+
+    def __init__(self, session: Session, budgets: Sequence[Budget], space: SearchSpace, prior: Prior | None) -> None:
+        self._session, self._budgets, self._space = session, budgets, space
+        self._scores = np.zeros(space.n_players) if prior is None else space.sum_by_player(prior.gains)
+        self._kept = dict.fromkeys(space.capacities, math.inf)
+        self._told = dict(self._kept)
+
+    def __call__(self, search: Search) -> None:
+        """Save the plans that became better."""
+        for budget, capacity in zip(self._budgets, self._space.capacities, strict=True):
+            loss = search.measured.lowest(capacity)
+            if loss < self._kept[capacity]:
+                self._kept[capacity] = loss
+                self._save(budget, search.choose(capacity), f"{len(search.measured)} losses")
+            if loss < self._told[capacity] * (1 - _TOLD):
+                what = "first plan" if self._told[capacity] == math.inf else "better plan"
+                _log.info("%s, %s: loss %.4f after %d losses", budget.text, what, loss, len(search.measured))
+                self._told[capacity] = loss
+
+    def _save(self, budget: Budget, chosen: Assignment, after: str) -> None:
+        """Write a plan over the one before."""
+        choice = Choice("active", chosen, None, self._scores, Spent(0, 0))
+        plan = make_plan(self._session, budget, choice).replace(stopped_after=after)
+        self._session.folder.plans.mkdir(exist_ok=True)
+        plan.save(self._session.folder.plans / plan.file_name)
 
 
 def _rank(space: SearchSpace, search: Search, capacity: int) -> Assignments:

@@ -7,13 +7,15 @@ import numpy as np
 
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import REMOVED, UNTOUCHED, Assignment, Width
+from coopq.core.types import REMOVED, UNTOUCHED, Width
 from coopq.game.prefix_engine import prefix_tree_size
 from coopq.game.session import Session
-from coopq.plan.allocate import Choice, choose_by_gains, choose_by_walks, describe_search, make_plan, search_space
+from coopq.plan.allocate import Choice, choose_by_gains, choose_by_walks, make_plan, search_space, settle
+from coopq.plan.describe import describe
 from coopq.plan.estimation import Estimation, Spent, save_estimation
 from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
+from coopq.plan.rivals import compared
 from coopq.search import SPQE, Measured, SearchSpace, run
 from coopq.search.solver.local_search import local_optima
 from coopq.search.surrogate import best_surrogate
@@ -42,7 +44,11 @@ def plans_by_walks(session: Session, method: Method, budgets: Sequence[Budget], 
             choice = _choose_by_interactions(space, capacity, walked, estimation.spent, solver)
         else:
             choice = choose_by_walks(estimation, budget, method.name, solver)
-        plans.append(make_plan(session, budget, replace(choice, runner_up=_runner_up(space, capacity, walked, choice))))
+        plan = make_plan(session, budget, choice)
+        if len(walked):
+            rivals = space.assignments(walked.best(capacity, len(walked)))
+            plan = compared(session, plan, rivals, is_best=False)
+        plans.append(plan)
     return plans
 
 
@@ -92,15 +98,10 @@ def _choose_by_interactions(
     space: SearchSpace, capacity: int, walked: Measured, spent: Spent, solver: SolverSpec
 ) -> Choice:
     """The best local optimum of a surrogate fitted to the walks."""
-    program = best_surrogate(walked.surrogates(capacity)).program(space.constraint(capacity))
+    fitted = best_surrogate(walked.surrogates(capacity))
+    program = fitted.program(space.constraint(capacity))
     rng = np.random.default_rng([space.seed, 0])
     optima = local_optima(program, walked.best(capacity, 3), _N_STARTS, rng)
     chosen = space.assignments(optima[0])
-    return describe_search(space, capacity, "interactions", chosen, walked, spent, solver)
-
-
-def _runner_up(space: SearchSpace, capacity: int, walked: Measured, choice: Choice) -> Assignment | None:
-    """The best other assignment on the walks, shape (n_players,); None if no other keeps the budget."""
-    best = space.assignments(walked.best(capacity, 2))
-    others = best[(best != choice.assignment).any(axis=1)]
-    return others[0] if len(others) else None
+    choice = describe(space, capacity, "interactions", chosen, walked, spent)
+    return replace(choice, allocation=settle(program, solver))

@@ -9,14 +9,17 @@ import numpy.typing as npt
 from coopq.core.types import Losses
 
 _N_RESAMPLES = 10_000
+_N_SELECTIONS = 2_000
+"""Resamples in which a choice is made again: as many times as there are points, each costs a sum over sequences."""
+
+Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Confidence:
     """How sure the choice is, as far as the sequences of the calibration set can say.
 
-    The chosen assignment is often the best of hundreds on the same sequences, so differences are optimistic. Few
-    sequences give coarse intervals.
+    Few sequences give coarse intervals.
 
     Attributes:
         stderr: Standard error of the measured loss over sequences; None for a single sequence.
@@ -53,6 +56,45 @@ def confidence(losses: Losses, runner_up: Losses | None) -> Confidence:
     )
     interval = float(result.confidence_interval.low), float(result.confidence_interval.high)
     return Confidence(stderr, float(differences.mean()), interval, _share_above_zero(result.bootstrap_distribution))
+
+
+def selected_confidence(
+    losses: npt.NDArray[np.float64], chosen: int, differs: Booleans, *, is_best: bool
+) -> tuple[Confidence, int | None]:
+    """The confidence in a choice against its runner-up, where one or both were selected on the same sequences.
+
+    The best of hundreds looks better on the sequences that selected it than on others. The bootstrap repeats the
+    selection on each resample of the sequences, and looks at the selected pair on all sequences: what the pair loses by
+    that, on average, is taken from the difference and its interval.
+
+    Args:
+        losses: Losses of points on each sequence, shape (n_points, n_sequences), nats per token.
+        chosen: Row of the choice.
+        differs: Whether two points differ in a real choice, shape (n_points, n_points).
+        is_best: Whether the choice is the best point; otherwise only the runner-up is selected by its loss.
+    Returns:
+        The confidence, and the row of the runner-up: the best point that differs in a real choice, if there is one.
+    Source: the bootstrap's estimate of optimism, Efron, Estimating the error rate of a prediction rule, 1983.
+    """
+    n = losses.shape[1]
+    means = losses.mean(axis=1)
+    if not differs[chosen].any():
+        return confidence(losses[chosen], None), None
+    runner_up = int(np.where(differs[chosen], means, np.inf).argmin())
+    plain = confidence(losses[chosen], losses[runner_up])
+    if n == 1:
+        return plain, runner_up
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _N_SELECTIONS) / n
+    resampled = draws @ losses.T
+    again = resampled.argmin(axis=1) if is_best else np.full(_N_SELECTIONS, chosen)
+    others = np.where(differs[again], resampled, np.inf)
+    rows, rival = np.arange(_N_SELECTIONS), others.argmin(axis=1)
+    gains = (resampled[rows, rival] - resampled[rows, again]) - (means[rival] - means[again])
+    optimism = float(gains[np.isfinite(others[rows, rival])].mean())
+    differences = draws @ (losses[runner_up] - losses[chosen]) - optimism
+    interval = float(np.quantile(differences, 0.025)), float(np.quantile(differences, 0.975))
+    difference = float(means[runner_up] - means[chosen]) - optimism
+    return Confidence(plain.stderr, difference, interval, _share_above_zero(differences)), runner_up
 
 
 def _share_above_zero(means: npt.NDArray[Any]) -> float:

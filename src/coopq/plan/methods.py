@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from coopq.core.errors import EstimationError, hint
+from coopq.core.limits import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import Player
@@ -35,6 +36,7 @@ class Method:
         most_widths: Number of widths that the method can choose from; None for any number.
         learns: Whether the search fits what was measured before the search began.
         takes_prior: Whether the search begins with what a gradient score says of each step.
+        is_anytime: Whether the search has an answer from its first losses on, so that a limit may end it.
         trusts_surrogate: Whether the search chooses what its surrogate predicts to be best, measured or not.
         takes_alpha: Whether the method solves the paper's program, with its alpha.
         proves: Whether the program is solved to proof. Otherwise the optimum is not the point, or nobody would wait.
@@ -55,6 +57,7 @@ class Method:
     most_widths: int | None = None
     learns: bool = False
     takes_prior: bool = False
+    is_anytime: bool = False
     trusts_surrogate: bool = False
     takes_alpha: bool = False
     proves: bool = False
@@ -96,6 +99,7 @@ _ALL = (
         "active:ActiveSearch",
         learns=True,
         takes_prior=True,
+        is_anytime=True,
         is_compared=True,
     ),
     _walks(
@@ -200,10 +204,21 @@ _MAKERS = {
 }
 
 
-def make_plans(session: "Session", method: str, budgets: Sequence[Budget], solver: SolverSpec) -> "list[Plan]":
-    """The plans of budgets by a method; a search takes all budgets at once and shares what the search measures."""
+def make_plans(
+    session: "Session", method: str, budgets: Sequence[Budget], solver: SolverSpec, limit: Limit | None = None
+) -> "list[Plan]":
+    """The plans of budgets by a method; a search takes all budgets at once and shares what the search measures.
+
+    Args:
+        session: The session.
+        method: Name of the method.
+        budgets: The budgets.
+        solver: How programs are solved.
+        limit: When to end early, for searches that have an answer at any time.
+    """
     found = get_method(method)
-    plans: list[Plan] = _load(_MAKERS[found.kind])(session, found, budgets, solver)
+    limits = [] if limit is None else [limit]
+    plans: list[Plan] = _load(_MAKERS[found.kind])(session, found, budgets, solver, *limits)
     return plans
 
 

@@ -60,7 +60,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         average_bits: Width averaged over the quantized weights; scales and zeros do not count.
         bits_per_weight: Stored bits per quantized weight; scales, zeros and padding count.
         players: Each player with its width.
-        solver: How well the program is solved.
+        solver: How well the program is solved; None for searches, which measure and solve none.
         predicted_loss: Loss on the calibration set that the surrogate predicts, nats per token; None for methods
             without a surrogate, and where the loss was measured before.
         measured_loss: The loss truly measured, nats per token; None until it is.
@@ -72,8 +72,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         deployment: The quantizer that makes the weights, if it is not the one that was measured.
         saved_loss: Negative log-likelihood of the saved model, nats per token, where the weights of a mixed model are
             not those that were measured (gptq, autoround).
+        stopped_after: The limit that ended the search before its own end: "60 forwards"; None if none did.
         max_loss: The limit on the loss that was asked for instead of a budget, nats per token.
-        runner_up: Width of each player in the best other assignment that was measured; None if none was.
+        runner_up: Width of each player in the best measured assignment that differs in a real choice, see
+            `coopq.plan.rivals`; None if none was measured.
         confidence: How sure the choice is; None until the loss is measured.
         fidelity: How far the method's surrogate can be trusted; None for methods without one.
     """
@@ -86,7 +88,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     average_bits: float
     bits_per_weight: float
     players: tuple[PlayerPlan, ...]
-    solver: Solver
+    solver: Solver | None
     predicted_loss: float | None
     measured_loss: float | None
     request: Request
@@ -95,6 +97,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     block_forwards_unshared: int
     deployment: QuantizerSpec | None = None
     saved_loss: float | None = None
+    stopped_after: str | None = None
     max_loss: float | None = None
     runner_up: tuple[int | float, ...] | None = None
     confidence: Confidence | None = None

@@ -23,9 +23,10 @@ if TYPE_CHECKING:  # both import torch
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
-    """A plan: `bits` by player, `status`, `gap`, `block_forwards`, sizes and losses.
+    """A plan: `bits` by player, `block_forwards`, sizes and losses.
 
-    Plans of the method coopq have `shapley` and `stderr` by player, plans of other methods `scores`.
+    Plans of the method coopq have `shapley` and `stderr` by player, plans of other methods `scores`. Plans that solve
+    a program have its `status` and `gap`; those of searches have None there.
     """
     scores = {player.name: player.score for player in plan.players}
     errors = {player.name: player.stderr for player in plan.players}
@@ -33,8 +34,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "method": plan.method,
         "bits": {player.name: player.bits for player in plan.players},
         **({"shapley": scores, "stderr": errors} if plan.method == "coopq" else {"scores": scores}),
-        "status": plan.solver.status,
-        "gap": plan.solver.gap,
+        "status": plan.solver and plan.solver.status,
+        "gap": plan.solver and plan.solver.gap,
         "block_forwards": plan.block_forwards,
         "block_forwards_unshared": plan.block_forwards_unshared,
         "budget": plan.budget,
@@ -48,6 +49,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "measured_loss": plan.measured_loss,
         "saved_loss": plan.saved_loss,
         "max_loss": plan.max_loss,
+        "stopped_after": plan.stopped_after,
         "runner_up": None if plan.runner_up is None else dict(zip(scores, plan.runner_up, strict=True)),
         "confidence": msgspec.to_builtins(plan.confidence),
         "fidelity": msgspec.to_builtins(plan.fidelity),
@@ -68,8 +70,8 @@ def run_data(
     """
     data: dict[str, Any] = {
         "bits": {plan.label: {player.name: player.bits for player in plan.players} for plan in plans},
-        "status": {plan.label: plan.solver.status for plan in plans},
-        "gap": {plan.label: plan.solver.gap for plan in plans},
+        "status": {plan.label: plan.solver and plan.solver.status for plan in plans},
+        "gap": {plan.label: plan.solver and plan.solver.gap for plan in plans},
         "measured_loss": {plan.label: plan.measured_loss for plan in plans},
         "confidence": {plan.label: msgspec.to_builtins(plan.confidence) for plan in plans},
         "block_forwards": block_forwards,

@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # it imports torch
 
 _MOST_COLUMNS = 8
 _LOSSES = {"nll": "calibration loss", "kl": "divergence from full precision on the calibration text"}
+_SCORES = {
+    "search": "score: what lowering the player costs, nats per token",
+    "walks": "score: Shapley value, what lowering the player costs, nats per token",
+    "score": "score: what the method says that lowering the player costs, in a unit of its own",
+}
 _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
 
 
@@ -41,13 +46,20 @@ def plan_summary(plan: Plan) -> str:
         f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight{covered}\n"
         f"{_LOSSES[loss]} {predicted}{measured} (nats per token)"
-        f"{'' if plan.fidelity else f'; solver: {_proof(plan)}'}{deployed}{_confidence(plan)}{_fidelity(plan)}{notes}"
+        f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}"
     )
 
 
 def _proof(plan: Plan) -> str:
-    """How well the program of a plan is solved."""
-    return f"{plan.solver.status}, gap {plan.solver.gap:.2%}"
+    """How well the program of a plan is solved; nothing for searches, which solve none."""
+    return "" if plan.solver is None else f"; solver: {plan.solver.status}, gap {plan.solver.gap:.2%}"
+
+
+def _stopped(plan: Plan) -> str:
+    """What ended the search before its own end, in a line of its own."""
+    if plan.stopped_after is None:
+        return ""
+    return f"\nthe search stopped after {plan.stopped_after}; without a limit, it goes on in the same run folder"
 
 
 def _confidence(plan: Plan) -> str:
@@ -56,14 +68,15 @@ def _confidence(plan: Plan) -> str:
     if sure is None or sure.difference is None or sure.interval is None or sure.probability is None:
         return ""
     low, high = sure.interval
-    if sure.difference < 0:
+    if sure.difference < 0 and METHODS[plan.method].kind != "search":
         return (
             f"\nan assignment measured on the way is BETTER by {-sure.difference:.4f} "
-            f"(95 % {-high:.4f} to {-low:.4f}, paired bootstrap over sequences); the method chooses without looking"
+            f"(95 % {-high:.4f} to {-low:.4f}, bootstrap over sequences); the method chooses without looking"
         )
     return (
-        f"\nthe runner-up measured is worse by {sure.difference:.4f} (95 % {low:.4f} to {high:.4f}, paired "
-        f"bootstrap over sequences); probability of the choice being better {sure.probability:.0%}"
+        f"\nrunner-up, with other widths for at least 5 % of the weights: {sure.difference:+.4f} (95 % {low:+.4f} to "
+        f"{high:+.4f}, bootstrap over sequences, corrected for selection); probability of the choice being better "
+        f"{sure.probability:.0%}"
     )
 
 
@@ -76,7 +89,7 @@ def _fidelity(plan: Plan) -> str:
     warning = "" if fidelity.is_trusted else "; trust measured losses, not predicted losses"
     return (
         f"\nsurrogate of {fidelity.n_points} points: left-out error {fidelity.error:.4f}, "
-        f"rank correlation within equal sizes {rank}; its program: {_proof(plan)}{warning}"
+        f"rank correlation within equal sizes {rank}{warning}"
     )
 
 
@@ -98,7 +111,8 @@ def show_plan(plan: Plan) -> RenderableType:
     if plan.method == "coopq":
         columns = {"Shapley value": scores, "±": [player.stderr or 0.0 for player in plan.players]}
     names = [player.name for player in plan.players]
-    table = _players_table(_SHAPLEY if plan.method == "coopq" else "", names, {"bits": plan.assignment}, columns)
+    title = _SHAPLEY if plan.method == "coopq" else _SCORES[METHODS[plan.method].kind]
+    table = _players_table(title, names, {"bits": plan.assignment}, columns)
     head = provenance(plan.request, plan.fingerprint, plan.method)
     return Group(
         Text(head), Text(plan_summary(plan)), table, Text(_cost(plan.block_forwards, plan.block_forwards_unshared))

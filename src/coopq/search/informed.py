@@ -109,7 +109,7 @@ class InformedSurrogate:
         mean: c_0 and c_1.
         factor: Variance of d.
         pairs: Variance of e.
-        error: Root mean square error of left-out points, of the log of the loss.
+        left_out: Log of the loss of each fitted point as the other points predict it, shape (n_points,).
         shares: Shares of the fitted points, shape (n_points, n_steps).
         weights: The inverse covariance times the points' distance from the mean, shape (n_points,).
         inverse: The inverse covariance of the fitted points, shape (n_points, n_points).
@@ -120,7 +120,7 @@ class InformedSurrogate:
     mean: Floats
     factor: float
     pairs: float
-    error: float
+    left_out: Floats = field(repr=False)
     shares: Floats = field(repr=False)
     weights: Floats = field(repr=False)
     inverse: Floats = field(repr=False)
@@ -143,6 +143,15 @@ class InformedSurrogate:
         mean = self.mean[0] + self.mean[1] * np.log(self.prior.totals(q)) + kernel @ self.weights
         left = variance - ((kernel @ self.inverse) * kernel).sum(axis=1)
         return mean, np.sqrt(np.maximum(left, 1e-10))
+
+    def predict(self, q: Steps) -> Losses:
+        """Losses of points of shape (n, n_steps), shape (n,), nats per token."""
+        return self.losses_of(self.log_loss(q)[0])
+
+    def losses_of(self, logs: Floats) -> Losses:
+        """Losses whose logs above the origin are given, shape (n,), nats per token."""
+        losses: Losses = self.origin + np.exp(logs)
+        return losses
 
     def log_of(self, losses: Losses) -> Floats:
         """The log of losses above the origin, shape (n,)."""
@@ -186,8 +195,8 @@ def fit_informed(prior: Prior, q: Steps, losses: Losses, near: float, *, pairs: 
             inverse = (vectors / (factor * np.maximum(values, 0) + noise)) @ vectors.T * np.outer(root, root)
             surprise, mean, weights, errors = _solve(inverse, design, y)
             if best is None or surprise < best[0]:
-                error = float(np.sqrt(np.average(errors**2, weights=root**2)))
-                found = InformedSurrogate(prior, origin, mean, factor, factor * ratio, error, shares, weights, inverse)
+                variances = factor, factor * ratio
+                found = InformedSurrogate(prior, origin, mean, *variances, y - errors, shares, weights, inverse)
                 best = surprise, found
     assert best is not None
     return best[1]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from coopq.core.limits import Limit, Stopped
 from coopq.core.types import Assignment, Assignments, Game, Losses
 from coopq.search.measured import Measured
 
@@ -50,13 +51,27 @@ def run(estimator: AnyEstimator, game: Game) -> AnyEstimator:
     return estimator
 
 
-def run_search(search: AnySearch, games: Callable[[float], Game]) -> AnySearch:
+def run_search(
+    search: AnySearch,
+    games: Callable[[float], Game],
+    limit: Limit | None = None,
+    after: Callable[[AnySearch], None] = lambda _: None,
+) -> AnySearch:
     """Measure what a search proposes, each time on the share of sequences that it asks for, and return the search.
 
     Args:
         search: The search.
-        games: The game on a share of the calibration sequences.
+        games: The game on a share of the calibration sequences. A game that meets the limit raises `Stopped`.
+        limit: When to end early. The first points are measured in any case.
+        after: Called whenever the search has learnt something.
     """
     while len(assignments := search.propose()):
-        search.learn(assignments, games(search.share)(assignments))
+        try:
+            losses = games(search.share)(assignments)
+        except Stopped:
+            break
+        search.learn(assignments, losses)
+        after(search)
+        if limit is not None:
+            limit.begin()
     return search

@@ -83,6 +83,13 @@ class SearchSpace:
         """
         return np.tri(self.n_steps, dtype=bool) & self._same_player
 
+    def one_player_lowest(self) -> Steps:
+        """The points with one player at its lowest width and all others at their highest.
+
+        Shape (n_players, n_steps).
+        """
+        return np.equal.outer(np.arange(self.n_players), self.player_of_step)
+
     def one_player_up(self) -> Steps:
         """The points with one player raised and all others at their lowest width, shape (n_steps, n_steps).
 

@@ -143,23 +143,40 @@ def fit_surrogates(
     """
     nearest = np.argsort(np.abs(fills - fill), kind="stable")[:_MOST_POINTS]
     q, losses, fills = q[nearest], losses[nearest], fills[nearest]
-    weights = 1 / (1 + ((fills - fill) / _REACH) ** 2)
+    weights = _nearness(fills, fill)
     origin = float(losses.min())
     offset = _LOG_OFFSET * float(np.median(losses) - origin) or 1.0
     targets = [_transform(losses, transform, origin, offset) for transform in transforms]
     surrogates = []
     for transform, y, ridge in zip(transforms, targets, fit_ridge(q, targets, weights, pairs=pairs), strict=True):
         constant, a, K = ridge.terms()
-        predicted = y - ridge.left_out_errors
-        wrong = _losses(predicted, transform, origin, offset) - losses
-        fidelity = Fidelity(
-            transform=transform,
-            error=float(np.sqrt((weights * wrong**2).sum() / weights.sum())),
-            rank_correlation=rank_correlation(predicted, losses, fills, fill),
-            n_points=len(losses),
-        )
+        predicted = _losses(y - ridge.left_out_errors, transform, origin, offset)
+        fidelity = fidelity_of(transform, predicted, losses, fills, fill)
         surrogates.append(Surrogate(constant, a, K, transform, origin, offset, fidelity, ridge))
     return surrogates
+
+
+def fidelity_of(
+    transform: Transform, predicted: Losses, losses: Losses, fills: npt.NDArray[np.float64], fill: float
+) -> Fidelity:
+    """How far a surrogate is to be trusted near a fill.
+
+    Args:
+        transform: The function of the loss that was fitted.
+        predicted: Losses of points as a fit without each point predicts them, shape (n_points,), nats per token.
+        losses: Their losses, shape (n_points,).
+        fills: Fill of each point, shape (n_points,).
+        fill: The fill that the surrogate is for, 0 to 1.
+    """
+    weights = _nearness(fills, fill)
+    error = float(np.sqrt(np.average((predicted - losses) ** 2, weights=weights)))
+    return Fidelity(transform, error, rank_correlation(predicted, losses, fills, fill), len(losses))
+
+
+def _nearness(fills: npt.NDArray[np.float64], fill: float) -> npt.NDArray[np.float64]:
+    """What points count by their fill, shape (n_points,)."""
+    near: npt.NDArray[np.float64] = 1 / (1 + ((fills - fill) / _REACH) ** 2)
+    return near
 
 
 def best_surrogate(surrogates: Sequence[Surrogate]) -> Surrogate:

@@ -84,6 +84,7 @@ class ActiveSearch(Search):
         self._limit = most_points(space) if limit is None else limit
         self._most = 0
         self._round = 0
+        self._opening: list[Steps] = []
         self._quiet = dict.fromkeys(space.capacities, 0)
         self._stale = dict.fromkeys(space.capacities, (0, np.inf))
 
@@ -92,8 +93,9 @@ class ActiveSearch(Search):
         self._round += 1
         if self._round == 1:
             self._most = len(self.measured) + self._limit
-            opening = self._alone() if self._prior is None else self._opening(self._prior)
-            if len(fresh := self._unmeasured(opening)):
+            self._opening = [self._alone()] if self._prior is None else self._first_plans(self._prior)
+        while self._opening:
+            if len(fresh := self._unmeasured(self._opening.pop(0))):
                 return fresh
         chosen: list[Steps] = []
         if len(self.measured) < self._most:
@@ -117,16 +119,18 @@ class ActiveSearch(Search):
         none_down = np.zeros((1, self._space.n_steps), dtype=bool)
         return np.concatenate([none_down, self._space.one_player_down(), ~none_down, self._space.one_player_up()])
 
-    def _opening(self, prior: Prior) -> Steps:
-        """What the prior chooses for the budgets and for other sizes, and some neighbours."""
+    def _first_plans(self, prior: Prior) -> list[Steps]:
+        """What the prior chooses for the budgets; then what it chooses for other sizes, and some neighbours."""
         space, rng = self._space, np.random.default_rng(self._space.seed)
-        found = []
+        plans: list[Steps] = []
+        others: list[Steps] = []
         for capacity in knapsacks(space.capacities, int(space.step_bytes.sum()), _OPENING):
             program = space.constraint(capacity)
-            found.append((best := _filled(program, prior.gains))[None])
+            best = _filled(program, prior.gains)
+            (plans if capacity in space.capacities else others).append(best[None])
             if capacity in space.capacities and len(beside := neighbours(program, best)):
-                found.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
-        return np.concatenate(found)
+                others.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
+        return [np.concatenate(found) for found in (plans, others) if found]
 
     def _unmeasured(self, points: Steps) -> Assignments:
         """Distinct points without a loss, as assignments."""

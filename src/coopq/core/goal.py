@@ -1,0 +1,55 @@
+"""What a job is to reach: a size or a loss, by which method, within which limits."""
+
+import math
+from typing import Annotated
+
+from msgspec import Meta
+
+from coopq.core.errors import OptionError
+from coopq.core.limits import Limit
+from coopq.core.sizes import Budget
+from coopq.core.spec import Spec
+
+
+class Goal(Spec, frozen=True):
+    """Which assignment is wanted, and by which method."""
+
+    budget: Annotated[
+        str | None, Meta(description="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
+    ] = None
+    max_loss: Annotated[
+        float | None,
+        Meta(description="Instead of a budget: the smallest size whose calibration loss stays under this, in nats."),
+    ] = None
+    method: Annotated[str, Meta(description="How to choose the widths; `coopq methods` lists all.")] = "active"
+    forwards: Annotated[
+        int | None,
+        Meta(description="End the search after so many forwards of the model, with the best plan measured by then."),
+    ] = None
+    minutes: Annotated[
+        float | None,
+        Meta(
+            description="End the search after so many minutes, with the best plan measured by then; 0 takes what an "
+            "interrupted command measured. Without it the same command goes on later."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.forwards is not None and self.forwards < 1:
+            raise OptionError(f"forwards = {self.forwards} is no number of forwards; leave it out for no limit")
+        if self.minutes is not None and not 0 <= self.minutes < float("inf"):
+            raise OptionError(f"minutes = {self.minutes} is no length of time; leave it out for no limit")
+        if (self.budget is None) == (self.max_loss is None):
+            raise OptionError("give a budget, or a limit on the loss, and not both: budget = 3.5avg, or max-loss = 3.8")
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        if self.max_loss is not None and not abs(self.max_loss) < float("inf"):
+            raise OptionError(f"max-loss = {self.max_loss} is no limit; give nats per token, 3.8 for example")
+
+    def limit(self) -> Limit | None:
+        """When to end the search early, counted from now on; None for no limit."""
+        if self.forwards is None and self.minutes is None:
+            return None
+        forwards, minutes = (math.inf if value is None else value for value in (self.forwards, self.minutes))
+        return Limit(forwards, minutes)

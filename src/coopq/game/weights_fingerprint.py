@@ -1,0 +1,31 @@
+"""What quantized weights depend on."""
+
+from typing import TYPE_CHECKING, Any
+
+from coopq.model.load import LoadedModel, fingerprint_weights
+from coopq.model.matrices import round_untouched
+from coopq.model.players import covered_share
+from coopq.model.texts import TokenSet
+
+if TYPE_CHECKING:  # the session imports this module
+    from coopq.game.session import Prepared
+
+
+def weights_fingerprint(prepared: "Prepared", loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
+    """What quantized weights depend on; weights that may stay untouched are rounded to 16 bits here."""
+    widths = prepared.request.widths
+    weights = {
+        "weights": fingerprint_weights(loaded.model),
+        "players": {"granularity": widths.granularity, "embeddings": widths.embeddings, "routers": widths.routers},
+        "covered": round(covered_share(loaded.model, prepared.players), 4),
+        "backend": prepared.backend.fingerprint(),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": prepared.device.type,
+    }
+    if loaded.notes:
+        weights["source"] = list(loaded.notes)
+    if fitting is not None:
+        weights["fitted to"] = fitting.fingerprint
+    if round_untouched(loaded, prepared.players, widths.bits):
+        weights["rounded to"] = "float16"
+    return weights
