@@ -6,7 +6,9 @@ the stage computes in the run folder, so that an interrupted job goes on from th
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
 from coopq.core.files import as_plain, require_new_folder, require_no_input
@@ -16,18 +18,20 @@ from coopq.core.spec import spec_options
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
 from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
+from coopq.export.finished import finished_plan
+from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import open_session, prepare
 from coopq.game.weights_fingerprint import weights_fingerprint
-from coopq.model.load import fingerprint_weights, max_positions
+from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.allocate import allocate_run, measure_plan
 from coopq.plan.by_search import smallest_plan
 from coopq.plan.by_walks import estimate_walks
 from coopq.plan.estimation import Estimation
-from coopq.plan.methods import METHODS, check_methods, get_method, make_plans
+from coopq.plan.methods import check_methods, get_method, make_plans
 from coopq.plan.plan import Plan
 from coopq.quantizers.packed_modules import PackedWeights
 
@@ -37,8 +41,6 @@ if TYPE_CHECKING:  # Ray is optional
 __all__ = ["allocate", "apply", "default_run", "estimate", "quantize"]
 
 allocate = allocate_run
-_PLACES = ("model", "calibration", "base")
-"""Options that name a place. The same content has several names."""
 
 
 def quantize(
@@ -69,11 +71,13 @@ def quantize(
     limit = goal.limit()
     _check_goal(request, goal)
     _check_places(request, out, run)
+    prepared = prepare(request, target=TargetFile())
+    if goal.fit is not None:
+        goal = msgspec.structs.replace(goal, fit=None, budget=fitting_budget(goal.fit, prepared).text)
     if SavedModel(out).exists:
-        return _finished(request, goal, solver, out)
+        return finished_plan(request, goal, solver, out)
     require_new_folder(out)
     budgets = [] if goal.budget is None else [Budget.parse(goal.budget)]
-    prepared = prepare(request, target=TargetFile())
     check_methods([goal.method], prepared.players, len(request.widths.bits))
     prepared.check_budgets(budgets)
     with open_session(prepared, run, progress, ray=ray) as session:
@@ -237,69 +241,4 @@ def _resized(plan: Plan, sizes: Sizes) -> Plan:
         untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
         budget_bytes=limit,
         bits_per_weight=sizes.bits_per_weight(plan.assignment),
-    )
-
-
-def _finished(request: Request, goal: Goal, solver: SolverSpec, out: Path) -> Plan:
-    """The plan of an output that is complete, if the output answers this very request.
-
-    Raises:
-        OutputError: If the output was made for another request, with the options that differ.
-    """
-    plan = Plan.load(out / "plan.json")
-    method = METHODS[goal.method]
-    ours: dict[str, Any] = {
-        **request.options(),
-        "method": goal.method,
-        "alpha": solver.alpha if method.takes_alpha else None,
-        "max_loss": goal.max_loss,
-        "deployment": None,
-    }
-    theirs: dict[str, Any] = {
-        **plan.request.options(),
-        "method": plan.method,
-        "alpha": plan.alpha,
-        "max_loss": plan.max_loss,
-        "deployment": plan.deployment,
-    }
-    if goal.budget is not None:
-        ours["budget"], theirs["budget"] = Budget.parse(goal.budget).text, plan.budget
-    if METHODS[plan.method].kind != "walks":
-        ours["permutations"] = theirs["permutations"]
-    if solver.time_limit is None and plan.solver is not None and METHODS[plan.method].proves:  # a proof is asked for
-        ours["solver"], theirs["solver"] = "optimal", plan.solver.status
-    if plan.stopped_after is not None:  # a search that ended by itself is the same with any limit
-        limit = goal.limit()
-        ours["limit"], theirs["limit"] = None if limit is None else limit.text, plan.stopped_after
-    for name in _PLACES:  # contents decide, not names
-        ours.pop(name), theirs.pop(name)
-    if fields := differing(ours, theirs):
-        raise OutputError(
-            f"output folder {out} is not empty: it holds a model made with another {', '.join(fields)}; "
-            "name another folder, or empty it first"
-        )
-    _check_contents(request, plan, out)
-    return plan
-
-
-def _check_contents(request: Request, plan: Plan, out: Path) -> None:
-    """Check that the model and the text of a request are those that a finished output was made from.
-
-    Raises:
-        OutputError: If not, with what changed.
-    """
-    prepared = prepare(request.replace(dtype=plan.fingerprint["dtype"]))
-    loaded = prepared.load(on_host=True)
-    positions, backend = max_positions(loaded.model), prepared.backend
-    tokens = calibration_set(request.text, loaded.tokenizer, positions)
-    found: dict[str, Any] = {"weights": fingerprint_weights(loaded.model), "tokens": tokens.fingerprint}
-    if backend.calibrated:
-        found["fitted to"] = fitting_set(request.text, loaded.tokenizer, positions).fingerprint
-    changed = differing(found, {name: plan.fingerprint.get(name) for name in found})
-    if not changed:
-        return
-    what = f"the model {request.model.source!r}" if changed[0] == "weights" else f"the text {request.text.source!r}"
-    raise OutputError(
-        f"output folder {out} is not empty: {what} is not what its model was made from ({', '.join(changed)} differ); "
-        "name another folder, or empty it first"
     )

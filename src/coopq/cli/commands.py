@@ -8,12 +8,13 @@ from coopq.cli.options import PLACE, SectionedCommand, as_json, out_folder, ray_
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
 from coopq.core.errors import BackendError, RunError
 from coopq.core.goal import Goal
+from coopq.core.recipes import OWN, reasons
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 
 
 @click.command(cls=SectionedCommand)
-@takes(Request, Goal, SolverSpec)
-@out_folder
+@takes(Request, Goal, SolverSpec, recipes=True)
+@click.option("--out", type=PLACE, required=True, help="The file or the folder of the model, as its engine loads it.")
 @click.option("--run", type=PLACE, help="Folder of the work. Default: OUT-run.")
 @takes_cluster
 @as_json
@@ -21,22 +22,33 @@ def quantize(
     request: Request,
     goal: Goal,
     solver: SolverSpec,
+    engine: str | None,
+    recipe: str,
     out: Path,
     run: Path | None,
     ray_address: str | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """The main job: search, quantize, save. Run it again and it goes on where it was."""
-    from coopq import pipeline
+    """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
+    from coopq import delivery, pipeline
     from coopq.export.formats import predicted_bytes
-    from coopq.report.data import plan_data
-    from coopq.report.tables import plan_summary, provenance
+    from coopq.report.data import delivery_data, plan_data
+    from coopq.report.tables import delivery_summary, plan_summary, provenance
 
     quiet_libraries()
+    options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
+    for line in [] if as_json else reasons(recipe, options):
+        note(line)
     try:
         with progress_bars() as progress:
             cluster = ray_config(ray_address, workers)
+            if engine is not None and engine != OWN:
+                made = delivery.deliver(
+                    request, goal, engine, out, solver=solver, run=run, progress=progress, ray=cluster
+                )
+                print_result(delivery_data(made), delivery_summary(request, made), as_json)
+                return
             plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
     except KeyboardInterrupt:
         for found in sorted(pipeline.plans_so_far(out, run)):

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 from msgspec import Meta
 from msgspec.structs import FieldInfo, fields
 
 from coopq.core.errors import EstimationError, OptionError
 from coopq.core.goal import Goal
+from coopq.core.recipes import ENGINES, OWN, RECIPES, recipe_options
 from coopq.core.spec import Spec, build
 from coopq.core.specs import (
     ModelSpec,
@@ -127,12 +129,15 @@ class _Widths(click.ParamType):  # type: ignore[type-arg]
             raise OptionError(f"bits = {value!r} are not widths with commas between; write 2,4 or 2,3,4,8") from error
 
 
-def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Callable[[Command], Command]:
+def takes(
+    *kinds: type[Request] | type[Spec], without: Sequence[str] = (), recipes: bool = False
+) -> Callable[[Command], Command]:
     """Give a command the options of specs; the command gets the specs built from them, as keywords.
 
     Args:
         kinds: `Request` (keyword `request`), `Goal` (`goal`), `SolverSpec` (`solver`).
         without: Names of options that the command does not need; they keep their defaults.
+        recipes: Whether `--for` and `--recipe` choose the options that are not given (keywords `engine`, `recipe`).
     """
     specs = [spec for kind in kinds for spec in _specs(kind)]
 
@@ -140,6 +145,10 @@ def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Ca
         @wraps(command)
         def with_specs(**values: Any) -> None:
             given: dict[str, Any] = {}
+            if recipes:
+                named = {name: value for name, value in _named(values).items() if name not in ("engine", "recipe")}
+                values["recipe"] = values["recipe"] or values["engine"] or OWN
+                values |= recipe_options(values["recipe"], values["engine"] or OWN, named)
             for kind in kinds:
                 own = {name: values[name] for name in _option_names(kind) if name in values}
                 built = Request.from_options(**own) if kind is Request else build(kind, own)  # type: ignore[arg-type]
@@ -150,10 +159,30 @@ def takes(*kinds: type[Request] | type[Spec], without: Sequence[str] = ()) -> Ca
         for spec in reversed(specs):
             for field in reversed(fields(spec)):
                 if field.encode_name not in without:
-                    _parameter(spec, field)(with_specs)
+                    _parameter(spec, field, recipes)(with_specs)
+        if recipes:
+            _RECIPE(_ENGINE(with_specs))
         return with_specs
 
     return decorate
+
+
+_ENGINE = click.option(
+    "--for",
+    "engine",
+    type=_Name(ENGINES),
+    help=f"Engine that will run the model. One of: {', '.join(ENGINES)}. Default: {OWN}.",
+)
+_RECIPE = click.option(
+    "--recipe", type=_Name(RECIPES), help="Settings of another recipe than the engine's: paper, for example."
+)
+
+
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that the user wrote, by name."""
+    context = click.get_current_context()
+    written = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    return {name: value for name, value in values.items() if context.get_parameter_source(name) in written}
 
 
 _KEYWORDS: dict[type[Any], str] = {Request: "request", Goal: "goal", SolverSpec: "solver"}
@@ -168,8 +197,8 @@ def _option_names(kind: type[Any]) -> list[str]:
     return [field.encode_name for spec in _specs(kind) for field in fields(spec)]
 
 
-def _parameter(spec: type[Spec], field: FieldInfo) -> Callable[[Command], Command]:
-    """The argument or option of a field."""
+def _parameter(spec: type[Spec], field: FieldInfo, recipes: bool) -> Callable[[Command], Command]:
+    """The argument or option of a field; defaults that recipes choose are not shown."""
     if field.required:
         explanation = get_args(field.type)[1].description
         return click.argument(field.encode_name, cls=SpecArgument, section=_SECTIONS[spec], explanation=explanation)
@@ -181,9 +210,12 @@ def _parameter(spec: type[Spec], field: FieldInfo) -> Callable[[Command], Comman
         switches = meta.extra["flags"] if meta.extra else f"{flag}/--no-{flag[2:]}"
         return click.option(switches if field.default is None else flag, name, cls=SpecOption, is_flag=True, **settings)
     settings |= {"type": _click_type(name, kind), "show_default": field.default is not None}
-    if name == "bits":
+    if recipes and any(name in recipe.settings for recipe in RECIPES.values()):
+        settings["show_default"] = "the recipe's"
+    elif name == "bits":
         settings["show_default"] = ",".join(map(str, field.default))
-    return click.option(flag, name, cls=SpecOption, **settings)
+    flags = ("--size", flag) if name == "budget" else (flag,)
+    return click.option(*flags, name, cls=SpecOption, **settings)
 
 
 def _unpacked(annotation: Any) -> tuple[Any, Meta]:

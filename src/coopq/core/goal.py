@@ -17,6 +17,13 @@ class Goal(Spec, frozen=True):
     budget: Annotated[
         str | None, Meta(description="Average bits (2.5avg), bits per weight (2.8bpw) or bytes (40MiB).")
     ] = None
+    fit: Annotated[
+        str | None,
+        Meta(
+            description="Instead of a size: the memory (8GiB) that the file, the KV cache of --context tokens and the "
+            "engine's working memory may take together."
+        ),
+    ] = None
     max_loss: Annotated[
         float | None,
         Meta(description="Instead of a budget: the smallest size whose calibration loss stays under this, in nats."),
@@ -40,10 +47,12 @@ class Goal(Spec, frozen=True):
             raise OptionError(f"forwards = {self.forwards} is no number of forwards; leave it out for no limit")
         if self.minutes is not None and not 0 <= self.minutes < float("inf"):
             raise OptionError(f"minutes = {self.minutes} is no length of time; leave it out for no limit")
-        if (self.budget is None) == (self.max_loss is None):
-            raise OptionError("give a budget, or a limit on the loss, and not both: budget = 3.5avg, or max-loss = 3.8")
+        if [self.budget, self.fit, self.max_loss].count(None) != 2:
+            raise OptionError("give one of size, fit (a memory) and max-loss: --size 3.5bpw, for example")
         if self.budget is not None:
             Budget.parse(self.budget)
+        if self.fit is not None and not Budget.parse(self.fit).is_bytes:
+            raise OptionError(f"fit = {self.fit} is no number of bytes; write 8GiB, for example")
         if self.max_loss is not None and not abs(self.max_loss) < float("inf"):
             raise OptionError(f"max-loss = {self.max_loss} is no limit; give nats per token, 3.8 for example")
 

@@ -57,6 +57,15 @@ class Budget:
             )
         return cls(text=match[1] + match[2], value=Fraction(match[1]), unit=match[2])
 
+    @property
+    def is_bytes(self) -> bool:
+        """Whether the budget is a number of bytes."""
+        return self.unit in _UNITS
+
+    def less(self, n_bytes: int) -> "Budget":
+        """A budget in bytes, less some bytes."""
+        return Budget.parse(f"{max(0, int(self.value * _UNITS[self.unit]) - n_bytes)}B")
+
 
 @dataclass(frozen=True)
 class Sizes:

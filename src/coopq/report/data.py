@@ -17,7 +17,8 @@ from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.search import Known, Measured
 
-if TYPE_CHECKING:  # both import torch
+if TYPE_CHECKING:  # these import torch
+    from coopq.delivery import Delivery
     from coopq.judge.bench.results import Result
     from coopq.plan.forecast import Forecast
 
@@ -54,6 +55,16 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "confidence": msgspec.to_builtins(plan.confidence),
         "fidelity": msgspec.to_builtins(plan.fidelity),
         "deployment": msgspec.to_builtins(plan.deployment),
+    }
+
+
+def delivery_data(made: "Delivery") -> dict[str, Any]:
+    """What was made for an engine: the plan, `out`, `file_bytes`, the engine's `check`, and how to `run` it."""
+    return plan_data(made.plan) | {
+        "out": str(made.out),
+        "file_bytes": made.n_bytes,
+        "check": made.check and asdict(made.check),
+        "run": made.run,
     }
 
 

@@ -18,7 +18,8 @@ from coopq.plan.plan import Plan
 from coopq.report.data import covariance_correlation
 from coopq.search import Known
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # these import torch
+    from coopq.delivery import Delivery
     from coopq.plan.forecast import Forecast
 
 _MOST_COLUMNS = 8
@@ -47,6 +48,20 @@ def plan_summary(plan: Plan) -> str:
         f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight{covered}\n"
         f"{_LOSSES[loss]} {predicted}{measured} (nats per token)"
         f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}"
+    )
+
+
+def delivery_summary(request: Request, made: "Delivery") -> str:
+    """What was made for an engine: the file, the plan, what the engine computes, how to run it."""
+    check, checked = made.check, ""
+    if check is not None:
+        checked = (
+            f"\n{check.engine}: {check.loss:.3f} nats a token on a short passage, {check.ours:.3f} by what was measured"
+            f"\n{check.text!r}"
+        )
+    return (
+        f"{made.out}: {made.n_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"
+        f"{plan_summary(made.plan)}{checked}\nrun it: {made.run}"
     )
 
 

@@ -1,0 +1,109 @@
+"""Each recipe against what else its engine takes, at equal size: is it the best choice?
+
+    python benchmarks/recipes.py llama coopq 3.5bpw       # one model, engine and size; minutes, resumes
+    python benchmarks/recipes.py --report                 # only write the report
+
+The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
+60 forwards, by the default method. Divergence is from full precision on 32 x 256 tokens of WikiText-2, which no search
+sees, with the standard error over windows. Sizes are those of our own packed form. Writes docs/results/recipes.md.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from _common import DATA, RESULTS, WORK, command_line, table, write_report
+from _models import session_on
+from coopq.core.files import read_json, write_json
+from coopq.core.limits import Limit
+from coopq.core.recipes import RECIPES
+from coopq.core.sizes import Budget
+from coopq.core.specs import DEFAULT_SOLVER, Request
+from coopq.model.texts import wikitext2
+from coopq.plan.methods import make_plans
+
+FORWARDS = 60
+LENGTH, HELD_OUT = 256, 32 * 256
+_BLOCKS: dict[str, Any] = {"granularity": "block"}
+_LINEAR: dict[str, Any] = {"granularity": "linear"}
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "coopq": {
+        "blocks, 2 and 4 bits, nll": {**_BLOCKS, "bits": (2, 4), "loss": "nll"},
+        "2 and 4 bits": {"bits": (2, 4)},
+        "blocks": _BLOCKS,
+        "linear layers": _LINEAR,
+        "nll": {"loss": "nll"},
+        "hqq": {"backend": "hqq"},
+        "gptq-static": {"backend": "gptq-static", "bits": (2, 4, 8)},
+    },
+    "llama.cpp": {
+        "ggml": {"backend": "ggml", "bits": (2, 3, 4, 5, 6, 8)},
+        "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)},
+        "blocks": _BLOCKS,
+    },
+    "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
+    "openvino": {"rtn": {"backend": "rtn"}, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
+}
+"""What each recipe is compared with: the settings that differ, by a name."""
+
+
+def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run: Path) -> dict[str, Any]:
+    """Divergences of the plan of a recipe with some settings changed, on each held-out window."""
+    settings = {name: setting.value for name, setting in RECIPES[engine].settings.items()}
+    tokens = {"tokens": 1024, "sequence_length": 256} if model == "demo" else {"sequence_length": 512}
+    source = model if model == "demo" else str(DATA / model)
+    request = Request.from_options(model=source, **{**settings, **tokens, **changes})
+    with session_on(request, run) as session:
+        (plan,) = make_plans(session, "active", [Budget.parse(size)], DEFAULT_SOLVER, Limit(forwards=FORWARDS))
+        windows = wikitext2(session.loaded.tokenizer, LENGTH, HELD_OUT)
+        with session.game_on(windows, run / "held-out.jsonl", "judging", loss="kl") as judge:
+            divergences = judge.per_sequence(np.array([plan.assignment], dtype=np.float32))[0]
+        n_weights = sum(session.sizes.n_weights)
+    return {"divergences": divergences.tolist(), "bits per weight": plan.bits_per_weight, "weights": n_weights}
+
+
+def report_lines(found: Mapping[str, Any]) -> list[str]:
+    """The report: a table for each model, engine and size."""
+    lines = ["# Is each recipe the best choice for its engine?", "", *(__doc__ or "").splitlines()[5:9], ""]
+    for case, variants in found.items():
+        recipe = np.array(variants["the recipe"]["divergences"])
+        rows: list[list[object]] = []
+        for name, one in sorted(variants.items(), key=lambda item: float(np.mean(item[1]["divergences"]))):
+            own = np.array(one["divergences"])
+            ratio, error = own / recipe, (own - recipe).std(ddof=1) / len(own) ** 0.5
+            difference = "" if name == "the recipe" else f"{own.mean() - recipe.mean():+.5f} ± {error:.5f}"
+            rows.append([name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}", difference, f"{ratio.mean():.2f}"])
+        header = ["settings", "bits per weight", "divergence", "less the recipe's", "ratio"]
+        lines += [f"## {case}", "", *table(header, rows), ""]
+    return lines
+
+
+def main() -> None:
+    """Measure a case, and write the report."""
+    parser = command_line(__doc__)
+    parser.add_argument("case", nargs="*", help="model, engine, size")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--work", type=Path, default=WORK / "recipes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "recipes.md")
+    options = parser.parse_args()
+    if not options.report:
+        model, engine, size = options.case
+        place = options.work / "-".join(options.case)
+        variants = {"the recipe": {}, **OTHERS[engine]}
+        for number, (name, changes) in enumerate(variants.items()):
+            file = place / f"{number}.json"
+            if not file.exists():
+                found = measure(model, engine, size, changes, place / f"run-{number}")
+                write_json(file, {"case": ", ".join(options.case), "settings": name, **found})
+                print(name, np.mean(found["divergences"]), flush=True)
+    measured: dict[str, dict[str, Any]] = {}
+    for file in sorted(options.work.glob("*/*.json")):
+        one = read_json(file)
+        measured.setdefault(one["case"], {})[one["settings"]] = one
+    write_report(options.out, report_lines(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What an engine runs best: the settings of `coopq quantize --for ENGINE`, each with its reason.
+
+A recipe is a choice of options. Every option that a user names goes before the recipe's.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from coopq.core.errors import OptionError, hint
+from coopq.core.spec import spelled
+
+
+class Setting(NamedTuple):
+    """The value of an option, and why, in a clause."""
+
+    value: Any
+    why: str
+
+
+class Recipe(NamedTuple):
+    """The settings for an engine.
+
+    Attributes:
+        form: Form of the export, a name of `coopq.export.formats.FORMS`; None for what coopq itself saves.
+        settings: Settings by the name of the option.
+        run: How to run the result: a command with the place {out}.
+    """
+
+    form: str | None
+    settings: Mapping[str, Setting]
+    run: str
+
+
+_FUSED = Setting("fused", "finer than blocks; engines compute q/k/v and gate/up together")
+_KL = Setting("kl", "divergence is less noisy than the text's loss, so fewer tokens are enough")
+_TOKENS = Setting(4096, "enough for a divergence")
+_EMBEDDINGS = Setting(True, "the embedding is a large part of a small file")
+_SEARCHED = {"granularity": _FUSED, "loss": _KL, "tokens": _TOKENS}
+
+RECIPES: dict[str, Recipe] = {
+    "coopq": Recipe(
+        None,
+        {
+            **_SEARCHED,
+            "backend": Setting("rtn", "needs no other library"),
+            "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
+        },
+        "python -c 'import coopq; model = coopq.load(\"{out}\")'",
+    ),
+    "llama.cpp": Recipe(
+        "gguf",
+        {
+            **_SEARCHED,
+            "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
+            "bits": Setting((2, 2.5, 3, 3.5, 4, 5, 6, 8), "the types that no mixture of two others beats"),
+            "embeddings": _EMBEDDINGS,
+        },
+        "llama-cli -m {out}",
+    ),
+    "vllm": Recipe(
+        "compressed-tensors",
+        {
+            **_SEARCHED,
+            "backend": Setting("gptq-static", "what is measured is what is saved"),
+            "bits": Setting((4, 8, 16), "vLLM has kernels for 4 and 8 bits (Ampere and newer), and for 16"),
+        },
+        "vllm serve {out}",
+    ),
+    "transformers": Recipe(
+        "auto-round",
+        {
+            **_SEARCHED,
+            "backend": Setting("gptq-static", "what is measured is what is saved"),
+            "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
+        },
+        "python -c 'from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+    ),
+    "openvino": Recipe(
+        "openvino",
+        {
+            **_SEARCHED,
+            "backend": Setting("gptq-static", "what is measured is what is saved"),
+            "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
+        },
+        'python -c \'import openvino_genai; openvino_genai.LLMPipeline("{out}", "CPU")\'',
+    ),
+    "paper": Recipe(
+        None,
+        {
+            "method": Setting("coopq", "the published method"),
+            "backend": Setting("quanto", "the paper's backend for walks"),
+            "bits": Setting((2, 4), "the paper's widths"),
+            "granularity": Setting("block", "the paper's players"),
+            "loss": Setting("nll", "the paper's loss"),
+            "permutations": Setting(100, "the paper's M"),
+            "alpha": Setting(0.5, "the paper's shrinkage"),
+        },
+        "python -c 'import coopq; model = coopq.load(\"{out}\")'",
+    ),
+}
+"""Recipes by name: of engines, and the paper's. Why these: docs/results/recipes.md."""
+
+
+OWN = "coopq"
+"""The recipe of the form that coopq itself saves."""
+ENGINES = tuple(name for name in RECIPES if name != "paper")
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of a name.
+
+    Raises:
+        OptionError: If the name is unknown.
+    """
+    if name not in RECIPES:
+        raise OptionError(f"recipe {name!r} is unknown; {hint(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def recipe_options(name: str, engine: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a recipe, with those that are given in place of the recipe's.
+
+    Args:
+        name: Name of the recipe.
+        engine: Name of the engine that will run the model.
+        given: Options by name.
+    Raises:
+        OptionError: If a name is unknown.
+    """
+    if engine not in ENGINES:
+        raise OptionError(f"engine {engine!r} is unknown; {hint(engine, ENGINES)}")
+    form = RECIPES[engine].form
+    if form is not None and given.get("target") not in (None, form):
+        raise OptionError(f"engine {engine!r} takes the form {form!r}, not {given['target']!r}; leave --target out")
+    options = {option: setting.value for option, setting in get_recipe(name).settings.items()}
+    return {**options, **({} if form is None else {"target": form}), **given}
+
+
+def reasons(name: str, options: Mapping[str, Any]) -> list[str]:
+    """A line for each setting of a recipe that is in use: option, value, and why."""
+    lines = []
+    for option, (value, why) in RECIPES[name].settings.items():
+        if options.get(option) == value:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+            lines.append(f"{spelled(option)} {shown}: {why}")
+    return lines

@@ -1,0 +1,122 @@
+"""What an engine computes of a file that was written for it, beside what was measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.core.errors import ExportError
+from coopq.core.types import Losses, ProgressCallback
+from coopq.export.checkpoint import load
+from coopq.export.verification import token_losses
+from coopq.model.sources.folder import read_tokenizer
+
+_PACKAGE = "xllamacpp"
+_PASSAGE = (
+    "The lighthouse stands on a rock at the mouth of the river. Every evening the keeper climbs its two hundred steps, "
+    "lights the lamp and writes down the weather. In winter the ships are few, but the light is never out."
+)
+"""What models are tried on."""
+_N_PREFIXES = 16
+"""Prefixes of the passage whose next token llama.cpp scores: it gives scores of one position a request."""
+_BIAS = 1000.0
+"""What makes the server draw a token that ends the text: scores are those before the bias, and half a character, which
+another token may be, comes without scores."""
+_MOST = 0.2
+"""Most mean difference of a token's loss, nats. llama.cpp rounds activations to 8 bits; wrong weights differ more."""
+_PROMPT, _MOST_TOKENS = "The most important thing is", 24
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """What an engine computes.
+
+    Attributes:
+        engine: Name and version of the package that computes.
+        loss: Mean loss of the tokens tried, by the engine, nats.
+        ours: The same by the weights that were measured.
+        text: What the engine writes after a prompt.
+    """
+
+    engine: str
+    loss: float
+    ours: float
+    text: str
+
+
+def check_in_llama_cpp(file: Path, saved: Path, progress: ProgressCallback) -> EngineCheck | None:
+    """Load a GGUF file in llama.cpp, and compare its losses with those of the weights that were chosen.
+
+    Args:
+        file: The file.
+        saved: Folder of the saved model that the file was made of.
+        progress: Told of every request.
+    Returns:
+        None where the package is not installed.
+    Raises:
+        ExportError: If llama.cpp does not load the file, or computes other losses.
+    """
+    try:
+        engine = f"llama.cpp by {_PACKAGE} {version(_PACKAGE)}"
+    except PackageNotFoundError:
+        return None
+    model, tokenizer = load(saved, device="cpu"), read_tokenizer(saved, None)
+    tokens = np.array([tokenizer.encode(_PASSAGE)], dtype=np.int64)
+    positions = np.unique(np.linspace(1, tokens.shape[1] - 1, _N_PREFIXES, dtype=int))
+    ours = token_losses(model, tokens, "the saved model")[positions - 1]
+    server = _server(file, tokens.shape[1])
+    wanted = {"max_tokens": 1, "logprobs": model.config.get_text_config().vocab_size}
+    found = _losses(server, tokens[0], positions, {**wanted, "logit_bias": [[_end(model), _BIAS]]}, progress)
+    difference = float(np.abs(found - ours).mean())
+    if not difference <= _MOST:
+        raise ExportError(
+            f"{engine} computes other losses of {file} ({found.mean():.3f} nats a token) than the weights that were "
+            f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
+        )
+    answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
+    return EngineCheck(engine, float(found.mean()), float(ours.mean()), _PROMPT + str(answer["choices"][0]["text"]))
+
+
+def _server(file: Path, length: int) -> Any:
+    """A server of llama.cpp in this process.
+
+    Raises:
+        ExportError: If llama.cpp does not load the file.
+    """
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx = max(256, 2 * length)
+    try:
+        return xllamacpp.Server(parameters)
+    except RuntimeError as error:
+        raise ExportError(f"llama.cpp does not load {file}: {error}") from error
+
+
+def _losses(
+    server: Any,
+    sequence: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    wanted: Mapping[str, Any],
+    progress: ProgressCallback,
+) -> Losses:
+    """Loss of the tokens at some positions of a sequence, shape (n_positions,), nats."""
+    losses = []
+    for done, position in enumerate(positions):
+        progress("checking in llama.cpp", done, len(positions))
+        answer = server.handle_completions({"prompt": sequence[:position].tolist(), **wanted})
+        scores = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        losses.append(-next(score["logprob"] for score in scores if score["id"] == sequence[position]))
+    progress("checking in llama.cpp", len(positions), len(positions))
+    return np.array(losses)
+
+
+def _end(model: Any) -> int:
+    """A token that ends a text."""
+    end = model.generation_config.eos_token_id or model.config.get_text_config().eos_token_id
+    return int(end[0] if isinstance(end, list) else end)
