@@ -31,6 +31,7 @@ from coopq.plan.allocate import allocate_run, measure_plan
 from coopq.plan.by_search import smallest_plan
 from coopq.plan.by_walks import estimate_walks
 from coopq.plan.estimation import Estimation
+from coopq.plan.front import FrontPoint, front_of
 from coopq.plan.methods import check_methods, get_method, make_plans
 from coopq.plan.plan import Plan
 from coopq.quantizers.packed_modules import PackedWeights
@@ -174,6 +175,18 @@ def default_run(out: Path) -> Path:
     """The run folder of an output folder: beside the output, which holds nothing but the model."""
     out = out.expanduser().resolve()
     return out.with_name(f"{out.name}-run")
+
+
+def front(run: Path) -> list[FrontPoint]:
+    """Sizes against losses, from what a run folder knows; nothing is measured.
+
+    Args:
+        run: The run folder of a search.
+    Raises:
+        RunError: If the folder is no run folder, or nothing is measured there.
+    """
+    run = run.expanduser()
+    return front_of(run, prepare(RunFolder(run).request(), target=TargetFile()))
 
 
 def plans_so_far(out: Path, run: Path | None) -> list[Path]:

@@ -1,5 +1,6 @@
 """Commands that search, allocate, save, export and show; each imports its work when the command is used."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -160,6 +161,21 @@ def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None
         n_bytes = export_model(saved, to, out, base=base, model=model, progress=progress)
     text = f"{n_bytes:,} bytes of weights, saved in {out}"
     print_result({"out": str(out), "to": to, "bytes": n_bytes}, text, as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("run", type=PLACE)
+@as_json
+def front(run: Path, as_json: bool) -> None:
+    """Show sizes against losses from what the run folder RUN knows; the knee is marked. Nothing is measured."""
+    from coopq import pipeline
+    from coopq.game.run_folder import RunFolder
+    from coopq.report.tables import front_table
+
+    quiet_libraries()
+    points = pipeline.front(run)
+    table = front_table(points, RunFolder(run).request().search.loss)
+    print_result([asdict(point) for point in points], table, as_json)
 
 
 @click.command(cls=SectionedCommand)

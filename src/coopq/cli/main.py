@@ -13,6 +13,7 @@ from coopq.core.errors import CoopQError, hint
 _COMMANDS = {
     "quantize": ("coopq.cli.commands", "Search the widths of a budget, and save the quantized model."),
     "estimate": ("coopq.cli.commands", "Measure permutation walks; or say what a run will take, with --dry-run."),
+    "front": ("coopq.cli.commands", "Show sizes against losses, from what a run folder knows."),
     "allocate": ("coopq.cli.commands", "Solve the paper's program for budgets of a finished estimation."),
     "apply": ("coopq.cli.commands", "Quantize the model of a plan and save it."),
     "export": ("coopq.cli.commands", "Write a saved model as the file of an engine."),

@@ -71,7 +71,7 @@ RECIPES: dict[str, Recipe] = {
         {
             **_SEARCHED,
             "backend": Setting("gptq-static", "what is measured is what is saved"),
-            "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
+            "bits": Setting((2, 4, 8), "the widths of GPTQ's kernels"),
         },
         "python -c 'from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(\"{out}\")'",
     ),

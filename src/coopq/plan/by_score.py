@@ -1,7 +1,7 @@
 """Plans by scores: what gradients, activations or weights say, without a loss of any assignment."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -13,6 +13,7 @@ from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import ProgressCallback, silent
+from coopq.game.run_folder import RunFolder
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.session import Session
 from coopq.plan.allocate import choose_by_gains, make_plan, search_space
@@ -78,19 +79,8 @@ def cached_score(session: Session, method: Method, measured_at: Sequence[Sensiti
     fingerprint = as_plain(
         {**session.fingerprint, "bits": session.request.widths.bits, "player widths": session.player_widths}
     )
-    if path.is_file():
-        kept = read_record(
-            path,
-            _Record,
-            _FORMAT_VERSION,
-            what="score",
-            missing=f"{path} is gone; run the same command again",
-            way_out="delete it, and run the same command again",
-            error=RunError,
-        )
-        if kept.fingerprint == fingerprint:
-            pairs = None if kept.pairs is None else np.array(kept.pairs)
-            return Score(np.array(kept.gains), pairs, kept.block_forwards)
+    if (kept := kept_score(session.folder, method.name, fingerprint)) is not None:
+        return kept
     found = score(method, measured_at, session.progress)
     own = Score(
         _sum_to_own_steps(session, found.gains),
@@ -105,6 +95,31 @@ def cached_score(session: Session, method: Method, measured_at: Sequence[Sensiti
     kept_pairs = None if own.pairs is None else own.pairs.tolist()
     write_record(path, _Record(fingerprint, own.gains.tolist(), own.block_forwards, kept_pairs), _FORMAT_VERSION)
     return own
+
+
+def kept_score(folder: RunFolder, name: str, fingerprint: Mapping[str, Any]) -> Score | None:
+    """A score that a run folder keeps, if it was made for what a fingerprint says; None if there is none.
+
+    Args:
+        folder: The run folder.
+        name: Name of the score.
+        fingerprint: What the score has to depend on, as plain data.
+    """
+    path = folder.scores / f"{name}.json"
+    if not path.is_file():
+        return None
+    kept = read_record(
+        path,
+        _Record,
+        _FORMAT_VERSION,
+        what="score",
+        missing=f"{path} is gone; run the same command again",
+        way_out="delete it, and run the same command again",
+        error=RunError,
+    )
+    if {key: kept.fingerprint.get(key) for key in fingerprint} != fingerprint:
+        return None
+    return Score(np.array(kept.gains), None if kept.pairs is None else np.array(kept.pairs), kept.block_forwards)
 
 
 def score(method: Method, measured_at: Sequence[Sensitivity], progress: ProgressCallback = silent) -> Score:

@@ -21,6 +21,7 @@ from coopq.search import Known
 if TYPE_CHECKING:  # these import torch
     from coopq.delivery import Delivery
     from coopq.plan.forecast import Forecast
+    from coopq.plan.front import FrontPoint
 
 _MOST_COLUMNS = 8
 _LOSSES = {"nll": "calibration loss", "kl": "divergence from full precision on the calibration text"}
@@ -220,6 +221,18 @@ def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
     for row in rows:
         normalized = "" if row.normalized is None else f"{row.normalized[0]:.4f} ± {row.normalized[1]:.4f}"
         table.add_row(row.task, f"{row.accuracy:.4f} ± {row.stderr:.4f}", normalized, f"{row.questions:,}")
+    return table
+
+
+def front_table(points: "Sequence[FrontPoint]", loss: str) -> Table:
+    """Sizes against losses."""
+    table = _table(
+        f"Size against {_LOSSES[loss]}, nats per token", "MB", "bits per weight", "measured", "predicted", ""
+    )
+    for point in points:
+        losses = ["" if value is None else f"{value:.4f}" for value in (point.measured, point.predicted)]
+        knee = "knee: from here on bytes gain less" if point.is_knee else ""
+        table.add_row(f"{point.n_bytes / 1e6:,.1f}", f"{point.bits_per_weight:.2f}", *losses, knee)
     return table
 
 

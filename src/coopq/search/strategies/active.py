@@ -147,10 +147,8 @@ class ActiveSearch(Search):
         if rounds + 1 > _STALE_ROUNDS and not has_gained:
             self._quiet[capacity] = _ROUNDS
             return []
-        surrogate = fit_informed(prior, self.measured.q, self.measured.losses, lowest)
-        gains = surrogate.corrected_gains()
-        incumbents = self.measured.best(capacity, _INCUMBENTS)
-        optimum = _climb(program, surrogate, gains, np.concatenate([_filled(program, gains)[None], incumbents]))
+        surrogate, optimum = likely_optimum(self._space, capacity, prior, self.measured)
+        gains, incumbents = surrogate.corrected_gains(), self.measured.best(capacity, _INCUMBENTS)
         pools = [optimum[None], *(_nearest(program, gains, q) for q in (optimum, *incumbents))]
         pool = np.unique(np.concatenate(pools), axis=0)
         seen = {q.tobytes() for q in taken}
@@ -185,6 +183,24 @@ class ActiveSearch(Search):
                 seen.update(q.tobytes() for q in fresh)
                 proposed += list(fresh)
         return proposed
+
+
+def likely_optimum(
+    space: SearchSpace, capacity: int, prior: Prior, measured: Measured
+) -> tuple[InformedSurrogate, Steps]:
+    """A surrogate fitted to all points near a budget, and the point that it takes for the best, shape (n_steps,).
+
+    Args:
+        space: Players and steps.
+        capacity: Bytes that steps not taken may cost together.
+        prior: What each step costs about.
+        measured: The points; one of them keeps the budget.
+    """
+    program = space.constraint(capacity)
+    surrogate = fit_informed(prior, measured.q, measured.losses, measured.lowest(capacity))
+    gains = surrogate.corrected_gains()
+    starts = np.concatenate([_filled(program, gains)[None], measured.best(capacity, _INCUMBENTS)])
+    return surrogate, _climb(program, surrogate, gains, starts)
 
 
 def _filled(program: QuadraticProgram, gains: Floats) -> Steps:

@@ -1,0 +1,120 @@
+"""One step: a recipe chooses the settings, and the result is what an engine loads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import coopq
+from coopq import Goal, Request
+from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError
+from coopq.core.recipes import RECIPES, recipe_options
+from coopq.core.types import UNTOUCHED
+from coopq.export.fitting import working_bytes
+from coopq.export.formats import TargetFile, cache_bytes, get_form
+from coopq.game.session import prepare
+from coopq.plan.methods import METHODS
+from coopq.quantizers import BACKENDS, get_backend
+from tests.command_line import command
+
+QUICK = ["--tokens", "256", "--sequence-length", "128", "--forwards", "8"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_accepted(name: str, stories: str) -> None:
+    options = {**recipe_options(name, "coopq" if name == "paper" else name, {}), "model": stories}
+    method, _ = options.pop("method", "active"), options.pop("alpha", None)
+    request = Request.from_options(**options)
+    assert method in METHODS
+    assert request.quantizer.backend in BACKENDS
+    backend = get_backend(request.quantizer, request.widths.bits)
+    assert {width for width in request.widths.bits if width != UNTOUCHED} <= set(backend.bits)
+    if request.target.form is not None:
+        get_form(request.target.form).check(backend)
+
+
+def test_the_paper_is_one_flag_away() -> None:
+    paper = {name: setting.value for name, setting in RECIPES["paper"].settings.items()}
+    assert paper["bits"] == (2, 4)
+    assert (paper["granularity"], paper["loss"], paper["method"]) == ("block", "nll", "coopq")
+    assert (paper["alpha"], paper["permutations"]) == (0.5, 100)
+
+
+def test_what_a_user_names_goes_before_the_recipe() -> None:
+    options = recipe_options("llama.cpp", "llama.cpp", {"backend": "ggml", "tokens": 512})
+    assert (options["backend"], options["tokens"], options["target"]) == ("ggml", 512, "gguf")
+    with pytest.raises(OptionError, match=r"did you mean 'llama\.cpp'"):
+        recipe_options("llama.cp", "llama.cp", {})
+    with pytest.raises(OptionError, match="takes the form 'gguf', not 'openvino'"):
+        recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
+
+
+@pytest.mark.parametrize(("engine", "size"), [("vllm", "7.5bpw"), ("transformers", "5bpw")])
+def test_a_model_is_delivered_to_an_engine(engine: str, size: str, stories: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", stories, "--for", engine, "--size", size, "--group-size", "64", *QUICK, "--out", str(out)]
+    code, text, err = command(*arguments)
+    assert code == 0, err
+    assert f"backend {RECIPES[engine].settings['backend'].value}" in err, "the settings are printed with their reasons"
+    assert f"run it: {RECIPES[engine].run.format(out=out)}" in text
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    code, text, err = command(*arguments, "--json")
+    assert code == 0, err
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before, "a finished job is not repeated"
+    assert json.loads(text)["file_bytes"] > 0
+    code, _, err = command(*[{size: "6bpw"}.get(word, word) for word in arguments])
+    assert code == 2
+    assert "another budget" in err
+
+
+def test_what_was_there_is_not_written_over(stories: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    code, _, err = command("quantize", stories, "--for", "vllm", "--size", "7.5bpw", *QUICK, "--out", tmp_path / "out")
+    assert code == 2
+    assert "this command did not make it" in err
+
+
+def test_a_memory_to_fit_in_holds_the_cache_too(stories: str, tmp_path: Path) -> None:
+    request = Request.from_options(model=stories, granularity="fused", tokens=256, sequence_length=128, context=512)
+    prepared = prepare(request, target=TargetFile())
+    beside = cache_bytes(prepared.skeleton, 512) + working_bytes(prepared.skeleton)
+    smallest = prepared.sizes.total_bytes([2] * len(prepared.players))
+    fit = f"{beside + smallest + 30_000}B"
+    plan = coopq.quantize(request, Goal(fit=fit, forwards=5), tmp_path / "out")
+    assert smallest < plan.bytes <= smallest + 30_000
+    assert coopq.quantize(request, Goal(fit=fit, forwards=5), tmp_path / "out") == plan
+    roomy = coopq.quantize(request, Goal(fit="1GiB", forwards=5), tmp_path / "roomy")
+    assert set(roomy.assignment) == {4}, "where all fits, all are at the highest width"
+    with pytest.raises(InfeasibleBudget, match="KV cache of 512 tokens"):
+        coopq.quantize(request, Goal(fit="100kB"), tmp_path / "small")
+    with pytest.raises(OptionError, match="--context"):
+        coopq.quantize(request.replace(context=None), Goal(fit="1GiB"), tmp_path / "small")
+    with pytest.raises(OptionError, match="is no number of bytes"):
+        Goal(fit="3bpw")
+
+
+def test_the_front_is_read_from_a_run(stories: str, tmp_path: Path) -> None:
+    run = tmp_path / "out-run"
+    with pytest.raises(CoopQError):
+        _front(run)
+    arguments = ["quantize", stories, "--size", "4bpw", *QUICK[:-1], "30", "--out", str(tmp_path / "out")]
+    assert command(*arguments)[0] == 0
+    points = _front(run)
+    sizes = [point["n_bytes"] for point in points]
+    measured = [point["measured"] for point in points if point["measured"] is not None]
+    assert sizes == sorted(sizes)
+    assert measured == sorted(measured, reverse=True), "more bytes lose no more"
+    assert sum(point["is_knee"] for point in points) == 1
+    assert all(point["predicted"] is not None for point in points if point["measured"] is not None)
+    code, text, _ = command("front", run)
+    assert code == 0
+    assert "knee" in text
+
+
+def _front(run: Path) -> list[dict[str, Any]]:
+    code, out, err = command("front", run, "--json")
+    if code:
+        raise CoopQError(err)
+    found: list[dict[str, Any]] = json.loads(out)
+    return found
