@@ -16,7 +16,7 @@ from coopq.core.specs import Request
 from coopq.core.types import Losses
 from coopq.export.checkpoint import Source, save_model
 from coopq.export.formats import TargetFile
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.game.session import Session, open_session, prepare
 from coopq.judge.comparison import make_measured_plans
 from coopq.model.load import load_model

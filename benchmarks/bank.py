@@ -18,7 +18,7 @@ import torch
 from _common import RESULTS, command_line, cpu_seconds, median_seconds, processor, row, table, write_report
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import Width
-from coopq.game.prefix_engine import PrefixEngine, make_engine
+from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.session import Prepared, prepare
 from coopq.model.load import max_positions
 from coopq.model.texts import calibration_set

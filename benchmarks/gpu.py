@@ -28,9 +28,9 @@ from _common import RESULTS, command_line, median_seconds, row, table, write_rep
 from coopq.cli.terminal import progress_bars
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
+from coopq.game.engines.prefix_engine import PrefixEngine, make_engine, prefix_tree_size
 from coopq.game.game import Meters, QuantizationGame
 from coopq.game.journal import Journal
-from coopq.game.prefix_engine import PrefixEngine, make_engine, prefix_tree_size
 from coopq.model.blockwise import Blockwise, batch_size
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint

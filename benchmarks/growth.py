@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from _common import RESULTS, command_line, median_seconds, resident_bytes, row, run_alone, table, write_report
 from coopq.core.specs import QuantizerSpec, TextSpec
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint
 from coopq.model.players import find_players

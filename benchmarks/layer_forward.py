@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from _common import RESULTS, command_line, median_seconds, row, table, write_section
 from coopq.core.specs import QuantizerSpec
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.model.blockwise import Blockwise, batch_size
 from coopq.model.load import load_model
 from coopq.model.players import find_players

@@ -41,7 +41,7 @@ from coopq.judge.llama_cpp import llama_cpp_nll, llama_cpp_package
 from coopq.model.load import gguf_file, load_model
 from coopq.model.players import GRANULARITIES
 from coopq.model.texts import calibration_set, fitting_set, wikitext2
-from coopq.plan.by_search import begin_with_nothing
+from coopq.plan.searches.by_search import begin_with_nothing
 
 FOLDER, WINDOW = WORK / "llama_mixes", 512
 TO_CALIBRATE, TO_JUDGE = FOLDER / "wikipedia-two-forms.jsonl", FOLDER / "wikipedia-to-judge.jsonl"

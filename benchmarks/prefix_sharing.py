@@ -8,7 +8,7 @@ Writes docs/results/prefix_sharing.md.
 import numpy as np
 
 from _common import RESULTS, command_line, row, table, write_report
-from coopq.game.prefix_engine import prefix_tree_size
+from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.search import SPQE
 
 SEED = 0

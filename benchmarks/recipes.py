@@ -17,7 +17,7 @@ import numpy as np
 from _common import DATA, RESULTS, WORK, command_line, table, write_report
 from _models import session_on
 from coopq.core.files import read_json, write_json
-from coopq.core.limits import Limit
+from coopq.core.goal import Limit
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from _common import RESULTS, command_line, table, write_report
 from coopq.core.types import Assignment, Assignments, Game, Losses
-from coopq.game.prefix_engine import prefix_tree_size
+from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.search import (
     SPQE,
     ActiveSearch,

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 import coopq
 from coopq import Goal, Request
 from coopq.core.errors import EstimationError, OptionError, OutputError
-from coopq.core.limits import Limit, Stopped
+from coopq.core.goal import Limit, Stopped
 from coopq.game.journal import Journal
 from coopq.plan.confidence import confidence, selected_confidence
 from coopq.plan.plan import Plan

@@ -16,7 +16,7 @@ from coopq.core.goal import Goal
 from coopq.core.specs import Request
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model, predicted_bytes
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.quantizers.backend import Packed

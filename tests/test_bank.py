@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from coopq.core.errors import Mismatch, ModelError, OutputError
 from coopq.core.types import UNTOUCHED, Width
 from coopq.core.weight_cache import WeightCache, bytes_at_once, ranks
-from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players

@@ -17,9 +17,9 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel, Source, save_model
-from coopq.export.folder_files import write_hashes
-from coopq.export.stored_tensors import stored_tensors
-from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.export.folders.folder_files import write_hashes
+from coopq.export.folders.stored_tensors import stored_tensors
+from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.game.session import open_session, prepare
 from coopq.model.load import LoadedModel, load_model
 from coopq.model.matrices import round_untouched

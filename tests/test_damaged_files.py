@@ -23,7 +23,7 @@ from coopq.model.texts import calibration_set
 from coopq.plan.estimation import load_estimation
 from coopq.plan.methods import check_methods
 from coopq.plan.plan import Plan
-from coopq.plan.search_log import SearchLog
+from coopq.plan.searches.search_log import SearchLog
 from coopq.quantizers import get_backend
 from tests.command_line import FAST, command, refused
 

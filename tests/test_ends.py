@@ -9,7 +9,7 @@ import torch
 import coopq
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel
-from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.players import find_players
 from coopq.quantizers.bank import WeightBank

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from coopq.core.errors import CalibrationError, EstimationError, ModelError
 from coopq.core.types import REMOVED, UNTOUCHED, Assignment, LinearLayer
-from coopq.game.prefix_engine import make_engine, model_nll, prefix_tree_size
+from coopq.game.engines.prefix_engine import make_engine, model_nll, prefix_tree_size
 from coopq.model import blockwise
 from coopq.model.blockwise import Blockwise
 from coopq.model.kernels import gpu as kernels_gpu

@@ -15,7 +15,7 @@ from coopq.core.specs import QuantizerSpec
 from coopq.core.types import UNTOUCHED
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import predicted_bytes
-from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import round_untouched
 from coopq.model.players import find_players, weight_of

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec, TextSpec
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.session import open_session, prepare
 from coopq.model import memory
 from coopq.model.load import load_model, load_skeleton

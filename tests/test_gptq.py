@@ -19,7 +19,7 @@ from coopq.core.errors import BackendError, OutputError
 from coopq.core.goal import Goal
 from coopq.core.specs import Request, TextSpec
 from coopq.export.checkpoint import SavedModel
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set, fitting_set
 from tests.quantizers import backend as make

@@ -11,7 +11,7 @@ import coopq.quantizers.gptq.autoround as autoround
 from coopq.core.sizes import Budget
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 from coopq.core.types import REMOVED, UNTOUCHED
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.session import open_session, prepare
 from coopq.model.load import load_model
 from coopq.model.offload import OffloadedBlocks

@@ -13,7 +13,7 @@ import transformers as hf
 
 import coopq
 from coopq.core.errors import ModelError, OutputError
-from coopq.game.prefix_engine import make_engine, model_nll
+from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import matrix_of
 from coopq.model.offload import OffloadedBlocks

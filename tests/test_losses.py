@@ -13,9 +13,9 @@ import coopq
 from coopq.core.errors import EstimationError
 from coopq.core.specs import TextSpec
 from coopq.core.types import UNTOUCHED, Assignment
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.journal import Journal
 from coopq.game.losses import Portions, Reference, make_loss, portions_divergence, portions_nll
-from coopq.game.prefix_engine import make_engine
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint
 from coopq.model.offload import OffloadedBlocks

@@ -11,9 +11,9 @@ from coopq.core.specs import Request, SolverSpec
 from coopq.export.checkpoint import SavedModel
 from coopq.game.session import open_session, prepare
 from coopq.plan.allocate import measure_plan
-from coopq.plan.by_search import make_search
 from coopq.plan.confidence import Confidence, confidence
 from coopq.plan.methods import METHODS, get_method, make_plans
+from coopq.plan.searches.by_search import make_search
 from coopq.search import SearchSpace, run
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused

@@ -11,7 +11,7 @@ import openvino
 from coopq.core.errors import ExportError
 from coopq.core.specs import TextSpec
 from coopq.export.formats import export_model, predicted_bytes
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.model.players import find_players
 from coopq.model.texts import calibration_set

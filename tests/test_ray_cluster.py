@@ -18,7 +18,7 @@ import transformers as hf
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments
-from coopq.game.ray_cluster import Cluster, RayConfig, Worker, _slowest
+from coopq.game.engines.ray_cluster import Cluster, RayConfig, Worker, _slowest
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import Session, open_session, prepare
 from coopq.plan.methods import make_plans
@@ -142,7 +142,7 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
     vars(ray).update(replacements)
     monkeypatch.setitem(sys.modules, "ray", ray)
     folders = iter([tmp_path / "worker", tmp_path / "astray"])
-    monkeypatch.setattr("coopq.game.ray_cluster.mkdtemp", lambda prefix: str(next(folders)))
+    monkeypatch.setattr("coopq.game.engines.ray_cluster.mkdtemp", lambda prefix: str(next(folders)))
     far = replace(fitted, folder=RunFolder(fitted.folder.path, bank=tmp_path / "nowhere"))
     weights = weights_of_bank(fitted)
     with Cluster(RayConfig("local", 1), far, weights):
@@ -160,7 +160,7 @@ def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(fitted: Session, monk
     def not_again(*_: object, **__: object) -> None:
         raise AssertionError("the weights are there")
 
-    monkeypatch.setattr("coopq.game.ray_cluster.mkdtemp", not_again)
+    monkeypatch.setattr("coopq.game.engines.ray_cluster.mkdtemp", not_again)
     tokens, threads = fitted.fitting, torch.get_num_threads()
     assert tokens is not None
     bank, weights = str(fitted.folder.bank), weights_of_bank(fitted)

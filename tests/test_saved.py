@@ -18,9 +18,9 @@ from coopq import Goal, Request
 from coopq.core.errors import ModelError, OutputError
 from coopq.core.files import require_no_input
 from coopq.core.types import UNTOUCHED
-from coopq.export.folder_files import SOURCE_CARD, copy_source_files
+from coopq.export.folders.folder_files import SOURCE_CARD, copy_source_files
 from coopq.export.formats import export_model
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import LoadedModel
 from coopq.plan.plan import Plan
 from coopq.quantizers.packed_modules import PackedLinear

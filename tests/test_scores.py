@@ -17,7 +17,7 @@ from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.subject import Subject
 from coopq.core.types import LinearLayer, Player
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.sensitivity import Sensitivity
 from coopq.model.load import LoadedModel
 from coopq.model.players import GRANULARITIES, find_players

@@ -14,8 +14,8 @@ from coopq.core.errors import ModelError, OutOfMemory
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec, TextSpec
 from coopq.core.types import REMOVED, UNTOUCHED
-from coopq.game.layer_major_engine import layer_major
-from coopq.game.prefix_engine import make_engine, prefix_tree_size
+from coopq.game.engines.layer_major_engine import layer_major
+from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.session import open_session, prepare
 from coopq.model import blockwise
 from coopq.model.load import pick_device

@@ -19,15 +19,15 @@ from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments, Losses
 from coopq.export.checkpoint import SavedModel
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.game.session import open_session, prepare
 from coopq.judge.references import random_assignments
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set
 from coopq.plan.allocate import measure_plan
 from coopq.plan.by_score import cached_score, sensitivities
-from coopq.plan.by_search import make_search
 from coopq.plan.methods import METHODS, get_method, make_plans, names
+from coopq.plan.searches.by_search import make_search
 from coopq.search import ActiveSearch, Enumeration, Greedy, OneShot, Regression, SearchSpace, run
 from coopq.search.solver.exact import allocate
 from coopq.search.solver.local_search import descend, local_optima, neighbours, random_fill

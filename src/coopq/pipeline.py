@@ -1,45 +1,45 @@
 """The main job, from a request to a saved model, as a page that reads top to bottom.
 
-quantize = prepare -> open a session -> plans of the budget -> measure the plan -> save the model. Each stage keeps what
-the stage computes in the run folder, so that an interrupted job goes on from there.
+quantize = prepare -> open a session -> plans of the budget -> measure the plan -> save the model. deliver = quantize ->
+export -> check in the engine. Each stage keeps what it computes in the run folder, so that an interrupted job goes on.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from coopq.core.errors import EstimationError, InfeasibleBudget, Mismatch, OutputError, differing
-from coopq.core.files import as_plain, require_new_folder, require_no_input
+from coopq.core.errors import EstimationError, Mismatch, OutputError, differing
+from coopq.core.files import as_plain, read_json, require_new_folder, require_no_input, write_json
 from coopq.core.goal import Goal
-from coopq.core.sizes import Budget, Sizes
-from coopq.core.spec import spec_options
+from coopq.core.recipes import RECIPES
+from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
-from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
+from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, Source, save_model
+from coopq.export.deployment import deployed_request, resized
 from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
-from coopq.export.formats import TargetFile
+from coopq.export.formats import TargetFile, export_model, predicted_bytes
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import open_session, prepare
 from coopq.game.weights_fingerprint import weights_fingerprint
+from coopq.judge.engine_check import Delivery, check_in_llama_cpp
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.allocate import allocate_run, measure_plan
-from coopq.plan.by_search import smallest_plan
 from coopq.plan.by_walks import estimate_walks
 from coopq.plan.estimation import Estimation
-from coopq.plan.front import FrontPoint, front_of
 from coopq.plan.methods import check_methods, get_method, make_plans
 from coopq.plan.plan import Plan
-from coopq.quantizers.packed_modules import PackedWeights
+from coopq.plan.searches.by_search import smallest_plan
+from coopq.plan.searches.front import FrontPoint, front_of
 
 if TYPE_CHECKING:  # Ray is optional
-    from coopq.game.ray_cluster import RayConfig
+    from coopq.game.engines.ray_cluster import RayConfig
 
-__all__ = ["allocate", "apply", "default_run", "estimate", "quantize"]
+__all__ = ["allocate", "apply", "default_run", "deliver", "estimate", "front", "quantize"]
 
 allocate = allocate_run
 
@@ -87,6 +87,49 @@ def quantize(
         else:
             plan = smallest_plan(session, goal.max_loss, limit)
         return save_model(Source.from_session(session), measure_plan(session, plan), out, progress)
+
+
+def deliver(
+    request: Request,
+    goal: Goal,
+    engine: str,
+    out: Path,
+    *,
+    solver: SolverSpec = DEFAULT_SOLVER,
+    run: Path | None = None,
+    progress: ProgressCallback = silent,
+    ray: "RayConfig | None" = None,
+) -> Delivery:
+    """Do the main job, and write the result as an engine loads it.
+
+    Args:
+        request: The model and how to measure it; `request.target.form` is the engine's form.
+        goal: The size, or a limit on the loss, and the method.
+        engine: A name of `coopq.core.recipes.ENGINES`.
+        out: The file or the folder to write.
+        solver: How programs are solved.
+        run: Folder of the work, "<out>-run" by default; an interrupted job goes on from there.
+        progress: Told of every step.
+        ray: Where the workers are that measure; None measures in this process.
+    Raises:
+        OutputError: If `out` holds something else.
+    """
+    out = out.expanduser().resolve()
+    run = default_run(out) if run is None else run.expanduser().resolve()
+    form, saved, record = request.target.form, run / "saved", run / "delivered.json"
+    assert form is not None
+    made = read_json(record) if record.exists() else None
+    if out.exists() and made is None:
+        raise OutputError(f"{out} exists, and this command did not make it; name another --out, or remove it")
+    plan = quantize(request, goal, saved, solver=solver, run=run, progress=progress, ray=ray)
+    if not out.exists() or made is None:
+        write_json(record, {"form": form, "bits": plan.assignment})  # before the output: an interrupted job goes on
+        export_model(saved, form, out, model=request.model.source, progress=progress)
+    elif made != as_plain({"form": form, "bits": plan.assignment}):
+        raise OutputError(f"{out} was made of another plan; name another --out, or remove it")
+    check = check_in_llama_cpp(out, saved, progress) if form == "gguf" else None
+    n_bytes = predicted_bytes(plan, form, model=request.model.source)
+    return Delivery(plan, out, n_bytes, check, RECIPES[engine].run.format(out=out))
 
 
 def estimate(
@@ -137,7 +180,7 @@ def apply(
     if deployment is not None and deployment != plan.quantizer:
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
-        request = _deployed(request, plan.deployment, plan.assignment)
+        request = deployed_request(request, plan.deployment, plan.assignment)
     prepared = prepare(request, target=TargetFile())
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
@@ -159,7 +202,7 @@ def apply(
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
     if plan.deployment is not None:
-        plan = _resized(plan, prepared.sizes)
+        plan = resized(plan, prepared.sizes)
     source = Source(
         loaded=loaded,
         players=prepared.players,
@@ -226,32 +269,3 @@ def _check_goal(request: Request, goal: Goal) -> None:
     if not method.is_anytime and not (goal.max_loss is None and goal.limit() is None):
         what = "answer before its end" if goal.max_loss is None else "search for a loss"
         raise EstimationError(f"method {method.name!r} cannot {what}; leave --method out, the active search can")
-
-
-def _deployed(request: Request, deployment: QuantizerSpec, assignment: Sequence[Width]) -> Request:
-    """The request of a plan that another quantizer deploys, with the widths that the plan and its budget need."""
-    widths = {*assignment, request.widths.low, request.widths.high}
-    if not PackedWeights(deployment).backend.calibrated:
-        request = request.replace(fit_tokens=None)
-    return request.replace(**spec_options(deployment), bits=tuple(widths))
-
-
-def _resized(plan: Plan, sizes: Sizes) -> Plan:
-    """The plan with the sizes of the backend that deploys it.
-
-    Raises:
-        InfeasibleBudget: If they do not keep the plan's budget.
-    """
-    widths = plan.request.widths
-    limit, n_bytes = sizes.limit(Budget.parse(plan.budget), widths.low, widths.high), sizes.total_bytes(plan.assignment)
-    if n_bytes > limit:
-        raise InfeasibleBudget(
-            f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
-            f"{limit}; allocate a smaller budget, or estimate with that backend"
-        )
-    return plan.replace(
-        bytes=n_bytes,
-        untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
-        budget_bytes=limit,
-        bits_per_weight=sizes.bits_per_weight(plan.assignment),
-    )

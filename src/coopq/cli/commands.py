@@ -32,7 +32,7 @@ def quantize(
     as_json: bool,
 ) -> None:
     """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
-    from coopq import delivery, pipeline
+    from coopq import pipeline
     from coopq.export.formats import predicted_bytes
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.tables import delivery_summary, plan_summary, provenance
@@ -45,7 +45,7 @@ def quantize(
         with progress_bars() as progress:
             cluster = ray_config(ray_address, workers)
             if engine is not None and engine != OWN:
-                made = delivery.deliver(
+                made = pipeline.deliver(
                     request, goal, engine, out, solver=solver, run=run, progress=progress, ray=cluster
                 )
                 print_result(delivery_data(made), delivery_summary(request, made), as_json)

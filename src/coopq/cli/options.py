@@ -31,7 +31,7 @@ from coopq.plan.methods import METHODS
 from coopq.quantizers import BACKENDS
 
 if TYPE_CHECKING:  # it imports torch
-    from coopq.game.ray_cluster import RayConfig
+    from coopq.game.engines.ray_cluster import RayConfig
 
 _SECTIONS: dict[type[Spec], str] = {
     ModelSpec: "Model",
@@ -245,7 +245,7 @@ def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
         if workers is not None:
             raise EstimationError(f"--workers {workers} goes with a cluster; name one with --ray-address")
         return None
-    from coopq.game.ray_cluster import RayConfig
+    from coopq.game.engines.ray_cluster import RayConfig
 
     return RayConfig(address, workers)
 

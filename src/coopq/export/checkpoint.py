@@ -24,8 +24,8 @@ from transformers import AutoConfig
 from coopq.core.errors import ModelError, PlanError
 from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
-from coopq.export.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
-from coopq.export.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
+from coopq.export.folders.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
+from coopq.export.folders.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
 from coopq.export.verification import (
     assigned_weights,
     loss_of,

@@ -57,20 +57,20 @@ FORMS: dict[str, FormEntry] = {
         takes_base=True,
     ),
     "openvino": FormEntry(
-        "coopq.export.openvino:OpenVINO",
+        "coopq.export.folders.openvino:OpenVINO",
         "OpenVINO",
         "a folder for CPUs, GPUs and NPUs of Intel; embeddings can be quantized too",
         ("rtn", "quanto", "hqq", *_GPTQ_TENSORS),
         takes_base=True,
     ),
     "compressed-tensors": FormEntry(
-        "coopq.export.compressed_tensors:CompressedTensors",
+        "coopq.export.folders.compressed_tensors:CompressedTensors",
         "vLLM, transformers",
         "a folder for servers; layers that vLLM fuses need one width",
         _GPTQ_TENSORS,
     ),
     "auto-round": FormEntry(
-        "coopq.export.auto_round:AutoRound",
+        "coopq.export.folders.auto_round:AutoRound",
         "transformers",
         "a folder for transformers, with a width for each layer",
         _GPTQ_TENSORS,

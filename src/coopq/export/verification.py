@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from coopq.core.errors import CoopQError, EstimationError, ExportError, ModelError
 from coopq.core.types import Losses, Width
-from coopq.game.prefix_engine import model_nll
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.matrices import matrix_of
 from coopq.model.texts import TokenSet, require_known_tokens
 from coopq.quantizers.bank import WeightBank

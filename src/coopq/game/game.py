@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import EstimationError
-from coopq.core.limits import Limit
+from coopq.core.goal import Limit
 from coopq.core.types import Assignment, Assignments, Game, Losses, ProgressCallback, as_widths, silent
+from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.game.journal import Journal
-from coopq.game.prefix_engine import prefix_tree_size
 
 
 class Engine(Protocol):
-    """Measures assignments: `coopq.game.prefix_engine.PrefixEngine` here, or workers on a cluster."""
+    """Measures assignments: `coopq.game.engines.prefix_engine.PrefixEngine` here, or workers on a cluster."""
 
     def evaluate(self, assignments: Assignments) -> Iterator[tuple[Assignment, npt.NDArray[np.float64], int]]:
         """Each distinct assignment in any order, its loss on each sequence, and the block forwards that it took."""
@@ -22,7 +22,7 @@ class Engine(Protocol):
 
 
 class Workers(Protocol):
-    """Processes that measure for a session, as `coopq.game.ray_cluster.Cluster`."""
+    """Processes that measure for a session, as `coopq.game.engines.ray_cluster.Cluster`."""
 
     n_workers: int
 

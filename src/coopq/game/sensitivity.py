@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from coopq.core.types import UNTOUCHED, Player, Width
 from coopq.core.weight_cache import Weights
-from coopq.game.assigned_model import players_of_blocks
+from coopq.game.engines.assigned_model import players_of_blocks
 from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, watching, weight_gradients
 from coopq.model.blockwise import Blockwise, States
 from coopq.quantizers.bank import WeightBank

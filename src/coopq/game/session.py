@@ -13,14 +13,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from coopq.core.errors import OutOfMemory
-from coopq.core.limits import Limit
+from coopq.core.goal import Limit
 from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import Request
 from coopq.core.subject import Subject
 from coopq.core.types import Player, ProgressCallback, silent
+from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
-from coopq.game.prefix_engine import PrefixEngine, make_engine
 from coopq.game.run_folder import RunFolder
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.model.load import LoadedModel, load_model, load_skeleton, max_positions, pick_device
@@ -209,7 +209,7 @@ class Session(Subject):
 
 
 class ClusterConfig(Protocol):
-    """Where workers are, as `coopq.game.ray_cluster.RayConfig`."""
+    """Where workers are, as `coopq.game.engines.ray_cluster.RayConfig`."""
 
     def connect(self, session: Session, weights: Mapping[str, Any]) -> AbstractContextManager[Workers]:
         """The workers of a session; `weights` is what the bank's weights depend on."""

@@ -14,6 +14,7 @@ from coopq.core.types import Losses, ProgressCallback
 from coopq.export.checkpoint import load
 from coopq.export.verification import token_losses
 from coopq.model.sources.folder import read_tokenizer
+from coopq.plan.plan import Plan
 
 _PACKAGE = "xllamacpp"
 _PASSAGE = (
@@ -46,6 +47,25 @@ class EngineCheck:
     loss: float
     ours: float
     text: str
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What was made for an engine.
+
+    Attributes:
+        plan: The plan.
+        out: The file or the folder.
+        n_bytes: Bytes of the file that holds the weights.
+        check: What the engine computes of it; None where the engine is not installed.
+        run: How to run it.
+    """
+
+    plan: Plan
+    out: Path
+    n_bytes: int
+    check: EngineCheck | None
+    run: str
 
 
 def check_in_llama_cpp(file: Path, saved: Path, progress: ProgressCallback) -> EngineCheck | None:

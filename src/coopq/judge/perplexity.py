@@ -13,8 +13,8 @@ from coopq.core.files import locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import Assignments, Losses, ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
+from coopq.game.engines.prefix_engine import model_nll
 from coopq.game.journal import Journal
-from coopq.game.prefix_engine import model_nll
 from coopq.game.session import Session, prepare
 from coopq.judge.results import Evaluation
 from coopq.model.load import max_positions

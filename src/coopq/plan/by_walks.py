@@ -8,14 +8,14 @@ import numpy as np
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import REMOVED, UNTOUCHED, Width
-from coopq.game.prefix_engine import prefix_tree_size
+from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.game.session import Session
 from coopq.plan.allocate import Choice, choose_by_gains, choose_by_walks, make_plan, search_space, settle
-from coopq.plan.describe import describe
 from coopq.plan.estimation import Estimation, Spent, save_estimation
 from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
 from coopq.plan.rivals import compared
+from coopq.plan.searches.describe import describe
 from coopq.search import SPQE, Measured, SearchSpace, run
 from coopq.search.solver.local_search import local_optima
 from coopq.search.surrogate import best_surrogate

@@ -11,14 +11,14 @@ import torch
 
 from coopq.core.specs import Request
 from coopq.core.types import Player
+from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
-from coopq.game.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.session import prepare
 from coopq.model.blockwise import batch_size
 from coopq.model.memory import Footprint
-from coopq.plan.by_search import make_search
 from coopq.plan.methods import METHODS, names
 from coopq.plan.scores.prior import SCORE
+from coopq.plan.searches.by_search import make_search
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, Search, SearchSpace, run_search
 from coopq.search.solver.local_search import random_fill

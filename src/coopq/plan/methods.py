@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from coopq.core.errors import EstimationError, hint
-from coopq.core.limits import Limit
+from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import Player
@@ -198,7 +198,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 _MAKERS = {
-    "search": "coopq.plan.by_search:plans_by_search",
+    "search": "coopq.plan.searches.by_search:plans_by_search",
     "walks": "coopq.plan.by_walks:plans_by_walks",
     "score": "coopq.plan.by_score:plans_by_score",
 }

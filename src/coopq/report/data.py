@@ -18,8 +18,8 @@ from coopq.plan.plan import Plan
 from coopq.search import Known, Measured
 
 if TYPE_CHECKING:  # these import torch
-    from coopq.delivery import Delivery
     from coopq.judge.bench.results import Result
+    from coopq.judge.engine_check import Delivery
     from coopq.plan.forecast import Forecast
 
 

@@ -19,9 +19,9 @@ from coopq.report.data import covariance_correlation
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
-    from coopq.delivery import Delivery
+    from coopq.judge.engine_check import Delivery
     from coopq.plan.forecast import Forecast
-    from coopq.plan.front import FrontPoint
+    from coopq.plan.searches.front import FrontPoint
 
 _MOST_COLUMNS = 8
 _LOSSES = {"nll": "calibration loss", "kl": "divergence from full precision on the calibration text"}

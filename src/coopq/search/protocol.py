@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from coopq.core.limits import Limit, Stopped
+from coopq.core.goal import Limit, Stopped
 from coopq.core.types import Assignment, Assignments, Game, Losses
 from coopq.search.measured import Measured
 

@@ -19,9 +19,9 @@ from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result, Row, load_result, save_result
 from coopq.judge.comparison import Judged, beside_references, make_measured_plans
 from coopq.plan.allocate import search_space
-from coopq.plan.by_search import begin_with_nothing
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import check_methods, get_method
+from coopq.plan.searches.by_search import begin_with_nothing
 from coopq.search import Measured
 from coopq.search.surrogate import best_surrogate
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import Losses, Width
-from coopq.export.hf_folder import HFFolder
+from coopq.export.folders.hf_folder import HFFolder
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.gptq.format import GPTQFormat

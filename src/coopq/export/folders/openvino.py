@@ -21,8 +21,8 @@ from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
+from coopq.export.folders.hf_folder import check_columns
 from coopq.export.formats import Form
-from coopq.export.hf_folder import check_columns
 from coopq.export.verification import graph_losses, probe_tokens, require_equal, token_losses
 from coopq.model.load import load_skeleton
 from coopq.model.matrices import matrix_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coopq.core.errors import ExportError
 from coopq.core.types import Width
-from coopq.export.hf_folder import HFFolder
+from coopq.export.folders.hf_folder import HFFolder
 from coopq.model.players import fused_groups
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Packed

@@ -20,9 +20,9 @@ from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
-from coopq.export.folder_files import write_model_card
+from coopq.export.folders.folder_files import write_model_card
+from coopq.export.folders.stored_tensors import stored_tensors
 from coopq.export.formats import Form
-from coopq.export.stored_tensors import stored_tensors
 from coopq.export.verification import probe_tokens, require_equal, token_losses
 from coopq.model.load import checkpoint_dtype, load_skeleton
 from coopq.model.matrices import matrix_of

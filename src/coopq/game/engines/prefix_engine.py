@@ -14,8 +14,8 @@ import torch
 
 from coopq.core.errors import EstimationError, ModelError
 from coopq.core.types import UNTOUCHED, Assignment, Assignments, as_widths
-from coopq.game.assigned_model import AssignedModel, Traversal, Walk
-from coopq.game.layer_major_engine import layer_major
+from coopq.game.engines.assigned_model import AssignedModel, Traversal, Walk
+from coopq.game.engines.layer_major_engine import layer_major
 from coopq.game.losses import Loss, NegativeLogLikelihood, make_loss, sequence_nll
 from coopq.model.blockwise import Blockwise, States, whole_size
 from coopq.model.offload import OffloadedBlocks

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.types import Assignments
-from coopq.game.assigned_model import AssignedModel, Walk
+from coopq.game.engines.assigned_model import AssignedModel, Walk
 from coopq.model.blockwise import States
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 import numpy as np
 
 from coopq.core.errors import InfeasibleBudget
-from coopq.core.limits import Limit
+from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import Assignment, Assignments, Game
+from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.game.game import Meter, Meters
-from coopq.game.prefix_engine import prefix_tree_size
 from coopq.game.session import Session
 from coopq.plan.allocate import Choice, make_plan, search_space
-from coopq.plan.describe import describe
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
 from coopq.plan.rivals import compared
 from coopq.plan.scores.prior import step_prior
-from coopq.plan.search_log import SearchLog
+from coopq.plan.searches.describe import describe
+from coopq.plan.searches.search_log import SearchLog
 from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run_search
 from coopq.search.informed import Prior
 

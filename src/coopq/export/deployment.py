@@ -1,0 +1,40 @@
+"""A plan whose weights another quantizer makes than the one that was measured."""
+
+from collections.abc import Sequence
+
+from coopq.core.errors import InfeasibleBudget
+from coopq.core.sizes import Budget, Sizes
+from coopq.core.spec import spec_options
+from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.types import UNTOUCHED, Width
+from coopq.plan.plan import Plan
+from coopq.quantizers.packed_modules import PackedWeights
+
+
+def deployed_request(request: Request, deployment: QuantizerSpec, assignment: Sequence[Width]) -> Request:
+    """The request of a plan that another quantizer deploys, with the widths that the plan and its budget need."""
+    widths = {*assignment, request.widths.low, request.widths.high}
+    if not PackedWeights(deployment).backend.calibrated:
+        request = request.replace(fit_tokens=None)
+    return request.replace(**spec_options(deployment), bits=tuple(widths))
+
+
+def resized(plan: Plan, sizes: Sizes) -> Plan:
+    """The plan with the sizes of the backend that deploys it.
+
+    Raises:
+        InfeasibleBudget: If they do not keep the plan's budget.
+    """
+    widths = plan.request.widths
+    limit, n_bytes = sizes.limit(Budget.parse(plan.budget), widths.low, widths.high), sizes.total_bytes(plan.assignment)
+    if n_bytes > limit:
+        raise InfeasibleBudget(
+            f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
+            f"{limit}; allocate a smaller budget, or estimate with that backend"
+        )
+    return plan.replace(
+        bytes=n_bytes,
+        untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
+        budget_bytes=limit,
+        bits_per_weight=sizes.bits_per_weight(plan.assignment),
+    )

@@ -1,0 +1,1 @@
+"""What measures assignments: one process with shared prefixes, layer by layer, or workers of a cluster."""

@@ -1,0 +1,1 @@
+"""Plans by searches on the true loss, and what a run folder knows of other sizes."""
