@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from coopq.cli.main import main
 
 FAST = ["--permutations", "3", "--tokens", "128", "--sequence-length", "64"]
 PAPER = ["--method", "coopq", *FAST]
+SMALL = ["--bits", "2,4", "--granularity", "block", "--loss", "nll"]
+"""The smallest game: what a test of `quantize` plays unless it names a recipe, or other settings after these."""
 _COLUMNS = "100"
 
 
@@ -27,7 +29,7 @@ def in_new_process(
     *arguments: str | Path, cwd: Path | None = None, setup: Callable[[], None] | None = None
 ) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of one command, which has to import everything first."""
-    whole = [sys.executable, "-m", "coopq.cli.main", *map(str, arguments)]
+    whole = [sys.executable, "-m", "coopq.cli.main", *_small(arguments)]
     environment = {**os.environ, "COLUMNS": _COLUMNS}
     done = subprocess.run(
         whole, capture_output=True, text=True, cwd=cwd, env=environment, preexec_fn=setup, check=False
@@ -39,13 +41,21 @@ def command(*arguments: str | Path) -> tuple[int | str | None, str, str]:
     """The same within this process: what most commands do takes less time than to import libraries."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["coopq", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["coopq", *_small(arguments)])
         patch.setenv("COLUMNS", _COLUMNS)
         try:
             main()
         except SystemExit as stop:
             return stop.code, out.getvalue(), err.getvalue()
     return 0, out.getvalue(), err.getvalue()
+
+
+def _small(arguments: Sequence[str | Path]) -> list[str]:
+    """The arguments, with the settings of the smallest game where a job is asked for without a recipe."""
+    texts = list(map(str, arguments))
+    if texts[:1] == ["quantize"] and not {"--for", "--recipe", "--help"} & set(texts):
+        texts[1:1] = SMALL
+    return texts
 
 
 def refused(*arguments: str | Path, setup: Callable[[], None] | None = None) -> str:

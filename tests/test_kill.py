@@ -16,12 +16,13 @@ import torch
 from coopq.cli.main import main
 from coopq.model import safetensors_io
 from coopq.plan.plan import Plan
+from tests.command_line import SMALL
 
 METHODS = {
     "coopq": ["--method", "coopq", "--permutations", "40", "--tokens", "1024"],
     "active": ["--granularity", "fused", "--tokens", "512", "--screen-tokens", "256"],
 }
-SETTINGS = ["--sequence-length", "256", "--budget", "3avg", "--json"]
+SETTINGS = [*SMALL, "--sequence-length", "256", "--budget", "3avg", "--json"]
 
 
 # What a command imports takes longer than these runs: their processes are forked from one that has imported it.
