@@ -27,6 +27,9 @@ _HEADS_IN_TURN = ("qwen35", "qwen35moe")
 
 Source: _LinearAttentionVReorderBase in convert_hf_to_gguf.py.
 """
+_DEFAULTS = {"rope.freq_base": 10_000.0}
+"""What llama.cpp takes for a setting that is missing. Old converters do not find the base of rotary embeddings where
+transformers writes it since version 5. Source: `load_hparams` in llama.cpp's src/llama-model.cpp."""
 _WAY_OUT = "name an unquantized GGUF file of the same model with --base"
 
 
@@ -173,6 +176,7 @@ def require_settings(base: BaseFile, config: Any) -> None:
     for name, value in ours.items():
         full = f"{base.architecture}.{name}"
         there = base.value(full)
+        there = _DEFAULTS.get(name) if there is None else there
         if value is None or there is None or isinstance(there, tuple):
             continue
         if isinstance(there, str) != isinstance(value, str) or _differ(value, there):

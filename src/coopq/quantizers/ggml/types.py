@@ -87,7 +87,7 @@ class GGMLBackend(WeightQuantizer):
 
     def __init__(self) -> None:
         for package in ("libggml", "gguf"):
-            require_library(self.name, package, "gguf")
+            require_library(self.name, package, "llama.cpp")
         self.format = GGMLFormat(self.name, self.long_rows, self.short_rows)
 
     @property
