@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 import sysconfig
 import tomllib
 from itertools import chain
@@ -12,6 +13,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from coopq.core.errors import BackendError, ExportError
+from coopq.core.specs import QuantizerSpec
+from coopq.export.formats import get_form
+from coopq.quantizers import get_backend
 from coopq.report import doctor
 from tests.command_line import command, in_new_process
 
@@ -94,3 +99,13 @@ def test_every_extra_that_is_named_exists() -> None:
     for name in named:
         extras = Requirement(name).extras
         assert {canonicalize_name(extra) for extra in extras} <= set(DECLARED), name
+
+
+def test_what_lacks_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = get_backend(QuantizerSpec("gptq"))
+    for package in "compressed_tensors", "libggml":
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=r"compressed-tensors; run: pip install 'coopq\[vllm\]'"):
+        get_form("compressed-tensors").check(backend)
+    with pytest.raises(BackendError, match=r"libggml; run: pip install 'coopq\[llama.cpp\]'"):
+        get_backend(QuantizerSpec("ggml"))
