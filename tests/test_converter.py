@@ -189,7 +189,7 @@ def test_an_interrupted_converter_ends_and_leaves_nothing(
 
 def test_no_code_of_the_model_is_run(tmp_path: Path) -> None:
     """The converter trusts the code of a model, here to read a tokenizer, so it must not see the code."""
-    config = hf.Glm4Config(**{**GROUPED, "vocab_size": 512})
+    config = hf.Glm4Config(**{**GROUPED, "vocab_size": 520})
     hf.Glm4ForCausalLM(config).save_pretrained(tmp_path / "evil")
     hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "evil")
     ran, settings = tmp_path / "ran", tmp_path / "evil" / "tokenizer_config.json"
