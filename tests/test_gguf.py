@@ -11,7 +11,7 @@ import torch
 
 import coopq
 from coopq import Goal, QuantizerSpec, Request
-from coopq.core.errors import BackendError, ExportError, Mismatch, UnsupportedBits
+from coopq.core.errors import BackendError, Mismatch, UnsupportedBits
 from coopq.core.specs import TextSpec
 from coopq.core.types import Width
 from coopq.export.formats import export_model, predicted_bytes
@@ -227,10 +227,3 @@ def test_the_base_must_be_the_very_model(demo: tuple[coopq.Plan, Path, Path], tm
     with pytest.raises(Mismatch, match=r"is not model\.layers\..* of the model"):
         export_model(demo[1], "gguf", tmp_path / "other.gguf", base=demo[2])
     assert not list(tmp_path.iterdir())
-
-
-def test_a_model_without_a_gguf_file_needs_a_base(stories: str) -> None:
-    plan = plan_for(load_model(stories, device="cpu").model, "rtn", 16, [4] * 5)
-    plan = plan.replace(request=plan.request.replace(model=stories, backend="ggml", group_size=None))
-    with pytest.raises(ExportError, match=r"is no GGUF file.*--base: llama.cpp's convert_hf_to_gguf.py"):
-        predicted_bytes(plan, "gguf")

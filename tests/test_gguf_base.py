@@ -14,6 +14,7 @@ from coopq.core.errors import CoopQError, ExportError, Mismatch, ModelError, Out
 from coopq.core.specs import Request
 from coopq.export.formats import export_model, predicted_bytes, target_sizes
 from coopq.export.gguf.base import BaseFile
+from coopq.export.gguf.names import require_settings
 from coopq.model.load import fingerprint_weights, load_model
 from coopq.model.players import find_players
 from coopq.quantizers import get_backend
@@ -129,6 +130,16 @@ def test_settings_of_another_model_are_refused(
     file = write_gguf(tiny_model(), tmp_path / "base.gguf", settings=settings)
     with pytest.raises((ExportError, Mismatch), match=message):
         sizes(source / "model", file)
+
+
+def test_a_missing_base_of_rotary_embeddings_is_llama_cpps_default(source: Path, tmp_path: Path) -> None:
+    """A converter that is older than the configuration's format leaves the setting out."""
+    file = BaseFile.open(write_gguf(tiny_model(), tmp_path / "base.gguf", settings={"qwen3.rope.freq_base": None}))
+    config = tiny_model().config
+    require_settings(file, config)
+    config.rope_parameters["rope_theta"] = 500_000.0
+    with pytest.raises(Mismatch, match=r"rope.freq_base: 10000.0 there, 500000.0 here"):
+        require_settings(file, config)
 
 
 @pytest.mark.parametrize("settings", [{"general.alignment": 64}, {"general.tags": [[1, 2], [3]]}, {"a.name": ["x"]}])

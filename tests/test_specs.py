@@ -24,6 +24,7 @@ EVERY: dict[str, Any] = {
     "group_size": 32,
     "act_order": True,
     "symmetric": False,
+    "imatrix": "file.gguf",
     "bits": (2.5, 4, 16),
     "granularity": "fused",
     "embeddings": True,

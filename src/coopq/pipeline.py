@@ -72,7 +72,7 @@ def quantize(
     limit = goal.limit()
     _check_goal(request, goal)
     _check_places(request, out, run)
-    prepared = prepare(request, target=TargetFile())
+    prepared = prepare(request, target=TargetFile(progress))
     if goal.fit is not None:
         goal = msgspec.structs.replace(goal, fit=None, budget=fitting_budget(goal.fit, prepared).text)
     if SavedModel(out).exists:
@@ -144,7 +144,7 @@ def estimate(
         ray: Where the workers are that measure; None measures in this process.
     """
     _check_places(request, None, run)
-    prepared = prepare(request, target=TargetFile())
+    prepared = prepare(request, target=TargetFile(progress))
     check_methods(["coopq"], prepared.players, len(request.widths.bits))
     with open_session(prepared, run, progress, ray=ray) as session:
         return estimate_walks(session)
@@ -181,7 +181,7 @@ def apply(
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
         request = deployed_request(request, plan.deployment, plan.assignment)
-    prepared = prepare(request, target=TargetFile())
+    prepared = prepare(request, target=TargetFile(progress))
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
     backend, text = prepared.backend, request.text

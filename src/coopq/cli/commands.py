@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from coopq.cli.options import PLACE, SectionedCommand, as_json, out_folder, ray_config, takes, takes_cluster
+from coopq.cli.options import PLACE, SectionedCommand, as_json, converter, out_folder, ray_config, takes, takes_cluster
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
-from coopq.core.errors import BackendError, RunError
+from coopq.core.errors import BackendError, ModelError, RunError
 from coopq.core.goal import Goal
 from coopq.core.recipes import OWN, reasons
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
@@ -17,6 +17,7 @@ from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 @takes(Request, Goal, SolverSpec, recipes=True)
 @click.option("--out", type=PLACE, required=True, help="The file or the folder of the model, as its engine loads it.")
 @click.option("--run", type=PLACE, help="Folder of the work. Default: OUT-run.")
+@converter
 @takes_cluster
 @as_json
 def quantize(
@@ -147,9 +148,10 @@ def apply(plan: Path, out: Path, model: str | None, backend: str | None, group_s
 @click.option(
     "--base",
     type=PLACE,
-    help="The model in full precision: for gguf, a file of llama.cpp's converter (default: the model, if it is a .gguf)"
-    "; for openvino, a folder of optimum-cli.",
+    help="The model in full precision: for gguf, a file of llama.cpp's converter (default: the model if it is a .gguf, "
+    "or else made by the converter); for openvino, a folder of optimum-cli.",
 )
+@converter
 @click.option("--model", help="gguf, openvino: where the plan's model is now.")
 @as_json
 def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None, as_json: bool) -> None:
@@ -217,6 +219,21 @@ def _show_run(path: Path, as_json: bool) -> None:
     estimation = load_estimation(path) if is_estimated(folder) or not plans else None
     what = (estimation, plans, spent, measured)
     print_result(run_data(*what), show_run(*what), as_json)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("model", required=False)
+@as_json
+def doctor(model: str | None, as_json: bool) -> None:
+    """Say what works on this machine: extras, engines, memory; and what a run of MODEL needs."""
+    from coopq.report.doctor import doctor_report, examine
+
+    quiet_libraries()
+    with progress_bars() as progress:
+        found = examine(model, progress)
+    print_result(found, doctor_report(found), as_json)
+    if (reason := found.get("model", {}).get("refused")) is not None:
+        raise ModelError(reason)
 
 
 @click.command(cls=SectionedCommand)

@@ -18,6 +18,7 @@ _COMMANDS = {
     "apply": ("coopq.cli.commands", "Quantize the model of a plan and save it."),
     "export": ("coopq.cli.commands", "Write a saved model as the file of an engine."),
     "show": ("coopq.cli.commands", "Show a run, a plan or a saved model."),
+    "doctor": ("coopq.cli.commands", "Say which extras and engines work here, and what a model needs."),
     "methods": ("coopq.cli.commands", "List the methods, what each is for and what it costs."),
     "targets": ("coopq.cli.commands", "List the engines and forms that models are exported to."),
     "compare": ("coopq.cli.judge_commands", "Compare methods at several budgets, judged on WikiText-2."),

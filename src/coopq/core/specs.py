@@ -50,6 +50,9 @@ class QuantizerSpec(Spec, frozen=True):
             extra={"flags": "--symmetric/--asymmetric"},
         ),
     ] = None
+    imatrix: Annotated[
+        str | None, Meta(description="ggml, ggml-iq: llama.cpp's imatrix file, instead of statistics of our own.")
+    ] = None
 
 
 class WidthsSpec(Spec, frozen=True):

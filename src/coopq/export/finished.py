@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from coopq.core.errors import OutputError, differing
+from coopq.core.files import as_plain
 from coopq.core.goal import Goal
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
@@ -60,7 +61,7 @@ def finished_plan(request: Request, goal: Goal, solver: SolverSpec, out: Path) -
 
 
 def _check_contents(request: Request, plan: Plan, out: Path) -> None:
-    """Check that the model and the text of a request are those that a finished output was made from.
+    """Check that the model, the text and the imatrix of a request are those that a finished output was made from.
 
     Raises:
         OutputError: If not, with what changed.
@@ -72,10 +73,13 @@ def _check_contents(request: Request, plan: Plan, out: Path) -> None:
     found: dict[str, Any] = {"weights": fingerprint_weights(loaded.model), "tokens": tokens.fingerprint}
     if backend.calibrated:
         found["fitted to"] = fitting_set(request.text, loaded.tokenizer, positions).fingerprint
+    if request.quantizer.imatrix is not None:
+        found["backend"] = as_plain(backend.fingerprint())
     changed = differing(found, {name: plan.fingerprint.get(name) for name in found})
     if not changed:
         return
-    what = f"the model {request.model.source!r}" if changed[0] == "weights" else f"the text {request.text.source!r}"
+    places = {"weights": f"the model {request.model.source!r}", "backend": f"the imatrix {request.quantizer.imatrix!r}"}
+    what = places.get(changed[0], f"the text {request.text.source!r}")
     raise OutputError(
         f"output folder {out} is not empty: {what} is not what its model was made from ({', '.join(changed)} differ); "
         "name another folder, or empty it first"

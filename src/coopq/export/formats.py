@@ -89,12 +89,13 @@ class Form(Protocol):
         """
         ...
 
-    def held_players(self, request: Request, players: Sequence[Player]) -> Sequence[Player]:
+    def held_players(self, request: Request, players: Sequence[Player], progress: ProgressCallback) -> Sequence[Player]:
         """The players, without layers that the form cannot hold quantized: all of them, unless a form says otherwise.
 
         Args:
             request: What is asked for; `request.target.form` is this form.
             players: All players, by block.
+            progress: Told of every step, as a base may have to be made.
         Raises:
             ExportError: If the form cannot hold the model.
         """
@@ -185,7 +186,8 @@ def export_model(
         saved: Folder of the saved model.
         form: A name of `FORMS`.
         out: The file to write, or for most forms the folder.
-        base: For forms with `takes_base`: the model in full precision in that form.
+        base: For forms with `takes_base`: the model in full precision in that form; llama.cpp's converter makes one
+            for gguf if none is named.
         model: For forms with `takes_base`: where the plan's model is now.
         progress: Told of every step.
     Returns:
@@ -223,7 +225,14 @@ def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: s
 
 
 class TargetFile(Target):
-    """The file of a request's target; without a target, what coopq itself saves."""
+    """The file of a request's target; without a target, what coopq itself saves.
+
+    Args:
+        progress: Told of every step, as a base may have to be made.
+    """
+
+    def __init__(self, progress: ProgressCallback = silent) -> None:
+        self._progress = progress
 
     def fit(
         self, request: Request, skeleton: Any, players: Sequence[Player], backend: "Backend"
@@ -233,7 +242,7 @@ class TargetFile(Target):
             form = get_form(request.target.form)
             form.check(backend)
             OUR_FILE.fit(request, skeleton, players, backend)  # refuses rows that the backend has no type for
-            players = form.held_players(request, players)
+            players = form.held_players(request, players, self._progress)
         return players, target_sizes(request, skeleton, players, backend)
 
     def check(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:

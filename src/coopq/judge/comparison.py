@@ -84,7 +84,7 @@ def compare_plan(
         model=model or plan.request.model.source,
         device=device or plan.request.model.device,
     )
-    prepared = prepare(request, target=TargetFile(), judge_length=length)
+    prepared = prepare(request, target=TargetFile(progress), judge_length=length)
     with open_session(prepared, run, progress) as session:
         return compare_on(session, [plan], length=length, max_tokens=max_tokens)
 
@@ -113,7 +113,7 @@ def compare(
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
         get_method(method)
-    prepared = prepare(request, target=TargetFile(), judge_length=length)
+    prepared = prepare(request, target=TargetFile(progress), judge_length=length)
     check_methods(methods, prepared.players, len(request.widths.bits))
     prepared.check_budgets(parsed)
     with open_session(prepared, run, progress) as session:

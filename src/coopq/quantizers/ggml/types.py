@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
-from coopq.core.types import UNTOUCHED, Width
+from coopq.core.types import UNTOUCHED, LinearLayer, Width
 from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed, WeightQuantizer, require_library
+from coopq.quantizers.ggml.imatrix import ImportanceMatrix
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.input_statistics import column_importance
 from coopq.quantizers.packed_modules import PackedLinear
@@ -67,7 +70,7 @@ class GGMLFormat:
 
 
 class GGMLBackend(WeightQuantizer):
-    """ggml's quantizers, with an importance matrix if there are calibration tokens.
+    """ggml's quantizers, with an importance matrix of calibration tokens, or of an imatrix file.
 
     The importance of a column of a weight is the mean square of that input over the calibration tokens in the
     full-precision model, as in llama.cpp's imatrix. An embedding that is tied to the head has the importance of the
@@ -76,19 +79,35 @@ class GGMLBackend(WeightQuantizer):
     Attributes:
         long_rows: See `GGMLFormat`.
         short_rows: See `GGMLFormat`.
+
+    Args:
+        imatrix: llama.cpp's imatrix file.
     """
 
     name: ClassVar[str] = "ggml"
     long_rows: ClassVar[Mapping[Width, str]] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
     short_rows: ClassVar[Mapping[Width, str]] = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
     bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
-    calibrated: ClassVar[bool] = True
+    calibrated = True
     format: GGMLFormat
 
-    def __init__(self) -> None:
+    def __init__(self, imatrix: str | None = None) -> None:
         for package in ("libggml", "gguf"):
-            require_library(self.name, package, "gguf")
+            require_library(self.name, package, "llama.cpp")
         self.format = GGMLFormat(self.name, self.long_rows, self.short_rows)
+        self._file = None if imatrix is None else Path(imatrix).expanduser()
+        self.calibrated = imatrix is None
+
+    @cached_property
+    def _imatrix(self) -> ImportanceMatrix | None:
+        """The imatrix, if one is named. It is read late, since saved models are loaded without the file."""
+        return None if self._file is None else ImportanceMatrix.read(self._file)
+
+    def check_layers(self, layers: Sequence[LinearLayer]) -> None:
+        """See `Backend.check_layers`: an imatrix needs an entry for each layer."""
+        if self._imatrix is not None:
+            for layer in layers:
+                self._imatrix.importance(layer)
 
     @property
     def version(self) -> str:
@@ -101,7 +120,9 @@ class GGMLBackend(WeightQuantizer):
         return {
             "long_rows": _with_text_keys(self.long_rows),
             "short_rows": _with_text_keys(self.short_rows),
-            "importance": "linear layers, experts, head",
+            "importance": (
+                "linear layers, experts, head" if self._imatrix is None else f"imatrix {self._imatrix.digest}"
+            ),
         }
 
     def quantize(self, weight: Tensor, bits: Width, importance: Tensor | None = None) -> Packed:
@@ -134,7 +155,13 @@ class GGMLBackend(WeightQuantizer):
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[Width, str, Packed]]:
         """Width, name and packed tensors of layers at their widths, layer by layer."""
-        importance = {} if tokens is None else column_importance(model, list(widths), tokens)
+        importance: Mapping[str, Tensor | None] = {}
+        if self._imatrix is not None:
+            matrices = {name: matrix_of(model, name) for name in widths}
+            layers = [LinearLayer(name, own.shape, n_experts=own.n_experts) for name, own in matrices.items()]
+            importance = {layer.name: self._imatrix.importance(layer) for layer in layers}
+        elif tokens is not None:
+            importance = column_importance(model, list(widths), tokens)
         for name, layer_widths in widths.items():
             weight = matrix_of(model, name).rows()
             for width in layer_widths:
