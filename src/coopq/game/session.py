@@ -66,8 +66,11 @@ class Prepared(SizedRequest):
     def footprint(self) -> Footprint:
         """What measuring this request takes."""
         text, widths, diverges = self.request.text, self.request.widths.quantized, self.request.search.loss == "kl"
-        sizes = len(widths), packed_bytes(self.backend, self.players, widths)
-        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, *sizes, diverges=diverges)
+        own = zip(self.players, self.player_widths, strict=True)
+        bank = sum(
+            packed_bytes(self.backend, player, width) for player, each in own for width in each if width in widths
+        )
+        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, len(widths), bank, diverges)
 
     def fit(self) -> tuple[Footprint, int | None]:
         """What measuring this request takes and what is free, in bytes, once the run is known to fit.
