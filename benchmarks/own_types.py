@@ -1,13 +1,14 @@
-"""Players that choose among the types of their own rows, on the demo model: sizes, losses, and types worth leaving out.
+"""Players that choose among the types of their own rows: sizes, losses, and types worth leaving out.
 
     python benchmarks/own_types.py            # an hour on two cores, resumes; writes docs/results/own_types.md
     python benchmarks/own_types.py --types    # the sizes and the errors of types alone, minutes
 
 Three quarters of the demo model's weights lie in rows of 576, which have types from 4 bits up. Rows of down projections
 have 1,536 weights, and types from 2 bits up. "Shared widths" are those of which all rows have a type. The error of a
-type is what `auto-quantize` scores: how far outputs move, weighted by gradients, on 1,024 tokens of C4, here in every
-sixth block. A type is dominated for a player if another type of no more bytes has no higher error. Losses are
-divergences from full precision on these tokens.
+type is what `auto-quantize` scores: how far outputs move, weighted by gradients, on 1,024 tokens of C4; of the demo
+model in every sixth block. A type is dominated for a player if another type of no more bytes has no higher error. The
+demo model's file is quantized to Q4_1 already, so Q4_1 loses nothing there; the reference Llama has full precision.
+Losses are divergences from full precision on these tokens.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from _common import RESULTS, WORK, command_line, table, write_report
+from _common import DATA, RESULTS, WORK, command_line, table, write_report
 from _models import measured_plans, session_on
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
@@ -38,7 +39,7 @@ OWN: dict[str, tuple[Width, ...]] = {
 }
 BUDGETS = ("4.5bpw", "5bpw")
 EVERY = 6
-"""Errors are those of every sixth block's players; the last block is among them."""
+"""Errors on the demo model are those of every sixth block's players; the last block is among them."""
 
 
 class EveryShortType(IQuants):
@@ -47,10 +48,23 @@ class EveryShortType(IQuants):
     short_rows: ClassVar[dict[Width, str]] = {3.5: "Q4_0", **IQuants.short_rows}
 
 
-def request_of(backend: str, widths: tuple[Width, ...]) -> Request:
-    """What is measured of the demo model."""
+class ShortTypesAlone(EveryShortType):
+    """The types of short rows for all rows."""
+
+    long_rows: ClassVar[dict[Width, str]] = EveryShortType.short_rows
+
+
+CASES = {
+    "demo": ("demo", EveryShortType, EVERY),
+    "llama, types of short rows": (str(DATA / "llama"), ShortTypesAlone, 1),
+}
+"""Model, backend, and which of its blocks have their errors measured."""
+
+
+def request_of(backend: str, widths: tuple[Width, ...], model: str = "demo") -> Request:
+    """What is measured of a model."""
     return Request.from_options(
-        model="demo",
+        model=model,
         backend=backend,
         bits=widths,
         granularity="fused",
@@ -71,11 +85,11 @@ def smallest_sizes() -> list[list[object]]:
     return rows
 
 
-def errors_of_types() -> dict[str, Any]:
-    """For each type of each kind of rows: bytes of a weight, error, and for how many players it is dominated."""
-    prepared, backend = prepare(request_of("ggml-iq", OWN["ggml-iq"])), EveryShortType()
+def errors_of_types(model: str, kind: type[IQuants], every: int) -> dict[str, Any]:
+    """For each type of each kind of rows: bits of a weight, errors, and for which players it is dominated."""
+    prepared, backend = prepare(request_of("ggml-iq", (4, 8), model)), kind()
     loaded, text = prepared.load(), prepared.request.text
-    players = [player for player in prepared.players if player.block % EVERY == EVERY - 1]
+    players = [player for player in prepared.players if player.block % every == every - 1]
     player_widths = [backend.widths_of(player.linears[0].shape) for player in players]
     with TemporaryDirectory() as folder:
         bank = WeightBank(Path(folder), loaded, players, backend, {})
@@ -118,16 +132,19 @@ def losses(work: Path) -> dict[str, list[float]]:
 
 def report_lines(types: dict[str, Any], searched: dict[str, list[float]]) -> list[str]:
     """The report."""
-    rows = [
-        [name, f"{each['bits']:.2f}", f"{np.sum(each['errors']):.5f}", f"{np.mean(each['dominated']):.0%}"]
-        for name, each in sorted(types.items(), key=lambda item: (item[0].split("of ")[1], item[1]["bits"]))
-    ]
-    dominated = np.mean([each for entry in types.values() for each in entry["dominated"]])
     lines = ["# Types of a player's own rows", "", *(__doc__ or "").splitlines()[5:], ""]
     lines += ["## The smallest size", ""]
     lines += [*table(["backend", "shared widths", "own widths", "smaller by"], smallest_sizes()), ""]
-    lines += ["## Errors of types", "", f"Of all pairs of a player and a type, {dominated:.1%} are dominated.", ""]
-    lines += [*table(["type", "bits for each weight", "error, sum over players", "players dominated"], rows), ""]
+    for case, of_case in types.items():
+        rows = [
+            [name, f"{each['bits']:.2f}", f"{np.sum(each['errors']):.5f}", f"{np.mean(each['dominated']):.0%}"]
+            for name, each in sorted(of_case.items(), key=lambda item: (item[0].split("of ")[1], item[1]["bits"]))
+        ]
+        kept = {name: entry for name, entry in of_case.items() if not name.startswith("Q4_0")}
+        dominated = np.mean([each for entry in kept.values() for each in entry["dominated"]])
+        lines += [f"## Errors of types: {case}", ""]
+        lines += [f"Of all pairs of a player and a type other than Q4_0, {dominated:.1%} are dominated.", ""]
+        lines += [*table(["type", "bits for each weight", "error, sum over players", "players dominated"], rows), ""]
     if searched:
         rows = [[name, *(f"{value:.5f}" for value in values)] for name, values in searched.items()]
         lines += ["## Divergences that the active search reaches", "", *table(["", *BUDGETS], rows), ""]
@@ -141,12 +158,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK / "own_types")
     parser.add_argument("--out", type=Path, default=RESULTS / "own_types.md")
     options = parser.parse_args()
-    file, searches = options.work / "types.json", options.work / "searches.json"
-    if not file.exists():
-        write_json(file, json.loads(json.dumps(errors_of_types())))
+    searches, types = options.work / "searches.json", dict[str, Any]()
+    for case, arguments in CASES.items():
+        file = options.work / f"{case.replace(', ', '-').replace(' ', '-')}.json"
+        if not file.exists():
+            write_json(file, json.loads(json.dumps(errors_of_types(*arguments))))
+        types[case] = read_json(file)
     if not options.types and not searches.exists():
         write_json(searches, losses(options.work))
-    write_report(options.out, report_lines(read_json(file), read_json(searches) if searches.exists() else {}))
+    write_report(options.out, report_lines(types, read_json(searches) if searches.exists() else {}))
 
 
 if __name__ == "__main__":
