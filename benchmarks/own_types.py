@@ -24,7 +24,7 @@ from _models import measured_plans, session_on
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
 from coopq.core.types import Width
-from coopq.game.prefix_engine import make_engine
+from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.session import prepare
 from coopq.model.texts import calibration_set, fitting_set
