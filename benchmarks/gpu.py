@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from _common import RESULTS, command_line, median_seconds, row, table, write_report
 from coopq.cli.terminal import progress_bars
 from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.subject import SizedRequest
 from coopq.core.types import Assignment, Assignments, Game, Player, ProgressCallback
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine, prefix_tree_size
 from coopq.game.game import Meters, QuantizationGame
@@ -38,6 +39,7 @@ from coopq.model.players import find_players
 from coopq.plan.forecast import forecast_methods
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.sizes import packed_sizes
 from coopq.search import SPQE, ActiveSearch, SearchSpace, run_search
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 
@@ -243,6 +245,8 @@ def describe_forecast(request: Request, block: float, head: float) -> list[str]:
     """The time of whole searches on all blocks, from the times of a block forward and of the head, seconds."""
     with torch.device("meta"):
         whole = find_players(AutoModelForCausalLM.from_config(shape_of(BLOCKS)))
+    sizes = packed_sizes(whole, get_backend(request.quantizer), request.widths.bits)
+    asked = SizedRequest(request, tuple(whole), sizes)
     scale = TOKENS / request.text.tokens
     rows = [
         [
@@ -251,7 +255,7 @@ def describe_forecast(request: Request, block: float, head: float) -> list[str]:
             f"{work.evaluations:,}",
             f"{scale * (work.block_forwards * block + work.evaluations * head) / 60:.1f}",
         ]
-        for name, work in forecast_methods(whole, request).items()
+        for name, work in forecast_methods(asked).items()
         if name == "active" or name.startswith("coopq")
     ]
     return [f"Predicted for {BLOCKS} blocks and {TOKENS:,} tokens:", "", *table(COLUMNS, rows)]

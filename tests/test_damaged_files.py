@@ -11,9 +11,10 @@ import pytest
 
 from coopq.core.errors import BudgetError, CalibrationError, CoopQError, EstimationError, PlanError, RunError
 from coopq.core.files import checksum, read_json, read_record, write_record
-from coopq.core.sizes import Budget
+from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import QuantizerSpec, Request, TextSpec
-from coopq.core.types import LinearLayer, Player
+from coopq.core.subject import SizedRequest
+from coopq.core.types import LinearLayer, Player, Width
 from coopq.game.journal import Journal
 from coopq.judge.bench.config import read_bench
 from coopq.judge.perplexity import window_length
@@ -202,13 +203,18 @@ def test_gptq_wants_sequences_that_its_library_keeps() -> None:
     gptq.check_text(TextSpec(tokens=22, sequence_length=11, fit_tokens=22))
 
 
+def _asked(*players: Player) -> SizedRequest:
+    n_bytes: dict[Width, tuple[int, ...]] = {2: (1,) * len(players), 4: (2,) * len(players)}
+    return SizedRequest(Request.from_options(model="none"), players, Sizes((4,) * len(players), n_bytes))
+
+
 def test_methods_that_watch_outputs_and_experts() -> None:
     plain = Player("b.0", (LinearLayer("b.0.up", (4, 4)),), 0)
     experts = Player("b.1", (LinearLayer("b.1.experts.down", (16, 4), is_plain=False, n_experts=4),), 1)
-    check_methods(["auto-quantize", "fisher", "lim"], [plain], 2)
+    check_methods(["auto-quantize", "fisher", "lim"], _asked(plain))
     with pytest.raises(EstimationError, match=r"b\.1\.experts\.down holds several experts; take another method"):
-        check_methods(["fisher"], [plain, experts], 2)
-    check_methods(["lim", "active", "auto-quantize"], [plain, experts], 2)
+        check_methods(["fisher"], _asked(plain, experts))
+    check_methods(["lim", "active", "auto-quantize"], _asked(plain, experts))
 
 
 def test_scores_tell_how_far_they_are(stories: str, tmp_path: Path) -> None:

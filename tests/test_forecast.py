@@ -139,10 +139,11 @@ def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.
 @pytest.mark.parametrize("granularity", ["block", pytest.param("fused", marks=pytest.mark.slow)])
 def test_methods_take_what_was_forecast(granularity: str, tmp_path: Path) -> None:
     request = REQUEST.replace(granularity=granularity)
-    expected = forecast_methods(find_players(load_skeleton(str(STORIES)), granularity), request)
+    prepared = prepare(request)
+    expected = forecast_methods(prepared)
     walks = estimate(request, tmp_path / "walks")
     assert expected["coopq, M = 4"].block_forwards == walks.spent.block_forwards
-    with open_session(prepare(request), tmp_path / "run") as session:
+    with open_session(prepared, tmp_path / "run") as session:
         for method in ("greedy-down", "active"):
             (plan,) = make_plans(session, method, [Budget.parse("3avg")], SolverSpec())
             work = expected[method]

@@ -79,7 +79,7 @@ def quantize(
         return finished_plan(request, goal, solver, out)
     require_new_folder(out)
     budgets = [] if goal.budget is None else [Budget.parse(goal.budget)]
-    check_methods([goal.method], prepared.players, len(request.widths.bits))
+    check_methods([goal.method], prepared)
     prepared.check_budgets(budgets)
     with open_session(prepared, run, progress, ray=ray) as session:
         if goal.max_loss is None:
@@ -145,7 +145,7 @@ def estimate(
     """
     _check_places(request, None, run)
     prepared = prepare(request, target=TargetFile(progress))
-    check_methods(["coopq"], prepared.players, len(request.widths.bits))
+    check_methods(["coopq"], prepared)
     with open_session(prepared, run, progress, ray=ray) as session:
         return estimate_walks(session)
 
@@ -202,7 +202,7 @@ def apply(
             "name the plan's model, install what it was measured with, or allocate a new plan",
         )
     if plan.deployment is not None:
-        plan = resized(plan, prepared.sizes)
+        plan = resized(plan, prepared)
     source = Source(
         loaded=loaded,
         players=prepared.players,

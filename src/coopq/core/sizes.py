@@ -73,22 +73,34 @@ class Sizes:
 
     Attributes:
         n_weights: Weights of each player, shape (n_players,).
-        n_bytes: Bytes of each player for each width, as they will lie on disk.
+        n_bytes: Bytes of each player for each width, as they will lie on disk; None for a player without the width.
         fixed: Bytes beside the players that a budget in bytes holds too: the rest of an exported file, a KV cache.
     """
 
     n_weights: tuple[int, ...]
-    n_bytes: Mapping[Width, tuple[int, ...]]
+    n_bytes: Mapping[Width, tuple[int | None, ...]]
     fixed: int = 0
 
     def total_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players' weights under an assignment of shape (n_players,)."""
-        return sum(self._at(float(bits))[player] for player, bits in enumerate(assignment))
+        return sum(self.player_bytes(player, float(bits)) for player, bits in enumerate(assignment))
+
+    def player_bytes(self, player: int, bits: Width) -> int:
+        """Bytes of a player at a width.
+
+        Raises:
+            UnsupportedBits: If the player does not have the width.
+        """
+        n_bytes = self._at(bits)[player]
+        if n_bytes is None:
+            own = [width for width in sorted(self.n_bytes) if self.n_bytes[width][player] is not None]
+            raise UnsupportedBits(f"player {player} has no {bits:g} bits; it has {', '.join(map(str, own))}")
+        return n_bytes
 
     def untouched_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players that an assignment leaves untouched."""
         kept = (player for player, bits in enumerate(assignment) if bits == UNTOUCHED)
-        return sum(self.n_bytes[UNTOUCHED][player] for player in kept)
+        return sum(self.player_bytes(player, UNTOUCHED) for player in kept)
 
     def bits_per_weight(self, assignment: Assignment | Sequence[Width]) -> float:
         """Stored bits per quantized weight; scales, zeros and padding count."""
@@ -96,65 +108,73 @@ class Sizes:
 
     def average_bits(self, assignment: Assignment | Sequence[Width]) -> float:
         """Width averaged over the weights; scales and zeros do not count."""
-        return sum(n * float(bits) for n, bits in zip(self.n_weights, assignment, strict=True)) / sum(self.n_weights)
+        return float(self._average(assignment))
 
-    def limit(self, budget: Budget, low: Width, high: Width) -> int:
-        """The budget in bytes, for assignments between the widths `low` and `high`.
+    def limit(self, budget: Budget, widths: Sequence[Width]) -> int:
+        """The budget in bytes, for assignments of some widths.
 
+        A budget in average bits lies between all players at their lowest width and all at their highest: its bytes grow
+        evenly with its bits. If all players have the same lowest and highest width, this is B(b) of CoopQ (2026).
+
+        Args:
+            budget: The budget.
+            widths: Ascending.
         Raises:
             InfeasibleBudget: If every assignment is larger than the budget, or if even the largest leaves room.
-        Source: the form in average bits is B(b) of CoopQ (2026).
         """
-        smallest, largest = sum(self._at(low)), sum(self._at(high))
+        own = self.player_widths(widths)
+        lowest, highest = [each[0] for each in own], [each[-1] for each in own]
+        smallest, largest = self.total_bytes(lowest), self.total_bytes(highest)
         if budget.unit == "avg":
-            limit = smallest + (budget.value - Fraction(low)) / Fraction(high - low) * (largest - smallest)
+            low, high = self._average(lowest), self._average(highest)
+            limit = smallest + (budget.value - low) / (high - low) * (largest - smallest)
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
             limit = budget.value * _UNITS[budget.unit] - self.fixed
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
-                f"budget {budget.text} is infeasible with {low} and {high} bits; the smallest is "
-                f"{self._describe(smallest, low, math.ceil)}, the largest {self._describe(largest, high, math.floor)}"
+                f"budget {budget.text} is infeasible with {widths[0]} to {widths[-1]} bits; the smallest is "
+                f"{self._describe(lowest, math.ceil)}, the largest {self._describe(highest, math.floor)}"
             )
         return int(limit)
 
-    def capacity(self, budget: Budget, low: Width, high: Width) -> int:
+    def capacity(self, budget: Budget, widths: Sequence[Width]) -> int:
         """The bytes of a budget that are left above the smallest assignment: what raising players may cost together.
 
-        Raises:
-            InfeasibleBudget: As `limit`.
+        Args and errors: as for `limit`.
         """
-        return self.limit(budget, low, high) - sum(self._at(low))
+        return self.limit(budget, widths) - self.total_bytes([own[0] for own in self.player_widths(widths)])
 
     def player_widths(self, widths: Sequence[Width]) -> tuple[tuple[Width, ...], ...]:
         """Widths usable by each player; dominated widths (not smaller than a wider one) are removed.
 
         Args:
-            widths: Ascending.
+            widths: Ascending. Each player has one of them at least.
         Returns:
-            For each player its widths, ascending; the lowest and the highest are always among them.
+            For each player its widths, ascending. Players may have different lowest and highest widths.
         Raises:
-            UnsupportedBits: If the lowest width is dominated for a player, or a width for all players.
+            UnsupportedBits: If no player has one of the widths, or no player has two.
         """
-        low, high = widths[0], widths[-1]
         found: list[tuple[Width, ...]] = []
         for player in range(len(self.n_weights)):
-            kept = [high]
-            for width in reversed(widths[:-1]):
-                if self._at(width)[player] < self._at(kept[0])[player]:
+            kept: list[Width] = []
+            for width in reversed(widths):
+                n_bytes = self._at(width)[player]
+                if n_bytes is not None and (not kept or n_bytes < self.player_bytes(player, kept[0])):
                     kept.insert(0, width)
-                elif width == low:
-                    raise UnsupportedBits(
-                        f"player {player} takes no more bytes at {kept[0]} bits than at {low}; "
-                        "leave one of these widths out"
-                    )
             found.append(tuple(kept))
         for width in widths:
             if not any(width in own for own in found):
                 raise UnsupportedBits(
-                    f"every player takes no more bytes at a wider width than at {width}; leave it out"
+                    f"no player has {width} bits: its layers have no such type, or a wider type takes no more bytes; "
+                    f"leave {width} out"
                 )
+        if max(map(len, found)) < 2:
+            raise UnsupportedBits(
+                f"each player has only one of {', '.join(map(str, widths))} bits, so there is nothing to choose; name "
+                "more widths"
+            )
         return tuple(found)
 
     def step_bytes(self, widths: Sequence[Width]) -> npt.NDArray[np.int64]:
@@ -167,20 +187,29 @@ class Sizes:
         """
         return np.array(
             [
-                self.n_bytes[high][player] - self.n_bytes[low][player]
+                self.player_bytes(player, high) - self.player_bytes(player, low)
                 for player, own in enumerate(self.player_widths(widths))
                 for low, high in reversed(list(pairwise(own)))
             ],
             dtype=np.int64,
         )
 
-    def _at(self, bits: Width) -> tuple[int, ...]:
+    def _average(self, assignment: Assignment | Sequence[Width]) -> Fraction:
+        """`average_bits`, exact."""
+        parts = (n * Fraction(float(bits)) for n, bits in zip(self.n_weights, assignment, strict=True))
+        return sum(parts, Fraction()) / sum(self.n_weights)
+
+    def _at(self, bits: Width) -> tuple[int | None, ...]:
         """Bytes of each player at a width, shape (n_players,)."""
         if bits not in self.n_bytes:
             raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
         return self.n_bytes[bits]
 
-    def _describe(self, n_bytes: int, bits: Width, towards_feasible: Callable[[float], int]) -> str:
-        """A size in the three units of budgets."""
-        bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
-        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"
+    def _describe(self, assignment: Sequence[Width], towards_feasible: Callable[[Fraction], int]) -> str:
+        """The size of an assignment in the three units of budgets."""
+        n_bytes = self.total_bytes(assignment)
+        average, bits_per_weight = (
+            towards_feasible(bits * 10**4) / 10**4
+            for bits in (self._average(assignment), Fraction(8 * n_bytes, sum(self.n_weights)))
+        )
+        return f"{average:g}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"

@@ -11,20 +11,18 @@ from coopq.core.types import Player, Width
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What plans are made for.
+class SizedRequest:
+    """A request with its players and their sizes.
 
     Attributes:
         request: What was asked for.
         players: The players, by block.
-        sizes: Bytes of the players at each width.
-        fingerprint: What losses depend on.
+        sizes: Bytes of the players at each width, to the byte.
     """
 
     request: Request
     players: tuple[Player, ...]
     sizes: Sizes
-    fingerprint: Mapping[str, Any]
 
     @cached_property
     def player_widths(self) -> tuple[tuple[Width, ...], ...]:
@@ -36,7 +34,13 @@ class Subject:
         """The block of each player, ascending from 0, shape (n_players,)."""
         return [player.block for player in self.players]
 
-    @property
-    def common_widths(self) -> tuple[Width, ...]:
-        """The widths that weights are quantized to and that every player has."""
-        return tuple(bits for bits in self.request.widths.quantized if all(bits in own for own in self.player_widths))
+
+@dataclass(frozen=True)
+class Subject(SizedRequest):
+    """What plans are made for.
+
+    Attributes:
+        fingerprint: What losses depend on.
+    """
+
+    fingerprint: Mapping[str, Any]

@@ -1,6 +1,6 @@
 """Arrays with names, and the protocols that stages share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -35,6 +35,16 @@ def as_width(number: Width | str) -> Width:
 def as_widths(numbers: Iterable[Width | str]) -> list[Width]:
     """Several widths as plain numbers, of an assignment for example."""
     return [as_width(number) for number in numbers]
+
+
+def next_width(own: Sequence[Width], bits: Width) -> Width:
+    """The narrowest of a player's widths that has at least `bits`; the widest if all have fewer.
+
+    Args:
+        own: The player's widths, ascending.
+        bits: A width that the player may lack.
+    """
+    return next((width for width in own if width >= bits), own[-1])
 
 
 ProgressCallback: TypeAlias = Callable[[str, int, int], None]

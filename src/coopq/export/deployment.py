@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from coopq.core.errors import InfeasibleBudget
-from coopq.core.sizes import Budget, Sizes
+from coopq.core.sizes import Budget
 from coopq.core.spec import spec_options
 from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.subject import SizedRequest
 from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.plan import Plan
 from coopq.quantizers.packed_modules import PackedWeights
@@ -19,14 +20,16 @@ def deployed_request(request: Request, deployment: QuantizerSpec, assignment: Se
     return request.replace(**spec_options(deployment), bits=tuple(widths))
 
 
-def resized(plan: Plan, sizes: Sizes) -> Plan:
+def resized(plan: Plan, deployed: SizedRequest) -> Plan:
     """The plan with the sizes of the backend that deploys it.
 
     Raises:
         InfeasibleBudget: If they do not keep the plan's budget.
     """
-    widths = plan.request.widths
-    limit, n_bytes = sizes.limit(Budget.parse(plan.budget), widths.low, widths.high), sizes.total_bytes(plan.assignment)
+    sizes, limit = deployed.sizes, plan.budget_bytes
+    n_bytes = sizes.total_bytes(plan.assignment)
+    if n_bytes > limit:  # as many average bits may be more bytes by this backend
+        limit = sizes.limit(Budget.parse(plan.budget), deployed.request.widths.bits)
     if n_bytes > limit:
         raise InfeasibleBudget(
             f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "

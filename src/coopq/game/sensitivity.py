@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coopq.core.types import UNTOUCHED, Player, Width
+from coopq.core.types import UNTOUCHED, Player, Width, next_width
 from coopq.core.weight_cache import Weights
 from coopq.game.engines.assigned_model import players_of_blocks
 from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, watching, weight_gradients
@@ -34,7 +34,7 @@ class Sensitivity:
         bank: The weights of the model's players at each width.
         low: The lower of two widths.
         high: The higher of two widths.
-        player_widths: Widths that each player has. A player without `low` or `high` has the next wider of its widths.
+        player_widths: Widths of each player. A player without `low` or `high` has its next wider width, or its widest.
             None if all players have both.
 
     Attributes:
@@ -214,8 +214,8 @@ class Sensitivity:
         return found
 
     def width_of(self, player: int, bits: Width) -> Width:
-        """The narrowest width of a player that is at least `bits`."""
-        return bits if self._player_widths is None else min(w for w in self._player_widths[player] if w >= bits)
+        """A player's width where `bits` are asked for: the next wider one, or the widest, for a player without."""
+        return bits if self._player_widths is None else next_width(self._player_widths[player], bits)
 
     def all_states(self) -> list[States]:
         """States before the first block and after each block."""

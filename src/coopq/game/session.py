@@ -14,10 +14,10 @@ import torch
 
 from coopq.core.errors import OutOfMemory
 from coopq.core.goal import Limit
-from coopq.core.sizes import Budget, Sizes
+from coopq.core.sizes import Budget
 from coopq.core.specs import Request
-from coopq.core.subject import Subject
-from coopq.core.types import Player, ProgressCallback, silent
+from coopq.core.subject import SizedRequest, Subject
+from coopq.core.types import ProgressCallback, silent
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
@@ -38,24 +38,18 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(SizedRequest):
     """A request that passed every check that needs no weights.
 
     Attributes:
-        request: What was asked for.
         skeleton: The model without storage, in the dtype that it will compute in.
-        players: The players, by block.
         backend: What quantizes.
-        sizes: Bytes of the players at each width, to the byte.
         device: Where the model computes.
         target: The file that plans are made for.
     """
 
-    request: Request
     skeleton: Any
-    players: tuple[Player, ...]
     backend: Backend
-    sizes: Sizes
     device: torch.device
     target: Target
 
@@ -66,14 +60,17 @@ class Prepared:
             InfeasibleBudget: With the smallest and the largest feasible budget.
         """
         for budget in budgets:
-            self.sizes.limit(budget, self.request.widths.low, self.request.widths.high)
+            self.sizes.limit(budget, self.request.widths.bits)
 
     @property
     def footprint(self) -> Footprint:
         """What measuring this request takes."""
         text, widths, diverges = self.request.text, self.request.widths.quantized, self.request.search.loss == "kl"
-        sizes = len(widths), packed_bytes(self.backend, self.players, widths)
-        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, *sizes, diverges=diverges)
+        own = zip(self.players, self.player_widths, strict=True)
+        bank = sum(
+            packed_bytes(self.backend, player, width) for player, each in own for width in each if width in widths
+        )
+        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, len(widths), bank, diverges)
 
     def fit(self) -> tuple[Footprint, int | None]:
         """What measuring this request takes and what is free, in bytes, once the run is known to fit.
@@ -134,8 +131,8 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
     found = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
     players, sizes = target.fit(request, skeleton, found, backend)
     warn_of_weights_outside(skeleton, players)
-    sizes.player_widths(widths.bits)  # refuses widths that save nothing
-    return Prepared(request, skeleton, tuple(players), backend, sizes, pick_device(spec.device), target)
+    sizes.player_widths(widths.bits)  # refuses widths that no player has
+    return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(spec.device), target)
 
 
 @dataclass(frozen=True)

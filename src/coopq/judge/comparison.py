@@ -114,7 +114,7 @@ def compare(
     for method in methods:
         get_method(method)
     prepared = prepare(request, target=TargetFile(progress), judge_length=length)
-    check_methods(methods, prepared.players, len(request.widths.bits))
+    check_methods(methods, prepared)
     prepared.check_budgets(parsed)
     with open_session(prepared, run, progress) as session:
         judging_text(session, length, max_tokens)  # a text that is too short is an error before the walks
@@ -202,10 +202,11 @@ def beside_references(
 
 def _references(session: Session, plans: Sequence[Plan], seed: int) -> Iterator[tuple[str, str | None, Assignments]]:
     """Name, budget and assignments of each reference."""
-    n_players = len(session.players)
-    yield FULL_PRECISION, None, uniform_assignment(n_players, UNTOUCHED)[None]
-    for bits in reversed(session.common_widths):
-        yield UNIFORM, None, uniform_assignment(n_players, bits)[None]
+    yield FULL_PRECISION, None, np.full((1, len(session.players)), UNTOUCHED, dtype=np.float32)
+    bits = session.request.widths.quantized[::-1]
+    uniform = [tuple(uniform_assignment(session.player_widths, width).tolist()) for width in bits]
+    for assignment in dict.fromkeys(uniform):  # two widths may mean the same, where players lack one
+        yield UNIFORM, None, np.array([assignment], dtype=np.float32)
     for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
         yield RANDOM, budget, random_assignments(session.sizes, session.request.widths.bits, limit, N_RANDOM, seed)
 

@@ -1,9 +1,11 @@
 """Assignments that are chosen without measuring anything, to compare methods with at the same budget."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from coopq.core.sizes import Sizes
-from coopq.core.types import Assignment, Assignments, Width
+from coopq.core.types import Assignment, Assignments, Width, next_width
 
 FULL_PRECISION, UNIFORM, RANDOM = REFERENCES = ("full precision", "uniform", "random")
 """Names of the references, in tables and saved files."""
@@ -11,9 +13,9 @@ N_RANDOM = 5
 """Random assignments of each budget; losses are averaged over them."""
 
 
-def uniform_assignment(n_players: int, bits: Width) -> Assignment:
-    """Every player at `bits`, shape (n_players,)."""
-    return np.full(n_players, bits, dtype=np.float32)
+def uniform_assignment(player_widths: Sequence[Sequence[Width]], bits: Width) -> Assignment:
+    """Every player at `bits`, or at its next wider width, shape (n_players,); a player without has its widest."""
+    return np.array([next_width(own, bits) for own in player_widths], dtype=np.float32)
 
 
 def random_assignments(sizes: Sizes, widths: tuple[Width, ...], limit: int, n: int, seed: int) -> Assignments:
@@ -32,12 +34,12 @@ def random_assignments(sizes: Sizes, widths: tuple[Width, ...], limit: int, n: i
     """
     player_widths = sizes.player_widths(widths)
     player_of_step = np.repeat(np.arange(len(player_widths)), [len(own) - 1 for own in player_widths])
-    found = np.full((n, len(player_widths)), widths[0], dtype=np.float32)
+    found = np.array([[own[0] for own in player_widths]] * n, dtype=np.float32)
     for row, assignment in enumerate(found):
         steps_up, left = [0] * len(player_widths), limit - sizes.total_bytes(assignment)
         for player in np.random.default_rng([seed, row]).permutation(player_of_step):
             width, wider = player_widths[player][steps_up[player] :][:2]
-            step_bytes = sizes.n_bytes[wider][player] - sizes.n_bytes[width][player]
+            step_bytes = sizes.player_bytes(player, wider) - sizes.player_bytes(player, width)
             if step_bytes <= left:
                 left -= step_bytes
                 steps_up[player] += 1

@@ -62,12 +62,12 @@ class Choice:
 
 
 def search_space(subject: Subject, budgets: Sequence[Budget] = ()) -> SearchSpace:
-    """What a search for budgets chooses from; capacities are the bytes above all players at the lowest width."""
+    """What a search for budgets chooses from; capacities are the bytes above all players at their lowest width."""
     widths, sizes = subject.request.widths, subject.sizes
     return SearchSpace(
         player_widths=subject.player_widths,
         step_bytes=sizes.step_bytes(widths.bits),
-        capacities=tuple(sizes.capacity(budget, widths.low, widths.high) for budget in budgets),
+        capacities=tuple(sizes.capacity(budget, widths.bits) for budget in budgets),
         seed=subject.request.search.seed,
     )
 
@@ -132,14 +132,14 @@ def settle(program: QuadraticProgram, solver: SolverSpec) -> Allocation:
 
 def make_plan(subject: Subject, budget: Budget, choice: Choice) -> Plan:
     """The plan of a choice, with its sizes."""
-    widths, sizes = subject.request.widths, subject.sizes
+    sizes = subject.sizes
     assignment, allocation = as_widths(choice.assignment), choice.allocation
     stderr = [None] * len(assignment) if choice.stderr is None else choice.stderr.tolist()
     return Plan(
         method=choice.method,
         alpha=choice.alpha,
         budget=budget.text,
-        budget_bytes=sizes.limit(budget, widths.low, widths.high),
+        budget_bytes=sizes.limit(budget, subject.request.widths.bits),
         bytes=sizes.total_bytes(assignment),
         untouched_bytes=sizes.untouched_bytes(assignment),
         average_bits=sizes.average_bits(assignment),
@@ -195,7 +195,7 @@ def allocate_run(
     if not parsed:
         raise BudgetError("no budget is given; name some with --budget, or take a whole front with --front 9")
     for budget in parsed:
-        estimation.sizes.limit(budget, widths.low, widths.high)
+        estimation.sizes.limit(budget, widths.bits)
     plans: list[Plan] = []
     for budget in parsed:
         progress("solving the program", len(plans), len(parsed))

@@ -154,8 +154,9 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
 
 def _sum_to_own_steps(session: Session, terms: Gains) -> Gains:
     """Terms of the steps between widths that players have: sums over steps between all widths, along the first axis."""
-    ends = np.flatnonzero(
-        [width in own for own in session.player_widths for width in session.request.widths.bits[-2::-1]]
-    )
-    sums: Gains = np.add.reduceat(terms, np.append(0, ends[:-1] + 1), axis=0)
-    return sums
+    bits = session.request.widths.bits
+    sums = []
+    for own, by_step in zip(session.player_widths, np.split(terms, len(session.players)), strict=True):
+        ends = [bits[::-1].index(width) for width in own[::-1]]
+        sums += [by_step[start:end].sum(axis=0) for start, end in pairwise(ends)]
+    return np.array(sums)

@@ -65,7 +65,7 @@ class _Record(Struct, forbid_unknown_fields=True):
     request: Request
     fingerprint: dict[str, Any]
     players: Annotated[tuple[Player, ...], Meta(min_length=1)]
-    bytes: dict[str, tuple[_Size, ...]]
+    bytes: dict[str, tuple[_Size | None, ...]]
     fixed: _Size
     estimate: _Estimate
     spent: Spent

@@ -1,7 +1,7 @@
 """What a run will take, from a look at the model and two seconds of measurement."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from coopq.core.specs import Request
-from coopq.core.types import Player
+from coopq.core.subject import SizedRequest
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
 from coopq.game.session import prepare
@@ -23,7 +23,7 @@ from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, Search, SearchSpace, run_search
 from coopq.search.solver.local_search import random_fill
 from coopq.search.strategies.active import most_points
-from coopq.search.strategies.exhaustive import MOST_PLAYERS
+from coopq.search.strategies.exhaustive import MOST_PLAYERS, n_assignments
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 
 _SECONDS = 1.0
@@ -113,35 +113,34 @@ def forecast(request: Request) -> Forecast:
         head_seconds=head * text.n_sequences / batch,
         block_flops=2 * text.tokens * n_weights // n_blocks,
         head_flops=2 * text.tokens * config.hidden_size * config.vocab_size,
-        methods=forecast_methods(players, request),
+        methods=forecast_methods(prepared),
     )
 
 
-def forecast_methods(players: Sequence[Player], request: Request) -> dict[str, Work]:
+def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
     """What methods measure for one budget halfway between the widths, without measuring any of it.
 
     Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
     what a search takes depends little on the losses.
     """
-    n, blocks, widths = len(players), [player.block for player in players], request.widths.bits
-    walks, found = request.search, dict[str, Work]()
-    if len(widths) == 2:
-        spqe = SPQE(n, low=2, high=4, permutations=walks.permutations, seed=walks.seed)
+    widths, walks, blocks = asked.request.widths.bits, asked.request.search, asked.blocks
+    found, step_bytes = dict[str, Work](), asked.sizes.step_bytes(widths)
+    has_two_widths = len(widths) == 2 and len(step_bytes) == len(blocks)
+    if has_two_widths:
+        spqe = SPQE(len(blocks), low=2, high=4, permutations=walks.permutations, seed=walks.seed)
         points = np.unique(spqe.points, axis=0)
         found[f"coopq, M = {walks.permutations}"] = Work(prefix_tree_size(points, blocks), len(points))
-    half_bytes = (-2 * np.diff(widths[::-1])).astype(np.int64)
-    step_bytes = np.outer([player.n_weights for player in players], half_bytes).ravel()
-    space = SearchSpace.uniform(widths, step_bytes, (int(step_bytes.sum()) // 2,), walks.seed)
+    space = SearchSpace(asked.player_widths, step_bytes, (int(step_bytes.sum()) // 2,), walks.seed)
     nothing = space.assignments(np.zeros((0, space.n_steps), dtype=bool))
     for name in names(kind="search"):
         method = METHODS[name]
-        if method.most_widths is not None and len(widths) > method.most_widths:
+        if method.most_widths is not None and not has_two_widths:
             continue
         if name == "active":
             found[name] = _active(space, blocks)
-        elif name != "exact" or len(widths) ** n <= 2**MOST_PLAYERS:
+        elif name != "exact" or n_assignments(asked.player_widths) <= 2**MOST_PLAYERS:
             search = make_search(method, space, (nothing, np.zeros(0)))
-            found[name] = _play(search, space, blocks, request.text.n_screen_sequences)
+            found[name] = _play(search, space, blocks, asked.request.text.n_screen_sequences)
     return found
 
 

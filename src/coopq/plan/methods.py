@@ -13,7 +13,7 @@ from coopq.core.errors import EstimationError, hint
 from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import Player
+from coopq.core.subject import SizedRequest
 from coopq.search.strategies.exhaustive import check_enumerable
 
 if TYPE_CHECKING:
@@ -251,17 +251,24 @@ def _load(path: str) -> Any:
     return found
 
 
-def check_methods(methods: Sequence[str], players: Sequence[Player], n_widths: int) -> None:
-    """Check that methods can choose widths of these players, before any weights are quantized.
+def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
+    """Check that methods can choose the widths of players, before any weights are quantized.
 
     Raises:
         EstimationError: If a method is unknown or cannot.
     """
+    players, player_widths, n_widths = asked.players, asked.player_widths, len(asked.request.widths.bits)
+    one_width = next((player.name for player, own in zip(players, player_widths, strict=True) if len(own) == 1), None)
     for method in map(get_method, methods):
         if method.most_widths is not None and n_widths > method.most_widths:
             raise EstimationError(
                 f"method {method.name!r} chooses between {method.most_widths} widths, and {n_widths} are given; take "
                 "two, or another method: 'active'"
+            )
+        if method.most_widths is not None and one_width is not None:
+            raise EstimationError(
+                f"method {method.name!r} chooses between two widths of every player, and {one_width} has one of them "
+                "only; take other widths, or another method: 'active'"
             )
         if method.kind == "score" and not method.is_at_once and any(player.is_end for player in players):
             raise EstimationError(
@@ -275,7 +282,7 @@ def check_methods(methods: Sequence[str], players: Sequence[Player], n_widths: i
                 "take another method: 'active'"
             )
         if method.name == "exact":
-            check_enumerable(len(players), n_widths)
+            check_enumerable(player_widths)
         if method.whole_blocks and len({player.block for player in players}) < len(players):
             raise EstimationError(
                 f"method {method.name!r} removes whole blocks; leave out --granularity, or take another method"

@@ -177,6 +177,17 @@ class Backend(ABC):
     ) -> nn.Module:
         """A linear layer that keeps its weight packed and computes in `dtype`."""
 
+    def widths_of(self, shape: tuple[int, int]) -> tuple[Width, ...]:
+        """Widths of a weight of shape (out, in): all of `bits`, unless a backend has fewer for some shapes.
+
+        A weight may share its player with a weight that has other widths. So all other functions take any width of
+        `bits`, and give a weight without the width its next wider one.
+
+        Raises:
+            BackendError: If a weight of this shape cannot be quantized.
+        """
+        return self.bits
+
     @abstractmethod
     def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """Bytes of the packed tensors of a weight of shape (out, in), from the shape alone.

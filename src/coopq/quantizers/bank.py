@@ -104,7 +104,7 @@ class WeightBank:
         """
         missing = self._missing(widths, player_widths)
         total = sum(map(len, missing.values()))
-        n_bytes = [packed_bytes(self._backend, [self.players[p]], [width]) for width in missing for p in missing[width]]
+        n_bytes = [packed_bytes(self._backend, self.players[p], width) for width in missing for p in missing[width]]
         require_space(self._folder, sum(n_bytes), "the weight bank")
         if not total:
             return
@@ -294,7 +294,6 @@ class WeightBank:
         return self._folder / f"player{player:03d}-{bits:g}bit.safetensors"
 
 
-def packed_bytes(backend: Backend, players: Sequence[Player], widths: Sequence[Width]) -> int:
-    """Bytes of the packed weights of players, each at all of some widths."""
-    linears = [linear for player in players for linear in player.linears]
-    return sum(backend.storage_bytes(linear.shape, width) for linear in linears for width in widths)
+def packed_bytes(backend: Backend, player: Player, width: Width) -> int:
+    """Bytes of the packed weights of a player at a width."""
+    return sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coopq.core.errors import BackendError
+from coopq.core.errors import BackendError, UnsupportedBits
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
@@ -63,9 +63,12 @@ OUR_FILE = _OurFile()
 def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence[Width]) -> Sizes:
     """Exact bytes of every player at every width; an `UNTOUCHED` weight takes 2 bytes.
 
+    A player has a width if one of its layers has the width. Its other layers take their next wider width.
+
     Raises:
         BackendError: If the backend cannot quantize a layer, because of the layer's shape or kind, or lacks what the
             layer needs.
+        UnsupportedBits: If a player has none of the widths.
     """
     special = [linear.name for player in players for linear in player.linears if not linear.is_plain]
     if backend.only_plain and special:
@@ -74,15 +77,23 @@ def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence
             "in one tensor; leave --embeddings out, or choose another backend"
         )
     backend.check_layers([linear for player in players for linear in player.linears])
+    for player in players:
+        if all(_player_bytes(player, backend, width) is None for width in widths):
+            shape = player.linears[0].shape
+            raise UnsupportedBits(
+                f"backend {backend.name!r} has no {' or '.join(map(str, widths))} bits for rows of {shape[1]} weights, "
+                f"as {player.linears[0].name} has; add one of {', '.join(map(str, backend.widths_of(shape)))}"
+            )
     return Sizes(
         n_weights=tuple(player.n_weights for player in players),
-        n_bytes={
-            width: tuple(
-                2 * player.n_weights
-                if width == UNTOUCHED
-                else sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)
-                for player in players
-            )
-            for width in widths
-        },
+        n_bytes={width: tuple(_player_bytes(player, backend, width) for player in players) for width in widths},
     )
+
+
+def _player_bytes(player: Player, backend: "Backend", width: Width) -> int | None:
+    """Bytes of a player at a width; None for a player without the width."""
+    if width == UNTOUCHED:
+        return 2 * player.n_weights
+    if not any(width in backend.widths_of(linear.shape) for linear in player.linears):
+        return None
+    return sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)

@@ -2,12 +2,13 @@
 
 A player with W widths has W - 1 binary steps, one from each width down to the next lower width, ordered from the
 highest width down. A player takes a step down only after all its steps above. A player with two widths has one step: if
-all players have two widths, a step is a player. A point is q, one bit for each step (`Steps`); the same point as one
-width for each player is an assignment.
+all players have two widths, a step is a player. A player with one width has none, and stays there. A point is q, one
+bit for each step (`Steps`); the same point as one width for each player is an assignment.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,15 @@ import numpy.typing as npt
 from coopq.core.types import Assignments, Width
 from coopq.search.solver.quadratic_program import QuadraticProgram, Steps
 
+Number = TypeVar("Number", np.float32, np.float64)
+
 
 @dataclass(frozen=True)
 class SearchSpace:
     """What a search chooses from, and the budgets that it searches for.
 
     Attributes:
-        player_widths: Widths of each player, ascending, at least two.
+        player_widths: Widths of each player, ascending, at least one; some player has two.
         step_bytes: Bytes that each step down saves, shape (n_steps,). The steps of a player lie together, from its
             highest width down.
         capacities: For each budget, the most bytes above all players at their lowest width.
@@ -69,7 +72,7 @@ class SearchSpace:
         """Widths of points: shape (..., n_steps) to (..., n_players)."""
         highest = np.array([widths[-1] for widths in self.player_widths], dtype=np.float32)
         # Widths are whole or half bits, whose sums are exact.
-        return highest - np.add.reduceat(q * (self._above - self._below), self._first_step, axis=-1)
+        return highest - self._sums(q * (self._above - self._below))
 
     def steps_down(self, assignments: Assignments) -> Steps:
         """Points of assignments: shape (..., n_players) to (..., n_steps)."""
@@ -99,7 +102,7 @@ class SearchSpace:
 
     def sum_by_player(self, values: npt.NDArray[np.float64], axis: int = 0) -> npt.NDArray[np.float64]:
         """Sums over the steps of each player: an axis of length n_steps becomes one of length n_players."""
-        return np.add.reduceat(values, self._first_step, axis=axis)
+        return np.moveaxis(self._sums(np.moveaxis(values, axis, -1)), -1, axis)
 
     def constraint(self, capacity: int) -> QuadraticProgram:
         """The program of a budget with a = 0 and K = 0."""
@@ -116,10 +119,12 @@ class SearchSpace:
         """The width below each step, shape (n_steps,)."""
         return np.array([width for widths in self.player_widths for width in widths[-2::-1]], dtype=np.float32)
 
-    @cached_property
-    def _first_step(self) -> npt.NDArray[np.intp]:
-        """The first step of each player, shape (n_players,)."""
-        return np.flatnonzero(np.diff(self.player_of_step, prepend=-1))
+    def _sums(self, values: npt.NDArray[Number]) -> npt.NDArray[Number]:
+        """Sums over the steps of each player, shape (..., n_steps) to (..., n_players)."""
+        with_steps, first_steps = np.unique(self.player_of_step, return_index=True)
+        sums = np.zeros((*values.shape[:-1], self.n_players), dtype=values.dtype)
+        sums[..., with_steps] = np.add.reduceat(values, first_steps, axis=-1)
+        return sums
 
     @property
     def _same_player(self) -> npt.NDArray[np.bool_]:

@@ -95,7 +95,7 @@ def _prepare(bench: Bench, case: Case, request: Request) -> Prepared:
     """A request of a case, checked with the methods and the budgets of the case."""
     budgets = [Budget.parse(budget) for budget in case.budgets]
     prepared = prepare(request, target=TargetFile(), judge_length=bench.judge_length)
-    check_methods(case.methods, prepared.players, len(request.widths.bits))
+    check_methods(case.methods, prepared)
     prepared.check_budgets(budgets)
     return prepared
 

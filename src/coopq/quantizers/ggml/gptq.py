@@ -40,7 +40,7 @@ class GGMLGPTQ(GGMLBackend):
 
     name: ClassVar[str] = "ggml-gptq"
     long_rows: ClassVar[Mapping[Width, str]] = {**IQuants.long_rows, 2.5: "Q2_K", 3.5: "Q3_K"}
-    bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
+    bits: ClassVar[tuple[Width, ...]] = tuple(sorted({*long_rows, *GGMLBackend.short_rows}))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
-from coopq.core.types import UNTOUCHED, LinearLayer, Width
+from coopq.core.types import UNTOUCHED, LinearLayer, Width, next_width
 from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed, WeightQuantizer, require_library
 from coopq.quantizers.ggml.imatrix import ImportanceMatrix
@@ -30,36 +30,40 @@ class GGMLFormat:
     Attributes:
         backend: Name of the backend, for messages.
         long_rows: Types by width for rows whose length is a multiple of 256: K-quants have super-blocks of 256 weights.
-        short_rows: Types by width for other multiples of 32, which llama.cpp falls back on too. ggml has no such type
-            of 2 or 3 bits.
+        short_rows: Types by width for other multiples of 32. ggml has no such type of 2 or 3 bits.
     """
 
     backend: str
     long_rows: Mapping[Width, str]
     short_rows: Mapping[Width, str]
 
-    def tensor_type(self, columns: int, bits: Width) -> Any:
-        """The `gguf.GGMLQuantizationType` of a weight with rows of a length.
+    def types(self, columns: int) -> Mapping[Width, str]:
+        """Types by width, ascending, for rows of a length.
 
         Raises:
-            BackendError: If ggml has no type of this width for the rows.
+            BackendError: If ggml has no types for the rows.
         """
-        from gguf import GGMLQuantizationType
-
-        if bits == UNTOUCHED:
-            return GGMLQuantizationType.F16
         if columns % 32:
             raise BackendError(
                 f"backend {self.backend!r} has no types for rows of {columns} weights: blocks have 32 or 256 weights; "
                 "choose another backend for this model"
             )
-        types = self.short_rows if columns % 256 else self.long_rows
-        if bits not in types:
-            raise BackendError(
-                f"backend {self.backend!r} has no type of {bits} bits for rows of {columns} weights; it has "
-                f"{', '.join(map(str, types))} for these rows (other widths need multiples of 256)"
-            )
-        return GGMLQuantizationType[types[bits]]
+        return self.short_rows if columns % 256 else self.long_rows
+
+    def tensor_type(self, columns: int, bits: Width) -> Any:
+        """The `gguf.GGMLQuantizationType` of a weight with rows of a length, at a width of its player.
+
+        If the rows have no type of the width, the weight has the type of their next wider width, much as in llama.cpp.
+
+        Raises:
+            BackendError: If ggml has no types for the rows.
+        """
+        from gguf import GGMLQuantizationType
+
+        if bits == UNTOUCHED:
+            return GGMLQuantizationType.F16
+        types = self.types(columns)
+        return GGMLQuantizationType[types[next_width(tuple(types), bits)]]
 
     def row_bytes(self, columns: int, bits: Width) -> int:
         """Bytes of a row of this many weights."""
@@ -86,8 +90,8 @@ class GGMLBackend(WeightQuantizer):
 
     name: ClassVar[str] = "ggml"
     long_rows: ClassVar[Mapping[Width, str]] = {2: "Q2_K", 3: "Q3_K", 4: "Q4_K", 5: "Q5_K", 6: "Q6_K", 8: "Q8_0"}
-    short_rows: ClassVar[Mapping[Width, str]] = {4: "IQ4_NL", 5: "Q5_1", 8: "Q8_0"}
-    bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
+    short_rows: ClassVar[Mapping[Width, str]] = {4: "IQ4_NL", 4.5: "Q4_1", 5: "Q5_0", 5.5: "Q5_1", 8: "Q8_0"}
+    bits: ClassVar[tuple[Width, ...]] = tuple(sorted({*long_rows, *short_rows}))
     calibrated = True
     format: GGMLFormat
 
@@ -179,6 +183,10 @@ class GGMLBackend(WeightQuantizer):
         """See `Backend.linear`."""
         return PackedLinear(self, packed, shape, bits, bias, dtype)
 
+    def widths_of(self, shape: tuple[int, int]) -> tuple[Width, ...]:
+        """See `Backend.widths_of`."""
+        return tuple(self.format.types(shape[1]))
+
     def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
         return shape[0] * self.format.row_bytes(shape[1], bits)
@@ -203,7 +211,7 @@ class IQuants(GGMLBackend):
         6: "Q6_K",
         8: "Q8_0",
     }
-    bits: ClassVar[tuple[Width, ...]] = tuple(long_rows)
+    bits: ClassVar[tuple[Width, ...]] = tuple(sorted({*long_rows, *GGMLBackend.short_rows}))
 
 
 def _with_text_keys(types: Mapping[Width, str]) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """Small games measured whole: the ground truth for all other searches."""
 
+from collections.abc import Sequence
 from itertools import product
-from math import comb
+from math import comb, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import EstimationError
-from coopq.core.types import Assignment, Assignments, Losses
+from coopq.core.types import Assignment, Assignments, Losses, Width
 from coopq.search.measured import Measured
 from coopq.search.protocol import Search
 from coopq.search.space import SearchSpace
@@ -30,7 +31,7 @@ class Enumeration(Search):
     """
 
     def __init__(self, space: SearchSpace) -> None:
-        check_enumerable(space.n_players, len(space.widths))
+        check_enumerable(space.player_widths)
         self._space = space
         self.measured = Measured(space)
 
@@ -54,16 +55,21 @@ class Enumeration(Search):
         return self.measured.losses[np.argsort(index)]
 
 
-def check_enumerable(n_players: int, n_widths: int = 2) -> None:
-    """Check that all assignments of some players can be measured.
+def n_assignments(player_widths: Sequence[Sequence[Width]]) -> int:
+    """Number of assignments of players with these widths."""
+    return prod(map(len, player_widths))
+
+
+def check_enumerable(player_widths: Sequence[Sequence[Width]]) -> None:
+    """Check that all assignments of players with these widths can be measured.
 
     Raises:
         EstimationError: If there are more than 2^`MOST_PLAYERS` assignments.
     """
-    if n_widths**n_players > 2**MOST_PLAYERS:
+    if (n := n_assignments(player_widths)) > 2**MOST_PLAYERS:
         raise EstimationError(
-            f"{n_players} players have {n_widths}^{n_players} assignments; at most {2**MOST_PLAYERS:,} are enumerated, "
-            "take another method"
+            f"{len(player_widths)} players have {n:.3g} assignments; at most {2**MOST_PLAYERS:,} are enumerated, take "
+            "another method"
         )
 
 
