@@ -11,7 +11,7 @@ import torch
 
 import coopq
 from coopq import Goal, QuantizerSpec, Request
-from coopq.core.errors import BackendError, ExportError, Mismatch, UnsupportedBits
+from coopq.core.errors import Mismatch, UnsupportedBits
 from coopq.core.specs import TextSpec
 from coopq.core.types import Width
 from coopq.export.formats import export_model, predicted_bytes

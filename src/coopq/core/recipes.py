@@ -52,7 +52,7 @@ RECIPES: dict[str, Recipe] = {
         {
             **_SEARCHED,
             "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
-            "bits": Setting((2, 2.5, 3, 3.5, 4, 5, 6, 8), "the types that no mixture of two others beats"),
+            "bits": Setting((2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8), "the best type of each size"),
             "embeddings": _EMBEDDINGS,
         },
         "llama-cli -m {out}",
@@ -140,7 +140,8 @@ def reasons(name: str, options: Mapping[str, Any]) -> list[str]:
     """A line for each setting of a recipe that is in use: option, value, and why."""
     lines = []
     for option, (value, why) in RECIPES[name].settings.items():
-        if options.get(option) == value:
-            shown = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        own = options.get(option)
+        if own == value or (isinstance(value, tuple) and isinstance(own, tuple) and set(own) <= set(value)):
+            shown = ",".join(map(str, own)) if isinstance(own, tuple) else str(own).lower()
             lines.append(f"{spelled(option)} {shown}: {why}")
     return lines

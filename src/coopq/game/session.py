@@ -17,7 +17,7 @@ from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest, Subject
-from coopq.core.types import ProgressCallback, silent
+from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
@@ -133,6 +133,16 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
     warn_of_weights_outside(skeleton, players)
     sizes.player_widths(widths.bits)  # refuses widths that no player has
     return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(spec.device), target)
+
+
+def usable_bits(request: Request) -> tuple[Width, ...]:
+    """The widths of a request that some layer of the model has: recipes name more than every model can take."""
+    spec, widths = request.model, request.widths
+    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
+    players = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
+    backend = get_backend(request.quantizer, widths.bits)
+    had = {width for player in players for linear in player.linears for width in backend.widths_of(linear.shape)}
+    return tuple(width for width in widths.bits if width == UNTOUCHED or width in had)
 
 
 @dataclass(frozen=True)
