@@ -234,6 +234,7 @@ def _resized(plan: Plan, sizes: Sizes) -> Plan:
         )
     return plan.replace(
         bytes=n_bytes,
+        file_bytes=sizes.file_bytes(plan.assignment),
         untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
         budget_bytes=limit,
         bits_per_weight=sizes.bits_per_weight(plan.assignment),

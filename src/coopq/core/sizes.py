@@ -31,9 +31,10 @@ _MOST_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper limit on the bytes of the quantized weights; scales, zeros and padding count.
+    """An upper limit on bytes; scales, zeros and padding count.
 
-    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per weight) or a unit of bytes.
+    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per quantized weight) or a unit of
+    bytes, which limits the whole file.
     Build a budget with `Budget.parse`.
     """
 
@@ -53,7 +54,7 @@ class Budget:
             shown = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
             raise BudgetError(
                 f"budget {shown!r} cannot be read; write average bits (2.5avg), "
-                "bits per weight with scales and zeros (2.8bpw), or bytes (40MiB, 1.4GB)"
+                "bits per weight with scales and zeros (2.8bpw), or bytes of the whole file (40MiB, 1.4GB)"
             )
         return cls(text=match[1] + match[2], value=Fraction(match[1]), unit=match[2])
 
@@ -65,16 +66,22 @@ class Sizes:
     Attributes:
         n_weights: Weights of each player, shape (n_players,).
         n_bytes: Bytes of each player for each width, as they will lie on disk.
-        fixed: Bytes beside the players that a budget in bytes holds too: the rest of an exported file, a KV cache.
+        fixed: Most bytes of the file beside the players. A budget in bytes holds the whole file.
+        reserved: Bytes that a budget in bytes holds beside the file: a KV cache.
     """
 
     n_weights: tuple[int, ...]
     n_bytes: Mapping[Width, tuple[int, ...]]
     fixed: int = 0
+    reserved: int = 0
 
     def total_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players' weights under an assignment of shape (n_players,)."""
         return sum(self._at(float(bits))[player] for player, bits in enumerate(assignment))
+
+    def file_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
+        """Most bytes of the whole file under an assignment."""
+        return self.total_bytes(assignment) + self.fixed
 
     def untouched_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players that an assignment leaves untouched."""
@@ -102,7 +109,7 @@ class Sizes:
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
-            limit = budget.value * _UNITS[budget.unit] - self.fixed
+            limit = budget.value * _UNITS[budget.unit] - self.fixed - self.reserved
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {low} and {high} bits; the smallest is "
@@ -174,4 +181,4 @@ class Sizes:
     def _describe(self, n_bytes: int, bits: Width, towards_feasible: Callable[[float], int]) -> str:
         """A size in the three units of budgets."""
         bits_per_weight = towards_feasible(8 * n_bytes / sum(self.n_weights) * 10**4) / 10**4
-        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"
+        return f"{bits}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed + self.reserved}B"

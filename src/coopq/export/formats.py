@@ -254,11 +254,16 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
         BackendError: If the backend cannot quantize a layer.
         ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
     """
+    from coopq.export.stored_tensors import bytes_beside
+    from coopq.model.load import checkpoint_dtype
+
     target, (_, sizes) = request.target, OUR_FILE.fit(request, skeleton, players, backend)
     if target.form is not None:
         sizes = get_form(target.form).player_sizes(sizes, request, skeleton, players, backend)
+    else:
+        sizes = replace(sizes, fixed=bytes_beside(skeleton, players, checkpoint_dtype(request.model.source)))
     if target.context is not None:
-        sizes = replace(sizes, fixed=sizes.fixed + cache_bytes(skeleton, target.context))
+        sizes = replace(sizes, reserved=cache_bytes(skeleton, target.context))
     return sizes
 
 

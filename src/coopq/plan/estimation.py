@@ -67,6 +67,7 @@ class _Record(Struct, forbid_unknown_fields=True):
     players: Annotated[tuple[Player, ...], Meta(min_length=1)]
     bytes: dict[str, tuple[_Size, ...]]
     fixed: _Size
+    reserved: _Size
     estimate: _Estimate
     spent: Spent
 
@@ -105,6 +106,7 @@ def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
         players=estimation.players,
         bytes={str(bits): n_bytes for bits, n_bytes in estimation.sizes.n_bytes.items()},
         fixed=estimation.sizes.fixed,
+        reserved=estimation.sizes.reserved,
         estimate=_Estimate(**plain),
         spent=estimation.spent,
     )
@@ -143,6 +145,7 @@ def load_estimation(path: Path) -> Estimation:
             n_weights=tuple(player.n_weights for player in record.players),
             n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
             fixed=record.fixed,
+            reserved=record.reserved,
         ),
         fingerprint=record.fingerprint,
         estimate=ShapleyEstimate(

@@ -78,6 +78,20 @@ def gguf_shards(path: Path) -> list[Path]:
     return paths
 
 
+def gguf_dtype(path: Path) -> torch.dtype:
+    """The dtype that holds what a GGUF file tells of its matrices: 16 bits, unless a matrix of the file has more.
+
+    Vectors may have 32 bits. Matrices of quantized types are rounded to 16 bits where a saved model keeps them.
+    """
+    from gguf import GGUFReader
+
+    tensors = (tensor for part in gguf_shards(path) for tensor in GGUFReader(part).tensors)
+    kinds = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
+    if kinds & {"F32", "F64"}:
+        return torch.float32
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float16
+
+
 def convert_gguf(path: Path) -> Path:
     """A folder of safetensors in float32 with a GGUF file's model; files are converted once and cached by content.
 
