@@ -37,7 +37,8 @@ def test_weights_are_those_that_packed_tensors_stand_for(backend: str, stories: 
     for name, bits in saved.plan.quantized.items():
         layer = plain.get_submodule(name)
         assert type(layer) is nn.Linear
-        expected = weights.backend.dequantize(weights[name], tuple(layer.weight.shape), bits, torch.float32)
+        rows, columns = layer.weight.shape
+        expected = weights.backend.dequantize(weights[name], (rows, columns), bits, torch.float32)
         assert torch.equal(layer.weight, expected)
     assert nll(plain) == pytest.approx(nll(packed), rel=1e-6)
     prompt = torch.from_numpy(TOKENS[:1, :8])

@@ -12,8 +12,8 @@ from coopq.model.matrices import matrix_of, sixteen_bit_dtype
 from coopq.model.safetensors_io import saved_size
 
 _MOST_PARTS, _ENTRY_BYTES, _ABOUT_BYTES = 4, 130, 256
-"""The most tensors that a backend packs a weight into, bytes of a tensor's entry in the header beside the module's name,
-and bytes of what the file says of itself."""
+"""The most tensors that a backend packs a weight into, bytes of a tensor's entry in the header without the module's
+name, and bytes of what the file says of itself."""
 
 
 def stored_tensors(model: Any, widths: Mapping[str, Width], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -61,8 +61,8 @@ def _growth(plan: Plan) -> str:
     if not 0 < plan.source_bytes < plan.file_bytes:
         return ""
     return (
-        f"\nthe result is LARGER than the {plan.source_bytes / 1e6:,.1f} MB that it came from: keep the original, or take "
-        "a smaller budget, --embeddings, or a target"
+        f"\nthe result is LARGER than the {plan.source_bytes / 1e6:,.1f} MB that it came from: keep the original, or "
+        "use a smaller budget, --embeddings or a --target"
     )
 
 
