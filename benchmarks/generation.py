@@ -59,7 +59,7 @@ def main() -> None:
         "# Text by a saved model",
         "",
         f"Written by `python benchmarks/generation.py` on one {processor()}: SmolLM2-135M-Instruct by rtn at 4 bits,",
-        f"in float32, greedy, {N_TOKENS} tokens ({N_PACKED} by the packed model), seconds of processor time. `packed` is",
+        f"in float32, greedy, {N_TOKENS} tokens ({N_PACKED} by the packed model), by processor time. `packed` is",
         "`coopq.load(folder, dequantize=False)`, `dequantized` is `dequantize=True`.",
         "",
         *table(["form", "tokens per second", "resident MB", f"first {N_PACKED} tokens"], rows),

@@ -6,8 +6,6 @@
     config.json, tokenizer  as transformers writes them
     hashes.json             hashes of the configuration and the tokenizer
     README.md, LICENSE ...  a model card, and what the source says of itself
-
-transformers does not look for the name quantized.safetensors, so it cannot load packed weights by mistake.
 """
 
 import hashlib
@@ -171,9 +169,9 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
         n_bytes = (folder / source.backend.weights_file).stat().st_size
-        plan = _checked(source, plan, folder, progress).replace(source_bytes=source.loaded.source_bytes)
-        if plan.request.target.form is None:
-            plan = plan.replace(file_bytes=n_bytes)
+        whole = plan.file_bytes if plan.request.target.form else n_bytes
+        plan = _checked(source, plan, folder, progress)
+        plan = plan.replace(file_bytes=whole, source_bytes=source.loaded.source_bytes)
         plan.save(folder / "plan.json")
         write_model_card(plan, folder, "coopq", n_bytes)
     return plan
@@ -214,9 +212,8 @@ def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = No
             f"{folder} does not fit its plan and configuration ({reason}); save the model again"
         ) from error
     if wrong:
-        raise ModelError(
-            f"{folder / saved.backend.weights_file} lacks, or should not hold, {', '.join(wrong)}; save the model again"
-        )
+        file = folder / saved.backend.weights_file
+        raise ModelError(f"{file} lacks, or should not hold, {', '.join(wrong)}; save the model again")
     return model.eval()
 
 

@@ -12,6 +12,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,19 @@ def gguf_dtype(path: Path) -> torch.dtype:
 
     Vectors may have 32 bits. Matrices of quantized types are rounded to 16 bits where a saved model keeps them.
     """
-    from gguf import GGUFReader
-
-    tensors = (tensor for part in gguf_shards(path) for tensor in GGUFReader(part).tensors)
-    kinds = {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1}
+    shards = gguf_shards(path)
+    kinds = frozenset().union(*(_matrix_types(shard, shard.stat().st_mtime_ns) for shard in shards))
     if kinds & {"F32", "F64"}:
         return torch.float32
     return torch.bfloat16 if kinds == {"BF16"} else torch.float16
+
+
+@cache
+def _matrix_types(path: Path, changed: int) -> frozenset[str]:
+    """Types of the matrices in a GGUF file as of a change; the package gguf takes seconds to read the vocabulary."""
+    from gguf import GGUFReader
+
+    return frozenset(tensor.tensor_type.name for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1)
 
 
 def convert_gguf(path: Path) -> Path:
