@@ -13,7 +13,7 @@ import torch
 
 import coopq
 from _common import RESULTS, WORK, command_line, processor, resident_bytes, run_alone, table, write_report
-from coopq.core.specs import Goal, Request
+from coopq.core.specs import Request
 from coopq.model.load import load_model
 
 MODEL, N_TOKENS, N_PACKED = "demo", 64, 10
@@ -50,7 +50,7 @@ def main() -> None:
         generate(form, saved)
         return
     request = Request.from_options(model=MODEL, bits=(3, 4), tokens=128, sequence_length=128)
-    coopq.quantize(request, Goal(budget="4avg", method="first-last"), saved)
+    coopq.quantize(request, coopq.Goal(budget="4avg", method="first-last"), saved)
     rows = []
     for name in FORMS:
         found = run_alone(__file__, name)

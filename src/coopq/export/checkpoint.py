@@ -1,11 +1,11 @@
 """Quantized models on disk: packed weights as safetensors, everything else as JSON.
 
-    quantized.safetensors   packed weights of the players, 16 bits of each untouched weight, and all other weights as
-                            they were; with gptq, which has a form of its own, the file is model.safetensors
-    plan.json               width of each module, and how to read the packed weights
-    config.json, tokenizer  as transformers writes them
-    hashes.json             hashes of the configuration and the tokenizer
-    README.md, LICENSE ...  a model card, and what the source says of itself
+quantized.safetensors   packed weights of the players, 16 bits of each untouched weight, and all other weights as
+                        they were; with gptq, which has a form of its own, the file is model.safetensors
+plan.json               width of each module, and how to read the packed weights
+config.json, tokenizer  as transformers writes them
+hashes.json             hashes of the configuration and the tokenizer
+README.md, LICENSE ...  a model card, and what the source says of itself
 """
 
 import hashlib
