@@ -34,7 +34,7 @@ def test_a_budget_in_bytes_holds_the_whole_file(backend: str, embeddings: bool, 
     request = Request.from_options(model=str(STORIES), backend=backend, bits=bits, embeddings=embeddings, **TEXT)
     sizes = prepare(request, target=TargetFile()).sizes
     limit = sum(sizes.file_bytes([width] * len(sizes.n_weights)) for width in bits) // 2
-    plan = coopq.quantize(request, Goal(budget=f"{limit}B", method="first-last"), tmp_path / "out")
+    plan = coopq.quantize(request, Goal(budget=f"{limit}B", method="auto-quantize"), tmp_path / "out")
     size = (tmp_path / "out" / "quantized.safetensors").stat().st_size
     assert plan.file_bytes == size <= limit
     (planned,) = (Plan.load(path) for path in (tmp_path / "out-run" / "plans").glob("*.json"))
