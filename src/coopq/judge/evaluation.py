@@ -103,18 +103,16 @@ def evaluate_saved(
         Mismatch: If the plan was made for another model than the reference.
     """
     text.check()
-    saved = SavedModel(folder)
-    judged = _Judged(saved, load(folder, device=device), None)
+    saved, model = SavedModel(folder), load(folder, device=device)
+    original = None
     if reference != NO_REFERENCE:
         original = _load_original(saved.plan, reference, device, text, progress)
-        judged = _Judged(saved, judged.model, original)
-    embedding = judged.model.get_input_embeddings()
-    tokenizer = read_tokenizer(folder, getattr(embedding, "num_embeddings", None))
-    tokens = text.windows(tokenizer, max_positions(judged.model))
+    tokenizer = read_tokenizer(folder, getattr(model.get_input_embeddings(), "num_embeddings", None))
+    tokens, judged = text.windows(tokenizer, max_positions(model)), _Judged(saved, model, original)
     parts: list[Scores] = []
     require_writable(run / "evaluation")
     with locked(run):
-        for portion in portions(judged.model, tokens):
+        for portion in portions(model, tokens):
             done = sum(len(part["nll"]) for part in parts)
             parts.append(judged.scores(portion, run / "evaluation", done, len(tokens.tokens), progress))
     n_bytes = (folder / saved.backend.weights_file).stat().st_size
