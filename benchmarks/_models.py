@@ -20,7 +20,7 @@ from coopq.game.engines.prefix_engine import model_nll
 from coopq.game.session import Session, open_session, prepare
 from coopq.judge.comparison import make_measured_plans
 from coopq.model.load import load_model
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan
 
 
@@ -65,7 +65,7 @@ def saved_losses(saved: Path, tokens: npt.NDArray[np.int64]) -> Losses:
 def full_precision_losses(name: str, length: int, max_tokens: int) -> Losses:
     """Losses of a model in full precision on each window of WikiText-2, nats per token."""
     loaded = load_model(source_of(name), device="cpu")
-    return sequence_losses(loaded.model, wikitext2(loaded.tokenizer, length, max_tokens).tokens)
+    return sequence_losses(loaded.model, HeldOut(length, max_tokens).windows(loaded.tokenizer).tokens)
 
 
 def sequence_losses(model: object, tokens: npt.NDArray[np.int64]) -> Losses:

@@ -20,9 +20,9 @@ from _models import measured_plans, session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request, TextSpec
 from coopq.core.types import UNTOUCHED
-from coopq.judge.perplexity import judge_windows
+from coopq.judge.windows import judge_windows
 from coopq.model.load import load_model
-from coopq.model.texts import calibration_set
+from coopq.model.texts import HeldOut, calibration_set
 
 FOLDER = WORK / "auto_scheme"
 MODELS, AVERAGES = ("llama", "qwen"), (2.5, 3.0)
@@ -114,7 +114,7 @@ def compare(model: str, loss: str, average: float, folder: Path) -> str:
             write_json(kept, {"assignment": plan.assignment, "seconds": cpu_seconds() - start})
         search = read_json(kept)
         points = np.array([chosen, search["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.float32)
-        by_scheme, by_search, full = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        by_scheme, by_search, full = judge_windows(session, points, HeldOut(WINDOW, JUDGE_TOKENS))
         average_bits = f"{session.sizes.average_bits(chosen):.3f}"
     cells = [f"{model} ({perplexity(full)})", loss, average_bits, perplexity(by_scheme), perplexity(by_search)]
     return row([*cells, loss_above(by_search, by_scheme), f"{scheme.seconds:.0f}", f"{search['seconds']:.0f}"])

@@ -20,7 +20,7 @@ from coopq.core.specs import QuantizerSpec
 from coopq.core.types import Losses
 from coopq.export.checkpoint import SavedModel
 from coopq.judge.references import random_assignments
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan
 from gptq_static import GROUP, JUDGE_TOKENS, LENGTH, TOKENS, WINDOW, request_of
 
@@ -53,7 +53,7 @@ def search(model: str, backend: str) -> Searched:
             limits = [plan.budget_bytes for plan in plans]
             drawn = [random_assignments(session.sizes, request.widths.bits, limit, N_RANDOM, SEED) for limit in limits]
             losses = [game(points) for points in drawn]
-        text = wikitext2(session.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
+        text = HeldOut(WINDOW, JUDGE_TOKENS).windows(session.loaded.tokenizer).tokens
     return Searched(plans, losses, text)
 
 

@@ -30,7 +30,7 @@ from coopq.core.types import Losses, Width
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.model.load import load_model
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 
 FOLDER = WORK / "engines"
 MODELS = ("llama", "qwen")
@@ -152,7 +152,7 @@ def export(saved: SavedModel, form: str, base: Path | None = None) -> Path:
 def judge(model: str, saved: SavedModel) -> Judged:
     """Losses of a saved model and of its original on windows of WikiText-2."""
     loaded = load_model(source_of(model), device="cpu")
-    tokens = wikitext2(loaded.tokenizer, LENGTH, N_WINDOWS * LENGTH).tokens
+    tokens = HeldOut(LENGTH, N_WINDOWS * LENGTH).windows(loaded.tokenizer).tokens
     file = FOLDER / f"{model}-tokens.json"
     file.write_text(json.dumps(tokens.tolist()), encoding="utf-8")
     ours = sequence_losses(coopq.load(saved.folder, device="cpu"), tokens)

@@ -12,7 +12,7 @@ from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
 from coopq.core.types import Losses
 from coopq.export.checkpoint import SavedModel
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan
 
 MODELS, BACKENDS = ("llama", "qwen"), ("gptq", "gptq-static")
@@ -49,7 +49,7 @@ def save_models(model: str, backend: str) -> tuple[float, dict[str, tuple[Plan, 
         for budget, plan in zip(BUDGETS, measured_plans(session, "active", BUDGETS), strict=True):
             if not SavedModel(folder / budget).exists:
                 save_plan(session, plan, folder / budget)
-        text = wikitext2(session.loaded.tokenizer, WINDOW, JUDGE_TOKENS).tokens
+        text = HeldOut(WINDOW, JUDGE_TOKENS).windows(session.loaded.tokenizer).tokens
     saved = {budget: SavedModel(folder / budget) for budget in BUDGETS}
     return read_json(timed), {budget: (one.plan, saved_losses(one.folder, text)) for budget, one in saved.items()}
 

@@ -27,7 +27,7 @@ from coopq.core.specs import Request
 from coopq.core.types import Assignments
 from coopq.game.game import Meter
 from coopq.game.session import Session
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
@@ -151,7 +151,7 @@ def _knapsacks(space: SearchSpace, gains: Any) -> Assignments:
 
 def _judged(session: Session, assignments: Assignments) -> dict[str, list[float]]:
     """Divergences of assignments on the calibration text and on the held-out text."""
-    tokens = wikitext2(session.loaded.tokenizer, 512, HELD_OUT)
+    tokens = HeldOut(512, HELD_OUT).windows(session.loaded.tokenizer)
     with session.game("measuring") as game:
         losses = game(assignments).tolist()
     with session.game_on(tokens, session.folder.path / "held-out.jsonl", "judging", loss="kl") as judge:

@@ -40,7 +40,7 @@ from coopq.export.formats import export_model
 from coopq.judge.llama_cpp import llama_cpp_nll, llama_cpp_package
 from coopq.model.load import gguf_file, load_model
 from coopq.model.players import GRANULARITIES
-from coopq.model.texts import calibration_set, fitting_set, wikitext2
+from coopq.model.texts import HeldOut, calibration_set, fitting_set
 from coopq.plan.searches.by_search import begin_with_nothing
 
 FOLDER, WINDOW = WORK / "llama_mixes", 512
@@ -202,7 +202,7 @@ def measure(run: Run) -> list[str]:
     subject, n_threads = run.subject, torch.get_num_threads()
     source, base = find_files(run.name, run.folder)
     loaded = load_model(source, device="cpu")
-    tokens = wikitext2(loaded.tokenizer, WINDOW, subject.n_windows * WINDOW).tokens
+    tokens = HeldOut(WINDOW, subject.n_windows * WINDOW).windows(loaded.tokenizer).tokens
     check_engine(loaded.model, base, tokens[:1], n_threads)
     request = Request.from_options(
         model=source,

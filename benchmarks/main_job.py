@@ -25,8 +25,9 @@ from coopq.export.checkpoint import SavedModel
 from coopq.game.journal import Journal
 from coopq.game.session import Session
 from coopq.judge.comparison import compare_on
-from coopq.judge.perplexity import judging_text
 from coopq.judge.results import Comparison
+from coopq.judge.windows import judging_text
+from coopq.model.texts import HeldOut
 from coopq.plan.allocate import measure_plan
 from coopq.plan.methods import make_plans, names
 from coopq.plan.plan import Plan
@@ -110,7 +111,7 @@ def run_part(name: str, permutations: int) -> Part:
         budgets = [Budget.parse(budget) for budget in BUDGETS[bits]]
         methods = ("coopq", *names(is_in_paper=True))
         plans = [plan for method in methods for plan in make_plans(session, method, budgets, SolverSpec())]
-        rows = compare_on(session, plans, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        rows = compare_on(session, plans, HeldOut(WINDOW, JUDGE_TOKENS))
         shipped = ship(session, measure_plan(session, plans[0]), FOLDER / f"{name}-saved")
         saved = losses_as_saved(session, plans) if session.backend.whole_model else {}
     title = f"SmolLM2-135M, {backend}, {bits[0]} and {bits[1]} bits: WikiText-2"
@@ -137,7 +138,7 @@ def losses_as_saved(session: Session, plans: list[Plan]) -> dict[str, tuple[floa
     """
     record = session.folder.path / "saved.json"
     known: dict[str, tuple[float, float]] = read_json(record) if record.exists() else {}
-    text = judging_text(session, WINDOW, JUDGE_TOKENS)
+    text = judging_text(session, HeldOut(WINDOW, JUDGE_TOKENS))
     for plan in session.each("saving and judging", plans):
         key = assignment_key(plan)
         if key not in known:

@@ -18,8 +18,8 @@ from _models import session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Losses
-from coopq.judge.perplexity import judge_windows
-from coopq.model.texts import fitting_set
+from coopq.judge.windows import judge_windows
+from coopq.model.texts import HeldOut, fitting_set
 
 TOKENS, LENGTH = 4096, 512
 WIDTHS, GROUP, JUDGE_TOKENS, WINDOW = (2, 4), 64, 32768, 512
@@ -82,7 +82,7 @@ def quantized(
         fitted_to = fitting_set(request.text, session.loaded.tokenizer)
         with session.game_on(fitted_to, folder / "fitted.jsonl", "measuring") as game:
             fitted = float(game(points[:1])[0])
-        windows, full = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        windows, full = judge_windows(session, points, HeldOut(WINDOW, JUDGE_TOKENS))
     return Quantized(calibration, fitted, windows, full, read_json(timed))
 
 

@@ -21,7 +21,7 @@ from coopq.core.goal import Limit
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request
-from coopq.model.texts import wikitext2
+from coopq.model.texts import HeldOut
 from coopq.plan.methods import make_plans
 
 FORWARDS = 60
@@ -57,7 +57,7 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
     request = Request.from_options(model=source, **{**settings, **tokens, **changes})
     with session_on(request, run) as session:
         (plan,) = make_plans(session, "active", [Budget.parse(size)], DEFAULT_SOLVER, Limit(forwards=FORWARDS))
-        windows = wikitext2(session.loaded.tokenizer, LENGTH, HELD_OUT)
+        windows = HeldOut(LENGTH, HELD_OUT).windows(session.loaded.tokenizer)
         with session.game_on(windows, run / "held-out.jsonl", "judging", loss="kl") as judge:
             divergences = judge.per_sequence(np.array([plan.assignment], dtype=np.float32))[0]
         n_weights = sum(session.sizes.n_weights)

@@ -22,8 +22,8 @@ from _common import DATA, RESULTS, WORK, command_line, table, write_report
 from _models import measured_plans, session_on
 from coopq.core.files import atomic_file, write_json
 from coopq.core.specs import Request
-from coopq.judge.perplexity import judge_windows
-from coopq.model.texts import calibration_set
+from coopq.judge.windows import judge_windows
+from coopq.model.texts import HeldOut, calibration_set
 from coopq.plan.confidence import confidence
 from coopq.plan.methods import names
 from coopq.plan.plan import Plan
@@ -103,7 +103,7 @@ def run_part(name: str, tokens: int, walks: int, methods: list[str], more: list[
     with session_on(request, folder) as session:
         plans = [plan for method in methods for plan in measured_plans(session, method, budgets)]
         points = np.array([plan.assignment for plan in plans], dtype=np.float32)
-        windows = judge_windows(session, points, length=WINDOW, max_tokens=JUDGE_TOKENS)
+        windows = judge_windows(session, points, HeldOut(WINDOW, JUDGE_TOKENS))
         by_active = {
             plan.budget: losses for plan, losses in zip(plans, windows, strict=True) if plan.method == "active"
         }

@@ -38,6 +38,7 @@ def plan_for(
         budget="3avg",
         budget_bytes=sizes.total_bytes(bits),
         bytes=sizes.total_bytes(bits),
+        file_bytes=sizes.file_bytes(bits),
         untouched_bytes=sizes.untouched_bytes(bits),
         average_bits=sizes.average_bits(bits),
         bits_per_weight=sizes.bits_per_weight(bits),

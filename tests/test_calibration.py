@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from coopq.core.errors import CalibrationError, OptionError
 from coopq.core.specs import TextSpec
-from coopq.model.texts import TokenSet, calibration_set, fitting_set, wikitext2
+from coopq.model.texts import HeldOut, TokenSet, calibration_set, fitting_set
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +132,15 @@ def test_nothing_to_score_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:
-    whole = wikitext2(tokenizer, 256)
-    few = wikitext2(tokenizer, 256, max_tokens=1100)
+    whole = HeldOut(256).windows(tokenizer)
+    few = HeldOut(256, max_tokens=1100).windows(tokenizer)
     assert few.tokens.shape == (4, 256)
     assert np.array_equal(few.tokens, whole.tokens[:4])
     assert len(whole.tokens) > 1500
     assert "Robert Boulter" in tokenizer.decode(few.tokens[0])
     assert whole.describe().startswith(f"{len(whole.tokens)} x 256 tokens of WikiText-2 test")
     with pytest.raises(CalibrationError, match="no window of 256 tokens fits into 100 tokens"):
-        wikitext2(tokenizer, 256, max_tokens=100)
+        HeldOut(256, max_tokens=100).windows(tokenizer)
     for length, tokens in ((0, None), (1, None), (16, 0), (16, -5)):
         with pytest.raises(CalibrationError, match="cannot be scored"):
-            wikitext2(tokenizer, length, max_tokens=tokens)
+            HeldOut(length, max_tokens=tokens).windows(tokenizer)

@@ -24,6 +24,7 @@ from coopq.game.session import open_session, prepare
 from coopq.model.load import LoadedModel, load_model
 from coopq.model.matrices import round_untouched
 from coopq.model.players import GRANULARITIES, find_players
+from coopq.model.sources.gguf import gguf_file
 from coopq.plan.methods import make_plans
 from coopq.plan.plan import Plan
 from coopq.quantizers import get_backend
@@ -42,7 +43,9 @@ def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: 
     engine = make_engine(loaded.model, bank, tokens)
     _, measured, _ = next(engine.evaluate(np.array([plan.assignment], dtype=np.float32)))
     saved = SavedModel(tmp_path / "saved")
-    assert save(loaded, plan, saved.folder, tokens) == plan
+    n_bytes = plan.file_bytes
+    plan = save(loaded, plan, saved.folder, tokens)
+    assert plan.file_bytes == (saved.folder / backend.weights_file).stat().st_size > n_bytes, "all tensors and a header"
     assert plan.bytes == saved.n_bytes()
     reloaded = coopq.load(saved.folder, device="cpu")
     return measured, np.concatenate(list(model_nll(reloaded, tokens)))
@@ -223,3 +226,9 @@ def test_the_demo_model_ships_as_measured(backend: str, tmp_path: Path) -> None:
     tokens = np.array([loaded.tokenizer.encode(text)[:64]])
     measured, saved = bank_and_saved_nll(loaded, plan, tmp_path, tokens)
     np.testing.assert_allclose(saved, measured, atol=1e-4)
+    # The embedding is Q8_0 in the GGUF file. 16 bits hold it, rounded before the loss was measured.
+    tensors = load_file(tmp_path / "saved" / "quantized.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.float16
+    source = gguf_file("demo")
+    assert source is not None
+    assert coopq.Plan.load(tmp_path / "saved" / "plan.json").source_bytes == source.stat().st_size

@@ -17,7 +17,7 @@ from coopq.core.subject import SizedRequest
 from coopq.core.types import LinearLayer, Player, Width
 from coopq.game.journal import Journal
 from coopq.judge.bench.config import read_bench
-from coopq.judge.perplexity import window_length
+from coopq.judge.evaluation import window_length
 from coopq.judge.zero_shot import _from_file
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set

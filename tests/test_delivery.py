@@ -12,7 +12,8 @@ from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError
 from coopq.core.recipes import RECIPES, recipe_options
 from coopq.core.types import UNTOUCHED
 from coopq.export.fitting import working_bytes
-from coopq.export.formats import TargetFile, cache_bytes, get_form
+from coopq.export.formats import TargetFile, get_form
+from coopq.export.kv_cache import cache_bytes
 from coopq.game.session import prepare
 from coopq.plan.methods import METHODS
 from coopq.quantizers import BACKENDS, get_backend
@@ -78,7 +79,7 @@ def test_what_was_there_is_not_written_over(stories: str, tmp_path: Path) -> Non
 def test_a_memory_to_fit_in_holds_the_cache_too(stories: str, tmp_path: Path) -> None:
     request = Request.from_options(model=stories, granularity="fused", tokens=256, sequence_length=128, context=512)
     prepared = prepare(request, target=TargetFile())
-    beside = cache_bytes(prepared.skeleton, 512) + working_bytes(prepared.skeleton)
+    beside = cache_bytes(prepared.skeleton, 512) + working_bytes(prepared.skeleton) + prepared.sizes.fixed
     smallest = prepared.sizes.total_bytes([2] * len(prepared.players))
     fit = f"{beside + smallest + 30_000}B"
     plan = coopq.quantize(request, Goal(fit=fit, forwards=5), tmp_path / "out")

@@ -28,7 +28,8 @@ import coopq
 from coopq import Goal, QuantizerSpec, Request
 from coopq.core.errors import CoopQError, ExportError, Mismatch, OutputError
 from coopq.export.checkpoint import SavedModel
-from coopq.export.formats import FORMS, cache_bytes, export_model, get_form, predicted_bytes
+from coopq.export.formats import FORMS, export_model, get_form, predicted_bytes
+from coopq.export.kv_cache import cache_bytes
 from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.quantizers import BACKENDS, get_backend

@@ -59,7 +59,7 @@ def test_bad_calibration_files(name: str, content: bytes, message: str, tmp_path
 def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
     arguments: list[str | Path] = ["--calibration", tmp_path / "none.txt", "--out", tmp_path / "out", *FAST]
     arguments += ["--budget", "3avg"]
-    assert "no calibration file at" in refused("quantize", stories, *arguments)
+    assert "no text file at" in refused("quantize", stories, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from coopq.game.session import open_session, prepare
 from coopq.judge.comparison import compare_on
 from coopq.model.load import load_model
 from coopq.model.safetensors_io import load_tensors
+from coopq.model.texts import HeldOut
 from coopq.plan.methods import check_methods, make_plans, names
 from coopq.plan.plan import Plan
 from coopq.search import Measured, SearchSpace
@@ -110,7 +111,7 @@ def test_what_is_measured_is_saved_and_exported(model: Path, granularity: str, b
 def test_every_method_keeps_to_the_own_widths(model: Path, tmp_path: Path) -> None:
     prepared = prepare(request_of(model))
     lowest = prepared.sizes.total_bytes([own[0] for own in prepared.player_widths])
-    budgets = [Budget.parse("5avg"), Budget.parse(f"{lowest}B"), Budget.parse("8avg")]
+    budgets = [Budget.parse("5avg"), Budget.parse(f"{lowest + prepared.sizes.fixed}B"), Budget.parse("8avg")]
     with open_session(prepared, tmp_path) as session:
         for name in ("active", "greedy-up", "one-shot-low", "evopress", "auto-quantize", "fisher", "lim"):
             plans = make_plans(session, name, budgets, SolverSpec())
@@ -118,9 +119,7 @@ def test_every_method_keeps_to_the_own_widths(model: Path, tmp_path: Path) -> No
                 assert all(bits in own for bits, own in zip(plan.assignment, session.player_widths, strict=True))
                 assert plan.bytes <= plan.budget_bytes
             assert plans[1].bytes == lowest
-        rows = compare_on(
-            session, make_plans(session, "one-shot-high", budgets[:1], SolverSpec()), length=32, max_tokens=64
-        )
+        rows = compare_on(session, make_plans(session, "one-shot-high", budgets[:1], SolverSpec()), HeldOut(32, 64))
         uniform = [row.average_bits for row in rows if row.method == "uniform"]
         assert uniform == sorted(uniform, reverse=True)
         assert len(uniform) == len(BITS), "at 2 and 3 bits, players without have 4"

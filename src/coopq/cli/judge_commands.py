@@ -38,10 +38,11 @@ def compare(
     from rich.text import Text
 
     from coopq.judge import comparison as work
-    from coopq.judge.perplexity import window_length
+    from coopq.judge.evaluation import window_length
+    from coopq.model.texts import HeldOut
     from coopq.report.data import comparison_data
+    from coopq.report.judged import comparison_table
     from coopq.report.plots import save_comparison
-    from coopq.report.tables import comparison_table
 
     quiet_libraries()
     if judge_length is None:
@@ -51,8 +52,7 @@ def compare(
             request,
             budget,
             run,
-            length=judge_length,
-            max_tokens=judge_tokens,
+            HeldOut(judge_length, judge_tokens),
             methods=method or work.COMPARED,
             progress=progress,
         )
@@ -93,13 +93,18 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
-@click.option("--tokens", type=int, help="Only the first tokens of WikiText-2. Default: all.")
+@click.option("--text", type=PLACE, help="A .txt or .jsonl file to judge on too, beside WikiText-2. No search saw it.")
+@click.option("--tokens", type=int, help="Only the first tokens of each text. Default: all.")
 @click.option("--sequence-length", type=int, help=f"Tokens of a window. Default: {_WINDOW}")
+@click.option(
+    "--reference",
+    help="The original that divergence is measured from. Default: the model of the plan; name it if it has moved, or "
+    "'none' to measure no divergence. If MODEL and the original are .gguf files, llama.cpp computes.",
+)
 @click.option(
     "--compare/--no-compare", "comparison", default=True, help="Compare a saved model with what else its budget buys."
 )
 @click.option("--run", type=PLACE, help="Run folder of the saved model. Default: MODEL-run.")
-@click.option("--source", help="Where the full-precision model is now.")
 @click.option(
     "--task", multiple=True, help="Zero-shot accuracy at a task of lm-eval, or of a .jsonl file; instead of perplexity."
 )
@@ -108,56 +113,53 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 @as_json
 def evaluate(
     model: str,
+    text: Path | None,
     tokens: int | None,
     sequence_length: int | None,
+    reference: str | None,
     comparison: bool,
     run: Path | None,
-    source: str | None,
     task: tuple[str, ...],
     task_limit: int | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL on WikiText-2; beside a saved model also full precision and uniform widths."""
-    from coopq.export.checkpoint import SavedModel
-    from coopq.judge.comparison import compare_plan
-    from coopq.judge.perplexity import evaluate_model, evaluate_saved, window_length
+    """Measure how far MODEL is from its original (KL divergence), and its perplexity, on WikiText-2 and your text."""
+    from rich.console import Group
+    from rich.table import Table
+
+    from coopq.judge.judge import Judge
+    from coopq.model.texts import WIKITEXT2, HeldOut
     from coopq.pipeline import default_run
     from coopq.report.data import evaluation_data
-    from coopq.report.tables import comparison_table
+    from coopq.report.judged import comparison_table, evaluation_text
 
     quiet_libraries()
     if task:
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return
-    folder = Path(model).expanduser()
-    saved, place = SavedModel(folder), run or default_run(folder)
-    length = window_length(model) if sequence_length is None else sequence_length
-    options: dict[str, Any] = {"length": length, "max_tokens": tokens, "device": device}
-    with progress_bars() as progress:
-        if saved.exists:
-            evaluation = evaluate_saved(folder, place, **options, progress=progress)
-        else:
-            evaluation = evaluate_model(model, **options, progress=progress)
-    if not as_json:
-        line = (
-            f"{model}: perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token over "
-            f"{evaluation.tokens} tokens ({evaluation.text}); {evaluation.bytes / 2**20:.2f} MiB of quantizable weights"
-        )
-        print_result(None, line, as_json)
-    rows = []
-    if saved.exists and comparison:
+    judge = Judge(model, reference, run or default_run(Path(model)), comparison, device)
+    length = judge.window_length() if sequence_length is None else sequence_length
+    texts = [HeldOut(length, tokens, source) for source in (WIKITEXT2, *([] if text is None else [str(text)]))]
+    for each in texts:
+        each.check()
+    data: list[dict[str, Any]] = []
+    shown: list[str | Table] = []
+    for each in texts:
         with progress_bars() as progress:
-            rows = compare_plan(saved.plan, place, **options, model=source, progress=progress)
-    if rows or as_json:
-        table = comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored")
-        print_result(evaluation_data(evaluation, rows), table, as_json)
+            evaluation, rows = judge.judge(each, progress)
+        data.append(evaluation_data(evaluation, rows))
+        shown.append(evaluation_text(model, evaluation))
+        if rows:
+            shown.append(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
+    own = {"own_text": data[1]} if len(data) > 1 else {}
+    print_result(data[0] | own, Group(*shown), as_json)
 
 
 def _evaluate_tasks(model: str, tasks: tuple[str, ...], limit: int | None, device: str, as_json: bool) -> None:
     """Zero-shot accuracy instead of perplexity."""
     from coopq.judge.zero_shot import evaluate_tasks
-    from coopq.report.tables import accuracy_table
+    from coopq.report.judged import accuracy_table
 
     with progress_bars() as progress:
         accuracies = evaluate_tasks(model, tasks, limit, device=device, progress=progress)

@@ -31,9 +31,10 @@ _MOST_CHARACTERS = 40
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper limit on the bytes of the quantized weights; scales, zeros and padding count.
+    """An upper limit on bytes; scales, zeros and padding count.
 
-    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per weight) or a unit of bytes.
+    `unit` is "avg" (average bits between two widths, the paper's B(b)), "bpw" (bits per quantized weight) or a unit of
+    bytes, which limits the whole file.
     Build a budget with `Budget.parse`.
     """
 
@@ -53,7 +54,7 @@ class Budget:
             shown = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
             raise BudgetError(
                 f"budget {shown!r} cannot be read; write average bits (2.5avg), "
-                "bits per weight with scales and zeros (2.8bpw), or bytes (40MiB, 1.4GB)"
+                "bits per weight with scales and zeros (2.8bpw), or bytes of the whole file (40MiB, 1.4GB)"
             )
         return cls(text=match[1] + match[2], value=Fraction(match[1]), unit=match[2])
 
@@ -74,12 +75,14 @@ class Sizes:
     Attributes:
         n_weights: Weights of each player, shape (n_players,).
         n_bytes: Bytes of each player for each width, as they will lie on disk; None for a player without the width.
-        fixed: Bytes beside the players that a budget in bytes holds too: the rest of an exported file, a KV cache.
+        fixed: Most bytes of the file beside the players. A budget in bytes holds the whole file.
+        reserved: Bytes that a budget in bytes holds beside the file: a KV cache.
     """
 
     n_weights: tuple[int, ...]
     n_bytes: Mapping[Width, tuple[int | None, ...]]
     fixed: int = 0
+    reserved: int = 0
 
     def total_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players' weights under an assignment of shape (n_players,)."""
@@ -96,6 +99,10 @@ class Sizes:
             own = [width for width in sorted(self.n_bytes) if self.n_bytes[width][player] is not None]
             raise UnsupportedBits(f"player {player} has no {bits:g} bits; it has {', '.join(map(str, own))}")
         return n_bytes
+
+    def file_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
+        """Most bytes of the whole file under an assignment."""
+        return self.total_bytes(assignment) + self.fixed
 
     def untouched_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Bytes of the players that an assignment leaves untouched."""
@@ -131,7 +138,7 @@ class Sizes:
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
-            limit = budget.value * _UNITS[budget.unit] - self.fixed
+            limit = budget.value * _UNITS[budget.unit] - self.fixed - self.reserved
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {widths[0]} to {widths[-1]} bits; the smallest is "
@@ -212,4 +219,4 @@ class Sizes:
             towards_feasible(bits * 10**4) / 10**4
             for bits in (self._average(assignment), Fraction(8 * n_bytes, sum(self.n_weights)))
         )
-        return f"{average:g}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed}B"
+        return f"{average:g}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed + self.reserved}B"

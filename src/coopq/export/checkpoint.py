@@ -1,16 +1,15 @@
 """Quantized models on disk: packed weights as safetensors, everything else as JSON.
 
-    quantized.safetensors   packed weights of the players, 16 bits of each untouched weight, and all other weights as
-                            they were; with gptq, which has a form of its own, the file is model.safetensors
-    plan.json               width of each module, and how to read the packed weights
-    config.json, tokenizer  as transformers writes them
-    hashes.json             hashes of the configuration and the tokenizer
-    README.md, LICENSE ...  a model card, and what the source says of itself
-
-transformers does not look for the name quantized.safetensors, so it cannot load packed weights by mistake.
+quantized.safetensors   packed weights of the players, 16 bits of each untouched weight, and all other weights as
+                        they were; with gptq, which has a form of its own, the file is model.safetensors
+plan.json               width of each module, and how to read the packed weights
+config.json, tokenizer  as transformers writes them
+hashes.json             hashes of the configuration and the tokenizer
+README.md, LICENSE ...  a model card, and what the source says of itself
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from coopq.core.errors import ModelError, PlanError
 from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.folders.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
-from coopq.export.folders.stored_tensors import dequantized_weights, load_stored, saved_config, stored_tensors
+from coopq.export.folders.stored_tensors import load_stored, saved_config, stored_tensors
 from coopq.export.verification import (
     assigned_weights,
     loss_of,
@@ -36,12 +35,18 @@ from coopq.export.verification import (
 )
 from coopq.game.session import Session
 from coopq.model.load import LoadedModel, empty_model, pick_device, pick_dtype
+from coopq.model.matrices import matrix_of
+from coopq.model.memory import free_memory
 from coopq.model.safetensors_io import require_finite, save_tensors
 from coopq.model.texts import TokenSet
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.packed_modules import ABOUT, PackedWeights, install
+
+_log = logging.getLogger(__name__)
+_SHARE_OF_FREE = 0.8
+"""Most of the free memory that dequantized weights may take; activations and a KV cache need the rest."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +136,8 @@ class Source:
     @classmethod
     def from_session(cls, session: Session) -> "Source":
         """What the model of an open session is saved from."""
-        return cls(
-            loaded=session.loaded,
-            players=session.players,
-            backend=session.backend,
-            fitting=session.fitting,
-            calibration=session.calibration,
-            bank=session.bank,
-        )
+        names = ("loaded", "players", "backend", "fitting", "calibration", "bank")
+        return cls(**{name: getattr(session, name) for name in names})
 
 
 def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback = silent) -> Plan:
@@ -169,18 +168,24 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
+        n_bytes = (folder / source.backend.weights_file).stat().st_size
+        whole = plan.file_bytes if plan.request.target.form else n_bytes
         plan = _checked(source, plan, folder, progress)
+        plan = plan.replace(file_bytes=whole, source_bytes=source.loaded.source_bytes)
         plan.save(folder / "plan.json")
-        write_model_card(plan, folder, "coopq", (folder / source.backend.weights_file).stat().st_size)
+        write_model_card(plan, folder, "coopq", n_bytes)
     return plan
 
 
-def load(path: str | Path, *, device: str = "auto") -> Any:
-    """Load a model saved by `coopq quantize` or `coopq apply`; its weights stay packed.
+def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = None) -> Any:
+    """Load a model saved by `coopq quantize` or `coopq apply`.
 
     Args:
         path: The folder.
         device: "cpu", "cuda", ..., or "auto".
+        dequantize: True gives ordinary layers with dequantized weights: the speed and the memory of the original.
+            False keeps weights packed, in little memory, and dequantizes each weight in each forward pass: text is
+            generated slowly. None dequantizes where the weights have room. The values are the same.
     Returns:
         A transformers causal language model in evaluation mode.
     Raises:
@@ -191,44 +196,37 @@ def load(path: str | Path, *, device: str = "auto") -> Any:
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     packed, unpacked = saved.read()
     model = empty_model(saved.config, dtype)
+    if dequantize is None:
+        free = free_memory(device)
+        dequantize = free is None or sum(tensor.nbytes for tensor in model.parameters()) <= _SHARE_OF_FREE * free
+        if not dequantize:
+            _log.warning("%s: weights stay packed, as memory is short: text is generated slowly", folder)
     try:
         wrong = load_stored(model, unpacked, packed)
         model.to(target)
         if not wrong:
-            install(model, packed, plan.quantized, target, dtype)
+            install(model, packed, plan.quantized, target, dtype, dequantize=dequantize)
     except (RuntimeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ModelError(
             f"{folder} does not fit its plan and configuration ({reason}); save the model again"
         ) from error
     if wrong:
-        raise ModelError(
-            f"{folder / saved.backend.weights_file} lacks, or should not hold, {', '.join(wrong)}; save the model again"
-        )
+        file = folder / saved.backend.weights_file
+        raise ModelError(f"{file} lacks, or should not hold, {', '.join(wrong)}; save the model again")
     return model.eval()
 
 
 def dequantized(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights that the quantized modules of a saved model compute with.
+    """The weights that the quantized modules of a saved model compute with; errors as for `load`.
 
-    Args:
-        folder: The saved model.
     Yields:
         Name of each parameter as in the original model, and its weight in the parameter's own shape and orientation,
         in the dtype of the model that was measured.
-    Raises:
-        ModelError: If the folder holds no such model, or the weights do not fit the plan.
-        OutputError: If the weights cannot be read.
     """
-    saved = SavedModel(Path(folder).expanduser())
-    plan = saved.plan
-    dtype = pick_dtype(plan.fingerprint["dtype"], torch.device("cpu"), torch.float32)
-    packed, _ = saved.read()
-    try:
-        yield from dequantized_weights(saved.config, packed, plan.quantized, dtype)
-    except (RuntimeError, KeyError, AttributeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ModelError(f"{saved.folder} does not fit its plan ({reason}); save the model again") from error
+    model = load(folder, device="cpu", dequantize=True)
+    parameters = {id(matrix_of(model, name).parameter) for name in SavedModel(Path(folder).expanduser()).plan.quantized}
+    yield from ((name, weight.data) for name, weight in model.named_parameters() if id(weight) in parameters)
 
 
 def _packed_tensors(source: Source, plan: Plan, progress: ProgressCallback) -> dict[str, Tensor]:
@@ -289,9 +287,11 @@ def _checked(source: Source, plan: Plan, folder: Path, progress: ProgressCallbac
     with assigned:
         expected = token_losses(model, tokens, "the model with the weights of the plan")
     try:
-        found = token_losses(saved := load(folder, device=device.type), tokens, "the saved model")
+        saved = load(folder, device=device.type, dequantize=False)
+        found = token_losses(saved, tokens, "the saved model")
     except torch.OutOfMemoryError:  # the accelerator holds the model that was measured
-        found = token_losses(saved := load(folder, device="cpu"), tokens, "the saved model")
+        saved = load(folder, device="cpu", dequantize=False)
+        found = token_losses(saved, tokens, "the saved model")
     require_equal(found, expected, model.dtype, f"the saved {type(model).__name__}", ModelError)
     if source.backend.whole_model:
         assert source.calibration is not None, "backends with whole_model need the calibration tokens"

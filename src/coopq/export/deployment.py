@@ -37,6 +37,7 @@ def resized(plan: Plan, deployed: SizedRequest) -> Plan:
         )
     return plan.replace(
         bytes=n_bytes,
+        file_bytes=sizes.file_bytes(plan.assignment),
         untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,
         budget_bytes=limit,
         bits_per_weight=sizes.bits_per_weight(plan.assignment),

@@ -4,7 +4,7 @@ from typing import Any
 
 from coopq.core.errors import InfeasibleBudget, OptionError
 from coopq.core.sizes import Budget
-from coopq.export.formats import cache_bytes
+from coopq.export.kv_cache import cache_bytes
 from coopq.game.session import Prepared
 from coopq.model.memory import gib
 
@@ -32,7 +32,7 @@ def fitting_budget(fit: str, prepared: Prepared) -> Budget:
             f"fit {fit} holds no model: the KV cache of {context} tokens takes {gib(cache)} and the engine's working "
             f"memory about {gib(working)}; allow more, or a shorter --context"
         )
-    most = sizes.total_bytes([own[-1] for own in sizes.player_widths(widths.bits)]) + sizes.fixed
+    most = sizes.file_bytes([own[-1] for own in sizes.player_widths(widths.bits)]) + sizes.reserved
     return budget if budget.value <= most else Budget.parse(f"{most}B")
 
 

@@ -14,6 +14,7 @@ from coopq.core.files import require_no_input
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import Player, ProgressCallback, silent
+from coopq.export.kv_cache import cache_bytes
 from coopq.plan.plan import Plan
 from coopq.quantizers.sizes import OUR_FILE, Target
 
@@ -21,11 +22,6 @@ if TYPE_CHECKING:  # these import torch
     from coopq.export.base_model import BaseModel
     from coopq.export.checkpoint import SavedModel
     from coopq.quantizers.backend import Backend
-
-_CACHE_BYTES = 2
-"""Bytes of a number in a KV cache."""
-_WITHOUT_CACHE = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
-"""Kinds of layers, as configurations name them, that keep no keys and values."""
 
 
 class FormEntry(NamedTuple):
@@ -263,35 +259,14 @@ def target_sizes(request: Request, skeleton: Any, players: Sequence[Player], bac
         BackendError: If the backend cannot quantize a layer.
         ExportError: If the target is unknown, or cannot hold what the backend makes of the model.
     """
+    from coopq.export.folders.stored_tensors import bytes_beside
+    from coopq.model.load import checkpoint_dtype
+
     target, (_, sizes) = request.target, OUR_FILE.fit(request, skeleton, players, backend)
     if target.form is not None:
         sizes = get_form(target.form).player_sizes(sizes, request, skeleton, players, backend)
+    else:
+        sizes = replace(sizes, fixed=bytes_beside(skeleton, players, checkpoint_dtype(request.model.source)))
     if target.context is not None:
-        sizes = replace(sizes, fixed=sizes.fixed + cache_bytes(skeleton, target.context))
+        sizes = replace(sizes, reserved=cache_bytes(skeleton, target.context))
     return sizes
-
-
-def cache_bytes(model: Any, context: int) -> int:
-    """Bytes of a KV cache of `context` tokens in 16 bits, at most: models with sliding windows need less.
-
-    Raises:
-        ExportError: If the configuration does not tell the sizes of the cache.
-    """
-    text = model.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
-    by_layer = getattr(text, "per_layer_config", None)  # Gemma-4's layers differ
-    numbers = 0
-    try:
-        n_layers = int(text.num_hidden_layers)
-        for layer in range(n_layers - (getattr(text, "num_kv_shared_layers", None) or 0)):
-            if kinds is None or kinds[layer] not in _WITHOUT_CACHE:
-                own = text if by_layer is None else by_layer[layer]
-                width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-                heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-                numbers += 2 * int(heads) * int(width)  # keys and values
-    except (AttributeError, TypeError, IndexError) as error:
-        raise ExportError(
-            f"the configuration of {type(model).__name__} does not tell the size of its cache ({error}); leave out "
-            "--context"
-        ) from error
-    return _CACHE_BYTES * numbers * context

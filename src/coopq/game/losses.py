@@ -1,8 +1,8 @@
 """The losses that searches can lower, from logits that come a portion of the vocabulary at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ LOSSES = {
     "kl": "Kullback-Leibler divergence of the next token's distribution from full precision",
 }
 """What each loss is, in nats per token."""
+JUDGED = "judged"
+"""Name of what judging measures. No search can lower it."""
 
 
 class Loss(Protocol):
@@ -45,7 +47,7 @@ class Loss(Protocol):
             portions: Logits of all positions but the last of each sequence.
             tokens: Shape (n_sequences, length), on the device of the logits.
         Returns:
-            Shape (n_sequences,), nats per token.
+            Shape (n_sequences,), nats per token; `Judged` gives several numbers for each sequence.
         """
         ...
 
@@ -80,15 +82,25 @@ class Divergence:
         return sequence_means(portions_divergence(portions, self._references[j]), tokens)
 
 
+class Judged(Divergence):
+    """The means over each sequence of all that `TokenScores` holds, in its order."""
+
+    def sequence_losses(self, j: int, portions: Portions, tokens: Tensor) -> npt.NDArray[np.float64]:
+        """See `Loss`; shape (n_sequences * 3,), the numbers of a sequence lie together."""
+        scores = portions_scores(portions, self._references[j], tokens[:, 1:].flatten())
+        return np.stack([sequence_means(score, tokens) for score in scores], axis=1).flatten()
+
+
 def make_loss(name: str) -> Loss:
-    """A loss by its name in `LOSSES`.
+    """A loss by its name in `LOSSES`, or what `JUDGED` names.
 
     Raises:
         EstimationError: If the name is unknown.
     """
-    if name not in LOSSES:
+    kinds: dict[str, type[Loss]] = {"nll": NegativeLogLikelihood, "kl": Divergence, JUDGED: Judged}
+    if name not in kinds:
         raise EstimationError(f"loss {name!r} is unknown; {hint(name, LOSSES)}")
-    return Divergence() if name == "kl" else NegativeLogLikelihood()
+    return kinds[name]()
 
 
 @torch.no_grad()
@@ -122,14 +134,30 @@ def portions_nll(portions: Portions, targets: Tensor) -> Tensor:
         portions: The logits.
         targets: The next tokens, shape (n,).
     """
-    totals, target_logits = [], torch.zeros(len(targets), device=targets.device)
+    totals, found = [], _Picked(targets)
     for first, logits in portions:
         totals.append(log_total(logits))
+        found.add(first, logits)
+    return torch.logsumexp(torch.stack(totals), dim=0) - found.logits
+
+
+class _Picked:
+    """The logit of one token at each position, out of portions that pass by.
+
+    Args:
+        tokens: The tokens, shape (n,).
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self._tokens = tokens
+        self.logits = torch.zeros(len(tokens), device=tokens.device)
+
+    def add(self, first: int, logits: Tensor) -> None:
+        """Look into one portion."""
         size = logits.shape[1]
-        is_inside = (targets >= first) & (targets < first + size)
-        found = logits.gather(1, (targets - first).clamp(0, size - 1)[:, None])[:, 0]
-        target_logits = torch.where(is_inside, found.float(), target_logits)
-    return torch.logsumexp(torch.stack(totals), dim=0) - target_logits
+        is_inside = (self._tokens >= first) & (self._tokens < first + size)
+        found = logits.gather(1, (self._tokens - first).clamp(0, size - 1)[:, None])[:, 0]
+        self.logits = torch.where(is_inside, found.float(), self.logits)
 
 
 @dataclass(frozen=True)
@@ -139,16 +167,19 @@ class Reference:
     Attributes:
         log_probabilities: Logarithm of each token's probability at each position, shape (n, vocabulary), float32.
         entropy: Entropy of each distribution, nats, shape (n,).
+        top: The most likely token at each position, shape (n,).
     """
 
     log_probabilities: Tensor
     entropy: Tensor
+    top: Tensor
 
     @classmethod
     def from_logits(cls, portions: Portions) -> "Reference":
         """The distributions that logits stand for."""
         log_probabilities = functional.log_softmax(torch.cat([logits for _, logits in portions], dim=1).float(), dim=1)
-        return cls(log_probabilities, -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities))
+        entropy = -torch.linalg.vecdot(log_probabilities.exp(), log_probabilities)
+        return cls(log_probabilities, entropy, log_probabilities.argmax(dim=1))
 
 
 def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
@@ -174,3 +205,40 @@ def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
         curved += torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance).double()
     far = (torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy).double()
     return torch.where(far < _NEAR, torch.log1p(along + curved) - along, far)
+
+
+class TokenScores(NamedTuple):
+    """What a model predicts at each position, compared with the reference.
+
+    Attributes:
+        nll: Negative log-likelihood of the next token, nats, shape (n,).
+        divergence: Kullback-Leibler divergence from the reference, nats, shape (n,).
+        same_top: Whether the reference's most likely token is the most likely token, shape (n,).
+    """
+
+    nll: Tensor
+    divergence: Tensor
+    same_top: Tensor
+
+
+def portions_scores(portions: Portions, reference: Reference, targets: Tensor) -> TokenScores:
+    """All scores of each position from one pass over the portions.
+
+    Args:
+        portions: The logits.
+        reference: The distributions to compare with.
+        targets: The next tokens, shape (n,).
+    """
+    totals, highest, target, top = [], [], _Picked(targets), _Picked(reference.top)
+
+    def watched() -> Iterator[tuple[int, Tensor]]:
+        for first, logits in portions:
+            totals.append(log_total(logits))
+            highest.append(logits.amax(dim=1).float())
+            target.add(first, logits)
+            top.add(first, logits)
+            yield first, logits
+
+    divergence = portions_divergence(watched(), reference)
+    nll = torch.logsumexp(torch.stack(totals), dim=0) - target.logits
+    return TokenScores(nll, divergence, top.logits >= torch.stack(highest).amax(dim=0))

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from coopq.model.load import LoadedModel, fingerprint_weights
 from coopq.model.matrices import round_untouched
 from coopq.model.players import covered_share
@@ -12,7 +14,7 @@ if TYPE_CHECKING:  # the session imports this module
 
 
 def weights_fingerprint(prepared: "Prepared", loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
-    """What quantized weights depend on; weights that may stay untouched are rounded to 16 bits here."""
+    """What quantized weights depend on; weights that stay untouched are rounded to 16 bits here."""
     widths = prepared.request.widths
     weights = {
         "weights": fingerprint_weights(loaded.model),
@@ -27,5 +29,5 @@ def weights_fingerprint(prepared: "Prepared", loaded: LoadedModel, fitting: Toke
     if fitting is not None:
         weights["fitted to"] = fitting.fingerprint
     if round_untouched(loaded, prepared.players, widths.bits):
-        weights["rounded to"] = "float16"
+        weights["rounded to"] = "bfloat16" if loaded.checkpoint_dtype == torch.bfloat16 else "float16"
     return weights

@@ -13,7 +13,7 @@ from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, silent
 from coopq.export.formats import TargetFile
 from coopq.game.session import Session, open_session, prepare
-from coopq.judge.perplexity import judge_windows, judging_text
+from coopq.judge.divergence import estimate
 from coopq.judge.references import (
     FULL_PRECISION,
     N_RANDOM,
@@ -23,6 +23,8 @@ from coopq.judge.references import (
     uniform_assignment,
 )
 from coopq.judge.results import Comparison
+from coopq.judge.windows import judge_scores, judge_windows, judging_text
+from coopq.model.texts import HeldOut
 from coopq.plan.allocate import measure_plan
 from coopq.plan.methods import check_methods, get_method, make_plans, names
 from coopq.plan.plan import Plan
@@ -44,8 +46,10 @@ class Judged:
         block_forwards: Block forwards that the method takes; 0 for references.
         average_bits: Mean of the assignments' average bits.
         bits_per_weight: Mean of the assignments' bits per weight.
+        file_bytes: Mean of the most bytes that the assignments' files can take; the original's for full precision.
         calibration: Losses on the calibration set, shape (n,), nats per token.
-        windows: Losses on each window of WikiText-2, shape (n, n_windows), nats per token.
+        scores: On each window of the judging text: the negative log-likelihood, nats per token, and, if they were
+            measured, the other means of `coopq.game.losses.TokenScores`; shape (n, n_windows, 1 or 3).
     """
 
     method: str
@@ -54,16 +58,21 @@ class Judged:
     block_forwards: int
     average_bits: float
     bits_per_weight: float
+    file_bytes: int
     calibration: Losses
-    windows: npt.NDArray[np.float64]
+    scores: npt.NDArray[np.float64]
+
+    @property
+    def windows(self) -> npt.NDArray[np.float64]:
+        """Negative log-likelihoods on each window, shape (n, n_windows), nats per token."""
+        return self.scores[..., 0]
 
 
 def compare_plan(
     plan: Plan,
     run: Path,
+    text: HeldOut,
     *,
-    length: int,
-    max_tokens: int | None = None,
     model: str | None = None,
     device: str | None = None,
     progress: ProgressCallback = silent,
@@ -73,8 +82,7 @@ def compare_plan(
     Args:
         plan: The plan.
         run: The plan's run folder, whose weight bank and journals are used; it is made if it is missing.
-        length: Tokens of a window of WikiText-2.
-        max_tokens: Only the first tokens of the text; None takes all.
+        text: The text that judges.
         model: Where the plan's model is now; None looks where the plan says.
         device: Where to compute; None computes where the plan says.
         progress: Told of every step.
@@ -84,18 +92,17 @@ def compare_plan(
         model=model or plan.request.model.source,
         device=device or plan.request.model.device,
     )
-    prepared = prepare(request, target=TargetFile(progress), judge_length=length)
+    prepared = prepare(request, target=TargetFile(progress), judge_length=text.length)
     with open_session(prepared, run, progress) as session:
-        return compare_on(session, [plan], length=length, max_tokens=max_tokens)
+        return compare_on(session, [plan], text)
 
 
 def compare(
     request: Request,
     budgets: Sequence[str],
     run: Path,
+    text: HeldOut,
     *,
-    length: int,
-    max_tokens: int | None = None,
     methods: Sequence[str] = COMPARED,
     progress: ProgressCallback = silent,
 ) -> list[Comparison]:
@@ -105,44 +112,49 @@ def compare(
         request: The model, and how to measure it.
         budgets: Budgets, as for `coopq.quantize`.
         run: The run folder; losses in its journals are not measured again.
-        length: Tokens of a window of WikiText-2.
-        max_tokens: Only the first tokens of the text; None takes all.
+        text: The text that judges.
         methods: Names of `coopq.plan.methods.METHODS`.
         progress: Told of every step.
     """
+    text.check()
     parsed = [Budget.parse(budget) for budget in budgets]
     for method in methods:
         get_method(method)
-    prepared = prepare(request, target=TargetFile(progress), judge_length=length)
+    prepared = prepare(request, target=TargetFile(progress), judge_length=text.length)
     check_methods(methods, prepared)
     prepared.check_budgets(parsed)
     with open_session(prepared, run, progress) as session:
-        judging_text(session, length, max_tokens)  # a text that is too short is an error before the walks
+        judging_text(session, text)  # a text that is too short is an error before the walks
         plans = make_measured_plans(session, methods, parsed)
-        return compare_on(session, plans, length=length, max_tokens=max_tokens)
+        return compare_on(session, plans, text)
 
 
-def compare_on(
-    session: Session, plans: Sequence[Plan], *, length: int, max_tokens: int | None = None
-) -> list[Comparison]:
+def compare_on(session: Session, plans: Sequence[Plan], text: HeldOut) -> list[Comparison]:
     """Plans of an open session beside full precision, uniform widths, and random assignments of their budgets."""
-    judged = beside_references(session, plans, _RANDOM_SEED, length=length, max_tokens=max_tokens)
-    losses = [one.windows.mean(axis=1) for one in judged]
-    rows = [
-        Comparison(
-            method=one.method,
-            budget=one.budget,
-            n=len(one.assignments),
-            average_bits=one.average_bits,
-            bits_per_weight=one.bits_per_weight,
-            loss=session.request.search.loss,
-            calibration_loss=float(one.calibration.mean()),
-            nll=float(nll.mean()),
-            perplexity=float(np.exp(nll).mean()),
-        )
-        for one, nll in zip(judged, losses, strict=True)
-    ]
+    judged = beside_references(session, plans, _RANDOM_SEED, text, diverges=True)
+    rows = [_row(one, session.request.search.loss) for one in judged]
     return sorted(rows, key=lambda row: row.method == RANDOM)  # random assignments last
+
+
+def _row(judged: Judged, loss: str) -> Comparison:
+    """The row of a table; `loss` is the name of the calibration loss."""
+    nll = judged.windows.mean(axis=1)
+    _, divergence, same_top = judged.scores.mean(axis=0).T
+    is_reference = judged.method == FULL_PRECISION
+    return Comparison(
+        method=judged.method,
+        budget=judged.budget,
+        n=len(judged.assignments),
+        average_bits=judged.average_bits,
+        bits_per_weight=judged.bits_per_weight,
+        loss=loss,
+        calibration_loss=float(judged.calibration.mean()),
+        nll=float(nll.mean()),
+        perplexity=float(np.exp(nll).mean()),
+        divergence=None if is_reference else estimate(divergence),
+        same_top=None if is_reference else estimate(same_top),
+        file_bytes=judged.file_bytes,
+    )
 
 
 def make_measured_plans(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> list[Plan]:
@@ -153,7 +165,7 @@ def make_measured_plans(session: Session, methods: Sequence[str], budgets: Seque
 
 
 def beside_references(
-    session: Session, plans: Sequence[Plan], seed: int, *, length: int, max_tokens: int | None = None
+    session: Session, plans: Sequence[Plan], seed: int, text: HeldOut, *, diverges: bool = False
 ) -> list[Judged]:
     """Losses of full precision, of uniform widths, of random assignments of the plans' budgets, and of plans.
 
@@ -161,8 +173,8 @@ def beside_references(
         session: The session that the plans are from.
         plans: The plans.
         seed: Seed of the random assignments.
-        length: Tokens of a window of WikiText-2.
-        max_tokens: Only the first tokens of the text; None takes all.
+        text: The text that judges.
+        diverges: Whether divergences from full precision are measured too.
     Returns:
         The references, then the plans in their order.
     """
@@ -173,18 +185,18 @@ def beside_references(
     points = np.concatenate([assignments for _, _, assignments, _ in groups])
     with session.game("comparing on the calibration set") as game:
         calibration = game(points)
-    windows = judge_windows(session, points, length=length, max_tokens=max_tokens)
+    scores = judge_scores(session, points, text) if diverges else judge_windows(session, points, text)[..., None]
     ends = np.cumsum([len(assignments) for _, _, assignments, _ in groups])[:-1]
     judged = []
-    for group, on_calibration, on_windows in zip(
-        groups, np.split(calibration, ends), np.split(windows, ends), strict=True
-    ):
+    for group, on_calibration, on_text in zip(groups, np.split(calibration, ends), np.split(scores, ends), strict=True):
         method, budget, assignments, block_forwards = group
         if method == FULL_PRECISION:
             average_bits = bits_per_weight = 8.0 * session.loaded.checkpoint_dtype.itemsize
+            file_bytes = session.loaded.source_bytes
         else:
             average_bits = float(np.mean([session.sizes.average_bits(row) for row in assignments]))
             bits_per_weight = float(np.mean([session.sizes.bits_per_weight(row) for row in assignments]))
+            file_bytes = round(np.mean([session.sizes.file_bytes(row) for row in assignments]))
         judged.append(
             Judged(
                 method=method,
@@ -193,8 +205,9 @@ def beside_references(
                 block_forwards=block_forwards,
                 average_bits=average_bits,
                 bits_per_weight=bits_per_weight,
+                file_bytes=file_bytes,
                 calibration=on_calibration,
-                windows=on_windows,
+                scores=on_text,
             )
         )
     return judged

@@ -1,5 +1,6 @@
 """Losses of GGUF files by llama.cpp: by its own bindings, or by the bindings of a fork, which need no compiler."""
 
+import ctypes
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,8 @@ from coopq.core.versions import check_version
 _OWN, _FORK = "llama-cpp-python", "ik-llama-cpp-python"
 _TRIED = "0.1.5"
 """Version of the fork whose private modules, `_ctypes_api` and `_internals`, are in use."""
+_IGNORE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+"""A log of llama.cpp that writes nothing; the library keeps a pointer to it."""
 _Logits = Callable[[list[int]], npt.NDArray[np.float32]]
 """From the tokens of a sequence to logits, shape (length, vocabulary)."""
 
@@ -34,6 +37,33 @@ def llama_cpp_package() -> str:
     raise BackendError(
         f"losses by llama.cpp need a package; run: pip install {_OWN} (needs a compiler), or {_FORK} (a fork)"
     )
+
+
+class LlamaCppTokenizer:
+    """The tokenizer in a GGUF file, with what `coopq.model.texts.HeldOut` needs of a tokenizer.
+
+    Args:
+        file: The GGUF file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        if llama_cpp_package().startswith(_OWN):
+            from llama_cpp import Llama
+
+            model = Llama(str(file), vocab_only=True, verbose=False)
+            self._tokenize = lambda text, bos: model.tokenize(text.encode(), add_bos=bos, special=False)
+        else:
+            from ik_llama_cpp._internals import IkModel
+
+            _silence_fork()
+            fork = IkModel(str(file))
+            self._tokenize = lambda text, bos: fork.tokenize(text, add_bos=bos, special=False)
+        self.bos_token_id = next(iter(self.encode("")), None)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, **_: Any) -> list[int]:
+        """Tokens of a text; characters that look like a special token stay text."""
+        tokens: list[int] = self._tokenize(text, add_special_tokens)
+        return tokens
 
 
 def llama_cpp_nll(file: Path, tokens: npt.NDArray[np.int64], n_threads: int = 1) -> npt.NDArray[np.float64]:
@@ -84,6 +114,14 @@ def llama_cpp_log_probabilities(
         yield below - np.log(np.exp(below).sum(axis=1, keepdims=True))
 
 
+def _silence_fork() -> None:
+    """Keep the fork from writing its log, hundreds of lines, to the terminal."""
+    check_version(_FORK, _TRIED, "llama_cpp_nll")
+    from ik_llama_cpp import _ctypes_api as api
+
+    api._lib.llama_log_set(_IGNORE, None)
+
+
 def _own(file: str, length: int, n_threads: int) -> _Logits:
     """Logits by llama.cpp's own bindings."""
     from llama_cpp import Llama
@@ -102,10 +140,10 @@ def _own(file: str, length: int, n_threads: int) -> _Logits:
 
 def _fork(file: str, length: int, n_threads: int) -> _Logits:
     """Logits by the fork's bindings."""
-    check_version(_FORK, _TRIED, "llama_cpp_nll")
     from ik_llama_cpp import _ctypes_api as api
     from ik_llama_cpp._internals import IkContext, IkModel
 
+    _silence_fork()
     model = IkModel(file)
     context = IkContext(model, n_ctx=length, n_threads=n_threads, flash_attn=False)
 

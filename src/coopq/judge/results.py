@@ -10,20 +10,56 @@ _MOST_NLL = 700.0
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A statistic of a text.
+
+    Attributes:
+        value: The statistic.
+        interval: Its 95 % interval, by a bootstrap over windows; None for a single window.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model's predictions of the next token are from the original's, over the scored tokens of a text.
+
+    Attributes:
+        mean: Mean of the Kullback-Leibler divergence from the original, nats per token.
+        median: Median of the divergence, nats.
+        percentile_99: What 99 % of the tokens do not exceed, nats.
+        maximum: The largest divergence, nats. Its interval tells only how much hangs on single windows.
+        same_top: Share of the tokens at which both models have the same most likely token.
+    """
+
+    mean: Estimate
+    median: Estimate
+    percentile_99: Estimate
+    maximum: Estimate
+    same_top: Estimate
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How well a model predicts a text.
 
     Attributes:
         nll: Mean negative log-likelihood, nats per scored token.
         tokens: Number of scored tokens.
-        bytes: Bytes of the players' weights.
+        file_bytes: Bytes of the files that hold the weights.
+        bytes: Bytes of the players' weights; of the whole file for a GGUF file.
         text: Name of the text, and how the text is cut into windows.
+        divergence: How far the model is from the original; None without an original.
     """
 
     nll: float
     tokens: int
+    file_bytes: int
     bytes: int
     text: str
+    divergence: Divergence | None = None
 
     @property
     def perplexity(self) -> float:
@@ -54,6 +90,10 @@ class Comparison:
         calibration_loss: Loss on the calibration set, nats per token.
         nll: Negative log-likelihood on the judging text, nats per token.
         perplexity: Mean of the assignments' perplexities on the judging text.
+        divergence: Kullback-Leibler divergence from full precision on the judging text, nats per token; None for full
+            precision, the reference, and where no divergence was measured.
+        same_top: Share of the tokens with the most likely token of full precision; None likewise.
+        file_bytes: Bytes of the whole file, or the most that it can take; None where the file is not known.
     """
 
     method: str
@@ -65,6 +105,9 @@ class Comparison:
     calibration_loss: float
     nll: float
     perplexity: float
+    divergence: Estimate | None = None
+    same_top: Estimate | None = None
+    file_bytes: int | None = None
 
     @property
     def name(self) -> str:

@@ -22,8 +22,8 @@ from transformers import GenerationConfig
 from coopq.core.errors import ModelError
 from coopq.core.versions import check_version
 from coopq.model.sources.classes import make_model, model_class
-from coopq.model.sources.folder import find_folder, read_config, read_tokenizer, with_weights
-from coopq.model.sources.gguf import DEMO, gguf_file
+from coopq.model.sources.folder import find_folder, read_config, read_tokenizer, weights_bytes, with_weights
+from coopq.model.sources.gguf import DEMO, gguf_dtype, gguf_file
 from coopq.model.sources.gguf import TRIED as _TRIED
 from coopq.model.sources.report import check_report
 from coopq.model.sources.scaled import Packing, find_packing, lazy_tensors
@@ -50,9 +50,11 @@ class LoadedModel:
     Attributes:
         model: A transformers causal language model, or a wrapper around one.
         tokenizer: The model's tokenizer.
-        checkpoint_dtype: The dtype of the model's checkpoint. Untouched weights are saved in this dtype.
+        checkpoint_dtype: The dtype of the model's checkpoint; for a GGUF file that of `gguf_dtype`. Untouched weights
+            are saved in this dtype.
         folder: The local folder that the model was read from.
         notes: What differs between the files and the model, one sentence each.
+        source_bytes: Bytes of the files that hold the weights; 0 if the model is from no file.
     """
 
     model: Any
@@ -60,6 +62,7 @@ class LoadedModel:
     checkpoint_dtype: torch.dtype
     folder: Path = Path()
     notes: tuple[str, ...] = ()
+    source_bytes: int = 0
 
 
 @dataclass
@@ -168,7 +171,8 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
         raise ModelError(f"model {source!r} does not fit on all GPUs together; use --device auto")
     model.name_or_path = model.config.name_or_path = str(described.folder)
     moved = model if on_host or is_sharded else model.to(target)
-    return LoadedModel(moved.eval(), tokenizer, described.checkpoint, described.folder, notes)
+    n_bytes = weights_bytes(source, described.folder)
+    return LoadedModel(moved.eval(), tokenizer, described.checkpoint, described.folder, notes, n_bytes)
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:
@@ -202,9 +206,11 @@ def _describe(source: str, dtype: str, device: torch.device) -> _Described:
     folder = find_folder(source)
     config, settings = read_config(folder)
     packing = find_packing(source, settings, folder)
-    checkpoint = torch.bfloat16 if packing.kind is not None else _checkpoint_dtype(config)
+    computes = torch.bfloat16 if packing.kind is not None else _config_dtype(config)
+    file = gguf_file(source)
+    checkpoint = computes if file is None else gguf_dtype(file)
     model_class(config)
-    return _Described(source, folder, config, packing, pick_dtype(dtype, device, checkpoint), checkpoint, ReadLog())
+    return _Described(source, folder, config, packing, pick_dtype(dtype, device, computes), checkpoint, ReadLog())
 
 
 def _settle(described: _Described, *, with_tensors: bool) -> Any:
@@ -241,20 +247,16 @@ def max_positions(model: Any) -> int | None:
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:
-    """The dtype of a model's checkpoint, according to the model's configuration; bfloat16 if it was dequantized.
+    """The dtype of a model's checkpoint, as `LoadedModel.checkpoint_dtype`; the weights are not read.
 
     Raises:
         ModelError: As `load_model`.
     """
     with _naming(source):
-        folder = find_folder(source)
-        config, settings = read_config(folder)
-        if find_packing(source, settings, folder).kind is not None:
-            return torch.bfloat16
-        return _checkpoint_dtype(config)
+        return _describe(source, "auto", torch.device("cpu")).checkpoint
 
 
-def _checkpoint_dtype(config: Any) -> torch.dtype:
+def _config_dtype(config: Any) -> torch.dtype:
     dtype: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
     return dtype
 

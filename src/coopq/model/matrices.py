@@ -109,19 +109,25 @@ def matrix_of(model: nn.Module, name: str) -> Matrix:
 
 
 def round_untouched(loaded: "LoadedModel", players: Sequence[Player], widths: Sequence[Width]) -> bool:
-    """Round the players' weights to 16 bits, if players may stay untouched and the checkpoint has 32 bits.
+    """Round weights to the 16 bits in which a saved model stores them, so that what is measured is what is saved.
 
-    A saved model stores 16 bits of an untouched weight, so the weight that is measured is the weight that is saved.
+    These are the players' weights, if players may stay untouched, and all other matrices, if the checkpoint has 16
+    bits. Matrices of a GGUF file need it: an int8 times a scale in float16 has more digits than 16 bits.
 
     Returns:
-        Whether the weights were rounded.
+        Whether a weight was changed.
     """
-    if UNTOUCHED not in widths or loaded.checkpoint_dtype.itemsize == 2:
-        return False
-    for name in (linear.name for player in players for linear in player.linears):
-        weight = matrix_of(loaded.model, name).parameter
-        weight.data = weight.data.to(sixteen_bit_dtype(weight.data, loaded.checkpoint_dtype)).to(weight.dtype)
-    return True
+    model, checkpoint = loaded.model, loaded.checkpoint_dtype
+    names = (linear.name for player in players for linear in player.linears)
+    owned = {id(matrix_of(model, name).parameter) for name in names}
+    is_changed = False
+    for parameter in model.parameters():
+        stays = UNTOUCHED in widths if id(parameter) in owned else checkpoint.itemsize == 2 and parameter.dim() > 1
+        if stays:
+            rounded = parameter.data.to(sixteen_bit_dtype(parameter.data, checkpoint)).to(parameter.dtype)
+            is_changed |= not torch.equal(rounded, parameter.data)
+            parameter.data = rounded
+    return is_changed
 
 
 def sixteen_bit_dtype(weight: Tensor, checkpoint: torch.dtype) -> torch.dtype:
@@ -129,11 +135,11 @@ def sixteen_bit_dtype(weight: Tensor, checkpoint: torch.dtype) -> torch.dtype:
 
     Args:
         weight: The weight.
-        checkpoint: The checkpoint's dtype, which is kept if it has 16 bits.
+        checkpoint: The checkpoint's dtype, which is kept if it is bfloat16.
     Returns:
-        float16 for a wider checkpoint; bfloat16 if float16 cannot hold a value of the weight.
+        Otherwise float16, or bfloat16 if float16 cannot hold a value of the weight.
     """
-    if checkpoint.itemsize <= 2:
+    if checkpoint == torch.bfloat16:
         return checkpoint
     fits = weight.is_meta or not weight.numel() or bool(weight.abs().max() <= torch.finfo(torch.float16).max)
     return torch.float16 if fits else torch.bfloat16

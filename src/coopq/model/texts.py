@@ -15,6 +15,9 @@ import numpy.typing as npt
 from coopq.core.errors import BackendError, CalibrationError
 from coopq.core.specs import TextSpec
 
+WIKITEXT2 = "WikiText-2 test"
+"""Name of the packaged text that judges."""
+_DATA = resources.files("coopq.model") / "data"
 _FIT_TOKENS = 32_768
 """Tokens that weights are fitted to if a user does not say how many."""
 _HUB_DOCUMENTS = 2000
@@ -112,10 +115,7 @@ def _shuffled_windows(text: TextSpec, tokenizer: Any, max_positions: int | None)
     """All windows of a text, in random order; at least `text.n_sequences` of them."""
     check_text(text)
     bos = _bos(tokenizer)
-    content = _content_length(text.sequence_length, bos, max_positions)
-    windows = [
-        window for document in _documents(text.source) for window in _windows(_encode(tokenizer, document), content)
-    ]
+    windows = _windows(text.source, tokenizer, text.sequence_length, bos, max_positions)
     _require(text, len(windows), text.n_sequences)
     order = np.random.default_rng(text.seed).permutation(len(windows))
     return TokenSet(_stack([windows[i] for i in order], bos), text.source, bos is not None)
@@ -142,55 +142,76 @@ def check_text(text: TextSpec) -> None:
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
     elif text.source != "c4":
-        path = Path(text.source).expanduser()
-        if not path.is_file():
-            raise CalibrationError(
-                f"no calibration file at {path}; give a .txt or .jsonl file, 'c4' (packaged), or 'hub:NAME'"
-            )
-        if path.suffix not in (".txt", ".jsonl"):
-            raise CalibrationError(f"calibration file {path} is neither .txt nor .jsonl; convert it to one of them")
-        _read_text(path)
+        _check_file(Path(text.source).expanduser(), ", 'c4' (packaged), or 'hub:NAME'")
 
 
-def wikitext2(
-    tokenizer: Any, sequence_length: int, max_tokens: int | None = None, max_positions: int | None = None
-) -> TokenSet:
-    """The packaged WikiText-2 test split in non-overlapping windows: held-out text that no search sees.
+def _check_file(path: Path, instead: str = "") -> None:
+    """Check that a file of text can be read; `instead` is what else a user can name."""
+    if not path.is_file():
+        raise CalibrationError(f"no text file at {path}; give a .txt or .jsonl file{instead}")
+    if path.suffix not in (".txt", ".jsonl"):
+        raise CalibrationError(f"text file {path} is neither .txt nor .jsonl; convert it to one of them")
+    _read_text(path)
 
-    The paragraphs are joined by blank lines and tokenized as one text; an incomplete last window is dropped.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        sequence_length: Tokens of a window.
+@dataclass(frozen=True)
+class HeldOut:
+    """Text that no search sees, in non-overlapping windows; an incomplete last window of a document is dropped.
+
+    Attributes:
+        length: Tokens of a window.
         max_tokens: Use only the first windows, up to this many tokens; None uses all.
-        max_positions: Positions of the model; None for no limit.
-    Raises:
-        CalibrationError: If not even one window fits.
+        source: A .txt or .jsonl file, or the packaged WikiText-2 test split.
     """
-    if sequence_length < 2 or (max_tokens is not None and max_tokens < 1):
-        raise CalibrationError(
-            f"windows of {sequence_length} tokens out of {max_tokens} cannot be scored; use at least 2 tokens"
-        )
-    bos = _bos(tokenizer)
-    lines = (resources.files("coopq.model") / "data" / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
-    tokens = _encode(tokenizer, "\n\n".join(line for line in lines if line.strip()))
-    windows = _windows(tokens, _content_length(sequence_length, bos, max_positions))
-    if max_tokens is not None:
-        windows = windows[: max_tokens // sequence_length]
-    if not windows:
-        raise CalibrationError(
-            f"no window of {sequence_length} tokens fits into {max_tokens} tokens; use more tokens or shorter windows"
-        )
-    return TokenSet(_stack(windows, bos), "WikiText-2 test", bos is not None)
+
+    length: int
+    max_tokens: int | None = None
+    source: str = WIKITEXT2
+
+    def check(self) -> None:
+        """Check that the text can be read and scored, before a model is loaded.
+
+        Raises:
+            CalibrationError: If not.
+        """
+        if self.length < 2 or (self.max_tokens is not None and self.max_tokens < 1):
+            raise CalibrationError(
+                f"windows of {self.length} tokens out of {self.max_tokens} cannot be scored; use at least 2 tokens"
+            )
+        if self.source != WIKITEXT2:
+            _check_file(Path(self.source))
+
+    def windows(self, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
+        """The tokens.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            max_positions: Positions of the model; None for no limit.
+        Raises:
+            CalibrationError: If the text cannot be read, or not even one window fits.
+        """
+        self.check()
+        bos = _bos(tokenizer)
+        windows, name = _windows(self.source, tokenizer, self.length, bos, max_positions), Path(self.source).name
+        windows = windows if self.max_tokens is None else windows[: self.max_tokens // self.length]
+        if not windows:
+            raise CalibrationError(
+                f"no window of {self.length} tokens fits into {self.max_tokens or 'all'} tokens of {name}; use more "
+                "tokens or shorter windows"
+            )
+        return TokenSet(_stack(windows, bos), name, bos is not None)
 
 
 def _documents(source: str) -> list[str]:
-    """Documents of a calibration text."""
+    """Documents of a text."""
     if source.startswith("hub:"):
         return _hub_documents(source.removeprefix("hub:"))
     if source == "c4":
-        with resources.as_file(resources.files("coopq.model") / "data" / "c4_sample.jsonl") as path:
+        with resources.as_file(_DATA / "c4_sample.jsonl") as path:
             return _jsonl_documents(path)
+    if source == WIKITEXT2:  # one text, its paragraphs joined by blank lines
+        lines = (_DATA / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
+        return ["\n\n".join(line for line in lines if line.strip())]
     path = Path(source).expanduser()
     return _jsonl_documents(path) if path.suffix == ".jsonl" else [_read_text(path)]
 
@@ -217,8 +238,7 @@ def _jsonl_documents(path: Path) -> list[str]:
             text = msgspec.json.decode(line, type=_Document).text
         except (ValueError, RecursionError) as error:
             raise CalibrationError(
-                f"calibration file {path}, line {number}: not a JSON object with a field 'text'; "
-                "repair or remove the line"
+                f"text file {path}, line {number}: not a JSON object with a field 'text'; repair or remove the line"
             ) from error
         documents.append(text)
     return documents
@@ -229,12 +249,12 @@ def _read_text(path: Path) -> str:
         text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
     except UnicodeDecodeError as error:
         raise CalibrationError(
-            f"calibration file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
+            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
         ) from error
     except OSError as error:
-        raise CalibrationError(f"cannot read calibration file {path}: {error.strerror}") from error
+        raise CalibrationError(f"cannot read text file {path}: {error.strerror}") from error
     if not text.strip():
-        raise CalibrationError(f"calibration file {path} is empty; give one with text")
+        raise CalibrationError(f"text file {path} is empty; give one with text")
     return text
 
 
@@ -265,14 +285,14 @@ def check_length(sequence_length: int, max_positions: int | None) -> None:
         )
 
 
-def _content_length(sequence_length: int, bos: int | None, max_positions: int | None) -> int:
-    """Tokens of a sequence without the beginning-of-sequence token."""
-    check_length(sequence_length, max_positions)
-    return sequence_length - (bos is not None)
-
-
-def _windows(tokens: Sequence[int], length: int) -> list[Sequence[int]]:
-    return [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+def _windows(
+    source: str, tokenizer: Any, length: int, bos: int | None, max_positions: int | None
+) -> list[Sequence[int]]:
+    """Non-overlapping windows of all documents of a text, without the beginning-of-sequence token."""
+    check_length(length, max_positions)
+    content = length - (bos is not None)
+    texts = [_encode(tokenizer, document) for document in _documents(source)]
+    return [tokens[i : i + content] for tokens in texts for i in range(0, len(tokens) - content + 1, content)]
 
 
 def _stack(windows: Sequence[Sequence[int]], bos: int | None) -> npt.NDArray[np.int64]:

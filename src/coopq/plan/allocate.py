@@ -141,6 +141,7 @@ def make_plan(subject: Subject, budget: Budget, choice: Choice) -> Plan:
         budget=budget.text,
         budget_bytes=sizes.limit(budget, subject.request.widths.bits),
         bytes=sizes.total_bytes(assignment),
+        file_bytes=sizes.file_bytes(assignment),
         untouched_bytes=sizes.untouched_bytes(assignment),
         average_bits=sizes.average_bits(assignment),
         bits_per_weight=sizes.bits_per_weight(assignment),

@@ -16,7 +16,7 @@ from coopq.core.types import Player, as_width
 from coopq.game.run_folder import RunFolder
 from coopq.search.shapley import ShapleyEstimate
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class _Record(Struct, forbid_unknown_fields=True):
     players: Annotated[tuple[Player, ...], Meta(min_length=1)]
     bytes: dict[str, tuple[_Size | None, ...]]
     fixed: _Size
+    reserved: _Size
+    reserved: _Size
     estimate: _Estimate
     spent: Spent
 
@@ -105,6 +107,8 @@ def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
         players=estimation.players,
         bytes={str(bits): n_bytes for bits, n_bytes in estimation.sizes.n_bytes.items()},
         fixed=estimation.sizes.fixed,
+        reserved=estimation.sizes.reserved,
+        reserved=estimation.sizes.reserved,
         estimate=_Estimate(**plain),
         spent=estimation.spent,
     )
@@ -143,6 +147,8 @@ def load_estimation(path: Path) -> Estimation:
             n_weights=tuple(player.n_weights for player in record.players),
             n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
             fixed=record.fixed,
+            reserved=record.reserved,
+            reserved=record.reserved,
         ),
         fingerprint=record.fingerprint,
         estimate=ShapleyEstimate(

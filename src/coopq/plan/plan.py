@@ -54,8 +54,11 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         method: A name of `coopq.plan.methods.METHODS`.
         alpha: Shrinkage of the covariance; None for methods without one.
         budget: The budget as the user wrote it.
-        budget_bytes: The budget in bytes.
+        budget_bytes: The budget of the players' weights in bytes.
         bytes: Bytes of the players' weights under this plan.
+        file_bytes: Bytes of the whole file of weights: of the target's file as predicted, or of the saved model's.
+            Until the model is saved, the most that the file can take.
+        source_bytes: Bytes of the files that the model came from; 0 until the model is saved.
         untouched_bytes: Bytes of the players that stay untouched: in the target's file, if there is a target.
         average_bits: Width averaged over the quantized weights; scales and zeros do not count.
         bits_per_weight: Stored bits per quantized weight; scales, zeros and padding count.
@@ -85,6 +88,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     budget: str
     budget_bytes: int
     bytes: int
+    file_bytes: int
     average_bits: float
     bits_per_weight: float
     players: tuple[PlayerPlan, ...]
@@ -103,6 +107,7 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     confidence: Confidence | None = None
     fidelity: Fidelity | None = None
     untouched_bytes: int = 0
+    source_bytes: int = 0
 
     @property
     def quantizer(self) -> QuantizerSpec:
@@ -142,8 +147,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def source_notes(self) -> tuple[str, ...]:
-        """What was done to the model's file when it was loaded, and what of the file is not used."""
-        return tuple(self.fingerprint.get("source", ()))
+        """What was done to the model's weights when they were loaded, and what of the files is not used."""
+        rounded = self.fingerprint.get("rounded to")
+        note = () if rounded is None else (f"weights that stay are rounded to {rounded}, for the loss as in the file",)
+        return (*self.fingerprint.get("source", ()), *note)
 
     def replace(self, **changes: Any) -> "Plan":
         """The plan with other values of some fields."""
@@ -195,6 +202,8 @@ def _contradiction(plan: Plan) -> str | None:
         return f"{n_untouched} players are untouched, and take {plan.untouched_bytes} of {plan.bytes} bytes"
     if not min(plan.assignment) - _ROUNDING <= plan.average_bits <= max(plan.assignment) + _ROUNDING:
         return f"{plan.average_bits} are not the average of its players' bits"
+    if plan.file_bytes < plan.bytes:
+        return f"its weights take {plan.bytes} bytes of a file of {plan.file_bytes}"
     if plan.bits_per_weight <= 0 or min(plan.block_forwards, plan.block_forwards_unshared) < 0:
         return "a size or a cost is negative"
     return None

@@ -76,16 +76,23 @@ def _split(key: str, modules: Container[str]) -> tuple[str, str]:
 
 
 def install(
-    model: Any, weights: PackedWeights, widths: Mapping[str, Width], device: torch.device, dtype: torch.dtype
+    model: Any,
+    weights: PackedWeights,
+    widths: Mapping[str, Width],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dequantize: bool = False,
 ) -> None:
-    """Put packed modules in the place of a model's own.
+    """Let a model compute with packed weights: by packed modules, or by its own modules with dequantized weights.
 
     Args:
-        model: The model, on `device`; the weights of modules that are replaced need no values.
+        model: The model, on `device`; the weights of the named modules need no values.
         weights: The packed weights; the function empties them, so that each weight is in memory once.
-        widths: Width of each module to replace.
+        widths: Width of each named module.
         device: The device of the packed weights.
         dtype: The dtype to compute in.
+        dequantize: Whether weights are dequantized now, instead of in each forward pass.
     Raises:
         KeyError: If a module has no packed tensors, or tensors of another width.
         AttributeError: If the model has no module of a name.
@@ -97,6 +104,9 @@ def install(
         if sum(tensor.nbytes for tensor in weights[name].values()) != backend.storage_bytes(shape, bits):
             raise KeyError(f"the tensors of {name} are not those of {bits} bits")
         packed = {key: tensor.to(device) for key, tensor in weights.pop(name).items()}
+        if dequantize:
+            matrix.parameter.data = matrix.stored(backend.dequantize(packed, shape, bits, dtype))
+            continue
         if matrix.n_experts:
             owner, _, attribute = name.rpartition(".")
             PackedExperts(backend, packed, matrix, bits, dtype).attach(model, owner, attribute)

@@ -11,11 +11,11 @@ from rich.text import Text
 from coopq.core.specs import Request
 from coopq.core.types import Width
 from coopq.export.formats import FORMS
-from coopq.judge.results import Accuracy, Comparison
 from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.data import covariance_correlation
+from coopq.report.sizes import size_text
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
@@ -34,7 +34,7 @@ _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token,
 
 
 def plan_summary(plan: Plan) -> str:
-    """Sizes, losses, proof and confidence of a plan, in two to four lines."""
+    """Sizes, losses, proof and confidence of a plan, in two to six lines."""
     deployed = f"; deployed by {plan.deployment.backend}, not by what was measured" if plan.deployment else ""
     measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
     loss = plan.request.search.loss
@@ -45,10 +45,26 @@ def plan_summary(plan: Plan) -> str:
     covered = "" if plan.covered is None else f", {plan.covered:.1%} of the blocks' weights covered"
     notes = "".join(f"\n{note}" for note in plan.source_notes)
     return (
-        f"budget {plan.budget} by {plan.method}: {plan.bytes / 2**20:.2f} MiB of {plan.budget_bytes / 2**20:.2f} MiB, "
-        f"{plan.average_bits:.3f} average bits, {plan.bits_per_weight:.3f} bits per weight{covered}\n"
+        f"budget {plan.budget} by {plan.method}: {_size(plan)}, {plan.average_bits:.3f} average bits, "
+        f"{plan.bits_per_weight:.3f} bits per weight{covered}\n"
         f"{_LOSSES[loss]} {predicted}{measured} (nats per token)"
-        f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}"
+        f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}{_growth(plan)}"
+    )
+
+
+def _size(plan: Plan) -> str:
+    """The size of the file that a plan is for, after the name of the target."""
+    text = size_text(plan.file_bytes, plan.bytes, plan.budget_bytes)
+    return text if plan.request.target.form is None else f"{plan.request.target.form} {text}"
+
+
+def _growth(plan: Plan) -> str:
+    """A warning if the result is larger than what it came from, in a line of its own."""
+    if not 0 < plan.source_bytes < plan.file_bytes:
+        return ""
+    return (
+        f"\nthe result is LARGER than the {plan.source_bytes / 1e6:,.1f} MB that it came from: keep the original, or "
+        "use a smaller budget, --embeddings or a --target"
     )
 
 
@@ -164,7 +180,7 @@ def _players_table(
     title: str, names: Sequence[str], bits: Mapping[str, Sequence[Width]], scores: Mapping[str, Sequence[float]]
 ) -> Table:
     """A row for each player: its bits under each plan, then its scores."""
-    table = _table(title, "player", *bits, *scores)
+    table = empty_table(title, "player", *bits, *scores)
     for row, name in enumerate(names):
         widths = [str(assignment[row]) for assignment in bits.values()]
         table.add_row(name, *widths, *(f"{values[row]:.5g}" for values in scores.values()))
@@ -200,33 +216,9 @@ def show_forecast(expected: "Forecast") -> RenderableType:
     return Group(text, table)
 
 
-def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
-    """A comparison, in the order given; `text` is the judging text."""
-    calibration = f"calibration loss ({rows[0].loss})" if rows else "calibration loss"
-    table = _table(f"Perplexity on {text}", "weights", "bits per weight", calibration, "NLL", "perplexity")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.bits_per_weight:.3f}",
-            f"{row.calibration_loss:.4f}",
-            f"{row.nll:.4f}",
-            f"{row.perplexity:,.2f}",
-        )
-    return table
-
-
-def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
-    """Accuracies with standard errors."""
-    table = _table(f"Zero-shot accuracy of {model}", "task", "accuracy", "normalized by length", "questions")
-    for row in rows:
-        normalized = "" if row.normalized is None else f"{row.normalized[0]:.4f} ± {row.normalized[1]:.4f}"
-        table.add_row(row.task, f"{row.accuracy:.4f} ± {row.stderr:.4f}", normalized, f"{row.questions:,}")
-    return table
-
-
 def front_table(points: "Sequence[FrontPoint]", loss: str) -> Table:
     """Sizes against losses."""
-    table = _table(
+    table = empty_table(
         f"Size against {_LOSSES[loss]}, nats per token", "MB", "bits per weight", "measured", "predicted", ""
     )
     for point in points:
@@ -260,7 +252,7 @@ def targets_table() -> Table:
     return table
 
 
-def _table(title: str, first: str, *others: str) -> Table:
+def empty_table(title: str, first: str, *others: str) -> Table:
     """An empty table whose columns are right-justified, except for the first column."""
     table = Table(first, title=title)
     for column in others:

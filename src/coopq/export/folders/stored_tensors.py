@@ -1,16 +1,19 @@
 """Which of a model's own tensors a saved model stores, and in which dtype; and how the model gets them back."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from coopq.core.types import UNTOUCHED, Width
-from coopq.model.load import empty_model
+from coopq.core.types import UNTOUCHED, Player, Width
 from coopq.model.matrices import matrix_of, sixteen_bit_dtype
-from coopq.quantizers.packed_modules import PackedWeights
+from coopq.model.safetensors_io import saved_size
+
+_MOST_PARTS, _ENTRY_BYTES, _ABOUT_BYTES = 4, 130, 256
+"""The most tensors that a backend packs a weight into, bytes of a tensor's entry in the header without the module's
+name, and bytes of what the file says of itself."""
 
 
 def stored_tensors(model: Any, widths: Mapping[str, Width], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -46,6 +49,26 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype, *, in_16_bits: bool) -> Tensor
     return narrow if tensor.is_meta or torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
+def bytes_beside(skeleton: Any, players: Sequence[Player], dtype: torch.dtype) -> int:
+    """Most bytes that the file of a saved model takes beside the players' weights.
+
+    The values of vectors decide whether they take the bytes of the checkpoint's dtype or of the model's, and backends
+    name their tensors differently: here, everything counts with the most.
+
+    Args:
+        skeleton: The model without storage.
+        players: The players.
+        dtype: The checkpoint's dtype.
+    """
+    names = [linear.name for player in players for linear in player.linears]
+    tensors = dict(stored_tensors(skeleton, dict.fromkeys(names, 0), dtype))
+    widest = max(dtype.itemsize, skeleton.dtype.itemsize)
+    vectors = [tensor for tensor in tensors.values() if tensor.is_floating_point() and tensor.dim() < 2]
+    wider = sum(tensor.numel() * (widest - tensor.itemsize) for tensor in vectors)
+    header = _ABOUT_BYTES + sum(_MOST_PARTS * (len(name) + _ENTRY_BYTES) for name in names)
+    return saved_size(tensors) + wider + header
+
+
 def load_stored(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]) -> list[str]:
     """Load the tensors of a saved model that are not packed.
 
@@ -63,26 +86,6 @@ def load_stored(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]
     given = {id(state[name]) for name in tensors if name in state}
     given |= {id(matrix_of(model, name).parameter) for name in packed}
     return [name for name in keys.missing_keys if id(state[name]) not in given] + list(keys.unexpected_keys)
-
-
-def dequantized_weights(
-    config: Any, packed: PackedWeights, widths: Mapping[str, Width], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The weights that packed tensors stand for, by the names of a model's parameters, in the parameters' shapes.
-
-    Args:
-        config: The model's configuration.
-        packed: The packed weights; the function empties them.
-        widths: Width of each quantized module.
-        dtype: Dtype of the weights.
-    """
-    with torch.device("meta"):
-        skeleton = empty_model(config, dtype)
-    parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
-    for name, bits in widths.items():
-        matrix = matrix_of(skeleton, name)
-        weight = packed.backend.dequantize(packed.pop(name), matrix.shape, bits, dtype)
-        yield name if name in parameters else f"{name}.weight", matrix.stored(weight)
 
 
 def saved_config(model: Any, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from coopq.game.session import Prepared, Session, open_session, prepare
 from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result, Row, load_result, save_result
 from coopq.judge.comparison import Judged, beside_references, make_measured_plans
+from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import check_methods, get_method
@@ -123,9 +124,8 @@ def _compare(session: Session, bench: Bench, case: Case, seed: int) -> Result:
     budgets = [Budget.parse(budget) for budget in case.budgets]
     begin_with_nothing(session, case.methods, budgets)
     plans = make_measured_plans(session, case.methods, budgets)
-    judged = beside_references(
-        session, plans, session.request.search.seed, length=bench.judge_length, max_tokens=bench.judge_tokens
-    )
+    text = HeldOut(bench.judge_length, bench.judge_tokens)
+    judged = beside_references(session, plans, session.request.search.seed, text)
     estimate = load_estimation(session.folder.path).estimate if is_estimated(session.folder) else None
     return Result(
         case=case.name,

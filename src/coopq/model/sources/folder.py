@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from coopq.core.errors import ModelError
-from coopq.model.sources.gguf import convert_gguf, gguf_file
+from coopq.model.sources.gguf import convert_gguf, gguf_file, gguf_shards
 from coopq.model.sources.stored import one_line
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "tokenizer*"]
@@ -49,6 +49,18 @@ def with_weights(source: str, folder: Path) -> Path:
     if gguf_file(source) is not None or Path(source).expanduser().is_dir():
         return folder
     return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+
+
+def weights_bytes(source: str, folder: Path) -> int:
+    """Bytes of the files that hold a model's weights.
+
+    Args:
+        source: The model's name.
+        folder: The folder that the model is read from; a GGUF file counts as it is, not as it was converted.
+    """
+    file = gguf_file(source)
+    files = folder.glob("*.safetensors") if file is None else gguf_shards(file)
+    return sum(path.stat().st_size for path in files)
 
 
 def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:

@@ -11,6 +11,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def gguf_shards(path: Path) -> list[Path]:
             "put all parts into one folder, or join them with llama-gguf-split --merge"
         )
     return paths
+
+
+def gguf_dtype(path: Path) -> torch.dtype:
+    """The dtype that holds what a GGUF file tells of its matrices: 16 bits, unless a matrix of the file has more.
+
+    Vectors may have 32 bits. Matrices of quantized types are rounded to 16 bits where a saved model keeps them.
+    """
+    shards = gguf_shards(path)
+    kinds = frozenset().union(*(_matrix_types(shard, shard.stat().st_mtime_ns) for shard in shards))
+    if kinds & {"F32", "F64"}:
+        return torch.float32
+    return torch.bfloat16 if kinds == {"BF16"} else torch.float16
+
+
+@cache
+def _matrix_types(path: Path, changed: int) -> frozenset[str]:
+    """Types of the matrices in a GGUF file as of a change; the package gguf takes seconds to read the vocabulary."""
+    from gguf import GGUFReader
+
+    return frozenset(tensor.tensor_type.name for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1)
 
 
 def convert_gguf(path: Path) -> Path:

@@ -70,7 +70,7 @@ def front_of(folder: Path, prepared: Prepared) -> list[FrontPoint]:
         loss = measured.lowest(capacity)
         points.append(
             FrontPoint(
-                n_bytes=lowest + capacity + sizes.fixed,
+                n_bytes=lowest + capacity + sizes.fixed + sizes.reserved,
                 bits_per_weight=8 * (lowest + capacity) / sum(sizes.n_weights),
                 measured=None if loss == np.inf else loss,
                 predicted=None if prior is None or loss == np.inf else _predicted(space, capacity, prior, measured),

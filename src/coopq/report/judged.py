@@ -1,0 +1,77 @@
+"""Evaluations, comparisons and accuracies for people. Divergence from the original leads where it tells most."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.table import Table
+
+from coopq.judge.references import REFERENCES
+from coopq.judge.results import Accuracy, Comparison, Estimate, Evaluation
+from coopq.report.sizes import size_text
+from coopq.report.tables import empty_table
+
+_LEADS_FROM = 3
+"""Average bits from which divergence leads. Below, many models are ruined, and perplexity says how far."""
+
+
+def evaluation_text(model: str, evaluation: Evaluation) -> str:
+    """What was found out about a model, in one to three lines."""
+    found, lines = evaluation.divergence, [f"{model}: {size_text(evaluation.file_bytes, evaluation.bytes)}"]
+    if found is not None:
+        tail = {"median": found.median, "99 %": found.percentile_99, "maximum": found.maximum}
+        more = ", ".join(f"{name} {_with_interval(value, '{:.3g}')}" for name, value in tail.items())
+        lines.append(f"KL divergence from the original, nats per token: {_with_interval(found.mean, '{:.3g}')}, {more}")
+        lines.append(
+            f"same most likely token as the original: {_with_interval(found.same_top, '{:.1%}')} of the tokens"
+        )
+    likelihood = f"perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token"
+    # Without a divergence the model is what others are compared with.
+    lines.append(likelihood if found is not None else f"{likelihood}, reference")
+    text = f"{evaluation.tokens} tokens scored ({evaluation.text})"
+    return "\n".join([*lines, text if found is None else f"{text}; in brackets 95 %, bootstrap over windows"])
+
+
+def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
+    """A comparison, in the order given; `text` is the judging text."""
+    plans = [row.average_bits for row in rows if row.method not in REFERENCES]
+    leads = min(plans, default=_LEADS_FROM) >= _LEADS_FROM
+    divergence, likelihood = ["KL", "same top"], ["NLL", "perplexity"]
+    judged = [*divergence, *likelihood] if leads else [*likelihood, *divergence]
+    title = (
+        f"Judged on {text}\nKL divergence from full precision and NLL in nats per token, share of tokens with the same "
+        "most likely token; ± half of the 95 % interval"
+    )
+    table = empty_table(
+        title, "weights", "file MB", "bits/weight", *judged, f"calibration {rows[0].loss if rows else ''}".strip()
+    )
+    for row in rows:
+        diverging = [_reference_or(row.divergence, "{:.3g}"), _reference_or(row.same_top, "{:.1%}")]
+        likely = [f"{row.nll:.4f}", f"{row.perplexity:,.2f}"]
+        cells = [*diverging, *likely] if leads else [*likely, *diverging]
+        size = "" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f}"
+        table.add_row(row.name, size, f"{row.bits_per_weight:.3f}", *cells, f"{row.calibration_loss:.4f}")
+    return table
+
+
+def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
+    """Accuracies with standard errors."""
+    table = empty_table(f"Zero-shot accuracy of {model}", "task", "accuracy", "normalized by length", "questions")
+    for row in rows:
+        normalized = "" if row.normalized is None else f"{row.normalized[0]:.4f} ± {row.normalized[1]:.4f}"
+        table.add_row(row.task, f"{row.accuracy:.4f} ± {row.stderr:.4f}", normalized, f"{row.questions:,}")
+    return table
+
+
+def _reference_or(found: Estimate | None, form: str) -> str:
+    """A statistic with half of its interval; without a statistic the row is the reference."""
+    if found is None:
+        return "reference"
+    shown = form.format(found.value)
+    return shown if found.interval is None else f"{shown} ± {form.format(np.ptp(found.interval) / 2)}"
+
+
+def _with_interval(found: Estimate, form: str) -> str:
+    if found.interval is None:
+        return form.format(found.value)
+    low, high = map(form.format, found.interval)
+    return f"{form.format(found.value)} ({low} to {high})"
