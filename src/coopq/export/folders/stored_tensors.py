@@ -65,6 +65,12 @@ def load_stored(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]
     return [name for name in keys.missing_keys if id(state[name]) not in given] + list(keys.unexpected_keys)
 
 
+def skeleton_of(config: Any, dtype: torch.dtype) -> Any:
+    """A model of a saved model's configuration, without storage."""
+    with torch.device("meta"):
+        return empty_model(config, dtype)
+
+
 def dequantized_weights(
     config: Any, packed: PackedWeights, widths: Mapping[str, Width], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
@@ -76,8 +82,7 @@ def dequantized_weights(
         widths: Width of each quantized module.
         dtype: Dtype of the weights.
     """
-    with torch.device("meta"):
-        skeleton = empty_model(config, dtype)
+    skeleton = skeleton_of(config, dtype)
     parameters = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)}
     for name, bits in widths.items():
         matrix = matrix_of(skeleton, name)
