@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, 
 import coopq
 from coopq import Goal, Request
 from coopq.core.errors import ExportError
-from coopq.export.folders.mlx import MLX, pack_affine
+from coopq.export.folders.mlx import pack_affine
 from coopq.export.folders.mlx_process import is_installed, mlx_losses
-from coopq.export.formats import export_model, predicted_bytes
+from coopq.export.formats import export_model, get_form, predicted_bytes
 from coopq.export.verification import token_losses
 from coopq.model.load import load_model
 from coopq.model.players import find_players
@@ -60,9 +60,10 @@ def as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
 @pytest.mark.parametrize(("backend", "group_size", "theirs"), [("rtn", 96, 32), ("rtn", 256, 128), ("hqq", 64, 64)])
 def test_groups_of_mlx_divide_those_of_a_backend(backend: str, group_size: int, theirs: int) -> None:
     mx = pytest.importorskip("mlx.core")
+    form: Any = get_form("mlx")
     quantizer = weight_quantizer(backend, group_size=group_size)
     packed = quantizer.quantize(torch.randn(4, 768), 3)
-    parts = MLX().pack(packed, (4, 768), 3, quantizer, torch.float32)
+    parts = form.pack(packed, (4, 768), 3, quantizer, torch.float32)
     assert parts["scales"].shape == (4, 768 // theirs)
     words, scales, biases = (mx.array(as_numpy(parts[part])) for part in ("weight", "scales", "biases"))
     weight = np.array(mx.dequantize(words, scales, biases, group_size=theirs, bits=3))
