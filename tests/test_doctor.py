@@ -72,7 +72,7 @@ def test_every_extra_works_here(stories: str) -> None:
 
 def test_a_model_that_is_refused_is_an_error_after_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", tuple(part for part in doctor.EXTRAS if part.name == "plot"))
-    monkeypatch.setattr(doctor, "ENGINES", tuple(part for part in doctor.ENGINES if part.name == "MLX"))
+    monkeypatch.setattr(doctor, "ENGINES", tuple(part for part in doctor.ENGINES if part.name == "vLLM"))
     monkeypatch.setenv("COOPQ_CONVERTER", str(tmp_path / "missing.py"))
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     code, out, err = command("doctor", tmp_path / "nothing")
@@ -80,7 +80,7 @@ def test_a_model_that_is_refused_is_an_error_after_the_report(monkeypatch: pytes
     assert err.strip().splitlines()[-1].startswith("error: there is no folder")
     assert "converter to GGUF: none" in out
     assert re.search(r"plot +│ figures .* │ works \d", out)
-    assert "not installed: pip install 'mlx-lm'" in out
+    assert "not installed: pip install 'vllm'" in out
     code, out, _ = command("doctor", tmp_path / "nothing", "--json")
     assert code == 2
     assert "there is no folder" in json.loads(out)["model"]["refused"]

@@ -158,7 +158,7 @@ def apply(plan: Path, out: Path, model: str | None, backend: str | None, group_s
 @click.option("--model", help="gguf, openvino: where the plan's model is now.")
 @as_json
 def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None, as_json: bool) -> None:
-    """Write the saved model SAVED as the file of an engine: llama.cpp, OpenVINO, vLLM or transformers."""
+    """Write the saved model SAVED as the file of an engine: llama.cpp, OpenVINO, mlx-lm, vLLM or transformers."""
     from coopq.export.formats import export_model
 
     quiet_libraries()

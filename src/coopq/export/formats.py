@@ -59,6 +59,12 @@ FORMS: dict[str, FormEntry] = {
         ("rtn", "quanto", "hqq", *_GPTQ_TENSORS),
         takes_base=True,
     ),
+    "mlx": FormEntry(
+        "coopq.export.folders.mlx:MLX",
+        "mlx-lm",
+        "a folder for Macs, with a width for each layer; embeddings can be quantized too",
+        ("rtn", "hqq", *_GPTQ_TENSORS),
+    ),
     "compressed-tensors": FormEntry(
         "coopq.export.folders.compressed_tensors:CompressedTensors",
         "vLLM, transformers",

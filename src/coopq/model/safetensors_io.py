@@ -24,6 +24,7 @@ _ORDER = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float32: "F32",
     torch.float64: "F64",
     torch.int64: "I64",
@@ -36,13 +37,28 @@ _CHECKSUM = "crc32"
 
 def saved_size(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the file that `save_tensors` would write. The tensors may have no storage."""
+    header, n_bytes = _header(tensors)
+    return len(header) + n_bytes
+
+
+def save_zeros(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file of tensors of these shapes and dtypes that holds zeros, and takes next to no room on disk."""
+    header, n_bytes = _header(tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + n_bytes)
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, int]:
+    """What a file of tensors begins with, and the bytes of the tensors' values."""
     header: dict[str, Any] = {"__metadata__": _METADATA}
     dtypes, end = list(_ORDER), 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-dtypes.index(item[1].dtype), item[0])):
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _ORDER[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    length = -(-len(text) // 8) * 8
+    return length.to_bytes(8, "little") + text.ljust(length), end
 
 
 def require_finite(tensors: Iterable[tuple[str, Tensor]], what: str, way_out: str) -> None:

@@ -68,7 +68,6 @@ class _Record(Struct, forbid_unknown_fields=True):
     bytes: dict[str, tuple[_Size | None, ...]]
     fixed: _Size
     reserved: _Size
-    reserved: _Size
     estimate: _Estimate
     spent: Spent
 
@@ -108,7 +107,6 @@ def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
         bytes={str(bits): n_bytes for bits, n_bytes in estimation.sizes.n_bytes.items()},
         fixed=estimation.sizes.fixed,
         reserved=estimation.sizes.reserved,
-        reserved=estimation.sizes.reserved,
         estimate=_Estimate(**plain),
         spent=estimation.spent,
     )
@@ -147,7 +145,6 @@ def load_estimation(path: Path) -> Estimation:
             n_weights=tuple(player.n_weights for player in record.players),
             n_bytes={as_width(bits): n_bytes for bits, n_bytes in record.bytes.items()},
             fixed=record.fixed,
-            reserved=record.reserved,
             reserved=record.reserved,
         ),
         fingerprint=record.fingerprint,

@@ -61,6 +61,7 @@ EXTRAS = (
     _extra("llama.cpp", "GGUF in and out; the backends of ggml", "gguf", "libggml", _GGML, "xllamacpp"),
     _extra("vllm", "--to compressed-tensors, and the backend gptq", "compressed_tensors", "gptqmodel"),
     _extra("openvino", "--to openvino", "openvino"),
+    _extra("mlx", "--to mlx", "mlx_lm"),
     _extra("quanto", "backend quanto", "optimum.quanto"),
     _extra("hqq", "backend hqq", "hqq.core.quantize"),
     _extra("gptq", "backends gptq and gptq-static", "gptqmodel"),
@@ -81,7 +82,7 @@ ENGINES = (
     Part("vLLM", "models of gptq; --to compressed-tensors", ("vllm",), "vllm"),
     Part("transformers", "--to compressed-tensors", ("compressed_tensors",), "coopq[vllm]"),
     Part("transformers", "--to auto-round", ("auto_round",), "coopq[autoround]"),
-    Part("MLX", "models for Apple silicon", ("mlx_lm",), "mlx-lm"),
+    Part("mlx-lm", "--to mlx", ("mlx_lm",), "coopq[mlx]"),
 )
 """The engines whose loss can be compared on this machine, if the package works."""
 

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import Losses, Width
-from coopq.export.folders.hf_folder import HFFolder
-from coopq.plan.plan import Plan
-from coopq.quantizers.backend import Packed
-from coopq.quantizers.gptq.format import GPTQFormat
+from coopq.export.folders.hf_folder import GPTQFolder, commonest_width
+from coopq.quantizers.backend import Backend, Packed
 
 _LOSSES = """
 import json, sys
@@ -31,44 +29,51 @@ asked = json.load(sys.stdin)
 model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float16).eval()
 print(json.dumps(token_losses(model, numpy.array(asked["tokens"]), "the exported model").tolist()))
 """
-"""What the other process runs. The library computes in float16 only."""
+"""What the other process runs."""
 
 
-class AutoRound(HFFolder):
+class AutoRound(GPTQFolder):
     """The form "auto-round"."""
 
     name: ClassVar[str] = "auto-round"
-    computes_in: ClassVar[torch.dtype | None] = torch.float16
 
-    def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
+    def layout(self, shape: tuple[int, int], bits: int, backend: Backend, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `HFFolder.layout`."""
         rows, columns = shape
-        groups = columns // group_size
+        groups = columns // backend.settings["group_size"]
         return {
             "qweight": torch.empty(-(-columns * bits // 32), rows, dtype=torch.int32, device="meta"),
             "qzeros": torch.empty(groups, -(-rows * bits // 32), dtype=torch.int32, device="meta"),
             "scales": torch.empty(groups, rows, dtype=torch.float16, device="meta"),
         }
 
-    def pack(self, packed: Packed, bits: Width, tensor_format: GPTQFormat) -> dict[str, Tensor]:
+    def pack(
+        self, packed: Packed, shape: tuple[int, int], bits: int, backend: Backend, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """See `HFFolder.pack`."""
         # Groups are in order, so their indices say nothing. The form has no indices.
         return {part: tensor for part, tensor in packed.items() if part != "g_idx"}
 
-    def quantization_config(self, plan: Plan, tensor_format: GPTQFormat) -> dict[str, Any]:
-        """See `HFFolder.quantization_config`: the most common width, and modules of other widths by name."""
-        (common, _), *_ = Counter(plan.quantized.values()).most_common()
-        settings = {"group_size": tensor_format.group_size, "sym": True, "data_type": "int"}
-        exceptions = {name: {"bits": bits, **settings} for name, bits in plan.modules.items() if bits != common}
+    def config_entries(
+        self, config: Mapping[str, Any], widths: Mapping[str, Width], backend: Backend
+    ) -> Mapping[str, Any]:
+        """See `HFFolder.config_entries`: the most common width, and modules of other widths by name."""
+        common = commonest_width(widths)
+        settings = {"group_size": backend.settings["group_size"], "sym": True, "data_type": "int"}
+        exceptions = {name: {"bits": bits, **settings} for name, bits in widths.items() if bits != common}
         form = {"packing_format": "auto_round:auto_gptq", "bits": common, **settings}
-        return {**form, "extra_config": exceptions}
+        return {"quantization_config": {"quant_method": self.name, **form, "extra_config": exceptions}}
 
     def is_loadable(self) -> bool:
         """See `HFFolder.is_loadable`."""
         return importlib.util.find_spec("auto_round") is not None
 
-    def losses_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
-        """See `HFFolder.losses_by_transformers`; in a process of its own, since the library takes over logging.
+    def rounds_to(self, measured: torch.dtype, checkpoint: torch.dtype) -> torch.dtype:
+        """See `HFFolder.rounds_to`: the library computes in float16 only."""
+        return torch.float16
+
+    def losses(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
+        """See `HFFolder.losses`; in a process of its own, since the library takes over logging.
 
         Raises:
             RuntimeError: With the last line of the process, if it fails.

@@ -1,7 +1,8 @@
-"""What the forms that transformers loads have in common: the folder of a saved model with other tensors."""
+"""What forms of safetensors have in common: the folder of a saved model with other tensors."""
 
 import shutil
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
 from coopq.export.folders.folder_files import write_model_card
-from coopq.export.folders.stored_tensors import stored_tensors
+from coopq.export.folders.stored_tensors import skeleton_of, stored_tensors
 from coopq.export.formats import Form
 from coopq.export.verification import probe_tokens, require_equal, token_losses
 from coopq.model.load import checkpoint_dtype, load_skeleton
@@ -32,61 +33,78 @@ from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend, Packed
 from coopq.quantizers.gptq.format import GPTQFormat
 
-_WEIGHTS = "model.safetensors"
-_NOT_COPIED = ("plan.json", "quantize_config.json", "quantized.safetensors", _WEIGHTS)
+WEIGHTS = "model.safetensors"
+"""The file of weights in a folder."""
+_NOT_COPIED = ("plan.json", "hashes.json", "quantize_config.json", "quantized.safetensors", WEIGHTS)
 _OFFSET_DIGITS = 4
 """Digits that the two offsets of a tensor may have more in the file's header where players stay untouched: two each."""
 
 
 class HFFolder(Form):
-    """A form made from GPTQ's tensors, symmetric and in order; see `coopq.export.formats.Form`."""
+    """A form that is a folder like those of transformers; see `coopq.export.formats.Form`."""
 
     name: ClassVar[str]
-    """The form's name in `coopq.export.formats.FORMS`, and the method's name in config.json."""
-
-    computes_in: ClassVar[torch.dtype | None] = None
-    """The dtype that transformers computes in; None for that of the model."""
-
-    @abstractmethod
-    def layout(self, shape: tuple[int, int], bits: int, group_size: int) -> dict[str, Tensor]:
-        """Tensors of a module of shape (out, in), without storage; shapes and dtypes are those that `pack` gives."""
+    """The form's name in `coopq.export.formats.FORMS`."""
+    engine: ClassVar[str] = "transformers"
+    """What loads the folder."""
 
     @abstractmethod
-    def pack(self, packed: Packed, bits: Width, tensor_format: GPTQFormat) -> dict[str, Tensor]:
-        """Tensors of a module from GPTQ's tensors."""
-
-    @abstractmethod
-    def quantization_config(self, plan: Plan, tensor_format: GPTQFormat) -> dict[str, Any]:
-        """What config.json says about the quantized modules."""
-
-    def check_widths(self, widths: Mapping[str, Width]) -> None:
-        """Check that engines take these widths together.
+    def layout(self, shape: tuple[int, int], bits: int, backend: Backend, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Tensors of a module, without storage; shapes and dtypes are those that `pack` gives.
 
         Args:
+            shape: Outputs and inputs of the module.
+            bits: Width of the module.
+            backend: What packed the weight.
+            dtype: The checkpoint's dtype.
+        """
+
+    @abstractmethod
+    def pack(
+        self, packed: Packed, shape: tuple[int, int], bits: int, backend: Backend, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Tensors of a module from a backend's packed weight; the other arguments are those of `layout`."""
+
+    @abstractmethod
+    def config_entries(
+        self, config: Mapping[str, Any], widths: Mapping[str, Width], backend: Backend
+    ) -> Mapping[str, Any]:
+        """Entries of config.json that the form adds or changes.
+
+        Args:
+            config: The saved model's configuration.
+            widths: Width of each of the players' modules by name.
+            backend: What packed the weights.
+        """
+
+    def check_layers(self, model: Any, widths: Mapping[str, Width]) -> None:
+        """Check that the engine takes these layers at these widths.
+
+        Args:
+            model: The model without storage.
             widths: Width of each module by name; before widths are chosen, the index of the player instead.
         Raises:
             ExportError: If not.
         """
 
-    def check(self, backend: Backend) -> None:
-        """See `Form.check`."""
-        self._tensor_format(backend)
-
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
     ) -> Sizes:
         """See `Form.player_sizes`; `fixed` is right to a few bytes of the header, and never too small."""
-        group_size, widths = self._tensor_format(backend).group_size, request.widths
+        dtype, widths = checkpoint_dtype(request.model.source), request.widths
         linears = [linear for player in players for linear in player.linears]
-        self.check_widths({linear.name: index for index, player in enumerate(players) for linear in player.linears})
+        self.check_layers(
+            skeleton, {linear.name: index for index, player in enumerate(players) for linear in player.linears}
+        )
         for linear in linears:
-            check_columns(linear.name, linear.shape[1], group_size, self.name)
+            check_columns(linear.name, linear.shape[1], backend.settings["group_size"], self.name)
         widest = widths.quantized[-1]
-        all_at_widest = {linear.name: widest for linear in linears}
-        expected = self._expected(skeleton, checkpoint_dtype(request.model.source), all_at_widest, group_size)
+        expected = self.expected(skeleton, dtype, {linear.name: widest for linear in linears}, backend)
         fixed = saved_size(expected) + _OFFSET_DIGITS * len(expected)
         for linear in linears:
-            n_bytes = {bits: _n_bytes(self.layout(linear.shape, int(bits), group_size)) for bits in widths.quantized}
+            n_bytes = {
+                bits: _n_bytes(self.layout(linear.shape, int(bits), backend, dtype)) for bits in widths.quantized
+            }
             beyond_packed = [n_bytes[bits] - backend.storage_bytes(linear.shape, bits) for bits in widths.quantized]
             if UNTOUCHED in widths.bits:
                 beyond_packed.append(0)
@@ -95,8 +113,8 @@ class HFFolder(Form):
 
     def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
         """See `Form.file_bytes`; the model's configuration is enough."""
-        group_size, dtype = self._tensor_format(backend).group_size, checkpoint_dtype(base.source)
-        return saved_size(self._expected(load_skeleton(base.source), dtype, plan.modules, group_size))
+        dtype = checkpoint_dtype(base.source)
+        return saved_size(self.expected(load_skeleton(base.source), dtype, plan.modules, backend))
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
         """See `Form.write`; the saved model is enough.
@@ -105,19 +123,20 @@ class HFFolder(Form):
             OutputError: If `out` is not empty.
             ModelError: If a tensor is not finite.
         """
-        plan, tensor_format = saved.plan, self._tensor_format(saved.backend)
+        plan, backend, dtype = saved.plan, saved.backend, saved.config.dtype
         if not plan.quantized:
             raise ExportError(f"{saved.folder} has no quantized weights; engines load the model as it is")
         require_new_folder(out)
-        self.check_widths(plan.modules)
+        skeleton = skeleton_of(saved.config, dtype)
+        self.check_layers(skeleton, plan.modules)
         packed, tensors = saved.read()
         for done, (name, bits) in enumerate(plan.quantized.items()):
             progress("packing", done, len(plan.quantized))
-            parts = packed.pop(name)
-            check_columns(name, parts["g_idx"].numel(), tensor_format.group_size, self.name)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in self.pack(parts, bits, tensor_format).items()}
+            shape = matrix_of(skeleton, name).shape
+            check_columns(name, shape[1], backend.settings["group_size"], self.name)
+            parts = self.pack(packed.pop(name), shape, int(bits), backend, dtype)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         progress("packing", len(plan.quantized), len(plan.quantized))
-        quantization = {"quant_method": self.name, **self.quantization_config(plan, tensor_format)}
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
             for file in saved.folder.iterdir():
@@ -126,34 +145,61 @@ class HFFolder(Form):
                 elif file.name not in _NOT_COPIED:
                     shutil.copy(file, folder)
             config = read_json(saved.folder / "config.json")
-            write_json(folder / "config.json", config | {"quantization_config": quantization})
+            write_json(folder / "config.json", {**config, **self.config_entries(config, plan.modules, backend)})
             require_finite(tensors.items(), f"the model in the form {self.name}", "quantize with another --backend")
-            save_tensors(tensors, folder / _WEIGHTS)
-            n_bytes = (folder / _WEIGHTS).stat().st_size
-            write_model_card(plan, folder, "transformers", n_bytes)
+            save_tensors(tensors, folder / WEIGHTS)
+            n_bytes = (folder / WEIGHTS).stat().st_size
+            write_model_card(plan, folder, self.engine, n_bytes)
             self._check_written(saved, folder, progress)
         return n_bytes
 
     def is_loadable(self) -> bool:
-        """Whether transformers can load the form here, so that what was written is tried."""
+        """Whether the engine can load the form here, so that what was written is tried."""
         return True
 
-    def losses_by_transformers(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
-        """Losses of a folder of this form as `token_losses` has them, by transformers.
+    def rounds_to(self, measured: torch.dtype, checkpoint: torch.dtype) -> torch.dtype:
+        """The dtype that sets how close the engine's losses are to ours.
+
+        Args:
+            measured: What we compute in.
+            checkpoint: The checkpoint's dtype.
+        """
+        return measured
+
+    def losses(self, folder: Path, tokens: npt.NDArray[np.int64], dtype: torch.dtype) -> Losses:
+        """Losses of a folder of this form as `token_losses` has them, by the engine.
 
         Args:
             folder: The folder.
             tokens: Shape (1, length).
-            dtype: What to compute in.
+            dtype: What to compute in, if the engine leaves a choice.
         """
         theirs = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
         return token_losses(theirs, tokens, "the exported model")
 
+    def expected(
+        self, model: Any, dtype: torch.dtype, widths: Mapping[str, Width], backend: Backend
+    ) -> dict[str, Tensor]:
+        """All tensors of a folder, without storage.
+
+        Args:
+            model: The model without storage.
+            dtype: The checkpoint's dtype.
+            widths: Width of each of the players' modules by name.
+            backend: What packs the weights.
+        """
+        tensors = dict(stored_tensors(model, widths, dtype))
+        for name, bits in widths.items():
+            if bits != UNTOUCHED:
+                parts = self.layout(matrix_of(model, name).shape, int(bits), backend, dtype)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        return tensors
+
     def _check_written(self, saved: SavedModel, folder: Path, progress: ProgressCallback) -> None:
-        """Check that transformers computes the saved model's loss from the folder, if it can load the form here.
+        """Check that the engine computes the saved model's loss from the folder, if the engine can load the form here.
 
         Raises:
-            ExportError: If it cannot compute, or computes another loss.
+            ExportError: If the engine cannot compute, or computes another loss.
         """
         if not self.is_loadable():
             return
@@ -162,21 +208,23 @@ class HFFolder(Form):
         tokens = probe_tokens(ours)
         expected = token_losses(ours, tokens, "the saved model")
         try:
-            found = self.losses_by_transformers(folder, tokens, ours.dtype)
+            found = self.losses(folder, tokens, ours.dtype)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ExportError(
-                f"transformers cannot compute with the exported model ({reason}); export to another form"
+                f"{self.engine} cannot compute with the exported model ({reason}); export to another form"
             ) from error
-        require_equal(found, expected, self.computes_in or ours.dtype, "the exported model", ExportError)
+        require_equal(
+            found, expected, self.rounds_to(ours.dtype, saved.config.dtype), "the exported model", ExportError
+        )
         progress("checking the exported model", 1, 1)
 
-    def _tensor_format(self, backend: Backend) -> GPTQFormat:
-        """The tensor format of a backend whose weights the form can hold.
 
-        Raises:
-            ExportError: If the form cannot hold the backend's weights.
-        """
+class GPTQFolder(HFFolder):
+    """A form that is made from GPTQ's tensors, symmetric and in order."""
+
+    def check(self, backend: Backend) -> None:
+        """See `Form.check`."""
         found = backend.format
         if not isinstance(found, GPTQFormat) or not found.symmetric or found.act_order:
             raise ExportError(
@@ -184,25 +232,12 @@ class HFFolder(Form):
                 f"{backend.name!r} makes with {backend.settings}; search with --backend gptq --symmetric "
                 "--no-act-order, or autoround --symmetric"
             )
-        return found
 
-    def _expected(
-        self, model: Any, dtype: torch.dtype, widths: Mapping[str, Width], group_size: int
-    ) -> dict[str, Tensor]:
-        """All tensors of a folder, without storage.
 
-        Args:
-            model: The model without storage.
-            dtype: The checkpoint's dtype.
-            widths: Width of each of the players' modules by name.
-            group_size: Weights along a row that share a scale.
-        """
-        tensors = dict(stored_tensors(model, widths, dtype))
-        for name, bits in widths.items():
-            if bits != UNTOUCHED:
-                parts = self.layout(matrix_of(model, name).shape, int(bits), group_size)
-                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        return tensors
+def commonest_width(widths: Mapping[str, Width]) -> Width:
+    """The width of most of the quantized modules; one module at least is quantized."""
+    (common, _), *_ = Counter(bits for bits in widths.values() if bits != UNTOUCHED).most_common()
+    return common
 
 
 def check_columns(name: str, columns: int, group_size: int | str, form: str) -> None:

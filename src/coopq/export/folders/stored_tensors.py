@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import UNTOUCHED, Player, Width
+from coopq.model.load import empty_model
 from coopq.model.matrices import matrix_of, sixteen_bit_dtype
 from coopq.model.safetensors_io import saved_size
 
@@ -86,6 +87,12 @@ def load_stored(model: Any, tensors: Mapping[str, Tensor], packed: Iterable[str]
     given = {id(state[name]) for name in tensors if name in state}
     given |= {id(matrix_of(model, name).parameter) for name in packed}
     return [name for name in keys.missing_keys if id(state[name]) not in given] + list(keys.unexpected_keys)
+
+
+def skeleton_of(config: Any, dtype: torch.dtype) -> Any:
+    """A model of a saved model's configuration, without storage."""
+    with torch.device("meta"):
+        return empty_model(config, dtype)
 
 
 def saved_config(model: Any, dtype: torch.dtype) -> Any:
