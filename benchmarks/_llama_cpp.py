@@ -15,7 +15,7 @@ import llama_cpp
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import TextSpec
 from coopq.core.types import Losses
-from coopq.judge.llama_cpp import llama_cpp_log_probabilities, llama_cpp_package, token_nll
+from coopq.judge.engines.llama_cpp import llama_cpp_log_probabilities, llama_cpp_package, token_nll
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.model.texts import fitting_set

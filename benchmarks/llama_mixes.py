@@ -37,7 +37,7 @@ from coopq.core.specs import Request, TextSpec
 from coopq.core.types import Width
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import export_model
-from coopq.judge.llama_cpp import llama_cpp_nll, llama_cpp_package
+from coopq.judge.engines.llama_cpp import llama_cpp_nll, llama_cpp_package
 from coopq.model.load import gguf_file, load_model
 from coopq.model.players import GRANULARITIES
 from coopq.model.texts import HeldOut, calibration_set, fitting_set

@@ -15,7 +15,7 @@ from coopq.core.errors import ExportError
 from coopq.core.types import silent
 from coopq.export.gguf.base import BaseFile
 from coopq.export.gguf.converter import VARIABLE, converted, find_converter
-from coopq.judge.llama_cpp import llama_cpp_nll
+from coopq.judge.engines.llama_cpp import llama_cpp_nll
 from coopq.model.load import load_model
 from tests.architectures import GROUPED
 from tests.command_line import command, refused

@@ -16,7 +16,7 @@ from coopq.core.specs import TextSpec
 from coopq.core.types import Width
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.game.engines.prefix_engine import model_nll
-from coopq.judge.llama_cpp import llama_cpp_nll
+from coopq.judge.engines.llama_cpp import llama_cpp_nll
 from coopq.model.load import fingerprint_weights, gguf_file, load_model
 from coopq.model.players import find_players
 from coopq.model.texts import calibration_set

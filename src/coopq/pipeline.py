@@ -24,7 +24,7 @@ from coopq.export.formats import TargetFile, export_model, predicted_bytes
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import open_session, prepare
 from coopq.game.weights_fingerprint import weights_fingerprint
-from coopq.judge.engine_check import Delivery, check_in_llama_cpp
+from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set

@@ -84,6 +84,15 @@ RECIPES: dict[str, Recipe] = {
         },
         'python -c \'import openvino_genai; openvino_genai.LLMPipeline("{out}", "CPU")\'',
     ),
+    "mlx": Recipe(
+        "mlx",
+        {
+            **_SEARCHED,
+            "backend": Setting("rtn", "its integers are mlx's own form, so the file holds what was measured"),
+            "bits": Setting((2, 3, 4, 8), "the widths that mlx-lm and the backend share"),
+        },
+        "mlx_lm.generate --model {out} --prompt 'Once upon a time'",
+    ),
     "paper": Recipe(
         None,
         {

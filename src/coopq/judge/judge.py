@@ -7,8 +7,8 @@ from typing import Any
 from coopq.core.types import ProgressCallback
 from coopq.export.checkpoint import SavedModel
 from coopq.judge.comparison import compare_plan
+from coopq.judge.engines.gguf_files import evaluate_gguf, gguf_window_length
 from coopq.judge.evaluation import NO_REFERENCE, evaluate_model, evaluate_saved, window_length
-from coopq.judge.gguf_files import evaluate_gguf, gguf_window_length
 from coopq.judge.results import Comparison, Evaluation
 from coopq.model.sources.gguf import gguf_file
 from coopq.model.texts import HeldOut

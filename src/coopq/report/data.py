@@ -19,7 +19,7 @@ from coopq.search import Known, Measured
 
 if TYPE_CHECKING:  # these import torch
     from coopq.judge.bench.results import Result
-    from coopq.judge.engine_check import Delivery
+    from coopq.judge.engines.engine_check import Delivery
     from coopq.plan.forecast import Forecast
 
 

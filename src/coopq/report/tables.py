@@ -19,7 +19,7 @@ from coopq.report.sizes import size_text
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
-    from coopq.judge.engine_check import Delivery
+    from coopq.judge.engines.engine_check import Delivery
     from coopq.plan.forecast import Forecast
     from coopq.plan.searches.front import FrontPoint
 

@@ -7,8 +7,8 @@ import torch
 from coopq.core.errors import BackendError
 from coopq.core.types import ProgressCallback, silent
 from coopq.judge.divergence import Scores, compare_logits
+from coopq.judge.engines.llama_cpp import LlamaCppTokenizer, llama_cpp_log_probabilities, llama_cpp_package
 from coopq.judge.evaluation import shortened, summary
-from coopq.judge.llama_cpp import LlamaCppTokenizer, llama_cpp_log_probabilities, llama_cpp_package
 from coopq.judge.results import Evaluation
 from coopq.model.sources.gguf import gguf_shards
 from coopq.model.texts import HeldOut

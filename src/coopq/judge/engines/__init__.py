@@ -1,0 +1,1 @@
+"""What engines compute of the files that were written for them."""
