@@ -1,21 +1,26 @@
-"""What a run will take, from a look at the model and two seconds of measurement."""
+"""What a run will take, from the model's configuration and two seconds of measurement on one block."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
+from coopq.core.errors import OutOfMemory
 from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
-from coopq.game.session import prepare
+from coopq.game.session import Prepared, prepare
 from coopq.model.blockwise import batch_size
-from coopq.model.memory import Footprint
+from coopq.model.load import LoadedModel
+from coopq.model.memory import Footprint, free_memory, gib
+from coopq.model.players import find_blocks
 from coopq.plan.methods import METHODS, names
 from coopq.plan.scores.prior import SCORE
 from coopq.plan.searches.by_search import make_search
@@ -57,8 +62,10 @@ class Forecast:
         tokens: Calibration tokens.
         footprint: Memory.
         free: Bytes of memory that are free; None if the system does not say.
-        block_seconds: Seconds of one block over all calibration tokens, measured.
-        head_seconds: Seconds of the head over them, measured.
+        problem: Why the run does not fit here, with a way out; None if the run fits.
+        untimed: Why nothing was timed; None if the block and the head were.
+        block_seconds: Seconds of one block over all calibration tokens, measured; None if nothing was timed.
+        head_seconds: Seconds of the head over them; as `block_seconds`.
         block_flops: Floating point operations of the linear layers of a block, over all tokens.
         head_flops: Floating point operations of the head, over all tokens.
         methods: What methods take for one budget halfway between the widths.
@@ -69,15 +76,29 @@ class Forecast:
     tokens: int
     footprint: Footprint
     free: int | None
-    block_seconds: float
-    head_seconds: float
+    problem: str | None
+    untimed: str | None
+    block_seconds: float | None
+    head_seconds: float | None
     block_flops: int
     head_flops: int
     methods: dict[str, Work]
 
-    def seconds(self, work: Work) -> float:
-        """How long the losses of a method take to measure."""
+    def seconds(self, work: Work) -> float | None:
+        """How long the losses of a method take to measure; None if nothing was timed."""
+        if self.block_seconds is None or self.head_seconds is None:
+            return None
         return work.block_forwards * self.block_seconds + work.evaluations * self.head_seconds
+
+    @property
+    def memory(self) -> str:
+        """What the run takes of memory and disk, and whether the run fits here."""
+        if self.problem is not None:
+            return f"it does not fit here: {self.problem}"
+        if not self.footprint.must_offload(self.free):
+            return str(self.footprint)
+        on_host, on_device = gib(self.footprint.blocks), gib(self.footprint.needed_offloaded)
+        return f"{self.footprint}; blocks stay on the host, {on_host}, and the device needs {on_device}"
 
     def flops(self, work: Work) -> float:
         """Floating point operations of the linear layers."""
@@ -85,36 +106,70 @@ class Forecast:
 
 
 def forecast(request: Request) -> Forecast:
-    """Load the model, time one of its blocks and its head, and count what methods will ask for.
+    """Time one block of the model's shape and the head, and count what methods will ask for.
 
-    Nothing is quantized or written. The time to quantize and to solve programs is not in the forecast.
-
-    Raises:
-        OutOfMemory: If the run does not fit, before the model is loaded.
+    The configuration is enough: weights of the block are random, and no other block has storage. Nothing is quantized
+    or written. The time to quantize and to solve programs is not in the forecast.
     """
     prepared = prepare(request)
-    loaded, offloaded, footprint, free = prepared.load_to_measure()
-    players, text, device = prepared.players, request.text, prepared.device
-    config = loaded.model.config.get_text_config()
-    batch = min(batch_size(device.type, text.sequence_length), text.n_sequences)
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, text.sequence_length))
-    with TemporaryDirectory() as folder:
-        bank = WeightBank(Path(folder), loaded, players, prepared.backend, {})
-        engine = make_engine(loaded.model, bank, ids, request.search.loss, offloaded)
-        block, head = engine.timed(lambda work: _median_seconds(work, device))
+    players, text = prepared.players, request.text
+    problem = None
+    try:
+        prepared.fit()
+    except OutOfMemory as error:
+        problem = str(error)
+    footprint, free = prepared.footprint, free_memory(request.model.device)
+    shape = prepared.skeleton.config.get_text_config()
     n_blocks, n_weights = players[-1].block + 1, sum(player.n_weights for player in players if not player.is_end)
+    needed = footprint.weights - footprint.blocks + 2 * footprint.largest_block + footprint.working
+    untimed = None
+    if free is not None and needed > free:
+        untimed = f"one block with the ends of the model takes {gib(needed)} of memory, and {gib(free)} are free"
+    block, head = (None, None) if untimed else _seconds(prepared)
     return Forecast(
         n_players=len(players),
         n_blocks=n_blocks,
         tokens=text.tokens,
         footprint=footprint,
         free=free,
-        block_seconds=block * text.n_sequences / batch,
-        head_seconds=head * text.n_sequences / batch,
+        problem=problem,
+        untimed=untimed,
+        block_seconds=block,
+        head_seconds=head,
         block_flops=2 * text.tokens * n_weights // n_blocks,
-        head_flops=2 * text.tokens * config.hidden_size * config.vocab_size,
+        head_flops=2 * text.tokens * shape.hidden_size * shape.vocab_size,
         methods=forecast_methods(prepared),
     )
+
+
+def _seconds(prepared: Prepared) -> tuple[float, float]:
+    """Seconds of the first block, and of the head with the loss, over all calibration tokens."""
+    text, device = prepared.request.text, prepared.device
+    model = _one_block(prepared.skeleton, device)
+    batch = min(batch_size(device.type, text.sequence_length), text.n_sequences)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.sequence_length))
+    players = [player for player in prepared.players if player.block == 0 and not player.is_end]
+    with TemporaryDirectory() as folder:
+        bank = WeightBank(Path(folder), LoadedModel(model, None, model.dtype), players, prepared.backend, {})
+        engine = make_engine(model, bank, ids, prepared.request.search.loss)
+        block, head = engine.timed(lambda work: _median_seconds(work, device))
+    return block * text.n_sequences / batch, head * text.n_sequences / batch
+
+
+@torch.no_grad()
+def _one_block(skeleton: Any, device: torch.device) -> Any:
+    """The model of a skeleton with its first block alone, with random weights."""
+    model = copy.deepcopy(skeleton)
+    del find_blocks(model)[1][1:]
+    model.config.get_text_config().num_hidden_layers = 1
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.uniform_(-0.02, 0.02)
+        else:
+            tensor.zero_()
+    return model.eval()
 
 
 def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
