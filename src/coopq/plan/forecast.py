@@ -178,29 +178,34 @@ def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
     Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
     what a search takes depends little on the losses.
     """
-    widths, walks, blocks = asked.request.widths.bits, asked.request.search, asked.blocks
-    found, step_bytes = dict[str, Work](), asked.sizes.step_bytes(widths)
-    has_two_widths = len(widths) == 2 and len(step_bytes) == len(blocks)
+    walks, blocks, space, found = asked.request.search, asked.blocks, _space(asked), dict[str, Work]()
+    has_two_widths = len(asked.request.widths.bits) == 2 and space.n_steps == len(blocks)
     if has_two_widths:
         spqe = SPQE(len(blocks), low=2, high=4, permutations=walks.permutations, seed=walks.seed)
         points = np.unique(spqe.points, axis=0)
         found[f"coopq, M = {walks.permutations}"] = Work(prefix_tree_size(points, blocks), len(points))
-    space = SearchSpace(asked.player_widths, step_bytes, (int(step_bytes.sum()) // 2,), walks.seed)
     nothing = space.assignments(np.zeros((0, space.n_steps), dtype=bool))
     for name in names(kind="search"):
         method = METHODS[name]
         if method.most_widths is not None and not has_two_widths:
             continue
         if name == "active":
-            found[name] = _active(space, blocks)
+            found[name] = forecast_active(asked)
         elif name != "exact" or n_assignments(asked.player_widths) <= 2**MOST_PLAYERS:
             search = make_search(method, space, (nothing, np.zeros(0)))
             found[name] = _play(search, space, blocks, asked.request.text.n_screen_sequences)
     return found
 
 
-def _active(space: SearchSpace, blocks: list[int]) -> Work:
+def _space(asked: SizedRequest) -> SearchSpace:
+    """The assignments of players, under a budget halfway between the widths."""
+    step_bytes = asked.sizes.step_bytes(asked.request.widths.bits)
+    return SearchSpace(asked.player_widths, step_bytes, (int(step_bytes.sum()) // 2,), asked.request.search.seed)
+
+
+def forecast_active(asked: SizedRequest) -> Work:
     """At most what the active search takes: its score, then rounds of points that fill the budget."""
+    space, blocks = _space(asked), asked.blocks
     points, scoring = most_points(space), (METHODS[SCORE].cost or 0) * len(set(blocks))
     rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
     drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))

@@ -48,7 +48,7 @@ class GGMLGPTQ(GGMLBackend):
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[Width, str, Packed]]:
         """See `GGMLBackend._quantize_layers`."""
-        for names in _portions(model, list(widths)):
+        for names in portions(model, list(widths)):
             moments = {} if tokens is None else second_moments(model, names, tokens)
             tensors = {name: id(own) for name, own in moments.items()}
             # q, k and v have the same inputs, and so have gate and up.
@@ -97,7 +97,7 @@ def _by_expert(rows: Tensor, n_experts: int) -> Tensor:
     return rows.reshape(n_experts, -1, rows.shape[1])
 
 
-def _portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
+def portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     """Names of layers, in order, in portions whose second moments have room in memory together."""
     portion: list[str] = []
     left = _MOMENTS_BYTES
