@@ -94,7 +94,7 @@ def minutes(prepared: Prepared, work: Work, machine: Machine, *, offloaded: bool
         forwards, losses = losses * shape.num_hidden_layers / at_once, losses / at_once
     block = tokens * block_bytes / machine.block_rate + (block_bytes / machine.bus if offloaded else 0)
     head = 2 * tokens * shape.hidden_size * shape.vocab_size / machine.head_rate
-    return (forwards * block + losses * head) / 60
+    return float(forwards * block + losses * head) / 60
 
 
 def rows_of(name: str, prepared: Prepared) -> list[list[str]]:

@@ -227,8 +227,8 @@ def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
     def once() -> float:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         return time.perf_counter() - start
 
     once()

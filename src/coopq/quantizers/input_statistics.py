@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from coopq.model.matrices import Matrix, is_linear, matrix_of
+from coopq.model.matrices import Matrix, in_float64, is_linear, matrix_of
 from coopq.model.players import body_of
 from coopq.model.texts import require_known_tokens
 
@@ -39,7 +39,7 @@ def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.i
         By name: shape (in,) for a linear layer, (n_experts, in) for experts. An expert that no token reaches gets the
         mean of the other experts. Layers that no token reaches are left out.
     """
-    return _input_means(model, names, tokens, lambda rows: rows.square().sum(dim=0, dtype=torch.float64))
+    return _input_means(model, names, tokens, lambda rows: in_float64(rows.square()).sum(dim=0))
 
 
 def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import Width
-from coopq.model.matrices import matrix_of
+from coopq.model.matrices import in_float64, matrix_of
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.ggml.codes import CodeLayout, code_layout
 from coopq.quantizers.ggml.types import GGMLBackend, IQuants
@@ -50,9 +50,9 @@ class GGMLGPTQ(GGMLBackend):
         """See `GGMLBackend._quantize_layers`."""
         for names in portions(model, list(widths)):
             moments = {} if tokens is None else second_moments(model, names, tokens)
-            tensors = {name: id(own) for name, own in moments.items()}
+            inputs = {name: id(moments[name]) if name in moments else name for name in names}
             # q, k and v have the same inputs, and so have gate and up.
-            for _, together in groupby(names, lambda name, tensors=tensors: tensors.get(name, name)):
+            for _, together in groupby(names, inputs.__getitem__):
                 weights = {name: matrix_of(model, name).rows() for name in together}
                 *_, own = (moments.pop(name, None) for name in weights)
                 found = self._round(weights, widths, own)
@@ -132,13 +132,13 @@ def elimination_order(moments: Tensor) -> Elimination:
     Args:
         moments: Second moments of a layer's inputs, shape (in, in).
     """
-    exact = moments.double()
+    exact = in_float64(moments)
     damping = _DAMPING * exact.diagonal().mean().clamp(min=1e-30)
     order = exact.diagonal().argsort(descending=True, stable=True)
-    ordered = exact[order][:, order] + damping * torch.eye(len(order), device=moments.device)
+    ordered = exact[order][:, order] + damping * torch.eye(len(order), device=exact.device)
     # The inverse of A = U U', U upper, has the upper factor U^-1; U is the Cholesky factor of A in reversed order.
     reversed_factor = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(order), dtype=ordered.dtype, device=moments.device)
+    identity = torch.eye(len(order), dtype=ordered.dtype, device=exact.device)
     return Elimination(order, torch.linalg.solve_triangular(reversed_factor, identity, upper=True).float())
 
 
