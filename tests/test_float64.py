@@ -33,7 +33,10 @@ class NoFloat64(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         made = function(*args, **(kwargs or {}))
-        is_moved = function is torch.Tensor.double and sys._getframe(1).f_code is in_float64.__code__
+        caller = sys._getframe(1)
+        assert caller.f_back is not None
+        callers = (caller.f_code, caller.f_back.f_code)  # another mode may lie between
+        is_moved = function is torch.Tensor.double and in_float64.__code__ in callers
         if is_moved or function in (torch.Tensor.cpu, torch.from_numpy):
             return made.as_subclass(OnHost)
         for each in made if isinstance(made, tuple | list) else [made]:

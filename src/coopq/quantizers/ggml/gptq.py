@@ -135,10 +135,10 @@ def elimination_order(moments: Tensor) -> Elimination:
     exact = in_float64(moments)
     damping = _DAMPING * exact.diagonal().mean().clamp(min=1e-30)
     order = exact.diagonal().argsort(descending=True, stable=True)
-    ordered = exact[order][:, order] + damping * torch.eye(len(order), device=exact.device)
+    ordered = exact[order][:, order] + damping * torch.eye(len(order)).to(exact)
     # The inverse of A = U U', U upper, has the upper factor U^-1; U is the Cholesky factor of A in reversed order.
     reversed_factor = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(order), dtype=ordered.dtype, device=exact.device)
+    identity = torch.eye(len(order)).to(ordered)
     return Elimination(order, torch.linalg.solve_triangular(reversed_factor, identity, upper=True).float())
 
 
