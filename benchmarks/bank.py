@@ -1,12 +1,18 @@
 """The weight bank of the demo model: bytes on disk, seconds to dequantize, and losses with caches of several sizes.
 
-    python benchmarks/bank.py                # a few minutes; writes docs/results/bank.md
+    python benchmarks/bank.py                    # a few minutes; writes docs/results/bank.md
+    python benchmarks/bank.py --making BEFORE    # five minutes; writes docs/results/making.md
 
 Evaluations are of the same random assignments with each cache in turn, round after round. A cache of no size makes
 every player's weights anew whenever they are set. Seconds are of the processor: whatever else the machine does adds
-nothing.
+nothing. `--making` compares this version of coopq with an earlier one, checked out in the folder BEFORE: what the bank
+of the demo model takes by ggml-gptq at all types that its rows allow.
 """
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +21,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from _common import RESULTS, command_line, cpu_seconds, median_seconds, processor, row, table, write_report
+from _common import (
+    BENCHMARKS,
+    RESULTS,
+    ROOT,
+    command_line,
+    cpu_seconds,
+    median_seconds,
+    processor,
+    row,
+    table,
+    write_report,
+)
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import Width
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
@@ -33,6 +50,14 @@ TYPES = ("rtn", "hqq", "quanto", "ggml", "ggml-iq")
 SHAPE = (512, 1024)
 TOKENS, LENGTH, ASSIGNMENTS, ROUNDS = 64, 64, 20, 1
 """Few tokens: the weights are made once whatever the tokens, so this is where making them costs most."""
+MAKING_ROUNDS = 3
+FACTORS = {"moments": 32, "rounding": 30}
+"""How often the demo model's bank takes the steps of `_making.py`: for 32 pairs of sequences, and for 30 blocks."""
+STEPS = {
+    "moments": "second moments of all layers on 1,024 tokens",
+    "rounding": "rounding one block, with the factors of its moments",
+    "whole": "the whole bank, computed: 32 and 30 times as much",
+}
 SHARES = {"full": 1.0, "a quarter": 0.25, "none": 0.0}
 """Caches: which share of all dequantized weights they hold."""
 
@@ -106,9 +131,41 @@ def type_rows() -> list[list[str]]:
     return rows
 
 
+def making(before: Path) -> list[str]:
+    """The report of what the bank takes by ggml-gptq, before and now; rounds of both alternate."""
+    found: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
+    for _ in range(MAKING_ROUNDS):
+        for version, root in (("before", before), ("now", ROOT)):
+            environment = os.environ | {"PYTHONPATH": str(root / "src"), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, str(BENCHMARKS / "_making.py")]
+            done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+            found[version].append(json.loads(done.stdout.splitlines()[-1]))
+            print(version, found[version][-1], flush=True)
+    for each in (each for rounds in found.values() for each in rounds):
+        each["whole"] = sum(FACTORS[step] * each[step] for step in FACTORS)
+    rows = []
+    for step, what in STEPS.items():
+        before_s, now = (float(np.median([each[step] for each in rounds])) for rounds in found.values())
+        rows.append([what, f"{before_s:.1f}", f"{now:.1f}", f"{now / before_s:.2f}"])
+    return [
+        "# Making the bank by ggml-gptq",
+        "",
+        f"Written by `python benchmarks/bank.py --making BEFORE` on {processor()}, one thread: SmolLM2-135M in",
+        "float32, at the nine types that long rows allow and the three of short rows. Seconds of the processor,",
+        f"medians of {MAKING_ROUNDS} rounds in which both versions alternate, on a machine that others use too.",
+        "",
+        *table(["", "before", "now", "now / before"], rows),
+    ]
+
+
 def main() -> None:
     """Measure all cases and types, and write the report."""
-    command_line(__doc__).parse_args()
+    parser = command_line(__doc__)
+    parser.add_argument("--making", type=Path, metavar="BEFORE", help="a checkout of the version to compare with")
+    before = parser.parse_args().making
+    if before is not None:
+        write_report(RESULTS / "making.md", making(before))
+        return
     columns = ["backend", "widths", "MB before", "MB on disk", "s to read", "s to dequantize"]
     lines = [
         "# The weight bank",

@@ -24,7 +24,8 @@ from coopq.core.specs import TextSpec
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.model.texts import calibration_set
-from coopq.quantizers.ggml.gptq import code_layout, elimination_order, second_order
+from coopq.quantizers.ggml.codes import code_layout
+from coopq.quantizers.ggml.gptq import elimination_order, second_order
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.ggml.types import GGMLBackend
 from coopq.quantizers.input_statistics import second_moments

@@ -232,3 +232,13 @@ def test_a_backend_of_whole_models_keeps_packed_weights_too(tmp_path: Path) -> N
         weight = model.get_submodule(linear.name).weight.detach()
         expected = backend.dequantize(backend.quantize(weight, 4), linear.shape, 4, torch.float32)
         assert torch.equal(held.weights(1, 4)[linear.name], expected)
+
+
+def test_a_layer_that_takes_long_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    players = find_players(model, embeddings=True)
+    with caplog.at_level("INFO", "coopq"):
+        WeightBank(tmp_path, LoadedModel(model, None, torch.float32), players, make("rtn"), {}).build((2, 4))
+    (line,) = [line for line in caplog.messages if "embed_tokens" in line]
+    n_weights = {linear.name: linear.n_weights for player in players for linear in player.linears}
+    assert f"{100 * n_weights['model.embed_tokens'] / sum(n_weights.values()):.0f} %" in line

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +10,10 @@ from safetensors.torch import load_file
 from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec, TextSpec
-from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.session import open_session, prepare
 from coopq.model import memory
 from coopq.model.load import load_model, load_skeleton
 from coopq.model.memory import Footprint, free_memory
-from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players
 from coopq.pipeline import estimate
 from coopq.plan.forecast import forecast, forecast_methods
@@ -83,7 +80,8 @@ def too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model is loaded though it does not fit")
 
-    monkeypatch.setattr("coopq.game.session.free_memory", lambda device: 1000)
+    for module in ("coopq.game.session", "coopq.plan.forecast"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda device: 1000)
     monkeypatch.setattr("coopq.game.session.load_model", not_loaded)
 
 
@@ -95,37 +93,50 @@ def test_a_run_that_does_not_fit_is_refused_before_the_model_is_loaded(tmp_path:
 
 
 @pytest.mark.usefixtures("too_small")
-def test_a_dry_run_that_does_not_fit_is_refused_before_the_model_is_loaded() -> None:
-    line = refused("estimate", STORIES, "--dry-run")
-    assert "the run needs" in line
-    assert "are free on the cpu" in line
+def test_a_dry_run_says_what_does_not_fit_without_times() -> None:
+    code, out, err = command("estimate", STORIES, "--dry-run", "--tokens", "256", "--sequence-length", "64")
+    assert code == 0, err
+    flat = " ".join(out.split())
+    assert "it does not fit here: the run needs" in flat
+    assert "no times: one block" in flat
+    assert "greedy-down" in flat
 
 
-def test_a_model_that_must_be_offloaded_is_forecast_with_offloaded_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU stands for the device: the blocks are on the host, and visit a CPU."""
-    on_host: list[bool] = []
-    offloaded: list[OffloadedBlocks | None] = []
+def config_alone(folder: Path, **changes: int) -> Path:
+    """A folder with the configuration of a model and no weights."""
+    folder.mkdir()
+    config = json.loads((STORIES / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
-    def watched_load(*arguments: Any, **options: Any) -> Any:
-        on_host.append(options["on_host"])
-        return load_model(*arguments, **options)
 
-    def watched_engine(*arguments: Any) -> Any:
-        offloaded.append(arguments[-1])
-        return make_engine(*arguments)
-
-    monkeypatch.setattr("coopq.game.session.load_model", watched_load)
-    monkeypatch.setattr("coopq.plan.forecast.make_engine", watched_engine)
-    expected = forecast(REQUEST)
-    assert on_host == [False]
-    assert offloaded == [None]
-    monkeypatch.setattr(Footprint, "must_offload", lambda self, free: True)
-    found = forecast(REQUEST)
-    assert on_host == [False, True], "the weights stay in the host's memory"
-    assert isinstance(offloaded[1], OffloadedBlocks)
-    assert found.methods == expected.methods
+def test_a_dry_run_needs_a_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = config_alone(tmp_path / "bare")
+    with monkeypatch.context() as patch:
+        patch.setattr("coopq.game.session.load_model", None)
+        found = forecast(REQUEST.replace(model=str(folder)))
+    assert found.problem is None
+    assert found.footprint == prepare(REQUEST).footprint
+    assert found.block_seconds is not None
     assert found.block_seconds > 0
-    assert found.head_seconds > 0
+    assert found.seconds(found.methods["active"])
+    assert "holds no model.safetensors" in refused("quantize", folder, "--budget", "3avg", "--out", tmp_path / "out")
+
+
+def test_a_model_of_70_billion_weights_is_sized_without_memory_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 80}
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256, "max_position_embeddings": 8192}
+    folder = config_alone(tmp_path / "large", **shape, **sizes)
+    for module in ("coopq.game.session", "coopq.plan.forecast"):
+        monkeypatch.setattr(f"{module}.free_memory", lambda device: 2**30)
+    found = forecast(REQUEST.replace(model=str(folder), backend="rtn", dtype="bfloat16"))
+    assert found.footprint.weights > 130e9
+    assert 0.25 < found.footprint.bank / (found.footprint.weights / 2) < 1
+    assert found.problem is not None
+    assert found.untimed is not None
+    assert found.block_seconds is None
 
 
 def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,6 +385,12 @@ def test_the_meta_device_is_refused() -> None:
         pick_device("meta")
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has the device")
+def test_mps_is_refused_where_it_is_not() -> None:
+    with pytest.raises(ModelError, match="device 'mps' is not available here; use --device auto"):
+        pick_device("mps")
+
+
 def test_parts_of_a_gguf_file_are_joined(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     values = {f"blk.{index}.weight": torch.rand(4, 32).numpy() for index in range(4)}

@@ -71,7 +71,7 @@ def quantize(
 @click.command(cls=SectionedCommand)
 @takes(Request, without=("target", "base", "context", "screen_tokens"))
 @click.option("--run", type=PLACE, help="Folder of the work; not with --dry-run.")
-@click.option("--dry-run", is_flag=True, help="Only say what this and other methods would take, after two seconds.")
+@click.option("--dry-run", is_flag=True, help="Only say what this and other methods would take; config.json is enough.")
 @takes_cluster
 @as_json
 def estimate(

@@ -30,9 +30,9 @@ class ModelSpec(Spec, frozen=True):
         Literal["auto", "float32", "bfloat16", "float16"],
         Meta(description="Compute in this dtype. auto: float32 on CPUs, the checkpoint's dtype on GPUs."),
     ] = "auto"
-    device: Annotated[str, Meta(description="auto, cpu, cuda, ..., or 'sharded': blocks divided between all GPUs.")] = (
-        "auto"
-    )
+    device: Annotated[
+        str, Meta(description="auto, cpu, cuda, mps, ..., or 'sharded': blocks divided between GPUs.")
+    ] = "auto"
 
 
 class QuantizerSpec(Spec, frozen=True):

@@ -79,7 +79,7 @@ def token_losses(model: Any, tokens: npt.NDArray[np.int64], what: str) -> Losses
 
 def _nll(logits: Tensor, ids: Tensor) -> Losses:
     losses: Losses = (
-        functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").double().cpu().numpy()
+        functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none").cpu().double().numpy()
     )
     return losses
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from coopq.core.errors import EstimationError, hint
 from coopq.model.kernels.gpu import log_total
+from coopq.model.matrices import in_float64
 
 Portions = Iterable[tuple[int, Tensor]]
 """The first token of each portion of the vocabulary, and the logits of the portion, shape (n, size)."""
@@ -124,7 +125,7 @@ def sequence_means(scores: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
         scores: Scores of all tokens but the first of each sequence, one sequence after the other, shape (n,).
         tokens: Shape (n_sequences, length).
     """
-    return scores.cpu().double().reshape(len(tokens), -1).mean(dim=1).numpy()
+    return scores.cpu().reshape(len(tokens), -1).mean(dim=1).numpy()
 
 
 def portions_nll(portions: Portions, targets: Tensor) -> Tensor:
@@ -191,7 +192,7 @@ def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
     is far off, e^x may overflow, and nothing cancels: there the logarithms of the totals are subtracted.
     """
     totals, expected_logits = [], torch.zeros_like(reference.entropy)
-    curved = torch.zeros_like(reference.entropy, dtype=torch.float64)
+    curved = torch.zeros_like(in_float64(reference.entropy))
     along, centre = torch.zeros_like(curved), None
     for first, logits in portions:
         log_probabilities = reference.log_probabilities[:, first : first + logits.shape[1]]
@@ -201,9 +202,9 @@ def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
         if centre is None:
             centre = (torch.linalg.vecdot(probabilities, distance) / probabilities.sum(dim=1))[:, None]
         distance -= centre
-        along += torch.linalg.vecdot(probabilities, distance).double()
-        curved += torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance).double()
-    far = (torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy).double()
+        along += in_float64(torch.linalg.vecdot(probabilities, distance))
+        curved += in_float64(torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance))
+    far = in_float64(torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy)
     return torch.where(far < _NEAR, torch.log1p(along + curved) - along, far)
 
 

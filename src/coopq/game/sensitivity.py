@@ -15,6 +15,7 @@ from coopq.core.weight_cache import Weights
 from coopq.game.engines.assigned_model import players_of_blocks
 from coopq.game.streamed_gradients import divergence, head_gradients, output_gradients, watching, weight_gradients
 from coopq.model.blockwise import Blockwise, States
+from coopq.model.matrices import in_float64
 from coopq.quantizers.bank import WeightBank
 
 _STEP = 3e-3
@@ -184,7 +185,7 @@ class Sensitivity:
                     self.bank.parameters(player)[name].data = moved
                 for _, gradients in self.gradients():
                     for name, gradient in gradients.items():
-                        along = float((gradient.double() * signs[name].to(gradient.device)).sum())
+                        along = _inner_product(gradient, signs[name])
                         traces[name] += direction * along / (2 * step * n_samples)
         finally:
             self.bank.restore()
@@ -267,13 +268,14 @@ class Sensitivity:
             inputs, gradient = gradients[name]
             error = self.bank.matrices[name].rows(quantized[name] - weight)
             moved = functional.linear(inputs, error.to(inputs.device))
-            total = total + term(moved, gradient).reshape(n_sequences, -1).double().sum(dim=1).cpu().numpy()
+            total = total + in_float64(term(moved, gradient)).reshape(n_sequences, -1).sum(dim=1).cpu().numpy()
         return total
 
 
 def _inner_product(gradient: Tensor, change: Tensor) -> float:
-    """<gradient, change> in float64, on the gradient's device."""
-    return float((gradient.double() * change.to(gradient.device).double()).sum())
+    """<gradient, change> in float64, on the gradient's device if that has float64."""
+    wide = in_float64(gradient)
+    return float((wide * change.to(wide.device)).sum())
 
 
 def _random_signs(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -30,8 +30,8 @@ from coopq.model.players import find_players, warn_of_weights_outside
 from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend
-from coopq.quantizers.bank import WeightBank, packed_bytes
-from coopq.quantizers.sizes import OUR_FILE, Target
+from coopq.quantizers.bank import WeightBank
+from coopq.quantizers.sizes import OUR_FILE, Target, packed_bytes
 
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -217,13 +217,15 @@ def _settle(described: _Described, *, with_tensors: bool) -> Any:
     """The model without storage, with a head of its own if the files hold one that is not the embedding.
 
     Args:
-        described: The model; gets its tensors if they are needed, or if its files are here.
+        described: The model; gets its tensors if they are needed, or if its files are here. A folder with a
+            configuration alone is enough for a skeleton.
         with_tensors: Whether the tensors are needed in any case.
     """
     skeleton = _on_meta(described)
     is_tied = ties(described.config)
     is_here = any(described.folder.glob("*.safetensors*"))
-    if with_tensors or is_tied or is_here or Path(described.source).expanduser().is_dir():
+    is_on_hub = not Path(described.source).expanduser().is_dir()
+    if with_tensors or is_here or (is_tied and is_on_hub):
         described.folder = with_weights(described.source, described.folder)
         entries = stored_entries(described.folder)
         described.tensors = lazy_tensors(described.source, entries, described.packing, described.log)

@@ -79,6 +79,11 @@ class Matrix:
         return (columns, n_rows) if self.transposed else (n_rows, columns)
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64: on its own device, or on the host if that device (MPS) has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes inputs W' + bias and nothing else; subclasses may have a forward of their own."""
     return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and _computes_a_product(type(module)))

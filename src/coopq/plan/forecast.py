@@ -1,21 +1,26 @@
-"""What a run will take, from a look at the model and two seconds of measurement."""
+"""What a run will take, from the model's configuration and two seconds of measurement on one block."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 
+from coopq.core.errors import OutOfMemory
 from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
-from coopq.game.session import prepare
+from coopq.game.session import Prepared, prepare
 from coopq.model.blockwise import batch_size
-from coopq.model.memory import Footprint
+from coopq.model.load import LoadedModel
+from coopq.model.memory import Footprint, free_memory, gib
+from coopq.model.players import find_blocks
 from coopq.plan.methods import METHODS, names
 from coopq.plan.scores.prior import SCORE
 from coopq.plan.searches.by_search import make_search
@@ -57,8 +62,10 @@ class Forecast:
         tokens: Calibration tokens.
         footprint: Memory.
         free: Bytes of memory that are free; None if the system does not say.
-        block_seconds: Seconds of one block over all calibration tokens, measured.
-        head_seconds: Seconds of the head over them, measured.
+        problem: Why the run does not fit here, with a way out; None if the run fits.
+        untimed: Why nothing was timed; None if the block and the head were.
+        block_seconds: Seconds of one block over all calibration tokens, measured; None if nothing was timed.
+        head_seconds: Seconds of the head over them; as `block_seconds`.
         block_flops: Floating point operations of the linear layers of a block, over all tokens.
         head_flops: Floating point operations of the head, over all tokens.
         methods: What methods take for one budget halfway between the widths.
@@ -69,15 +76,29 @@ class Forecast:
     tokens: int
     footprint: Footprint
     free: int | None
-    block_seconds: float
-    head_seconds: float
+    problem: str | None
+    untimed: str | None
+    block_seconds: float | None
+    head_seconds: float | None
     block_flops: int
     head_flops: int
     methods: dict[str, Work]
 
-    def seconds(self, work: Work) -> float:
-        """How long the losses of a method take to measure."""
+    def seconds(self, work: Work) -> float | None:
+        """How long the losses of a method take to measure; None if nothing was timed."""
+        if self.block_seconds is None or self.head_seconds is None:
+            return None
         return work.block_forwards * self.block_seconds + work.evaluations * self.head_seconds
+
+    @property
+    def memory(self) -> str:
+        """What the run takes of memory and disk, and whether the run fits here."""
+        if self.problem is not None:
+            return f"it does not fit here: {self.problem}"
+        if not self.footprint.must_offload(self.free):
+            return str(self.footprint)
+        on_host, on_device = gib(self.footprint.blocks), gib(self.footprint.needed_offloaded)
+        return f"{self.footprint}; blocks stay on the host, {on_host}, and the device needs {on_device}"
 
     def flops(self, work: Work) -> float:
         """Floating point operations of the linear layers."""
@@ -85,36 +106,70 @@ class Forecast:
 
 
 def forecast(request: Request) -> Forecast:
-    """Load the model, time one of its blocks and its head, and count what methods will ask for.
+    """Time one block of the model's shape and the head, and count what methods will ask for.
 
-    Nothing is quantized or written. The time to quantize and to solve programs is not in the forecast.
-
-    Raises:
-        OutOfMemory: If the run does not fit, before the model is loaded.
+    The configuration is enough: weights of the block are random, and no other block has storage. Nothing is quantized
+    or written. The time to quantize and to solve programs is not in the forecast.
     """
     prepared = prepare(request)
-    loaded, offloaded, footprint, free = prepared.load_to_measure()
-    players, text, device = prepared.players, request.text, prepared.device
-    config = loaded.model.config.get_text_config()
-    batch = min(batch_size(device.type, text.sequence_length), text.n_sequences)
-    ids = np.random.default_rng(0).integers(config.vocab_size, size=(batch, text.sequence_length))
-    with TemporaryDirectory() as folder:
-        bank = WeightBank(Path(folder), loaded, players, prepared.backend, {})
-        engine = make_engine(loaded.model, bank, ids, request.search.loss, offloaded)
-        block, head = engine.timed(lambda work: _median_seconds(work, device))
+    players, text = prepared.players, request.text
+    problem = None
+    try:
+        prepared.fit()
+    except OutOfMemory as error:
+        problem = str(error)
+    footprint, free = prepared.footprint, free_memory(request.model.device)
+    shape = prepared.skeleton.config.get_text_config()
     n_blocks, n_weights = players[-1].block + 1, sum(player.n_weights for player in players if not player.is_end)
+    needed = footprint.weights - footprint.blocks + 2 * footprint.largest_block + footprint.working
+    untimed = None
+    if free is not None and needed > free:
+        untimed = f"one block with the ends of the model takes {gib(needed)} of memory, and {gib(free)} are free"
+    block, head = (None, None) if untimed else _seconds(prepared)
     return Forecast(
         n_players=len(players),
         n_blocks=n_blocks,
         tokens=text.tokens,
         footprint=footprint,
         free=free,
-        block_seconds=block * text.n_sequences / batch,
-        head_seconds=head * text.n_sequences / batch,
+        problem=problem,
+        untimed=untimed,
+        block_seconds=block,
+        head_seconds=head,
         block_flops=2 * text.tokens * n_weights // n_blocks,
-        head_flops=2 * text.tokens * config.hidden_size * config.vocab_size,
+        head_flops=2 * text.tokens * shape.hidden_size * shape.vocab_size,
         methods=forecast_methods(prepared),
     )
+
+
+def _seconds(prepared: Prepared) -> tuple[float, float]:
+    """Seconds of the first block, and of the head with the loss, over all calibration tokens."""
+    text, device = prepared.request.text, prepared.device
+    model = _one_block(prepared.skeleton, device)
+    batch = min(batch_size(device.type, text.sequence_length), text.n_sequences)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(vocabulary, size=(batch, text.sequence_length))
+    players = [player for player in prepared.players if player.block == 0 and not player.is_end]
+    with TemporaryDirectory() as folder:
+        bank = WeightBank(Path(folder), LoadedModel(model, None, model.dtype), players, prepared.backend, {})
+        engine = make_engine(model, bank, ids, prepared.request.search.loss)
+        block, head = engine.timed(lambda work: _median_seconds(work, device))
+    return block * text.n_sequences / batch, head * text.n_sequences / batch
+
+
+@torch.no_grad()
+def _one_block(skeleton: Any, device: torch.device) -> Any:
+    """The model of a skeleton with its first block alone, with random weights."""
+    model = copy.deepcopy(skeleton)
+    del find_blocks(model)[1][1:]
+    model.config.get_text_config().num_hidden_layers = 1
+    model.to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.uniform_(-0.02, 0.02)
+        else:
+            tensor.zero_()
+    return model.eval()
 
 
 def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
@@ -123,29 +178,34 @@ def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
     Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
     what a search takes depends little on the losses.
     """
-    widths, walks, blocks = asked.request.widths.bits, asked.request.search, asked.blocks
-    found, step_bytes = dict[str, Work](), asked.sizes.step_bytes(widths)
-    has_two_widths = len(widths) == 2 and len(step_bytes) == len(blocks)
+    walks, blocks, space, found = asked.request.search, asked.blocks, _space(asked), dict[str, Work]()
+    has_two_widths = len(asked.request.widths.bits) == 2 and space.n_steps == len(blocks)
     if has_two_widths:
         spqe = SPQE(len(blocks), low=2, high=4, permutations=walks.permutations, seed=walks.seed)
         points = np.unique(spqe.points, axis=0)
         found[f"coopq, M = {walks.permutations}"] = Work(prefix_tree_size(points, blocks), len(points))
-    space = SearchSpace(asked.player_widths, step_bytes, (int(step_bytes.sum()) // 2,), walks.seed)
     nothing = space.assignments(np.zeros((0, space.n_steps), dtype=bool))
     for name in names(kind="search"):
         method = METHODS[name]
         if method.most_widths is not None and not has_two_widths:
             continue
         if name == "active":
-            found[name] = _active(space, blocks)
+            found[name] = forecast_active(asked)
         elif name != "exact" or n_assignments(asked.player_widths) <= 2**MOST_PLAYERS:
             search = make_search(method, space, (nothing, np.zeros(0)))
             found[name] = _play(search, space, blocks, asked.request.text.n_screen_sequences)
     return found
 
 
-def _active(space: SearchSpace, blocks: list[int]) -> Work:
+def _space(asked: SizedRequest) -> SearchSpace:
+    """The assignments of players, under a budget halfway between the widths."""
+    step_bytes = asked.sizes.step_bytes(asked.request.widths.bits)
+    return SearchSpace(asked.player_widths, step_bytes, (int(step_bytes.sum()) // 2,), asked.request.search.seed)
+
+
+def forecast_active(asked: SizedRequest) -> Work:
     """At most what the active search takes: its score, then rounds of points that fill the budget."""
+    space, blocks = _space(asked), asked.blocks
     points, scoring = most_points(space), (METHODS[SCORE].cost or 0) * len(set(blocks))
     rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
     drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))
@@ -167,8 +227,8 @@ def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
     def once() -> float:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
         return time.perf_counter() - start
 
     once()

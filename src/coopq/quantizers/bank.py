@@ -19,6 +19,7 @@ from coopq.model.matrices import matrix_of
 from coopq.model.players import blocks_share_weights, find_blocks
 from coopq.model.safetensors_io import load_tensors, save_tensors
 from coopq.quantizers.backend import Backend, Packed
+from coopq.quantizers.sizes import announce_large_layers, packed_bytes
 
 _FORMAT_VERSION = 3
 _WAY_OUT = "delete it and run the same command again"
@@ -228,6 +229,7 @@ class WeightBank:
             for player in sorted({player for chosen in players.values() for player in chosen})
             for linear in self.players[player].linears
         }
+        announce_large_layers(layers, {name: shape for name, (_, shape) in place.items()})
         for name in place:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
@@ -292,8 +294,3 @@ class WeightBank:
 
     def _path(self, player: int, bits: Width) -> Path:
         return self._folder / f"player{player:03d}-{bits:g}bit.safetensors"
-
-
-def packed_bytes(backend: Backend, player: Player, width: Width) -> int:
-    """Bytes of the packed weights of a player at a width."""
-    return sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from coopq.model.matrices import Matrix, is_linear, matrix_of
+from coopq.model.matrices import Matrix, in_float64, is_linear, matrix_of
 from coopq.model.players import body_of
 from coopq.model.texts import require_known_tokens
 
 _log = logging.getLogger(__name__)
 _BATCH_SEQUENCES = 2
+_STRIPS = 8
+"""Strips of a matrix of second moments, each without most of what lies below the diagonal."""
 _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 """Functions by which models multiply inputs with experts."""
 
@@ -37,7 +39,7 @@ def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.i
         By name: shape (in,) for a linear layer, (n_experts, in) for experts. An expert that no token reaches gets the
         mean of the other experts. Layers that no token reaches are left out.
     """
-    return _input_means(model, names, tokens, lambda rows: rows.square().sum(dim=0, dtype=torch.float64))
+    return _input_means(model, names, tokens, lambda rows: in_float64(rows.square()).sum(dim=0))
 
 
 def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
@@ -47,8 +49,25 @@ def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int6
 
     Returns:
         By name: shape (in, in) for a linear layer, (n_experts, in, in) for experts; otherwise as `column_importance`.
+        Layers with the same inputs (q, k and v; gate and up) have the same tensor.
     """
-    return _input_means(model, names, tokens, lambda rows: rows.T @ rows)
+    found = _input_means(model, names, tokens, _products_above)
+    for half in {id(half): half for half in found.values()}.values():
+        half.triu_()
+        half.add_(half.triu(1).mT)
+    return found
+
+
+def _products_above(rows: Tensor) -> Tensor:
+    """The products of each pair of columns, summed over rows, on and above the diagonal, shape (in, in).
+
+    The products below the diagonal are the same. Leaving most of them out takes 9/16 of the operations.
+    """
+    columns = rows.shape[1]
+    total = rows.new_zeros(columns, columns)
+    for start in range(0, columns, strip := -(-columns // _STRIPS)):
+        total[start : start + strip, start:] = rows[:, start : start + strip].T @ rows[:, start:]
+    return total
 
 
 @torch.no_grad()
@@ -66,14 +85,20 @@ def _input_means(
     require_known_tokens(model, tokens)
     sums: dict[tuple[str, int], Tensor] = {}
     counts: dict[tuple[str, int], int] = {}
-    latest = total = torch.empty(0)
+    owners: dict[tuple[str, int], tuple[str, int]] = {}
+    latest, latest_key = torch.empty(0), ("", 0)
 
     def keep(name: str, expert: int, inputs: Tensor) -> None:
-        nonlocal latest, total
-        rows, key = inputs.detach().flatten(0, -2), (name, expert)
-        if inputs is not latest:  # q, k and v have the same inputs
-            latest, total = inputs, total_of_rows(rows.float())
-        sums[key] = sums[key].add_(total) if key in sums else total.clone()
+        nonlocal latest, latest_key
+        key = name, expert
+        # Layers called one after the other with the same inputs have one sum: q, k and v; gate and up.
+        owner = owners.setdefault(key, latest_key if inputs is latest else key)
+        if owner != key:
+            assert inputs is latest, key
+            return
+        latest, latest_key, rows = inputs, key, inputs.detach().flatten(0, -2)
+        total = total_of_rows(rows.float())
+        sums[key] = sums[key].add_(total) if key in sums else total
         counts[key] = counts.get(key, 0) + len(rows)
 
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -95,7 +120,8 @@ def _input_means(
     finally:
         for handle in handles:
             handle.remove()
-    means = {key: (sums.pop(key) / counts[key]).float() for key in list(sums) if counts[key]}
+    by_owner = {key: (sums.pop(key) / counts[key]).float() for key in list(sums) if counts[key]}
+    means = {key: by_owner[owner] for key, owner in owners.items() if owner in by_owner}
     found = {name: means[name, 0] for name in names if (name, 0) in means and name not in experts}
     for name, matrix in experts.items():
         reached = {expert: mean for (owner, expert), mean in means.items() if owner == name}

@@ -1,6 +1,10 @@
 """Exact sizes of players, before anything is quantized, in the file that a plan is made for."""
 
-from collections.abc import Sequence
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from coopq.core.errors import BackendError, UnsupportedBits
@@ -10,6 +14,11 @@ from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width
 
 if TYPE_CHECKING:  # the contract imports torch
     from coopq.quantizers.backend import Backend
+
+
+_LARGE_SHARE = 0.1
+"""Share of the weights to quantize that a layer must have to be announced."""
+_log = logging.getLogger(__name__)
 
 
 class Target(Protocol):
@@ -58,6 +67,26 @@ class _OurFile(Target):
 
 
 OUR_FILE = _OurFile()
+
+
+def packed_bytes(backend: "Backend", player: Player, width: Width) -> int:
+    """Bytes of the packed weights of a player at a width."""
+    return sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)
+
+
+def announce_large_layers(layers: Mapping[Width, Sequence[str]], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Say which layers will hold progress up for long: the embedding of a small model, for example.
+
+    Args:
+        layers: Names of the layers to quantize, for each width.
+        shapes: Shape of each layer by name.
+    """
+    names = Counter(chain.from_iterable(layers.values()))
+    n_weights = {name: n_widths * math.prod(shapes[name]) for name, n_widths in names.items()}
+    for name, number in n_weights.items():
+        share = number / sum(n_weights.values())
+        if share >= _LARGE_SHARE and len(n_weights) > 1:
+            _log.info("%s takes about %.0f %% of the time to quantize; progress waits for it", name, 100 * share)
 
 
 def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence[Width]) -> Sizes:

@@ -200,20 +200,24 @@ def show_forecast(expected: "Forecast") -> RenderableType:
     table = Table("method, one budget", "block forwards", "losses", "TFLOP", "time")
     for name, work in expected.methods.items():
         most = "up to " if work.is_bound else ""
+        seconds = expected.seconds(work)
         table.add_row(
             name,
             f"{most}{work.block_forwards:,}",
             f"{most}{work.evaluations:,}",
             f"{expected.flops(work) / 1e12:,.1f}",
-            f"{most}{timedelta(seconds=round(expected.seconds(work)))}",
+            "not timed" if seconds is None else f"{most}{timedelta(seconds=round(seconds))}",
         )
-    speed = expected.block_flops / expected.block_seconds / 1e9
-    text = (
-        f"{expected.n_players} players in {expected.n_blocks} blocks, {expected.tokens} calibration tokens\n"
-        f"a block forward takes {expected.block_seconds * 1e3:.1f} ms ({speed:,.0f} GFLOP/s), a head "
-        f"{expected.head_seconds * 1e3:.1f} ms: measured here, now\n{expected.footprint}"
-    )
-    return Group(text, table)
+    if expected.block_seconds is None or expected.head_seconds is None:
+        timed = f"no times: {expected.untimed}"
+    else:
+        speed = expected.block_flops / expected.block_seconds / 1e9
+        timed = (
+            f"a block forward takes {expected.block_seconds * 1e3:.1f} ms ({speed:,.0f} GFLOP/s), a head "
+            f"{expected.head_seconds * 1e3:.1f} ms: measured here, now, on one block with random weights"
+        )
+    players = f"{expected.n_players} players in {expected.n_blocks} blocks, {expected.tokens} calibration tokens"
+    return Group(f"{players}\n{timed}\n{expected.memory}", table)
 
 
 def front_table(points: "Sequence[FrontPoint]", loss: str) -> Table:

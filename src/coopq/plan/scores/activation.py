@@ -7,12 +7,13 @@ the block, averaged over the calibration sequences. Players that are linear laye
 import numpy as np
 
 from coopq.game.sensitivity import Sensitivity
+from coopq.model.matrices import in_float64
 from coopq.plan.scores import Gains, gains_of_ranking
 
 
 def scores(sensitivity: Sensitivity) -> Gains:
     """Frobenius norm of the output of each player's block, averaged over sequences, shape (n_players,)."""
-    norms = [float(outputs.flatten(1).double().norm(dim=1).mean()) for _, outputs in sensitivity.states()]
+    norms = [float(in_float64(outputs.flatten(1)).norm(dim=1).mean()) for _, outputs in sensitivity.states()]
     return np.array(norms)[sensitivity.blocks]
 
 

@@ -9,6 +9,7 @@ paper's layers are linear layers; a block has the sum of its linear layers.
 import numpy as np
 
 from coopq.game.sensitivity import Sensitivity
+from coopq.model.matrices import in_float64
 from coopq.plan.scores import Gains
 
 _N_SAMPLES = 8
@@ -23,6 +24,6 @@ def gains(sensitivity: Sensitivity) -> Gains:
         weights = sensitivity.weights(player)
         for row, bits in enumerate((sensitivity.low, sensitivity.high)):
             for name, quantized in sensitivity.quantized(player, bits).items():
-                error = float((quantized - weights[name]).double().square().sum())
+                error = float(in_float64(quantized - weights[name]).square().sum())
                 omega[row, player] += traces[name] / weights[name].numel() * error
     return omega[0] - omega[1]

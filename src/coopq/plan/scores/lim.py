@@ -10,6 +10,7 @@ import numpy as np
 from torch.nn import functional
 
 from coopq.game.sensitivity import Sensitivity
+from coopq.model.matrices import in_float64
 from coopq.plan.scores import Gains, gains_of_ranking
 
 
@@ -17,7 +18,8 @@ def scores(sensitivity: Sensitivity) -> Gains:
     """Negative cosine similarity of the input and the output of each player's block, shape (n_players,)."""
     found: list[float] = []
     for inputs, outputs in sensitivity.states():
-        similarity = functional.cosine_similarity(inputs.flatten(1).double(), outputs.flatten(1).double(), dim=1)
+        before, after = in_float64(inputs.flatten(1)), in_float64(outputs.flatten(1))
+        similarity = functional.cosine_similarity(before, after, dim=1)
         found.append(-float(similarity.mean()))
     return np.array(found)[sensitivity.blocks]
 

@@ -24,6 +24,7 @@ from coopq.game.losses import Reference, portions_divergence
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.streamed_gradients import head_gradients, output_gradients, watching
 from coopq.model.blockwise import States
+from coopq.model.matrices import in_float64
 from coopq.quantizers.input_statistics import column_importance
 
 Errors = npt.NDArray[np.float64]
@@ -70,7 +71,7 @@ def _squares(
         if name in gradients:
             inputs, gradient = gradients[name]
             error = sensitivity.bank.matrices[name].rows(quantized[name] - weight).to(inputs.device)
-            total += float((functional.linear(inputs, error) * gradient).square().sum(dtype=torch.float64))
+            total += float(in_float64((functional.linear(inputs, error) * gradient).square()).sum())
     return total
 
 
@@ -101,7 +102,7 @@ def _moved_by_token(sensitivity: Sensitivity, player: int, width: Width, linear:
     matrix, name = sensitivity.bank.matrices[linear.name], linear.name
     error = matrix.rows(sensitivity.quantized(player, width)[name] - sensitivity.weights(player)[name])
     by_expert = error.unflatten(0, (linear.n_experts, -1)).float().square()
-    return float((by_expert * inputs.to(by_expert)[:, None]).sum(dtype=torch.float64)) / linear.n_experts
+    return float(in_float64(by_expert * inputs.to(by_expert)[:, None]).sum()) / linear.n_experts
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def _of_end(sensitivity: Sensitivity, player: int, width: Width, final: States, 
         if parameter is embedding:
             bank.set_player(player, width)
             moved = [after - before for after, before in zip(blockwise.embed(), blockwise.embedded, strict=True)]
-            squares = [(m * y).square().sum(dtype=torch.float64) for m, y in zip(moved, upstream, strict=True)]
+            squares = [in_float64((m * y).square()).sum() for m, y in zip(moved, upstream, strict=True)]
             total += sensitivity.scored_tokens / 2 / n_sequences * float(torch.stack(squares).sum())
         if parameter is head:
             total += _head_divergence(sensitivity, player, width, final)

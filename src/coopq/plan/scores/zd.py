@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from coopq.game.sensitivity import Sensitivity
+from coopq.model.matrices import in_float64
 from coopq.plan.scores import Gains, gains_of_ranking
 
 
@@ -17,7 +18,7 @@ def scores(sensitivity: Sensitivity, *, two_sided: bool) -> Gains:
     for player in range(len(sensitivity.players)):
         weights = torch.cat([weight.flatten() for weight in sensitivity.weights(player).values()]).float()
         z = (weights - weights.mean()) / weights.std()
-        values[player] = float(((z.abs() if two_sided else z) > 1).double().mean())
+        values[player] = float(in_float64((z.abs() if two_sided else z) > 1).mean())
     return values
 
 

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., 2023) into ggml's block types, as IST-DASLab's gptq-gguf-toolkit does for K-quants."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from itertools import groupby
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from coopq.core.types import Width
-from coopq.model.matrices import matrix_of
+from coopq.model.matrices import in_float64, matrix_of
 from coopq.quantizers.backend import Packed
-from coopq.quantizers.ggml.library import from_blocks, to_blocks
+from coopq.quantizers.ggml.codes import CodeLayout, code_layout
 from coopq.quantizers.ggml.types import GGMLBackend, IQuants
 from coopq.quantizers.input_statistics import second_moments
 
@@ -20,11 +20,8 @@ _DAMPING = 0.01
 """Share of the mean second moment of a layer's inputs that is added to each second moment."""
 _COLUMNS_AT_ONCE = 128
 """Columns whose errors are passed on to later columns together."""
-_LEAST_BITS, _MOST_BITS = 2, 6
-"""Bits of codes that are rounded column by column. Codes of 1 bit are the signs of I-quants, whose other bits several
-weights share; codes of more than 6 bits leave no error to compensate."""
-_LEVELS_AT_ONCE = 2**26
-"""Levels in memory, for rows that are rounded together: one for every code of every weight."""
+_WEIGHTS_AT_ONCE = 2**24
+"""Weights that are rounded together, in memory as float32 with up to four levels each."""
 _MOMENTS_BYTES = 2**31
 """Memory for second moments; the model runs once for as many layers as have room."""
 
@@ -51,27 +48,56 @@ class GGMLGPTQ(GGMLBackend):
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[Width, str, Packed]]:
         """See `GGMLBackend._quantize_layers`."""
-        for names in _portions(model, list(widths)):
+        for names in portions(model, list(widths)):
             moments = {} if tokens is None else second_moments(model, names, tokens)
-            latest, eliminations = torch.empty(0), list[Elimination]()
-            for name in names:
-                weight = matrix_of(model, name).rows()
-                own = moments.pop(name, None)
-                if own is None:
-                    yield from ((width, name, self.quantize(weight, width)) for width in widths[name])
-                    continue
-                own = own.reshape(-1, *own.shape[-2:])  # (n_experts, in, in); a linear layer is one expert
-                if not torch.equal(own, latest):  # q, k and v have the same inputs
-                    latest, eliminations = own, [elimination_order(expert_moments) for expert_moments in own]
-                for width in widths[name]:
-                    blocks = self.quantize(weight, width, own.diagonal(dim1=1, dim2=2))["blocks"]
-                    kind = self.format.tensor_type(weight.shape[1], width)
-                    n_experts = len(eliminations)
-                    parts = zip(weight.chunk(n_experts), blocks.chunk(n_experts), eliminations, strict=True)
-                    yield width, name, {"blocks": torch.cat([second_order(kind, *part) for part in parts])}
+            inputs = {name: id(moments[name]) if name in moments else name for name in names}
+            # q, k and v have the same inputs, and so have gate and up.
+            for _, together in groupby(names, inputs.__getitem__):
+                weights = {name: matrix_of(model, name).rows() for name in together}
+                *_, own = (moments.pop(name, None) for name in weights)
+                found = self._round(weights, widths, own)
+                yield from ((width, name, {"blocks": found[name, width]}) for name in weights for width in widths[name])
+
+    def _round(
+        self, weights: Mapping[str, Tensor], widths: Mapping[str, Sequence[Width]], moments: Tensor | None
+    ) -> dict[tuple[str, Width], Tensor]:
+        """Blocks of layers with the same inputs, by name and width; rows of one type are rounded together.
+
+        Args:
+            weights: Weight of each layer by name, shape (out, in).
+            widths: Widths of each layer by name.
+            moments: Second moments of the inputs, shape (in, in) or (n_experts, in, in); None if no token reaches them.
+        """
+        importance = None if moments is None else moments.diagonal(dim1=-2, dim2=-1)
+        blocks = {
+            (name, width): self.quantize(weight, width, importance)["blocks"]
+            for name, weight in weights.items()
+            for width in widths[name]
+        }
+        if moments is None:
+            return blocks
+        moments = moments.reshape(-1, *moments.shape[-2:])  # a linear layer is one expert
+        eliminations = [elimination_order(of_expert) for of_expert in moments]
+        for width in dict.fromkeys(width for _, width in blocks):
+            names = [name for name in weights if width in widths[name]]
+            kind = self.format.tensor_type(moments.shape[-1], width)
+            parts = [
+                torch.cat([_by_expert(tensor, len(moments)) for tensor in tensors], dim=1)
+                for tensors in ([weights[name] for name in names], [blocks[name, width] for name in names])
+            ]
+            rounded = torch.stack([second_order(kind, *part) for part in zip(*parts, eliminations, strict=True)])
+            n_rows = [len(weights[name]) // len(moments) for name in names]
+            for name, own in zip(names, rounded.split(n_rows, dim=1), strict=True):
+                blocks[name, width] = own.reshape(-1, own.shape[-1])
+        return blocks
 
 
-def _portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
+def _by_expert(rows: Tensor, n_experts: int) -> Tensor:
+    """Rows of experts one after the other, shape (n_experts * out, n), as (n_experts, out, n)."""
+    return rows.reshape(n_experts, -1, rows.shape[1])
+
+
+def portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     """Names of layers, in order, in portions whose second moments have room in memory together."""
     portion: list[str] = []
     left = _MOMENTS_BYTES
@@ -106,12 +132,14 @@ def elimination_order(moments: Tensor) -> Elimination:
     Args:
         moments: Second moments of a layer's inputs, shape (in, in).
     """
-    exact = moments.double()
+    exact = in_float64(moments)
     damping = _DAMPING * exact.diagonal().mean().clamp(min=1e-30)
     order = exact.diagonal().argsort(descending=True, stable=True)
-    ordered = exact[order][:, order] + damping * torch.eye(len(order), device=moments.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    return Elimination(order, torch.linalg.cholesky(inverse, upper=True).float())
+    ordered = exact[order][:, order] + damping * torch.eye(len(order)).to(exact)
+    # The inverse of A = U U', U upper, has the upper factor U^-1; U is the Cholesky factor of A in reversed order.
+    reversed_factor = torch.linalg.cholesky(ordered.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(order)).to(ordered)
+    return Elimination(order, torch.linalg.solve_triangular(reversed_factor, identity, upper=True).float())
 
 
 def second_order(kind: Any, weight: Tensor, blocks: Tensor, elimination: Elimination) -> Tensor:
@@ -128,93 +156,35 @@ def second_order(kind: Any, weight: Tensor, blocks: Tensor, elimination: Elimina
     layout = code_layout(kind)
     if layout is None:
         return blocks
-    at_once = max(1, _LEVELS_AT_ONCE // (len(layout.patterns) * weight.shape[1]))
+    at_once = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
     parts = zip(weight.float().split(at_once), blocks.cpu().split(at_once), strict=True)
     return torch.cat([_second_order_rows(kind, layout, *part, elimination) for part in parts]).to(blocks.device)
 
 
 def _second_order_rows(
-    kind: Any, layout: "CodeLayout", weight: Tensor, blocks: Tensor, elimination: Elimination
+    kind: Any, layout: CodeLayout, weight: Tensor, blocks: Tensor, elimination: Elimination
 ) -> Tensor:
     """`second_order` for some rows."""
     order, factor = elimination
-    filled = (from_blocks(kind, layout.filled(blocks, code)) for code in range(len(layout.patterns)))
-    # Shape (in, codes, out): the levels of a column lie together.
-    levels = torch.stack([weights.to(order.device).T[order] for weights in filled], dim=1)
+    levels = layout.levels(kind, blocks).to(order.device)
+    is_falling = levels[..., 0] > levels[..., -1]
+    levels = torch.where(is_falling[..., None], levels.flip(2), levels)
+    middles = ((levels[..., 1:] + levels[..., :-1]) / 2).unbind()
+    by_run, run_of_column, pivots = levels.unbind(), (order // layout.run).tolist(), factor.diagonal().tolist()
     left = weight.T.to(order.device)[order]
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=order.device)
+    chosen = []
     for start in range(0, len(left), _COLUMNS_AT_ONCE):
         stop = min(start + _COLUMNS_AT_ONCE, len(left))
         errors = torch.empty_like(left[start:stop])
-        for column in range(start, stop):
-            chosen = (levels[column] - left[column]).abs().min(dim=0).indices  # argmin is several times slower
-            codes[column] = chosen
-            rounded = levels[column].gather(0, chosen[None])[0]
-            errors[column - start] = (left[column] - rounded) / factor[column, column]
-            left[column:stop].addr_(factor[column, column:stop], errors[column - start], alpha=-1)
+        for column, (own, error) in enumerate(
+            zip(left[start:stop, :, None].unbind(), errors.unbind(), strict=True), start
+        ):
+            run = run_of_column[column]
+            nearest = torch.searchsorted(middles[run], own)
+            torch.sub(own, by_run[run].gather(1, nearest), out=error[:, None]).div_(pivots[column])
+            left[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
+            chosen.append(nearest.byte())
         left[stop:] -= factor[start:stop, stop:].T @ errors
-    return layout.with_codes(blocks, codes[order.argsort()].T.cpu())
-
-
-class CodeLayout(NamedTuple):
-    """Where the blocks of a type keep the codes, if each weight has a code of its own.
-
-    Attributes:
-        places: Bits of a block that belong to each weight, the lowest bit of the code first; bits of a byte count from
-            the lowest. Shape (bits of a code, weights).
-        patterns: For each code, the bytes of a block in which every weight has this code and all other bits are zero,
-            uint8, shape (codes, bytes).
-    """
-
-    places: npt.NDArray[np.intp]
-    patterns: Tensor
-
-    def with_codes(self, blocks: Tensor, codes: Tensor) -> Tensor:
-        """The blocks with other codes, uint8, shape (rows, columns)."""
-        by_block = codes.numpy().reshape(-1, self.places.shape[1])
-        return self._replace_codes(blocks, _code_bytes(by_block, self.places, self.patterns.shape[1]))
-
-    def filled(self, blocks: Tensor, code: int) -> Tensor:
-        """The blocks with one code for every weight."""
-        return self._replace_codes(blocks, self.patterns[code])
-
-    def _replace_codes(self, blocks: Tensor, code_bytes: Tensor) -> Tensor:
-        """The blocks with other bits of codes. The pattern of the highest code has all bits of codes set."""
-        by_block = blocks.reshape(-1, self.patterns.shape[1])
-        return (by_block & ~self.patterns[-1] | code_bytes).reshape(blocks.shape)
-
-
-def _code_bytes(codes: npt.NDArray[Any], places: npt.NDArray[np.intp], size: int) -> Tensor:
-    """Blocks of `size` bytes that hold codes, shape (blocks, weights), and zeros elsewhere."""
-    bits = np.zeros((len(codes), 8 * size), dtype=np.uint8)
-    for bit, place in enumerate(places):
-        bits[:, place] = codes >> bit & 1
-    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little"))
-
-
-@cache
-def code_layout(kind: Any) -> CodeLayout | None:
-    """The layout of a type, found by flipping each bit of blocks and looking which weights change.
-
-    Returns:
-        None if weights have no codes of their own, or codes that are too short or too long (see `_LEAST_BITS`).
-    """
-    from gguf import GGML_QUANT_SIZES
-
-    n_weights, size = GGML_QUANT_SIZES[kind]
-    # Several blocks are tried: a bit of a scale changes a single weight if all other weights have the code of zero.
-    random_blocks = to_blocks(
-        kind, torch.randn(8, n_weights, generator=torch.Generator().manual_seed(0)), torch.ones(n_weights)
-    )
-    found = []
-    for block in random_blocks.numpy():
-        flipped = np.unpackbits(block, bitorder="little") ^ np.eye(8 * size, dtype=np.uint8)
-        flipped_blocks = torch.from_numpy(np.packbits(flipped, axis=1, bitorder="little"))
-        moved = (from_blocks(kind, flipped_blocks) != from_blocks(kind, torch.from_numpy(block[None]))).numpy()
-        found.append(np.where(moved.sum(axis=1) == 1, moved.argmax(axis=1), -1))
-    weight_of_bit = np.where(np.equal(found, found[0]).all(axis=0), found[0], -1)
-    (n_bits, *different) = set(np.bincount(weight_of_bit[weight_of_bit >= 0], minlength=n_weights))
-    if different or not _LEAST_BITS <= n_bits <= _MOST_BITS:
-        return None
-    places = np.stack([np.flatnonzero(weight_of_bit == weight) for weight in range(n_weights)], axis=1)
-    return CodeLayout(places, _code_bytes(np.arange(2**n_bits)[:, None], places, size))
+    numbers = torch.cat(chosen, dim=1)[:, order.argsort()]
+    falls = is_falling.T.repeat_interleave(layout.run, dim=1)
+    return layout.with_codes(blocks, torch.where(falls, layout.n_codes - 1 - numbers, numbers).cpu())
