@@ -109,7 +109,6 @@ def by_definition(levels: torch.Tensor, weight: torch.Tensor, moments: torch.Ten
     return chosen
 
 
-@settings(deadline=None)  # the layout of a type is found in the first example
 @given(st.sampled_from(["IQ4_NL", "Q5_1"]), st.integers(0, 10_000))
 @settings(deadline=None)
 def test_it_is_what_least_squares_say_of_the_columns_still_free(name: str, seed: int) -> None:
