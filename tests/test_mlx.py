@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, XGLMConfig
 
 import coopq
-from coopq import Goal, Request
+from coopq import Goal, QuantizerSpec, Request
 from coopq.core.errors import ExportError
 from coopq.export.folders.mlx import pack_affine
 from coopq.export.folders.mlx_process import is_installed, mlx_losses
@@ -23,7 +23,9 @@ from coopq.export.verification import token_losses
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.model.sources.classes import make_model
+from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Affine
+from coopq.quantizers.gptq.format import pack_weight
 from tests.checkpoints import plan_for, save
 from tests.command_line import command
 from tests.quantizers import weight_quantizer
@@ -70,6 +72,21 @@ def test_groups_of_mlx_divide_those_of_a_backend(backend: str, group_size: int, 
     np.testing.assert_allclose(
         weight, quantizer.dequantize(packed, (4, 768), 3, torch.float32).numpy(), rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mlx_gives_the_weights_of_gptq(bits: int) -> None:
+    mx = pytest.importorskip("mlx.core")
+    (rows, columns), form = (32, 128), get_form("mlx")
+    gptq: Any = get_backend(QuantizerSpec("gptq", group_size=32))
+    scales, zeros = torch.rand(rows, 4).half().float(), torch.full((rows, 4), 2 ** (bits - 1))
+    codes, group = torch.randint(2**bits, (rows, columns)), torch.arange(columns) // 32
+    weight = (codes - zeros[:, group]) * scales[:, group]
+    packed = pack_weight({"weight": weight, "scales": scales, "zeros": zeros, "g_idx": group}, bits)
+    parts = cast(Any, form).pack(packed, (rows, columns), bits, gptq, torch.float16)
+    words, *affine = (mx.array(as_numpy(parts[part])) for part in ("weight", "scales", "biases"))
+    # Zero points in the middle of the range are powers of two, so even 16 bits hold the biases.
+    assert np.array_equal(np.array(mx.dequantize(words, *affine, group_size=32, bits=bits)), weight.numpy())
 
 
 def small(kind: Any = LlamaConfig, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
