@@ -125,7 +125,7 @@ def sequence_means(scores: Tensor, tokens: Tensor) -> npt.NDArray[np.float64]:
         scores: Scores of all tokens but the first of each sequence, one sequence after the other, shape (n,).
         tokens: Shape (n_sequences, length).
     """
-    return scores.cpu().reshape(len(tokens), -1).mean(dim=1).numpy()
+    return in_float64(scores.cpu()).reshape(len(tokens), -1).mean(dim=1).numpy()
 
 
 def portions_nll(portions: Portions, targets: Tensor) -> Tensor:

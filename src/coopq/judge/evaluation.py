@@ -181,7 +181,7 @@ def _load_whole(
     source: str, device: str, text: HeldOut, progress: ProgressCallback, dtype: str = "auto"
 ) -> tuple[Prepared, LoadedModel]:
     """A model in full precision; its blocks stay on the host where they do not fit on the device."""
-    one_window = {"tokens": max(text.length, 2), "sequence_length": text.length}  # a bad length is refused by its name
+    one_window = {"tokens": text.length, "sequence_length": text.length}
     prepared = prepare(Request.from_options(model=source, device=device, dtype=dtype, **one_window))
     # Nothing is quantized here, so the weights need no room for a bank.
     must_offload = not weights_fit(source, dtype=dtype, device=device)

@@ -52,6 +52,7 @@ def _measure(
     """What a loss gives for each assignment on all windows, one after the other."""
     model, parts = session.loaded.model, []
     token_bytes = 4 * model.config.get_text_config().vocab_size if loss == JUDGED else 0
+    session.folder.evaluation.mkdir(exist_ok=True)
     for portion in portions(model, judging_text(session, text), token_bytes):
         journal = session.folder.evaluation / f"{name}-{portion.fingerprint[:16]}.jsonl"
         with session.game_on(portion, journal, f"judging on {portion.source}", loss) as game:
