@@ -1,6 +1,7 @@
 """The command line as its users meet it, in its own process."""
 
 import json
+import re
 import shutil
 from io import StringIO
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_a_plan_is_deployed_by_another_backend_and_says_so(job: Path) -> None:
     code, text, err = command("apply", job / "plan.json", "--out", out, "--backend", "hqq", "--json")
     assert code == 0, err
     data = json.loads(text)
-    assert data["deployment"] == {"backend": "hqq", "group_size": None, "act_order": None, "symmetric": None}
+    assert {name: value for name, value in data["deployment"].items() if value is not None} == {"backend": "hqq"}
     assert data["measured_loss"] is None
     assert data["bytes"] != json.loads((job / "plan.json").read_text())["bytes"]
     code, text, err = command("evaluate", out, "--tokens", "256", "--sequence-length", "64", "--json")
@@ -197,7 +198,7 @@ def test_evaluate_a_full_precision_model(stories: str) -> None:
     code, out, err = command("evaluate", stories, "--tokens", "512", "--sequence-length", "128")
     assert code == 0, err
     assert "perplexity" in out
-    assert "windows of 0 tokens out of None" in refused("evaluate", stories, "--sequence-length", "0")
+    assert "windows of 0 tokens" in refused("evaluate", stories, "--sequence-length", "0")
     code, out, _ = command("evaluate", stories, "--tokens", "512", "--sequence-length", "128", "--json")
     data = json.loads(out)
     assert {"nll", "perplexity", "tokens", "bytes"} <= set(data)
@@ -260,7 +261,7 @@ def test_help_of_quantize_has_a_section_for_each_kind_of_option() -> None:
     assert [word for word in solver.split() if word.startswith("--")] == ["--alpha", "--time-limit"]
     for kind in (QuantizerSpec, SolverSpec, TargetSpec):
         for field in option_fields(kind):
-            assert out.count(f"  --{field.encode_name.replace('_', '-')}") == 1
+            assert len(re.findall(rf"^  --{field.encode_name.replace('_', '-')}\b(?!-)", out, re.M)) == 1
 
 
 def test_an_unknown_option_is_one_line_that_says_where_to_look(tmp_path: Path, stories: str) -> None:

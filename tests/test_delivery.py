@@ -19,6 +19,7 @@ from coopq.plan.methods import METHODS
 from coopq.quantizers import BACKENDS, get_backend
 from tests.command_line import command
 
+LLAMA = str(Path(__file__).parents[1] / "benchmarks" / "data" / "llama")
 QUICK = ["--tokens", "256", "--sequence-length", "128", "--forwards", "8"]
 
 
@@ -51,10 +52,10 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
         recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
 
 
-@pytest.mark.parametrize(("engine", "size"), [("vllm", "7.5bpw"), ("transformers", "5bpw")])
-def test_a_model_is_delivered_to_an_engine(engine: str, size: str, stories: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["quantize", stories, "--for", engine, "--size", size, "--group-size", "64", *QUICK, "--out", str(out)]
+@pytest.mark.parametrize(("engine", "size"), [("vllm", "7bpw"), ("transformers", "5bpw")])
+def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Path) -> None:
+    out, few = tmp_path / "out", ["--fit-tokens", "256", "--group-size", "32"]
+    arguments = ["quantize", LLAMA, "--for", engine, "--size", size, *few, *QUICK, "--out", str(out)]
     code, text, err = command(*arguments)
     assert code == 0, err
     assert f"backend {RECIPES[engine].settings['backend'].value}" in err, "the settings are printed with their reasons"
@@ -71,7 +72,7 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, stories: str,
 
 def test_what_was_there_is_not_written_over(stories: str, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    code, _, err = command("quantize", stories, "--for", "vllm", "--size", "7.5bpw", *QUICK, "--out", tmp_path / "out")
+    code, _, err = command("quantize", stories, "--for", "vllm", "--size", "7bpw", *QUICK, "--out", tmp_path / "out")
     assert code == 2
     assert "this command did not make it" in err
 

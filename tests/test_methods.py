@@ -113,8 +113,8 @@ def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
 def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Path) -> None:
     out: list[str | Path] = ["--out", tmp_path / "out", *TEXT]
     assert "with every player at 4 bits the loss is" in refused("quantize", STORIES, "--max-loss", "0.5", *out)
-    assert "and not both" in refused("quantize", STORIES, "--max-loss", "9", "--budget", "3avg", *out)
-    assert "and not both" in refused("quantize", STORIES, *out)
+    assert "give one of size" in refused("quantize", STORIES, "--max-loss", "9", "--budget", "3avg", *out)
+    assert "give one of size" in refused("quantize", STORIES, *out)
     assert "cannot search for a loss" in refused("quantize", STORIES, "--max-loss", "9", "--method", "lim", *out)
     assert "is no limit" in refused("quantize", STORIES, "--max-loss", "nan", *out)
     assert "leave --screen-tokens out" in refused("quantize", STORIES, "--max-loss", "9", "--screen-tokens", "64", *out)

@@ -151,8 +151,8 @@ def test_a_request_needs_a_model() -> None:
 @pytest.mark.parametrize(
     ("goal", "message"),
     [
-        ({}, "give a budget, or a limit on the loss, and not both"),
-        ({"budget": "3avg", "max_loss": 3.0}, "give a budget, or a limit on the loss, and not both"),
+        ({}, "give one of size, fit (a memory) and max-loss"),
+        ({"budget": "3avg", "max_loss": 3.0}, "give one of size, fit (a memory) and max-loss"),
         ({"max_loss": float("nan")}, "max-loss = nan is no limit; give nats per token"),
         ({"max_loss": float("inf")}, "max-loss = inf is no limit; give nats per token"),
         ({"budget": "3avg", "method": 3}, "method = 3 does not fit: expected str, got int"),

@@ -124,11 +124,11 @@ def deliver(
     plan = quantize(request, goal, saved, solver=solver, run=run, progress=progress, ray=ray)
     if not out.exists() or made is None:
         write_json(record, {"form": form, "bits": plan.assignment})  # before the output: an interrupted job goes on
-        export_model(saved, form, out, model=request.model.source, progress=progress)
+        export_model(saved, form, out, progress=progress)
     elif made != as_plain({"form": form, "bits": plan.assignment}):
         raise OutputError(f"{out} was made of another plan; name another --out, or remove it")
     check = check_in_llama_cpp(out, saved, progress) if form == "gguf" else None
-    n_bytes = predicted_bytes(plan, form, model=request.model.source)
+    n_bytes = predicted_bytes(plan, form)
     return Delivery(plan, out, n_bytes, check, RECIPES[engine].run.format(out=out))
 
 

@@ -17,7 +17,7 @@ from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest, Subject
-from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
+from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
@@ -123,26 +123,28 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
         CoopQError: Naming what is wrong.
     """
     check_text(request.text)
-    backend = get_backend(request.quantizer, request.widths.bits)
+    backend, skeleton, found = _look(request)
     backend.check_text(request.text)
-    spec, widths = request.model, request.widths
-    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
-    found = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
     players, sizes = target.fit(request, skeleton, found, backend)
     warn_of_weights_outside(skeleton, players)
-    sizes.player_widths(widths.bits)  # refuses widths that no player has
-    return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(spec.device), target)
+    sizes.player_widths(request.widths.bits)  # refuses widths that no player has
+    return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(request.model.device), target)
+
+
+def _look(request: Request) -> tuple[Backend, Any, Sequence[Player]]:
+    """The backend, the model without storage, and all its players."""
+    spec, widths = request.model, request.widths
+    backend = get_backend(request.quantizer, widths.bits)
+    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
+    return backend, skeleton, find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
 
 
 def usable_bits(request: Request) -> tuple[Width, ...]:
     """The widths of a request that some layer of the model has: recipes name more than every model can take."""
-    spec, widths = request.model, request.widths
-    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
-    players = find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
-    backend = get_backend(request.quantizer, widths.bits)
+    backend, _, players = _look(request)
     had = {width for player in players for linear in player.linears for width in backend.widths_of(linear.shape)}
-    return tuple(width for width in widths.bits if width == UNTOUCHED or width in had)
+    return tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
 
 
 @dataclass(frozen=True)

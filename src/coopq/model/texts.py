@@ -176,7 +176,7 @@ class HeldOut:
         """
         if self.length < 2 or (self.max_tokens is not None and self.max_tokens < 1):
             raise CalibrationError(
-                f"windows of {self.length} tokens out of {self.max_tokens} cannot be scored; use at least 2 tokens"
+                f"windows of {self.length} tokens out of {self.max_tokens or 'all'} cannot be scored; use at least 2"
             )
         if self.source != WIKITEXT2:
             _check_file(Path(self.source))
