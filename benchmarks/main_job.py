@@ -118,7 +118,8 @@ def run_part(name: str, permutations: int) -> Part:
     for figure in save_comparison(rows, title, FOLDER / f"main_job-{name}"):
         if figure.suffix == ".png":  # the form that the report shows
             shutil.copy(figure, RESULTS)
-    _, spent = Journal.peek(FOLDER / name / "journal.jsonl")
+    _, forwards = Journal.peek(FOLDER / name / "journal.jsonl")
+    spent = int(forwards.sum())
     return Part(permutations, rows, shipped, saved, plans[0].block_forwards, plans[0].block_forwards_unshared, spent)
 
 

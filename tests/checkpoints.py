@@ -43,8 +43,17 @@ def plan_for(
         average_bits=sizes.average_bits(bits),
         bits_per_weight=sizes.bits_per_weight(bits),
         players=tuple(
-            PlayerPlan(player.name, width, tuple(linear.name for linear in player.linears), 0.0, 0.0)
-            for player, width in zip(players, bits, strict=True)
+            PlayerPlan(
+                name=player.name,
+                bits=width,
+                modules=tuple(linear.name for linear in player.linears),
+                score=0.0,
+                stderr=0.0,
+                block=player.block,
+                n_weights=player.n_weights,
+                n_bytes=sizes.bytes_by_width(index),
+            )
+            for index, (player, width) in enumerate(zip(players, bits, strict=True))
         ),
         solver=Solver("optimal", 0.0, 0.0, 0.0),
         predicted_loss=0.0,

@@ -47,6 +47,7 @@ PLAN: list[tuple[str, Change]] = [
     ("its runner-up has 1 players", lambda plan: plan.update(runner_up=[2])),
     ("players are untouched", lambda plan: plan.update(untouched_bytes=5)),
     ("not the average", lambda plan: plan.update(average_bits=8.5)),
+    ("do not add up", lambda plan: plan["players"][0].update(n_bytes={})),
     ("it has no modules", lambda plan: plan.update(players=[])),
     ("negative", lambda plan: plan.update(block_forwards=-3)),
 ]

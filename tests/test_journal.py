@@ -36,7 +36,7 @@ def test_values_come_back_bit_by_bit(path: Path) -> None:
     (assignments, losses), block_forwards = Journal.peek(path)
     assert assignments.shape == (2, 2)
     np.testing.assert_allclose(sorted(losses), sorted([0.675, 2 / 3]))
-    assert block_forwards == 5
+    assert block_forwards.tolist() == [3, 2]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 30])
@@ -44,7 +44,7 @@ def test_a_last_line_cut_short_is_dropped_and_written_again(path: Path, cut: int
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
     (_, losses), block_forwards = Journal.peek(path)
-    assert (len(losses), block_forwards) == (1, 3)
+    assert (len(losses), block_forwards.tolist()) == (1, [3])
     with Journal(path, FINGERPRINT) as journal:
         assert journal.get(point(4, 4)) is None
         journal.append(point(4, 4), np.array([1.0, 1 / 3]), 2)

@@ -40,6 +40,7 @@ sys.exit(not all(callable(getattr(coopq, name)) for name in coopq.__all__))
         "coopq.plan.allocate",
         "coopq.plan.methods",
         "coopq.quantizers",
+        "coopq.report.page.saved",
         "coopq.search",
     ],
 )

@@ -37,6 +37,8 @@ def quantize(
     from coopq.export.formats import predicted_bytes
     from coopq.game.session import usable_bits
     from coopq.report.data import delivery_data, plan_data
+    from coopq.report.page.run.page import save_run_page
+    from coopq.report.page.saved import REPORT
     from coopq.report.tables import delivery_summary, plan_summary, provenance
 
     quiet_libraries()
@@ -61,6 +63,10 @@ def quantize(
         raise
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
+    work = pipeline.default_run(out) if run is None else run
+    if work.is_dir():  # the work of a finished job may be deleted
+        data["report"] = str(save_run_page(plan, work, out.name, work / REPORT))
+        text += f", a report in {data['report']}"
     if request.target.form is not None:
         exported = predicted_bytes(plan, request.target.form)
         text += f"; {exported:,} bytes once exported to {request.target.form}"
@@ -97,7 +103,8 @@ def estimate(
     quiet_libraries()
     with progress_bars() as progress:
         estimation = pipeline.estimate(request, run, progress, ray=ray_config(ray_address, workers))
-    measured, spent = Journal.peek(RunFolder(run).journal)
+    measured, forwards = Journal.peek(RunFolder(run).journal)
+    spent = int(forwards.sum())
     print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
 
 
@@ -185,9 +192,16 @@ def front(run: Path, as_json: bool) -> None:
 
 @click.command(cls=SectionedCommand)
 @click.argument("path", type=PLACE)
+@click.option("--page", is_flag=True, help="Write a report instead, an HTML file; also of a comparison or a bench.")
 @as_json
-def show(path: Path, as_json: bool) -> None:
+def show(path: Path, page: bool, as_json: bool) -> None:
     """Show the layers, widths and Shapley values of PATH: a run folder, a plan file or a saved model."""
+    if page:
+        from coopq.report.page.saved import write_pages
+
+        files = [str(file) for file in write_pages(path)]
+        print_result({"pages": files}, "\n".join(files), as_json)
+        return
     from coopq.plan.plan import Plan
     from coopq.report.data import plan_data
     from coopq.report.tables import show_plan
@@ -211,7 +225,8 @@ def _show_run(path: Path, as_json: bool) -> None:
 
     folder = RunFolder(path)
     request = folder.request()
-    measured, spent = Journal.peek(folder.journal)
+    measured, forwards = Journal.peek(folder.journal)
+    spent = int(forwards.sum())
     saved = load_plans(sorted(folder.plans.glob("*.json")))
     plans = [plan for plan in saved if not has_other_walks(plan, request)]
     if len(plans) < len(saved):

@@ -42,6 +42,8 @@ def compare(
     from coopq.model.texts import HeldOut
     from coopq.report.data import comparison_data
     from coopq.report.judged import comparison_table
+    from coopq.report.page.ranking.page import save_comparison_page
+    from coopq.report.page.saved import REPORT
     from coopq.report.plots import save_comparison
 
     quiet_libraries()
@@ -62,7 +64,8 @@ def compare(
     widths = request.widths
     title = f"{request.model.source}, {request.quantizer.backend}, {widths.text} bits by {widths.granularity}: {text}"
     files = save_comparison(rows, title, run / "comparison")
-    saved = ", ".join(map(str, [run / "comparison.json", *files]))
+    page = save_comparison_page(request, text, rows, run / REPORT)
+    saved = ", ".join(map(str, [run / "comparison.json", *files, page]))
     print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
 
 
@@ -78,6 +81,8 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
     from coopq.judge.bench.config import read_bench
     from coopq.report.bench_tables import save_report
     from coopq.report.data import bench_data
+    from coopq.report.page.ranking.page import save_bench_page
+    from coopq.report.page.saved import REPORT
 
     check_pandas()
     quiet_libraries()
@@ -87,7 +92,7 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
     else:
         with progress_bars() as progress:
             results = work.run_bench(asked, out, progress)
-    files = save_report(asked, results, out)
+    files = [*save_report(asked, results, out), save_bench_page(asked.title, results, out / REPORT)]
     print_result(bench_data(files, results), "\n".join(map(str, files)), as_json)
 
 

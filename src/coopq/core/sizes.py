@@ -100,6 +100,11 @@ class Sizes:
             raise UnsupportedBits(f"player {player} has no {bits:g} bits; it has {', '.join(map(str, own))}")
         return n_bytes
 
+    def bytes_by_width(self, player: int) -> dict[str, int]:
+        """Bytes of a player at each width that it has, by the width as text: what plan.json holds."""
+        found = {f"{width:g}": n_bytes[player] for width, n_bytes in self.n_bytes.items()}
+        return {width: n_bytes for width, n_bytes in found.items() if n_bytes is not None}
+
     def file_bytes(self, assignment: Assignment | Sequence[Width]) -> int:
         """Most bytes of the whole file under an assignment."""
         return self.total_bytes(assignment) + self.fixed

@@ -1,9 +1,10 @@
-"""Versions of libraries whose private parts are in use: these can change without notice."""
+"""Versions of libraries: those that numbers depend on, and those whose private parts are in use."""
 
 import logging
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 
+_PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "auto-round", "libggml-python")
 _log = logging.getLogger(__name__)
 
 
@@ -31,3 +32,8 @@ def check_version(package: str, tried: str, what: str) -> None:
             package,
             tried,
         )
+
+
+def installed() -> str:
+    """The packages that numbers depend on, with their versions: "coopq 0.1.0, torch 2.9"."""
+    return ", ".join(f"{found.name} {found.version}" for name in _PACKAGES for found in distributions(name=name))

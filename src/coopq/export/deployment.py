@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from coopq.core.errors import InfeasibleBudget
 from coopq.core.sizes import Budget
 from coopq.core.spec import spec_options
@@ -35,7 +37,9 @@ def resized(plan: Plan, deployed: SizedRequest) -> Plan:
             f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
             f"{limit}; allocate a smaller budget, or estimate with that backend"
         )
+    players = [replace(player, n_bytes=sizes.bytes_by_width(index)) for index, player in enumerate(plan.players)]
     return plan.replace(
+        players=tuple(players),
         bytes=n_bytes,
         file_bytes=sizes.file_bytes(plan.assignment),
         untouched_bytes=sizes.untouched_bytes(plan.assignment) if UNTOUCHED in plan.assignment else 0,

@@ -72,23 +72,33 @@ class Journal:
         self.block_forwards += block_forwards
 
     @staticmethod
-    def peek(path: Path) -> tuple[tuple[Assignments, Losses], int]:
-        """All assignments of a journal, their mean losses, and the block forwards of all records.
+    def peek(path: Path) -> tuple[tuple[Assignments, Losses], npt.NDArray[np.int64]]:
+        """All assignments of a journal, their mean losses, and the block forwards of each record.
 
         Nothing is written: another process may be writing the file. A last line that is not whole is skipped.
 
         Raises:
             JournalError: As for a journal that is opened.
         """
-        bits, losses, block_forwards, loss = [], [], 0, ""
+        bits, losses, block_forwards, loss = [], [], [], ""
         for line in _intact_lines(path) if path.exists() else ():
             if line.number == 1:
                 loss = _loss_name(line.record["fingerprint"])
             else:
                 bits.append(np.array(line.record["bits"], dtype=np.float32))
                 losses.append(float(np.mean(line.record[loss])))
-                block_forwards += line.record["block_forwards"]
-        return (np.array(bits), np.array(losses)), block_forwards
+                block_forwards.append(line.record["block_forwards"])
+        return (np.array(bits), np.array(losses)), np.array(block_forwards, dtype=np.int64)
+
+    @staticmethod
+    def header(path: Path) -> dict[str, Any] | None:
+        """The fingerprint of a journal, as JSON gives it back; None without a journal.
+
+        Raises:
+            JournalError: As for a journal that is opened.
+        """
+        line = next(_intact_lines(path), None) if path.exists() else None
+        return None if line is None else line.record["fingerprint"]
 
     def __len__(self) -> int:
         return len(self._losses)

@@ -9,6 +9,7 @@ searches.json  what searches knew when they began
 estimate.json  Shapley values, covariance and sizes: all that an allocation needs
 plans/         one plan for each budget and method
 evaluation/    losses on text that judges
+report.html    the report page of the latest plan or comparison
 run.lock       held while a process works in the folder
 """
 

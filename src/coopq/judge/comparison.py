@@ -154,6 +154,7 @@ def _row(judged: Judged, loss: str) -> Comparison:
         divergence=None if is_reference else estimate(divergence),
         same_top=None if is_reference else estimate(same_top),
         file_bytes=judged.file_bytes,
+        windows=tuple(judged.windows.mean(axis=0).tolist()),
     )
 
 

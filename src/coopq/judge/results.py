@@ -90,6 +90,7 @@ class Comparison:
         calibration_loss: Loss on the calibration set, nats per token.
         nll: Negative log-likelihood on the judging text, nats per token.
         perplexity: Mean of the assignments' perplexities on the judging text.
+        windows: Negative log-likelihood on each window of the judging text, mean of the assignments, nats per token.
         divergence: Kullback-Leibler divergence from full precision on the judging text, nats per token; None for full
             precision, the reference, and where no divergence was measured.
         same_top: Share of the tokens with the most likely token of full precision; None likewise.
@@ -105,6 +106,7 @@ class Comparison:
     calibration_loss: float
     nll: float
     perplexity: float
+    windows: tuple[float, ...]
     divergence: Estimate | None = None
     same_top: Estimate | None = None
     file_bytes: int | None = None

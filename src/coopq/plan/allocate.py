@@ -146,9 +146,18 @@ def make_plan(subject: Subject, budget: Budget, choice: Choice) -> Plan:
         average_bits=sizes.average_bits(assignment),
         bits_per_weight=sizes.bits_per_weight(assignment),
         players=tuple(
-            PlayerPlan(player.name, bits, tuple(linear.name for linear in player.linears), score, error)
-            for player, bits, score, error in zip(
-                subject.players, assignment, choice.scores.tolist(), stderr, strict=True
+            PlayerPlan(
+                name=player.name,
+                bits=bits,
+                modules=tuple(linear.name for linear in player.linears),
+                score=score,
+                stderr=error,
+                block=player.block,
+                n_weights=player.n_weights,
+                n_bytes=sizes.bytes_by_width(index),
+            )
+            for index, (player, bits, score, error) in enumerate(
+                zip(subject.players, assignment, choice.scores.tolist(), stderr, strict=True)
             )
         ),
         solver=None if allocation is None else _proof(allocation),

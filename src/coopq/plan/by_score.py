@@ -1,19 +1,16 @@
 """Plans by scores: what gradients, activations or weights say, without a loss of any assignment."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from msgspec import Meta, Struct
 
-from coopq.core.errors import EstimationError, RunError
-from coopq.core.files import as_plain, read_record, write_record
+from coopq.core.errors import EstimationError
+from coopq.core.files import as_plain
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
 from coopq.core.types import ProgressCallback, silent
-from coopq.game.run_folder import RunFolder
 from coopq.game.sensitivity import Sensitivity
 from coopq.game.session import Session
 from coopq.plan.allocate import choose_by_gains, make_plan, search_space
@@ -21,32 +18,9 @@ from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
+from coopq.plan.scores.kept import Score, kept_score, save_score
 
-_FORMAT_VERSION = 2
 _log = logging.getLogger(__name__)
-
-
-class _Record(Struct, forbid_unknown_fields=True):
-    """The file of a score."""
-
-    fingerprint: dict[str, Any]
-    gains: list[float]
-    block_forwards: Annotated[int, Meta(ge=0)]
-    pairs: list[list[float]] | None = None
-
-
-class Score(NamedTuple):
-    """What a score says.
-
-    Attributes:
-        gains: Loss, or what stands for the loss, saved by not taking each step down, shape (n_steps,).
-        pairs: What pairs of steps cost beyond that, shape (n_steps, n_steps); None for scores without pair terms.
-        block_forwards: What the score takes.
-    """
-
-    gains: Gains
-    pairs: Gains | None
-    block_forwards: int
 
 
 def plans_by_score(session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec) -> list[Plan]:
@@ -75,7 +49,6 @@ def sensitivities(session: Session) -> list[Sensitivity]:
 
 def cached_score(session: Session, method: Method, measured_at: Sequence[Sensitivity]) -> Score:
     """A score, from the run folder if the score is kept there."""
-    path = session.folder.scores / f"{method.name}.json"
     fingerprint = as_plain(
         {**session.fingerprint, "bits": session.request.widths.bits, "player widths": session.player_widths}
     )
@@ -91,35 +64,8 @@ def cached_score(session: Session, method: Method, measured_at: Sequence[Sensiti
         raise EstimationError(
             f"the scores of {method.name} are not all numbers; choose another method, or compute in --dtype float32"
         )
-    path.parent.mkdir(exist_ok=True)
-    kept_pairs = None if own.pairs is None else own.pairs.tolist()
-    write_record(path, _Record(fingerprint, own.gains.tolist(), own.block_forwards, kept_pairs), _FORMAT_VERSION)
+    save_score(session.folder, method.name, own, fingerprint)
     return own
-
-
-def kept_score(folder: RunFolder, name: str, fingerprint: Mapping[str, Any]) -> Score | None:
-    """A score that a run folder keeps, if it was made for what a fingerprint says; None if there is none.
-
-    Args:
-        folder: The run folder.
-        name: Name of the score.
-        fingerprint: What the score has to depend on, as plain data.
-    """
-    path = folder.scores / f"{name}.json"
-    if not path.is_file():
-        return None
-    kept = read_record(
-        path,
-        _Record,
-        _FORMAT_VERSION,
-        what="score",
-        missing=f"{path} is gone; run the same command again",
-        way_out="delete it, and run the same command again",
-        error=RunError,
-    )
-    if {key: kept.fingerprint.get(key) for key in fingerprint} != fingerprint:
-        return None
-    return Score(np.array(kept.gains), None if kept.pairs is None else np.array(kept.pairs), kept.block_forwards)
 
 
 def score(method: Method, measured_at: Sequence[Sensitivity], progress: ProgressCallback = silent) -> Score:

@@ -22,10 +22,10 @@ from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.players import find_blocks
 from coopq.plan.methods import METHODS, names
-from coopq.plan.scores.prior import SCORE
 from coopq.plan.searches.by_search import make_search
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, Search, SearchSpace, run_search
+from coopq.search.informed import PRIOR_SCORE
 from coopq.search.solver.local_search import random_fill
 from coopq.search.strategies.active import most_points
 from coopq.search.strategies.exhaustive import MOST_PLAYERS, n_assignments
@@ -206,7 +206,7 @@ def _space(asked: SizedRequest) -> SearchSpace:
 def forecast_active(asked: SizedRequest) -> Work:
     """At most what the active search takes: its score, then rounds of points that fill the budget."""
     space, blocks = _space(asked), asked.blocks
-    points, scoring = most_points(space), (METHODS[SCORE].cost or 0) * len(set(blocks))
+    points, scoring = most_points(space), (METHODS[PRIOR_SCORE].cost or 0) * len(set(blocks))
     rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
     drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))
     searched = prefix_tree_size(drawn, blocks) * points // len(drawn)

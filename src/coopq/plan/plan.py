@@ -14,7 +14,7 @@ from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.confidence import Confidence
 from coopq.search.surrogate import Fidelity
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 _ROUNDING = 1e-6
 """What an average may be off by rounding, in bits."""
 
@@ -29,6 +29,9 @@ class PlayerPlan(Struct, frozen=True, forbid_unknown_fields=True):
         score: What the method says of the player: for "coopq" the Shapley value, in nats per token; other methods have
             units of their own.
         stderr: Standard error of the score; None for methods without one.
+        block: Index of the transformer block that holds the player.
+        n_weights: Number of weights.
+        n_bytes: Bytes at each width that was to choose from, by the width as text.
     """
 
     name: str
@@ -36,6 +39,9 @@ class PlayerPlan(Struct, frozen=True, forbid_unknown_fields=True):
     modules: tuple[str, ...]
     score: float
     stderr: float | None
+    block: int
+    n_weights: int
+    n_bytes: dict[str, int]
 
 
 class Solver(Struct, frozen=True, forbid_unknown_fields=True):
@@ -204,6 +210,8 @@ def _contradiction(plan: Plan) -> str | None:
         return f"{plan.average_bits} are not the average of its players' bits"
     if plan.file_bytes < plan.bytes:
         return f"its weights take {plan.bytes} bytes of a file of {plan.file_bytes}"
+    if sum(player.n_bytes.get(f"{player.bits:g}", -1) for player in plan.players) != plan.bytes:
+        return f"the bytes of its players do not add up to {plan.bytes}"
     if plan.bits_per_weight <= 0 or min(plan.block_forwards, plan.block_forwards_unshared) < 0:
         return "a size or a cost is negative"
     return None

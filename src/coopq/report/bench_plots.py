@@ -80,6 +80,7 @@ def _comparison(results: Sequence[Result]) -> list[Comparison]:
             calibration_loss=row.calibration_loss,
             nll=row.nll,
             perplexity=float(np.exp(row.nll)),
+            windows=tuple(row.windows.tolist()),
         )
         for row in rows[rows["seed"] == results[0].seed].itertuples()
     ]

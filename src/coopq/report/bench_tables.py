@@ -1,7 +1,6 @@
 """The report of a bench: results.csv, report.md and figures."""
 
 from collections.abc import Iterator, Sequence
-from importlib.metadata import distributions
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from coopq.core.files import atomic_file
+from coopq.core.versions import installed
 from coopq.judge.bench.aggregate import above_lowest, average_over_seeds, check_pandas, method_names, tidy
 from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # pandas is optional
 
 _EDGES = (2.0, 2.5, 3.0, 3.5, 4.0)
 """Edges of the ranges of average bits that the paper's tables have; a range holds its upper edge."""
-_PACKAGES = ("coopq", "torch", "transformers", "optimum-quanto", "hqq", "gptqmodel", "auto-round", "libggml-python")
 _PAPER_METHODS = names(is_in_paper=True)
 
 
@@ -86,12 +85,11 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
 
 def _provenance(bench: Bench) -> list[str]:
     judged = "all" if bench.judge_tokens is None else f"the first {bench.judge_tokens:,}"
-    packages = ", ".join(f"{found.name} {found.version}" for name in _PACKAGES for found in distributions(name=name))
     return [
         f"Judged on {judged} tokens of the WikiText-2 test split in windows of {bench.judge_length}, which no method",
         "sees. Intervals: 95 %, paired bootstrap over windows, of the mean over seeds. Cost: block forwards for all",
         "budgets of a case together, prefixes shared, in forwards of the whole model over the calibration tokens.",
-        f"{packages}.",
+        f"{installed()}.",
         *(["", f"Not finished, and left out: {', '.join(bench.unfinished)}."] if bench.unfinished else []),
     ]
 

@@ -25,8 +25,14 @@ import numpy.typing as npt
 
 from coopq.core.types import Losses
 from coopq.search.solver.quadratic_program import Steps
+from coopq.search.space import SearchSpace
 
 Floats = npt.NDArray[np.float64]
+
+PRIOR_SCORE = "auto-quantize"
+"""The score that is the prior of the active search: benchmarks/informed.py compares scores."""
+_FALL = 4.0
+"""By what a bit more divides the error of rounding, in squares."""
 
 _ALIKE = (0.25, 0.35, 0.2, 0.2)
 """Shares of the variance of d that a step has for itself, with its kind, with its widths, and with blocks near by."""
@@ -70,8 +76,14 @@ class Prior:
             own * np.eye(len(self.gains))
             + kind * np.equal.outer(self.kinds, self.kinds)
             + width * np.equal.outer(self.widths, self.widths)
-            + near * self._nearness[np.ix_(self.blocks, self.blocks)]
+            + near * self.near_steps
         )
+
+    @property
+    def near_steps(self) -> Floats:
+        """How near the blocks of two steps are, 1 for the same block, shape (n_steps, n_steps)."""
+        near: Floats = self._nearness[np.ix_(self.blocks, self.blocks)]
+        return near
 
     @cached_property
     def _nearness(self) -> Floats:
@@ -99,6 +111,41 @@ class Prior:
         return found / 2
 
 
+def make_prior(
+    space: SearchSpace, gains: Floats, origin: float, blocks: Sequence[int], layers: Sequence[Sequence[str]]
+) -> Prior:
+    """The prior that a score says.
+
+    Args:
+        space: Players and steps.
+        gains: The score of each step, shape (n_steps,).
+        origin: Loss of the model in full precision, nats per token.
+        blocks: Block of each player, shape (n_players,).
+        layers: Names of the linear layers of each player; the last part of a name is the projection.
+    """
+    positive = gains[gains > 0]
+    gains = np.maximum(gains, 0.01 * float(np.median(positive)) if len(positive) else 1.0)
+    pairs = [pair for widths in space.player_widths for pair in zip(widths[:0:-1], widths[-2::-1], strict=True)]
+    is_first = np.diff(space.player_of_step, prepend=-1) > 0
+    apart = np.array([high - low for high, low in pairs], dtype=np.float64)
+    projections = ["+".join(name.rpartition(".")[2] for name in names) for names in layers]
+    kinds = [projections[player] for player in space.player_of_step]
+    return Prior(
+        gains=gains,
+        base=float((gains / (_FALL**apart - 1))[is_first].sum()),
+        origin=origin,
+        blocks=np.array(blocks, dtype=np.intp)[space.player_of_step],
+        kinds=_numbers([f"{kind} {pair}" for kind, pair in zip(kinds, pairs, strict=True)]),
+        widths=_numbers([str(pair) for pair in pairs]),
+    )
+
+
+def _numbers(names: Sequence[str]) -> npt.NDArray[np.intp]:
+    """A number for each different name, in the order of the names."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=np.intp)
+
+
 @dataclass(frozen=True)
 class InformedSurrogate:
     """A fitted surrogate.
@@ -124,6 +171,20 @@ class InformedSurrogate:
     shares: Floats = field(repr=False)
     weights: Floats = field(repr=False)
     inverse: Floats = field(repr=False)
+
+    def pair_terms(self, q: Steps) -> Floats:
+        """What pairs of steps add to the log of the loss of one point beyond what the single steps do.
+
+        Args:
+            q: The point, shape (n_steps,).
+        Returns:
+            sqrt(s_i s_j) e_ij with the fitted mean of e, symmetric with a zero diagonal, shape (n_steps, n_steps).
+        """
+        roots, fitted = np.sqrt(self.prior.shares(q[None])[0]), np.sqrt(self.shares)
+        e = self.pairs * self.prior.near_steps * ((fitted.T * self.weights) @ fitted)
+        terms: Floats = np.outer(roots, roots) * e
+        np.fill_diagonal(terms, 0.0)
+        return terms
 
     def corrected_gains(self) -> Floats:
         """The prior's gains times the factors that the measured losses say, shape (n_steps,)."""

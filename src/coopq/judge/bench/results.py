@@ -106,6 +106,29 @@ def load_result(bench: Bench, case: Case, seed: int, out: Path) -> Result | None
     path = _path(out, case, seed)
     if not path.is_file():
         return None
+    found = _read(path)
+    is_asked = found.result.request == case.seeded(seed) and found == _record(bench, case, found.result)
+    return found.result if is_asked else None
+
+
+def load_results(out: Path) -> list[Result]:
+    """The results of all runs in the folder of a bench, whatever the bench asked for, by the names of their files.
+
+    Raises:
+        RunError: If there is none, or a file cannot be read.
+    """
+    files = sorted((out / "results").glob("*.json"))
+    if not files:
+        raise RunError(f"{out} holds no result of a bench; run the bench first")
+    return [_read(path).result for path in files]
+
+
+def _read(path: Path) -> _Record:
+    """The file of a run, checked.
+
+    Raises:
+        RunError: If the file cannot be read.
+    """
     found = read_record(
         path,
         _Record,
@@ -117,8 +140,7 @@ def load_result(bench: Bench, case: Case, seed: int, out: Path) -> Result | None
     )
     if (wrong := _contradiction(found.result)) is not None:
         raise RunError(f"{path} contradicts itself: {wrong}; delete the file to measure the run again")
-    is_asked = found.result.request == case.seeded(seed) and found == _record(bench, case, found.result)
-    return found.result if is_asked else None
+    return found
 
 
 def _contradiction(result: Result) -> str | None:

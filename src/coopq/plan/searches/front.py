@@ -12,10 +12,9 @@ from coopq.core.types import UNTOUCHED
 from coopq.game.journal import Journal
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import Prepared
-from coopq.plan.by_score import kept_score
-from coopq.plan.scores.prior import SCORE, make_prior
+from coopq.plan.scores.kept import kept_score
 from coopq.search import Measured, SearchSpace
-from coopq.search.informed import Prior
+from coopq.search.informed import PRIOR_SCORE, Prior, make_prior
 from coopq.search.strategies.active import likely_optimum
 
 _N_SIZES = 16
@@ -60,9 +59,10 @@ def front_of(folder: Path, prepared: Prepared) -> list[FrontPoint]:
     is_original = (assignments == UNTOUCHED).all(axis=1)
     made_for = as_plain({"bits": bits, "player widths": space.player_widths})
     has_origin = prepared.request.search.loss == "kl" or is_original.any()
-    if has_origin and (score := kept_score(run, SCORE, made_for)) is not None:
+    if has_origin and (score := kept_score(run, PRIOR_SCORE, made_for)) is not None:
         origin = 0.0 if prepared.request.search.loss == "kl" else float(losses[is_original][0])
-        prior = make_prior(score.gains, origin, prepared.players, space)
+        layers = [[linear.name for linear in player.linears] for player in prepared.players]
+        prior = make_prior(space, score.gains, origin, prepared.blocks, layers)
     lowest = sizes.total_bytes([own[0] for own in space.player_widths])
     total = int(space.step_bytes.sum())
     points = []

@@ -1,0 +1,68 @@
+"""What a stranger needs to repeat a run: the command, the versions, the text, the seeds, the fingerprints."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from coopq.core.spec import spelled
+from coopq.core.specs import DEFAULT_SOLVER, Request
+from coopq.core.versions import installed
+from coopq.plan.methods import METHODS
+from coopq.plan.plan import Plan
+from coopq.report.page.document import code, paragraph, table
+
+
+def command(plan: Plan, out: str) -> str:
+    """The command line that makes a plan, options at their defaults left out."""
+    words = ["coopq", "quantize", *request_words(plan.request)]
+    goal: dict[str, Any] = {"budget": plan.budget} if plan.max_loss is None else {"max-loss": plan.max_loss}
+    goal["method"] = None if plan.method == "active" else plan.method
+    goal["alpha"] = plan.alpha if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha else None
+    if plan.stopped_after is not None:
+        for limit in plan.stopped_after.split(" or "):
+            amount, _, unit = limit.partition(" ")
+            goal[unit] = amount
+    words += [word for name, value in goal.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join([*words, "--out", out])
+
+
+def request_words(request: Request) -> list[str]:
+    """The model, and the options of a request that are not at their defaults."""
+    given = request.options()
+    usual = Request.from_options(model=given["model"]).options()
+    changed = [name for name in given if given[name] != usual[name]]
+    return [str(given["model"]), *(word for name in changed for word in _option(name, given[name]))]
+
+
+def provenance(plan: Plan, out: str) -> list[str]:
+    """The parts of the section on provenance."""
+    request, text = plan.request, plan.request.text
+    fingerprint = plan.fingerprint
+    bos = "each after a BOS token" if fingerprint.get("bos") else "no special tokens"
+    rows = [
+        ("model", request.model.source),
+        ("calibration text", f"{text.n_sequences} x {text.sequence_length} tokens of {text.source}, {bos}"),
+        ("seeds", f"{text.seed} for the text, {request.search.seed} for the search"),
+        ("method", f"{plan.method}: {METHODS[plan.method].summary}"),
+        *((f"fingerprint: {name}", _plain(value)) for name, value in fingerprint.items() if name != "bos"),
+        ("this page was made by", installed()),
+    ]
+    return [
+        paragraph("This command repeats the run. Fingerprints are hashes; equal hashes mean equal weights and tokens."),
+        code(command(plan, out)),
+        table(("what", "value"), rows),
+    ]
+
+
+def _option(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, bool):
+        names = {("symmetric", False): "asymmetric"}
+        yield "--" + names.get((name, value), spelled(name) if value else f"no-{spelled(name)}")
+    else:
+        yield f"--{spelled(name)}"
+        yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

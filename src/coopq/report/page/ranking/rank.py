@@ -1,0 +1,156 @@
+"""Methods ranked over budgets and cases by their loss on the judging text, with paired intervals."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coopq.judge.references import REFERENCES
+from coopq.judge.results import Comparison
+
+if TYPE_CHECKING:  # it imports torch
+    from coopq.judge.bench.results import Result
+
+_NORMAL = 1.96
+"""Standard errors in half a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method, or a reference, at a budget of a case, averaged over seeds.
+
+    Attributes:
+        case: Name of the case.
+        method: Name of the method or of the reference.
+        budget: The budget; None for full precision and uniform widths.
+        bits_per_weight: Stored bits per weight.
+        average_bits: Width averaged over the weights.
+        calibration_loss: Loss on the calibration set, nats per token.
+        windows: Negative log-likelihood on each window of the judging text, shape (n_windows,), nats per token.
+        forwards: Forwards of the model for all budgets of the case together; None where they were not counted.
+    """
+
+    case: str
+    method: str
+    budget: str | None
+    bits_per_weight: float
+    average_bits: float
+    calibration_loss: float
+    windows: npt.NDArray[np.float64]
+    forwards: float | None = None
+
+    @property
+    def nll(self) -> float:
+        """Mean of the windows, nats per token."""
+        return float(self.windows.mean())
+
+
+class Rank(NamedTuple):
+    """A method against the best-ranked one.
+
+    Attributes:
+        method: The method.
+        above: Mean negative log-likelihood above that of the best-ranked method, nats per token.
+        half: Half of the 95 % interval of `above`, over windows; None for a single window.
+        n_cells: Number of budgets of cases that both methods have.
+    """
+
+    method: str
+    above: float
+    half: float | None
+    n_cells: int
+
+
+def comparison_cells(rows: Sequence[Comparison]) -> list[Cell]:
+    """The cells of a comparison, which has one case."""
+    return [
+        Cell(
+            case="",
+            method=row.method,
+            budget=row.budget,
+            bits_per_weight=row.bits_per_weight,
+            average_bits=row.average_bits,
+            calibration_loss=row.calibration_loss,
+            windows=np.array(row.windows),
+        )
+        for row in rows
+    ]
+
+
+def bench_cells(results: "Sequence[Result]") -> list[Cell]:
+    """The cells of a bench, in order of appearance; assignments of one method at one budget are averaged over seeds."""
+    found: dict[tuple[str, str, str | None, float | None], list[Cell]] = {}
+    for result in results:
+        for row in result.rows:
+            cell = Cell(
+                case=result.case,
+                method=row.method,
+                budget=row.budget,
+                bits_per_weight=row.bits_per_weight,
+                average_bits=row.average_bits,
+                calibration_loss=row.calibration_loss,
+                windows=np.array(row.windows),
+                forwards=row.block_forwards / result.blocks,
+            )
+            width = None if row.budget is not None else row.average_bits
+            found.setdefault((result.case, row.method, row.budget, width), []).append(cell)
+    return [_mean(cells) for cells in found.values()]
+
+
+def rank(cells: Sequence[Cell]) -> list[Rank]:
+    """The methods with budgets, best first, each against the best on the budgets that both have.
+
+    Methods are ordered by their mean distance from the lowest loss at the same budget of the same case. Intervals are
+    paired: they are those of differences on the same windows.
+    """
+    by_method: dict[str, dict[tuple[str, str], Cell]] = {}
+    for cell in cells:
+        if cell.budget is not None:
+            by_method.setdefault(cell.method, {})[cell.case, cell.budget] = cell
+    if not by_method:
+        return []
+    places = {place for own in by_method.values() for place in own}
+    lowest = {place: min(own[place].nll for own in by_method.values() if place in own) for place in places}
+    distance = {
+        method: float(np.mean([cell.nll - lowest[place] for place, cell in own.items()]))
+        for method, own in by_method.items()
+    }
+    order = sorted(by_method, key=lambda method: (distance[method], method))
+    best = next((method for method in order if method not in REFERENCES), order[0])
+    ranks = [_against(method, by_method[method], by_method[best]) for method in order]
+    return sorted((one for one in ranks if one is not None), key=lambda one: (one.above, one.method != best))
+
+
+def _against(method: str, own: Mapping[tuple[str, str], Cell], best: Mapping[tuple[str, str], Cell]) -> Rank | None:
+    """A method against the best; None if they never meet."""
+    cases: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for (case, budget), cell in own.items():
+        if (case, budget) in best:
+            cases.setdefault(case, []).append(cell.windows - best[case, budget].windows)
+    if not cases:
+        return None
+    sizes = [len(found) for found in cases.values()]
+    means = [np.mean(found, axis=0) for found in cases.values()]  # of the budgets of a case, on each window
+    weights = np.array(sizes) / sum(sizes)
+    above = float(sum(w * m.mean() for w, m in zip(weights, means, strict=True)))
+    if min(len(m) for m in means) < 2:
+        return Rank(method, above, None, sum(sizes))
+    variance = sum(float(w * w * m.var(ddof=1) / len(m)) for w, m in zip(weights, means, strict=True))
+    return Rank(method, above, _NORMAL * math.sqrt(variance), sum(sizes))
+
+
+def _mean(cells: Sequence[Cell]) -> Cell:
+    first = cells[0]
+    return Cell(
+        case=first.case,
+        method=first.method,
+        budget=first.budget,
+        bits_per_weight=float(np.mean([cell.bits_per_weight for cell in cells])),
+        average_bits=float(np.mean([cell.average_bits for cell in cells])),
+        calibration_loss=float(np.mean([cell.calibration_loss for cell in cells])),
+        windows=np.mean([cell.windows for cell in cells], axis=0),
+        forwards=float(np.mean([cell.forwards or 0.0 for cell in cells])),
+    )

@@ -1,0 +1,407 @@
+"""The report page: what it says is what was saved; it opens without a network, on phones, in the dark."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from coopq import Request
+from coopq.game.journal import Journal
+from coopq.judge.results import Comparison
+from coopq.plan.plan import Plan, PlayerPlan
+from coopq.report.page.colours import WIDTH_COLOURS
+from coopq.report.page.document import Section, paragraph, render, save_page, table
+from coopq.report.page.provenance import command as command_of
+from coopq.report.page.ranking.page import save_comparison_page
+from coopq.report.page.ranking.rank import Cell, comparison_cells, rank
+from coopq.report.page.run.names import name_players
+from coopq.report.page.run.page import run_sections, save_run_page
+from coopq.report.page.run.record import PairTerms, Points, RunRecord, read_run
+from coopq.search.informed import fit_informed, make_prior
+from coopq.search.space import SearchSpace
+from tests.browser import Page, find_chromium, opened
+from tests.command_line import command, refused
+from tests.conftest import STORIES
+
+CHROMIUM = find_chromium()
+in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the path or named by COOPQ_CHROMIUM")
+MOST_BYTES = 2_000_000
+
+
+class Parsed(HTMLParser):
+    """What a page loads, and its specifications."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.specs: dict[str, dict[str, Any]] = {}
+        self.open: list[str] = []
+        self._spec: str | None = None
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.loaded += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.open += [tag] if tag not in ("meta", "link", "br") else []
+        self._spec = given.get("data-chart")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self._spec = None
+
+    def handle_data(self, data: str) -> None:
+        if self._spec is not None:
+            self.specs[self._spec] = json.loads(data)
+
+
+def checked(path: Path) -> Parsed:
+    """A page that is whole, small, and loads nothing."""
+    page = Parsed(path)
+    assert page.open == []
+    assert page.loaded == []
+    style = page.text[page.text.index("<style>") : page.text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert path.stat().st_size < MOST_BYTES
+    assert page.specs
+    return page
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished active search of linear layers: out/ holds the model."""
+    out = tmp_path_factory.mktemp("page") / "out"
+    options = ["--bits", "2,3,4,8", "--granularity", "fused", "--loss", "kl", "--tokens", "128"]
+    goal = ["--sequence-length", "64", "--budget", "3.2bpw", "--forwards", "20"]
+    code, text, err = command("quantize", STORIES, *options, *goal, "--out", out)
+    assert code == 0, err
+    assert str(out.with_name("out-run") / "report.html") in text
+    return out
+
+
+def test_the_record_is_what_the_search_saw(searched: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    record = read_run(plan, searched.with_name("out-run"))
+    chosen = np.flatnonzero((record.measured.assignments == plan.assignment).all(axis=1))
+    assert record.measured.n_bytes[chosen].tolist() == [plan.bytes]
+    assert record.measured.losses[chosen] == pytest.approx([plan.measured_loss])
+    fits = record.searched.n_bytes <= plan.budget_bytes
+    assert record.searched.losses[fits].min() == pytest.approx(plan.measured_loss)
+    assert plan.fidelity is not None
+    assert record.predicted is not None
+    assert np.isfinite(record.predicted).sum() == plan.fidelity.n_points
+    assert record.scoring + record.searched.forwards[-1] == pytest.approx(plan.block_forwards / 5)
+    assert record.pairs is not None
+    assert record.pairs.values.shape == (20, 20)
+
+
+def test_later_losses_are_no_part_of_the_search(searched: Path, tmp_path: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "run"))
+    before = read_run(plan, run)
+    header = json.loads((run / "journal.jsonl").read_text().splitlines()[0])
+    with Journal(run / "journal.jsonl", header["fingerprint"]) as journal:
+        journal.append(np.full(20, 2, dtype=np.float32), np.array([9.0, 9.0]), 5)
+        journal.append(np.full(20, 16, dtype=np.float32), np.array([0.0, 0.0]), 5)
+    after = read_run(plan, run)
+    assert len(after.measured.losses) == len(before.measured.losses) + 2
+    assert after.measured.n_bytes[-1] == 2 * after.n_weights
+    np.testing.assert_array_equal(after.searched.losses, before.searched.losses)
+    save_run_page(plan, run, "out", tmp_path / "x.html")
+    assert "2 bits for every layer" in (tmp_path / "x.html").read_text(), "a uniform width is measured now"
+
+
+def test_the_journal_of_another_model_is_left_out(searched: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    other = plan.replace(fingerprint={**plan.fingerprint, "weights": "other"})
+    record = read_run(other, searched.with_name("out-run"))
+    assert len(record.measured.losses) == 0
+    assert record.predicted is None
+
+
+def test_a_page_says_what_the_plan_says(searched: Path) -> None:
+    page = checked(searched.with_name("out-run") / "report.html")
+    plan = Plan.load(searched / "plan.json")
+    assert set(page.specs) == {"size", "widths", "sensitivity", "predicted", "pairs", "search"}
+    cells = page.specs["widths"]["data"]["values"]
+    assert [float(cell["width"]) for cell in cells] == plan.assignment
+    assert [cell["layer"] for cell in cells][:2] == ["block 0, q+k+v", "block 0, o"]
+    assert f"{plan.measured_loss:.4g}" in page.text
+    assert str(plan.fingerprint["weights"]) in page.text
+    assert "--loss kl --budget 3.2bpw --forwards 20 --out out" in page.text
+
+
+def test_the_paper_s_method_shows_its_covariance(finished: Path) -> None:
+    page = checked(finished.with_name("out-run") / "report.html")
+    assert set(page.specs) >= {"widths", "sensitivity", "pairs"}
+    assert "covariance of the walks" in page.text
+
+
+def test_specifications_are_valid(searched: Path, finished: Path, large: Path, comparison: Path) -> None:
+    altair = pytest.importorskip("altair", reason="altair carries the schema of Vega-Lite")
+    reports = [out.with_name("out-run") / "report.html" for out in (searched, finished)]
+    for path in (*reports, large, comparison):
+        for spec in checked(path).specs.values():
+            altair.Chart.from_dict(spec)
+
+
+def test_show_writes_the_page_of_whatever_a_path_holds(searched: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(searched, tmp_path / "out"))
+    run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
+    (run / "report.html").unlink()
+    (plan,) = run.glob("plans/*.json")
+    for path, file in ((out, "report.html"), (run, "report.html"), (plan, f"report-{plan.stem}.html")):
+        code, text, err = command("show", path, "--page", "--json")
+        assert code == 0, err
+        assert json.loads(text)["pages"] == [str(run / file)]
+        checked(run / file)
+    shutil.copy(plan, plan.with_name("other.json"))
+    assert json.loads(command("show", run, "--page", "--json")[1])["pages"] == [
+        str(run / f"report-{name}.html") for name in sorted([plan.stem, "other"])
+    ]
+    shutil.rmtree(run)
+    assert json.loads(command("show", out, "--page", "--json")[1])["pages"] == [str(tmp_path / "out-report.html")]
+    assert set(checked(tmp_path / "out-report.html").specs) == {"widths", "sensitivity"}
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in searched.iterdir())
+
+
+def test_what_has_no_page_is_one_line(tmp_path: Path, searched: Path) -> None:
+    assert "is not a run folder" in refused("show", tmp_path, "--page")
+    run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "run"))
+    shutil.rmtree(run / "plans")
+    assert "holds no plan yet" in refused("show", run, "--page")
+    (run / "comparison.json").write_text('{"request": {}, "text": "", "comparison": []}')
+    assert "run coopq compare again" in refused("show", run, "--page")
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    assert "holds no result of a bench" in refused("show", tmp_path / "bench", "--page")
+
+
+def test_names_of_others_are_text(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script>"
+    path = save_page(tmp_path / "x.html", evil, evil, [Section(evil, [paragraph(evil), table([evil], [[evil]])])])
+    assert evil not in path.read_text()
+    record = large_record(evil)
+    save_page(path, "x", "y", run_sections(record, "out"))
+    assert evil not in path.read_text()
+    assert checked(path).specs["widths"]["data"]["values"][0]["projection"].startswith("</script>")
+
+
+def test_players_have_names_for_people() -> None:
+    def player(name: str, modules: tuple[str, ...], block: int) -> PlayerPlan:
+        return PlayerPlan(name, 4, modules, 0.0, None, block, 1, {"4": 1})
+
+    up = "model.layers.1.mlp.up_proj"
+    gates = ("model.layers.1.mlp.experts.gate", "model.layers.1.mlp.shared.gate")
+    players = [
+        player("model.embed_tokens", ("model.embed_tokens",), 0),
+        player("model.layers.0", ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"), 0),
+        player(f"{up}+gate_proj", (up, "model.layers.1.mlp.gate_proj"), 1),
+        *(player(gate, (gate,), 1) for gate in gates),
+        player("lm_head", ("lm_head",), 1),
+    ]
+    assert list(map(str, name_players(players))) == [
+        "embedding",
+        "block 0",
+        "block 1, up+gate",
+        "block 1, mlp.experts.gate",
+        "block 1, mlp.shared.gate",
+        "head",
+    ]
+
+
+def test_the_command_repeats_the_request(searched: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    asked = plan.request.replace(model="a b", symmetric=False, embeddings=True, calibration_seed=3)
+    text = command_of(plan.replace(request=asked, method="coopq", alpha=0.3, stopped_after=None), "out")
+    assert text == (
+        "coopq quantize 'a b' --asymmetric --bits 2,3,4,8 --granularity fused --embeddings --tokens 128 "
+        "--sequence-length 64 --calibration-seed 3 --loss kl --budget 3.2bpw --method coopq --alpha 0.3 --out out"
+    )
+
+
+def test_pair_terms_are_what_the_prediction_adds() -> None:
+    rng = np.random.default_rng(0)
+    space = SearchSpace.uniform((2, 3, 4), np.full(12, 10))
+    q = rng.random((40, 12)) < 0.5
+    q = space.steps_down(space.assignments(q))
+    losses = np.exp(rng.normal(size=40) / 5 + q.sum(axis=1) / 6 + (q[:, 0] & q[:, 2]))
+    layers = [[f"layers.{block}.up"] for block in range(6)]
+    fitted = fit_informed(make_prior(space, rng.random(12) + 0.1, 0.0, list(range(6)), layers), q, losses, 1.0)
+    assert fitted.pairs > 0
+    point = np.ones(12, dtype=bool)
+    shares = fitted.prior.shares(point[None])
+    whole = float(fitted.pairs * fitted.prior.pair_kernel(shares, fitted.shares)[0] @ fitted.weights)
+    alone = float(fitted.pairs * (shares[0] * (fitted.shares.T @ fitted.weights)).sum() / 2)
+    assert fitted.pair_terms(point).sum() / 2 + alone == pytest.approx(whole)
+
+
+def many_methods(n: int) -> list[Comparison]:
+    """A comparison of n methods at three budgets; method 0 is the best by far, method 1 as good as method 2."""
+    rng = np.random.default_rng(0)
+    windows = 3 + rng.normal(size=40) / 3
+    rows: list[tuple[str, str | None, float, npt.NDArray[np.float64]]] = []
+    for number in range(n):
+        for size in (2.5, 3.0, 3.5):
+            own = (
+                windows + 1 / size + (0 if number == 0 else 0.1 + 0.02 * (number // 2 * 2)) + rng.normal(size=40) / 100
+            )
+            name = "active" if number == 0 else f"method-{number}"
+            rows.append((name, f"{size}avg", size, own))
+    rows += [("uniform", None, width, windows + 1 / width + 0.2) for width in (2.0, 4.0)]
+    rows.append(("full precision", None, 16.0, windows))
+    return [
+        Comparison(
+            method=name,
+            budget=budget,
+            n=1,
+            average_bits=size,
+            bits_per_weight=size + 0.25,
+            loss="kl",
+            calibration_loss=float(own.mean()) - 3,
+            nll=float(own.mean()),
+            perplexity=float(np.exp(own.mean())),
+            windows=tuple(own.tolist()),
+        )
+        for name, budget, size, own in rows
+    ]
+
+
+def test_methods_are_ranked_with_paired_intervals() -> None:
+    ranks = rank(comparison_cells(many_methods(20)))
+    assert len(ranks) == 20
+    assert ranks[0].method == "active"
+    assert ranks[0].above == 0
+    assert {one.method for one in ranks[1:2]} == {"method-1"}
+    assert all(0.09 < one.above < 0.5 and one.half is not None and one.half < 0.01 for one in ranks[1:])
+
+
+def test_cells_that_few_methods_have_do_not_decide() -> None:
+    def cell(method: str, budget: str, nll: float) -> Cell:
+        return Cell("", method, budget, 3.0, 3.0, 0.0, np.array([nll, nll + 1]))
+
+    ranks = rank([cell("a", "1", 1.0), cell("a", "2", 9.0), cell("b", "1", 2.0)])
+    assert [(one.method, one.above, one.n_cells) for one in ranks] == [("a", 0.0, 2), ("b", 1.0, 1)]
+    assert rank([]) == []
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """The page of a comparison of twenty methods."""
+    return save_comparison_page(
+        Request.from_options(model="demo"), "a text", many_methods(20), tmp_path / "comparison.html"
+    )
+
+
+def test_a_comparison_of_twenty_methods_is_readable(comparison: Path) -> None:
+    page = checked(comparison)
+    assert set(page.specs) == {"ranks", "lines"}
+    assert len(page.specs["ranks"]["data"]["values"]) == 20
+    labels = page.specs["lines"]["layer"][2]["data"]["values"]
+    assert len(labels) <= 6
+    heights = sorted(label["at"] for label in labels)
+    assert min(np.diff(heights)) > 0.01
+    assert "active has the lowest loss" in page.text
+
+
+def large_record(model: str = "demo") -> RunRecord:
+    """210 layers of 30 blocks, 9 widths, 400 measured assignments."""
+    rng = np.random.default_rng(0)
+    widths = (*sorted(WIDTH_COLOURS)[1:-1], 16)
+    layers = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    names = [(block, f"model.layers.{block}.{layer}_proj") for block in range(30) for layer in layers]
+    if model != "demo":
+        names = [(block, f"model.layers.{block}.{model}{layer}") for block in range(30) for layer in range(7)]
+    assignments = rng.choice(widths, size=(400, 210)).astype(np.float32)
+    n_bytes = (assignments.sum(axis=1) * 1000).astype(np.int64)
+    losses = np.exp(-assignments.mean(axis=1, dtype=np.float64)) + rng.random(400) / 100
+    players = tuple(
+        PlayerPlan(name, float(bits), (name,), float(rng.random() + 0.01), None, block, 8000, _sizes(widths))
+        for (block, name), bits in zip(names, assignments[7], strict=True)
+    )
+    plan = Plan(
+        method="active",
+        alpha=None,
+        budget="6avg",
+        budget_bytes=int(n_bytes.max()),
+        bytes=int(n_bytes[7]),
+        average_bits=6.0,
+        bits_per_weight=6.0,
+        players=players,
+        solver=None,
+        predicted_loss=None,
+        measured_loss=float(losses[7]),
+        request=Request.from_options(model=model, bits=widths, granularity="linear"),
+        fingerprint={"weights": "w", "bos": False},
+        block_forwards=9000,
+        block_forwards_unshared=12000,
+        runner_up=tuple(assignments[8].tolist()),
+    )
+    points = Points(assignments, losses, n_bytes, np.linspace(1, 320, 400))
+    above = np.triu(rng.normal(size=(210, 210)), 1)
+    pairs = PairTerms(above + above.T, "change of the loss, %")
+    return RunRecord(plan, name_players(players), points, points, 9.0, losses * 1.01, pairs)
+
+
+def _sizes(widths: tuple[float, ...]) -> dict[str, int]:
+    return {f"{width:g}": int(1000 * width) for width in widths}
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """The page of the large record."""
+    return save_page(tmp_path / "large.html", "large", "", run_sections(large_record(), "out"))
+
+
+def test_a_large_run_is_a_small_page(large: Path) -> None:
+    page = checked(large)
+    assert len(page.specs["widths"]["data"]["values"]) == 210
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    assert CHROMIUM is not None
+    with opened(CHROMIUM) as page:
+        yield page
+
+
+@in_browser
+@pytest.mark.parametrize("width", [390, 800, 1400])
+def test_pages_draw_without_a_word_at_every_width(
+    width: int, browser: Page, large: Path, comparison: Path, searched: Path, finished: Path
+) -> None:
+    reports = [out.with_name("out-run") / "report.html" for out in (searched, finished)]
+    for path in (large, comparison, *reports):
+        for dark in (False, True):
+            browser.open(path, width, dark=dark)
+            assert browser.messages == [], path
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate("document.querySelectorAll('.chart svg.marks').length") == len(Parsed(path).specs)
+
+
+@in_browser
+def test_a_map_answers_a_hover(browser: Page, searched: Path) -> None:
+    browser.open(searched.with_name("out-run") / "report.html", 1400)
+    told = browser.hover("#widths .mark-rect path")
+    assert "block 0, q+k+v" in told
+    assert {"bits", "size, MiB", "cost of lowering", "runner-up"} <= set(re.split(r"\s*[\t\n]+\s*", told))
+
+
+@in_browser
+def test_a_large_page_opens_at_once(browser: Page, large: Path) -> None:
+    assert min(browser.open(large, 1400) for _ in range(2)) < 2000, "milliseconds"
+
+
+def test_a_report_without_a_run_folder_is_shorter(searched: Path, tmp_path: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    page = checked(save_run_page(plan, None, "out", tmp_path / "x.html"))
+    assert set(page.specs) == {"widths", "sensitivity"}
+    assert render("a", "b", []).startswith("<!DOCTYPE html>")
