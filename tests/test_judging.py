@@ -142,7 +142,9 @@ def test_a_text_that_cannot_be_read_is_refused_before_any_work(name: str, messag
 
 
 def test_divergence_leads_from_three_bits_and_full_precision_is_the_reference() -> None:
-    row = Comparison("active", "3.5avg", 1, 3.5, 3.8, "nll", 3.0, 3.1, 22.2, (3.1,), Estimate(0.01, (0.008, 0.012)), None)
+    row = Comparison(
+        "active", "3.5avg", 1, 3.5, 3.8, "nll", 3.0, 3.1, 22.2, (3.1,), Estimate(0.01, (0.008, 0.012)), None
+    )
     full = replace(row, method="full precision", budget=None, average_bits=16, divergence=None)
     for bits, columns in (
         (3.5, ["KL", "same top", "NLL", "perplexity"]),

@@ -223,7 +223,7 @@ def test_the_command_repeats_the_request(searched: Path) -> None:
     asked = plan.request.replace(model="a b", symmetric=False, embeddings=True, calibration_seed=3)
     text = command_of(plan.replace(request=asked, method="coopq", alpha=0.3, stopped_after=None), "out")
     assert text == (
-        "coopq quantize 'a b' --asymmetric --bits 2,3,4,8 --granularity fused --embeddings --tokens 128 "
+        "coopq quantize 'a b' --backend rtn --asymmetric --bits 2,3,4,8 --granularity fused --embeddings --tokens 128 "
         "--sequence-length 64 --calibration-seed 3 --loss kl --budget 3.2bpw --method coopq --alpha 0.3 --out out"
     )
 
@@ -333,6 +333,7 @@ def large_record(model: str = "demo") -> RunRecord:
         budget="6avg",
         budget_bytes=int(n_bytes.max()),
         bytes=int(n_bytes[7]),
+        file_bytes=int(n_bytes[7]),
         average_bits=6.0,
         bits_per_weight=6.0,
         players=players,
@@ -345,7 +346,7 @@ def large_record(model: str = "demo") -> RunRecord:
         block_forwards_unshared=12000,
         runner_up=tuple(assignments[8].tolist()),
     )
-    points = Points(assignments, losses, n_bytes, np.linspace(1, 320, 400))
+    points = Points(assignments, losses, n_bytes, np.array([0.8 * n for n in range(1, 401)]))
     above = np.triu(rng.normal(size=(210, 210)), 1)
     pairs = PairTerms(above + above.T, "change of the loss, %")
     return RunRecord(plan, name_players(players), points, points, 9.0, losses * 1.01, pairs)
@@ -392,7 +393,7 @@ def test_a_map_answers_a_hover(browser: Page, searched: Path) -> None:
     browser.open(searched.with_name("out-run") / "report.html", 1400)
     told = browser.hover("#widths .mark-rect path")
     assert "block 0, q+k+v" in told
-    assert {"bits", "size, MiB", "cost of lowering", "runner-up"} <= set(re.split(r"\s*[\t\n]+\s*", told))
+    assert {"bits", "size, MB", "cost of lowering", "runner-up"} <= set(re.split(r"\s*[\t\n]+\s*", told))
 
 
 @in_browser

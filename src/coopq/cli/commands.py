@@ -37,8 +37,7 @@ def quantize(
     from coopq.export.formats import predicted_bytes
     from coopq.game.session import usable_bits
     from coopq.report.data import delivery_data, plan_data
-    from coopq.report.page.run.page import save_run_page
-    from coopq.report.page.saved import REPORT
+    from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, plan_summary, provenance
 
     quiet_libraries()
@@ -54,7 +53,9 @@ def quantize(
                 made = pipeline.deliver(
                     request, goal, engine, out, solver=solver, run=run, progress=progress, ray=cluster
                 )
-                print_result(delivery_data(made), delivery_summary(request, made), as_json)
+                report = write_report(made.plan, out, run)
+                data = delivery_data(made) | {"report": str(report)}
+                print_result(data, f"{delivery_summary(request, made)}\nreport: {report}", as_json)
                 return
             plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
     except KeyboardInterrupt:
@@ -63,15 +64,12 @@ def quantize(
         raise
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
-    work = pipeline.default_run(out) if run is None else run
-    if work.is_dir():  # the work of a finished job may be deleted
-        data["report"] = str(save_run_page(plan, work, out.name, work / REPORT))
-        text += f", a report in {data['report']}"
     if request.target.form is not None:
         exported = predicted_bytes(plan, request.target.form)
         text += f"; {exported:,} bytes once exported to {request.target.form}"
         data["exported_bytes"] = exported
-    print_result(data, text, as_json)
+    report = write_report(plan, out, run)
+    print_result(data | {"report": str(report)}, f"{text}\nreport: {report}", as_json)
 
 
 @click.command(cls=SectionedCommand)

@@ -2,9 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from coopq.core.recipes import OWN, RECIPES
 from coopq.core.spec import spelled
 from coopq.core.specs import DEFAULT_SOLVER, Request
 from coopq.core.versions import installed
@@ -13,9 +14,10 @@ from coopq.plan.plan import Plan
 from coopq.report.page.document import code, paragraph, table
 
 
-def command(plan: Plan, out: str) -> str:
-    """The command line that makes a plan, options at their defaults left out."""
-    words = ["coopq", "quantize", *request_words(plan.request)]
+def command(plan: Plan, out: str, engine: str | None = None) -> str:
+    """The command line that makes a plan for an engine; options at their defaults are left out, a recipe's are not."""
+    words = ["coopq", "quantize", *request_words(plan.request, RECIPES[engine or OWN].settings)]
+    words += [] if engine is None else ["--for", engine]
     goal: dict[str, Any] = {"budget": plan.budget} if plan.max_loss is None else {"max-loss": plan.max_loss}
     goal["method"] = None if plan.method == "active" else plan.method
     goal["alpha"] = plan.alpha if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha else None
@@ -27,15 +29,15 @@ def command(plan: Plan, out: str) -> str:
     return shlex.join([*words, "--out", out])
 
 
-def request_words(request: Request) -> list[str]:
-    """The model, and the options of a request that are not at their defaults."""
+def request_words(request: Request, always: Collection[str] = ()) -> list[str]:
+    """The model, and the options of a request that are not at their defaults, or always named."""
     given = request.options()
     usual = Request.from_options(model=given["model"]).options()
-    changed = [name for name in given if given[name] != usual[name]]
+    changed = [name for name in given if given[name] != usual[name] or (name in always and given[name] is not None)]
     return [str(given["model"]), *(word for name in changed for word in _option(name, given[name]))]
 
 
-def provenance(plan: Plan, out: str) -> list[str]:
+def provenance(plan: Plan, out: str, engine: str | None) -> list[str]:
     """The parts of the section on provenance."""
     request, text = plan.request, plan.request.text
     fingerprint = plan.fingerprint
@@ -50,7 +52,7 @@ def provenance(plan: Plan, out: str) -> list[str]:
     ]
     return [
         paragraph("This command repeats the run. Fingerprints are hashes; equal hashes mean equal weights and tokens."),
-        code(command(plan, out)),
+        code(command(plan, out, engine)),
         table(("what", "value"), rows),
     ]
 

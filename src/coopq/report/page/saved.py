@@ -46,6 +46,21 @@ def write_pages(path: Path) -> list[Path]:
     return list(_run_pages(path))
 
 
+def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
+    """Write the page of a finished job; beside the output, if the run folder was deleted.
+
+    Args:
+        plan: The plan.
+        out: What the job made.
+        run: The run folder; None stands for "<out>-run".
+    """
+    out = out.expanduser().resolve()
+    run = out.with_name(f"{out.name}-run") if run is None else run.expanduser().resolve()
+    if run.is_dir():
+        return save_run_page(plan, run, out.name, run / REPORT)
+    return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
+
+
 def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:
     """The page of one plan; `run` is used if it is a run folder."""
     plan = Plan.load(file)

@@ -6,21 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from coopq.core.recipes import RECIPES
 from coopq.core.types import UNTOUCHED
 from coopq.export.formats import FORMS
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.page.document import Figure, Section, code, details, facts, paragraph, save_page, table
 from coopq.report.page.provenance import provenance
-from coopq.report.page.run.figures import (
-    LOSS_NAMES,
-    pair_map,
-    predicted_figure,
-    search_figure,
-    sensitivity_map,
-    size_figure,
-    width_map,
-)
+from coopq.report.page.run.figures import LOSS_NAMES, predicted_figure, search_figure, size_figure
+from coopq.report.page.run.maps import pair_map, sensitivity_map, width_map
 from coopq.report.page.run.record import RunRecord, read_run
 
 _MOST_PAIRS = 12
@@ -65,7 +59,7 @@ def run_sections(record: RunRecord, out: str) -> Iterator[Section]:
     if record.pairs is not None:
         yield Section("Which layers act together?", _interactions(record))
     yield Section("What did the search do?", _search(record))
-    yield Section("How can this be repeated?", provenance(plan, out))
+    yield Section("How can this be repeated?", provenance(plan, out, record.engine))
 
 
 def _answer(record: RunRecord, out: str) -> list[str]:
@@ -77,12 +71,15 @@ def _answer(record: RunRecord, out: str) -> list[str]:
     boxes = [
         ("model", plan.request.model.source, f"backend {plan.quantizer.backend}"),
         (
-            "size of the weights",
-            _megabytes(plan.bytes),
-            f"asked for {plan.budget}, at most {_megabytes(plan.budget_bytes)}; "
-            f"{plan.bytes / (2 * record.n_weights):.0%} of 16 bits",
+            "size of the file",
+            _megabytes(plan.file_bytes),
+            f"asked for {plan.budget}; quantized {_megabytes(plan.bytes)} of at most {_megabytes(plan.budget_bytes)}",
         ),
-        ("bits per weight", f"{plan.bits_per_weight:.3f}", f"{plan.average_bits:.3f} without scales and zeros"),
+        (
+            "bits per weight",
+            f"{plan.bits_per_weight:.3f}",
+            f"{plan.average_bits:.3f} without scales and zeros, in the quantized part",
+        ),
         (
             loss,
             "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4g}{interval}",
@@ -101,16 +98,20 @@ def _answer(record: RunRecord, out: str) -> list[str]:
         parts.append(
             paragraph(f"The search was stopped after {plan.stopped_after}. Without the limit the same command goes on.")
         )
-    return [*parts, paragraph("Run the model:"), code(_commands(plan, out))]
+    return [*parts, paragraph("Run the model:"), code(_commands(record, out))]
 
 
-def _commands(plan: Plan, out: str) -> str:
-    form = plan.request.target.form
-    if form is None:
+def _commands(record: RunRecord, out: str) -> str:
+    """How to run what the job made."""
+    target = record.plan.request.target
+    if record.engine is not None:
+        return RECIPES[record.engine].run.format(out=out)
+    if target.form is None:
         return f"import coopq\nmodel = coopq.load({out!r})  # a transformers model; the weights stay packed"
-    name = f"{out}.gguf" if form == "gguf" else f"{out}-{form}"
-    words = ["coopq", "export", out, "--to", form, "--out", name]
-    return shlex.join([*words, "--base", plan.request.target.base] if plan.request.target.base else words)
+    name = f"{out}.gguf" if target.form == "gguf" else f"{out}-{target.form}"
+    words = ["coopq", "export", out, "--to", target.form, "--out", name]
+    run = [recipe.run.format(out=name) for recipe in RECIPES.values() if recipe.form == target.form]
+    return "\n".join([shlex.join([*words, "--base", target.base] if target.base else words), *run])
 
 
 def _uniform_sentence(record: RunRecord) -> str | None:
@@ -164,13 +165,13 @@ def _layers(record: RunRecord) -> list[str | Figure]:
             str(name),
             f"{player.bits:g}",
             f"{player.score:.4g}",
-            f"{player.n_bytes[f'{player.bits:g}'] / 2**20:.3f}",
+            f"{player.n_bytes[f'{player.bits:g}'] / 1e6:.3f}",
             f"{plan.runner_up[i]:g}" if plan.runner_up else "",
         )
         for i, (name, player) in enumerate(zip(record.names, plan.players, strict=True))
     ]
     rows.sort(key=lambda row: -float(row[2]))
-    head = ("layer", "bits", "cost of lowering", "MiB", "runner-up's bits")
+    head = ("layer", "bits", "cost of lowering", "MB", "runner-up's bits")
     return [*parts, details(f"All {len(rows)} layers, the most sensitive first", table(head, rows))]
 
 
@@ -261,4 +262,5 @@ def _search(record: RunRecord) -> list[str | Figure]:
 
 
 def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.1f} MiB" if n_bytes >= 2**20 else f"{n_bytes / 2**10:,.1f} KiB"
+    """Bytes in millions, as disks and hubs count."""
+    return f"{n_bytes / 1e6:,.2f} MB"

@@ -1,7 +1,7 @@
 """What a run folder says of a plan: every measured assignment, the surrogate fitted again, pair terms."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.files import as_plain
+from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Sizes
 from coopq.core.types import UNTOUCHED, Assignments, Losses
 from coopq.game.journal import Journal
@@ -16,7 +17,7 @@ from coopq.game.run_folder import RunFolder
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
-from coopq.plan.scores.kept import Score, load_score
+from coopq.plan.scores.kept import Score, kept_score
 from coopq.report.page.run.names import PlayerName, name_players
 from coopq.search import Measured, SearchSpace
 from coopq.search.informed import PRIOR_SCORE, fit_informed, make_prior
@@ -67,6 +68,7 @@ class RunRecord:
         predicted: Losses of `searched` as a surrogate fitted without each point predicts them, shape (n,); None without
             a surrogate.
         pairs: Pair terms; None where nothing fitted has any.
+        engine: The engine that the job wrote its output for; None for a model as coopq itself saves it.
     """
 
     plan: Plan
@@ -76,6 +78,7 @@ class RunRecord:
     scoring: float
     predicted: Losses | None
     pairs: PairTerms | None
+    engine: str | None = None
 
     @property
     def n_weights(self) -> int:
@@ -97,34 +100,39 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
     Raises:
         CoopQError: If a file of the folder is damaged.
     """
-    names = name_players(plan.players)
-    header = None if run is None or plan.deployment is not None else Journal.header(RunFolder(run).journal)
-    if run is None or header != as_plain(plan.fingerprint):
-        nothing = np.zeros((0, len(names)), dtype=np.float32), np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0)
-        return RunRecord(plan, names, Points(*nothing), Points(*nothing), 0.0, None, None)
+    nothing = np.zeros((0, len(plan.players)), np.float32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0)
+    empty = RunRecord(plan, name_players(plan.players), Points(*nothing), Points(*nothing), 0.0, None, None)
+    if run is None:
+        return empty
     folder, text = RunFolder(run), plan.request.text
+    if (run / "delivered.json").is_file():
+        form = plan.request.target.form
+        empty = replace(empty, engine=next(name for name, recipe in RECIPES.items() if recipe.form == form))
+    if plan.deployment is not None or Journal.header(folder.journal) != as_plain(plan.fingerprint):
+        return empty
     measured = searched = _points(plan, folder.journal)
     if text.n_screen_sequences < text.n_sequences:
         searched = _points(plan, folder.screening(text.n_screen_sequences))
-    method, score_file = METHODS[plan.method], folder.scores / f"{PRIOR_SCORE}.json"
+    record, method = replace(empty, measured=measured, searched=searched), METHODS[plan.method]
     if method.kind == "walks":
-        return RunRecord(plan, names, measured, searched, 0.0, None, _walks_pairs(folder))
+        return replace(record, pairs=_walks_pairs(folder))
     if method.kind == "score" or plan.fidelity is None:
-        return RunRecord(plan, names, measured, searched, 0.0, None, None)
+        return record
     space = _space(plan)
     searched = _before_the_end(searched, space, plan.fidelity.n_points)
-    score = load_score(score_file)[0] if method.takes_prior and score_file.is_file() else None
+    made_for = as_plain({"bits": plan.request.widths.bits, "player widths": space.player_widths})
+    score = kept_score(folder, PRIOR_SCORE, made_for) if method.takes_prior else None
     scoring = 0.0 if score is None else score.block_forwards / len({player.block for player in plan.players})
     predicted, pairs = _fitted(plan, space, searched, score)
-    return RunRecord(plan, names, measured, searched, scoring, predicted, pairs)
+    return replace(record, searched=searched, scoring=scoring, predicted=predicted, pairs=pairs)
 
 
 def plan_sizes(plan: Plan) -> Sizes:
-    """Bytes of the players of a plan at the widths that it chose from."""
+    """Bytes of the players of a plan at the widths that each had to choose from."""
     widths = plan.request.widths.bits
     return Sizes(
         n_weights=tuple(player.n_weights for player in plan.players),
-        n_bytes={width: tuple(player.n_bytes[f"{width:g}"] for player in plan.players) for width in widths},
+        n_bytes={width: tuple(player.n_bytes.get(f"{width:g}") for player in plan.players) for width in widths},
     )
 
 
@@ -146,8 +154,9 @@ def _points(plan: Plan, journal: Path) -> Points:
 def _space(plan: Plan) -> SearchSpace:
     """What the plan was chosen from, with its budget."""
     sizes, bits = plan_sizes(plan), plan.request.widths.bits
-    capacity = max(0, plan.budget_bytes - sum(sizes.n_bytes[bits[0]]))
-    return SearchSpace(sizes.player_widths(bits), sizes.step_bytes(bits), (capacity,), plan.request.search.seed)
+    own = sizes.player_widths(bits)
+    capacity = max(0, plan.budget_bytes - sizes.total_bytes([widths[0] for widths in own]))
+    return SearchSpace(own, sizes.step_bytes(bits), (capacity,), plan.request.search.seed)
 
 
 def _before_the_end(points: Points, space: SearchSpace, n_points: int) -> Points:
