@@ -40,7 +40,7 @@ from coopq.search.strategies import active
 BUDGETS = {"demo": ("3.8bpw", "4.5bpw")}
 LOOKS = (30, 60, 120)
 """Forwards at which the report looks at the search."""
-SCORES = ("auto-quantize", "auto-quantize-kl", "fisher", "llm-mq")
+SCORES = ("auto-quantize", "fisher", "llm-mq")
 HELD_OUT = 8 * 512
 VARIANTS = ("whole", "without the score", "without pairs", "one proposal a budget", "four proposals a budget")
 """The search, and the search with one part changed. Without the score a step costs by its bytes and widths alone."""

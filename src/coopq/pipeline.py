@@ -116,8 +116,9 @@ def deliver(
     """
     out = out.expanduser().resolve()
     run = default_run(out) if run is None else run.expanduser().resolve()
-    form, saved, record = request.target.form, run / "saved", run / "delivered.json"
+    form, saved = request.target.form, run / "saved" / out.stem  # a run may serve several sizes
     assert form is not None
+    record = saved.with_name(f"{out.stem}.json")
     made = read_json(record) if record.exists() else None
     if out.exists() and made is None:
         raise OutputError(f"{out} exists, and this command did not make it; name another --out, or remove it")

@@ -95,7 +95,7 @@ _ALL = (
     _search(
         "active",
         "a surrogate proposes, the true loss decides; the default",
-        262,
+        None,
         "active:ActiveSearch",
         learns=True,
         takes_prior=True,
