@@ -68,7 +68,7 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     code, _, err = command(*[{size: "6bpw"}.get(word, word) for word in arguments])
     assert code == 2
     assert "another budget" in err
-    other = [{size: "6bpw", str(out): str(tmp_path / "other")}.get(word, word) for word in arguments]
+    other = [{size: "4.8bpw", str(out): str(tmp_path / "other")}.get(word, word) for word in arguments]
     code, text, err = command(*other, "--run", tmp_path / "out-run", "--json")
     assert code == 0, err
     assert "losses are known" in err, "another size goes on from what is measured"
