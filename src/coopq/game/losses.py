@@ -188,24 +188,29 @@ def portions_divergence(portions: Portions, reference: Reference) -> Tensor:
 
     With p the reference and x its logarithm's distance to the logits, less any constant, the divergence is
     log(sum p e^x) - sum p x. The two terms are equal to many digits where x is small. So what is summed is
-    p (e^x - 1 - x), which is never negative, with x about zero on average over the first portion. Where a distribution
-    is far off, e^x may overflow, and nothing cancels: there the logarithms of the totals are subtracted.
+    p (e^x - 1 - x), which is never negative, with x about zero on average over each portion; the distances of the
+    portions' averages from the whole average are added in float64. Where a distribution is far off, e^x may overflow,
+    and nothing cancels: there the logarithms of the totals are subtracted.
     """
     totals, expected_logits = [], torch.zeros_like(reference.entropy)
-    curved = torch.zeros_like(in_float64(reference.entropy))
-    along, centre = torch.zeros_like(curved), None
+    sums: list[Tensor] = []
     for first, logits in portions:
         log_probabilities = reference.log_probabilities[:, first : first + logits.shape[1]]
         probabilities, distance = log_probabilities.exp(), logits.float() - log_probabilities
         totals.append(log_total(logits))
         expected_logits += torch.linalg.vecdot(probabilities, logits.float())
-        if centre is None:
-            centre = (torch.linalg.vecdot(probabilities, distance) / probabilities.sum(dim=1))[:, None]
-        distance -= centre
-        along += in_float64(torch.linalg.vecdot(probabilities, distance))
-        curved += in_float64(torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance))
+        mass = probabilities.sum(dim=1)
+        centre = torch.linalg.vecdot(probabilities, distance) / mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        distance -= centre[:, None]
+        along = torch.linalg.vecdot(probabilities, distance)
+        curved = torch.linalg.vecdot(probabilities, torch.expm1(distance) - distance)
+        sums.append(in_float64(torch.stack([mass, centre, along, curved])))
+    mass, centre, along, curved = torch.stack(sums, dim=1)
+    apart = centre - (mass * centre + along).sum(dim=0)
+    total = (mass * torch.expm1(apart) + apart.exp() * (along + curved)).sum(dim=0)
+    near = (torch.log1p(total) - (mass * apart + along).sum(dim=0)).clamp(min=0)
     far = in_float64(torch.logsumexp(torch.stack(totals), dim=0) - expected_logits - reference.entropy)
-    return torch.where(far < _NEAR, torch.log1p(along + curved) - along, far)
+    return torch.where((far < _NEAR) & near.isfinite(), near, far)
 
 
 class TokenScores(NamedTuple):
