@@ -23,9 +23,11 @@ from coopq.report.page.ranking.page import save_comparison_page
 from coopq.report.page.ranking.rank import Cell, comparison_cells, rank
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
-from coopq.report.page.run.record import PairTerms, Points, RunRecord, read_run
+from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
 from coopq.search.informed import fit_informed, make_prior
+from coopq.search.measured import Measured
 from coopq.search.space import SearchSpace
+from coopq.search.surrogate import fidelity_of
 from tests.browser import Page, find_chromium, opened
 from tests.command_line import command, refused
 from tests.conftest import STORIES
@@ -99,6 +101,12 @@ def test_the_record_is_what_the_search_saw(searched: Path) -> None:
     assert plan.fidelity is not None
     assert record.predicted is not None
     assert np.isfinite(record.predicted).sum() == plan.fidelity.n_points
+    space = plan_space(plan)
+    measured = Measured(space)
+    measured.add(record.searched.assignments, record.searched.losses)
+    fill = space.capacities[0] / space.step_bytes.sum()
+    again = fidelity_of("log", record.predicted, record.searched.losses, measured.fill(), fill)
+    assert again.error == pytest.approx(plan.fidelity.error, rel=1e-3)
     assert record.scoring + record.searched.forwards[-1] == pytest.approx(plan.block_forwards / 5)
     assert record.pairs is not None
     assert record.pairs.values.shape == (20, 20)

@@ -118,7 +118,7 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
         return replace(record, pairs=_walks_pairs(folder))
     if method.kind == "score" or plan.fidelity is None:
         return record
-    space = _space(plan)
+    space = plan_space(plan)
     searched = _before_the_end(searched, space, plan.fidelity.n_points)
     made_for = as_plain({"bits": plan.request.widths.bits, "player widths": space.player_widths})
     score = kept_score(folder, PRIOR_SCORE, made_for) if method.takes_prior else None
@@ -151,7 +151,7 @@ def _points(plan: Plan, journal: Path) -> Points:
     return Points(assignments[kept], losses[kept], np.array(n_bytes, dtype=np.int64), np.cumsum(spent)[kept] / n_blocks)
 
 
-def _space(plan: Plan) -> SearchSpace:
+def plan_space(plan: Plan) -> SearchSpace:
     """What the plan was chosen from, with its budget."""
     sizes, bits = plan_sizes(plan), plan.request.widths.bits
     own = sizes.player_widths(bits)
