@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from coopq.core.errors import EstimationError
 from coopq.judge.divergence import compare_logits, estimate, summarize, token_scores
@@ -154,6 +155,9 @@ def test_divergence_leads_from_three_bits_and_full_precision_is_the_reference() 
         assert [str(column.header) for column in table.columns[3:7]] == columns
         cells = dict(zip([str(c.header) for c in table.columns], [list(c.cells) for c in table.columns], strict=True))
         assert cells["KL"] == ["reference", "0.01 ± 0.002"]
+        with (console := Console(width=80)).capture() as shown:
+            console.print(table)
+        assert "reference" in shown.get(), "also where the terminal is narrow"
     alone = Evaluation(3.0, 10, 2_000_000, 1_000_000, "a text")
     assert "reference" in evaluation_text("m", alone)
     assert asdict(alone)["divergence"] is None

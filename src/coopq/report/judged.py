@@ -44,6 +44,8 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     table = empty_table(
         title, "weights", "file MB", "bits/weight", *judged, f"calibration {rows[0].loss if rows else ''}".strip()
     )
+    for column in table.columns:
+        column.no_wrap = column.header in divergence  # on a narrow terminal the names wrap, and not what leads
     for row in rows:
         diverging = [_reference_or(row.divergence, "{:.3g}"), _reference_or(row.same_top, "{:.1%}")]
         likely = [f"{row.nll:.4f}", f"{row.perplexity:,.2f}"]
