@@ -71,7 +71,6 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     other = [{size: "4.8bpw", str(out): str(tmp_path / "other")}.get(word, word) for word in arguments]
     code, text, err = command(*other, "--run", tmp_path / "out-run", "--json")
     assert code == 0, err
-    assert "losses are known" in err, "another size goes on from what is measured"
     assert json.loads(text)["file_bytes"] < sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 

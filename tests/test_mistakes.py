@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import resource
 import shutil
 import tempfile
@@ -209,7 +210,7 @@ def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path
         path.write_text(json.dumps(json.loads(first) | {"format_version": version}) + newline + rest)
         line = refused(*arguments)
         assert str(path) in line
-        assert "reads 3" in line, "the format that is read"
+        assert re.search(r"reads \d;", line), "the format that is read"
         path.write_text(content)
         return line
 
@@ -257,15 +258,15 @@ def test_no_permission_to_write(stories: str) -> None:
 
 def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, stories: str) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
-    arguments = ["quantize", stories, "--budget", "3avg", "--out", str(out), "--run", str(run), *FAST]
-    arguments[arguments.index("3")] = "12"  # walks, for a journal of some length
-    whole = command(*arguments[:5], str(tmp_path / "whole"), *FAST[2:], "--permutations", "12")
+    walks = [*PAPER, "--permutations", "12"]  # for a journal of some length
+    arguments = ["quantize", stories, "--budget", "3avg", "--out", str(out), "--run", str(run), *walks]
+    whole = command(*arguments[:5], str(tmp_path / "whole"), *walks)
     assert whole[0] == 0, whole[2]
     shutil.copytree(tmp_path / "whole-run" / "bank", run / "bank")
 
     def short_files() -> None:
         # The kernel refuses longer files, as it does on a full disk: the journal breaks off in the middle.
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2600, 2600))
 
     line = refused(*arguments, setup=short_files)
     assert "nothing computed is lost" in line

@@ -39,6 +39,9 @@ class GGMLGPTQ(GGMLBackend):
     long_rows: ClassVar[Mapping[Width, str]] = {**IQuants.long_rows, 2.5: "Q2_K", 3.5: "Q3_K"}
     bits: ClassVar[tuple[Width, ...]] = tuple(sorted({*long_rows, *GGMLBackend.short_rows}))
 
+    def __init__(self) -> None:
+        super().__init__()  # second moments hold the importance too, so no imatrix is taken
+
     @property
     def settings(self) -> dict[str, Any]:
         """See `GGMLBackend.settings`; and the damping of second moments."""
