@@ -107,7 +107,7 @@ RECIPES: dict[str, Recipe] = {
         "python -c 'import coopq; model = coopq.load(\"{out}\")'",
     ),
 }
-"""Recipes by name: of engines, and the paper's. Why these: docs/results/recipes.md."""
+"""Recipes by name: of engines, and the paper's. Why these: docs/decisions/0047-recipes.md."""
 
 
 OWN = "coopq"
