@@ -1,6 +1,8 @@
 """What an engine computes of a file that was written for it, beside what was measured."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,17 +90,33 @@ def check_in_llama_cpp(file: Path, saved: Path, progress: ProgressCallback) -> E
     tokens = np.array([tokenizer.encode(_PASSAGE)], dtype=np.int64)
     positions = np.unique(np.linspace(1, tokens.shape[1] - 1, _N_PREFIXES, dtype=int))
     ours = token_losses(model, tokens, "the saved model")[positions - 1]
-    server = _server(file, tokens.shape[1])
+    with _quiet():
+        server = _server(file, tokens.shape[1])
     wanted = {"max_tokens": 1, "logprobs": model.config.get_text_config().vocab_size}
-    found = _losses(server, tokens[0], positions, {**wanted, "logit_bias": [[_end(model), _BIAS]]}, progress)
+    with _quiet():
+        found = _losses(server, tokens[0], positions, {**wanted, "logit_bias": [[_end(model), _BIAS]]}, progress)
     difference = float(np.abs(found - ours).mean())
     if not difference <= _MOST:
         raise ExportError(
             f"{engine} computes other losses of {file} ({found.mean():.3f} nats a token) than the weights that were "
             f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
         )
-    answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
+    with _quiet():
+        answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
     return EngineCheck(engine, float(found.mean()), float(ours.mean()), _PROMPT + str(answer["choices"][0]["text"]))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep llama.cpp's log, which its threads write to standard error, off the terminal."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _server(file: Path, length: int) -> Any:
