@@ -107,7 +107,7 @@ def _commands(record: RunRecord, out: str) -> str:
     if record.engine is not None:
         return RECIPES[record.engine].run.format(out=out)
     if target.form is None:
-        return f"import coopq\nmodel = coopq.load({out!r})  # a transformers model; the weights stay packed"
+        return f"import coopq\nmodel = coopq.load({out!r})  # a transformers model"
     name = f"{out}.gguf" if target.form == "gguf" else f"{out}-{target.form}"
     words = ["coopq", "export", out, "--to", target.form, "--out", name]
     run = [recipe.run.format(out=name) for recipe in RECIPES.values() if recipe.form == target.form]
@@ -151,7 +151,7 @@ def _size_caption(record: RunRecord) -> str:
 
 def _layers(record: RunRecord) -> list[str | Figure]:
     plan = record.plan
-    runner_up = " A pink dot marks layers that have another width in the runner-up." if plan.runner_up else ""
+    runner_up = " A ringed dot marks layers that have another width in the runner-up." if plan.runner_up else ""
     parts: list[str | Figure] = [
         Figure("widths", width_map(record), f"Width of each layer. Hover or tap for the layer's name.{runner_up}")
     ]
