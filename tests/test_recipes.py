@@ -1,4 +1,4 @@
-"""The four recipes of docs/architecture.md, each tried on a toy: a class or a function, and one line in a table."""
+"""The four recipes of docs/extending.md, each tried on a toy: a class or a function, and one line in a table."""
 
 import json
 from pathlib import Path

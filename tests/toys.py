@@ -1,4 +1,4 @@
-"""Toy plugins, as docs/architecture.md says to write them: a backend, a strategy, a score and an export form."""
+"""Toy plugins, as docs/extending.md says to write them: a backend, a strategy, a score and an export form."""
 
 import shutil
 from collections.abc import Sequence

@@ -10,7 +10,6 @@ import importlib
 from typing import Any
 
 _PUBLIC = {
-    "Budget": "coopq.core.sizes",
     "CoopQError": "coopq.core.errors",
     "Goal": "coopq.core.goal",
     "HeldOut": "coopq.model.texts",
@@ -21,7 +20,7 @@ _PUBLIC = {
     "allocate": "coopq.pipeline",
     "apply": "coopq.pipeline",
     "compare": "coopq.judge.comparison",
-    "compare_plan": "coopq.judge.comparison",
+    "deliver": "coopq.pipeline",
     "dequantized": "coopq.export.checkpoint",
     "estimate": "coopq.pipeline",
     "evaluate_model": "coopq.judge.evaluation",
