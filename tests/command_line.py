@@ -39,9 +39,14 @@ def in_new_process(
 
 def command(*arguments: str | Path) -> tuple[int | str | None, str, str]:
     """The same within this process: what most commands do takes less time than to import libraries."""
+    return as_written(*_small(arguments))
+
+
+def as_written(*arguments: str) -> tuple[int | str | None, str, str]:
+    """The same without the settings of the smallest game."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(sys, "argv", ["coopq", *_small(arguments)])
+        patch.setattr(sys, "argv", ["coopq", *arguments])
         patch.setenv("COLUMNS", _COLUMNS)
         try:
             main()

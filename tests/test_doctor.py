@@ -19,6 +19,7 @@ from coopq.export.formats import get_form
 from coopq.quantizers import get_backend
 from coopq.report import doctor
 from tests.command_line import command, in_new_process
+from tests.documents import PAGES
 
 ROOT = Path(__file__).parents[1]
 DECLARED = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
@@ -87,12 +88,12 @@ def test_a_model_that_is_refused_is_an_error_after_the_report(monkeypatch: pytes
 
 
 def test_the_doctor_knows_every_extra() -> None:
-    assert {canonicalize_name(part.name) for part in doctor.EXTRAS} == set(DECLARED) - {"dev"}
+    assert {canonicalize_name(part.name) for part in doctor.EXTRAS} == set(DECLARED) - {"dev", "docs"}
 
 
 def test_every_extra_that_is_named_exists() -> None:
     """In messages, texts and tables; `llama.cpp` is `llama-cpp` to pip."""
-    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"]
+    files = [*(ROOT / "src").rglob("*.py"), *PAGES]
     found = [re.findall(r"'(?:coopq|\.)\[[\w.,-]+\]'", file.read_text(encoding="utf-8")) for file in files]
     named = {name.strip("'").replace(".[", "coopq[") for name in chain.from_iterable(found)}
     assert "coopq[llama.cpp]" in named

@@ -1,9 +1,12 @@
 """The wheel outside the checkout, and the names that it promises."""
 
+import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,61 @@ sys.exit(not all(callable(getattr(coopq, name)) for name in coopq.__all__))
 def test_what_needs_no_model_starts_without_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_package_is_a_command_and_says_its_version() -> None:
+    for arguments in (["-m", "coopq"], ["-m", "coopq.cli.main"]):
+        done = subprocess.run([sys.executable, *arguments, "--version"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.strip()) == (0, f"coopq {coopq.__version__}"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("coopq qu", "quantize"), ("coopq quantize --bac", "--backend"), ("coopq quantize --for ll", "llama.cpp")],
+)
+def test_a_shell_completes(line: str, expected: str) -> None:
+    words = line.split()
+    environment = os.environ | {
+        "_COOPQ_COMPLETE": "bash_complete",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from coopq.cli.main import main; main()"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert f"plain,{expected}" in done.stdout.split(), done.stderr
+
+
+def test_a_distribution_holds_what_it_needs(tmp_path: Path) -> None:
+    """The data of the package in the wheel, and the tests in the sdist."""
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
+    package = ROOT / "src" / "coopq"
+    data = {f"coopq/{file.relative_to(package)}" for file in package.rglob("*") if _is_data(file)}
+    assert any("report/page/assets/" in name for name in data)
+    assert data | {"coopq/py.typed", "coopq/__main__.py"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "Paper, https://" in metadata
+    with tarfile.open(source) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "tests/documents.py"} <= held
+
+
+def _is_data(file: Path) -> bool:
+    return file.is_file() and file.suffix not in (".py", ".pyc")
 
 
 def test_a_wheel_runs_the_main_job_outside_the_checkout(tmp_path: Path, stories: str) -> None:

@@ -50,6 +50,7 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, no_args_is_help=True, context_settings={"max_content_width": 110})
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
+@click.version_option(package_name="coopq", message="%(prog)s %(version)s")
 def app(debug: bool) -> None:
     """Which bits go where: mixed-precision quantization of language models by a cooperative game."""
     show_log()
