@@ -16,6 +16,7 @@ from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
 from coopq.core.types import ProgressCallback, silent
+from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.deployment import deployed_request, resized
 from coopq.export.finished import finished_plan
@@ -128,7 +129,11 @@ def deliver(
         export_model(saved, form, out, progress=progress)
     elif made != as_plain({"form": form, "bits": plan.assignment}):
         raise OutputError(f"{out} was made of another plan; name another --out, or remove it")
-    check = check_in_llama_cpp(out, saved, progress) if form == "gguf" else None
+    check = None
+    if form == "gguf":
+        from coopq.export.gguf.form import open_base
+
+        check = check_in_llama_cpp(out, saved, open_base(BaseModel.find(request), progress).path, progress)
     n_bytes = predicted_bytes(plan, form)
     return Delivery(plan, out, n_bytes, check, RECIPES[engine].run.format(out=out))
 
@@ -216,8 +221,10 @@ def apply(
 
 
 def default_run(out: Path) -> Path:
-    """The run folder of an output folder: beside the output, which holds nothing but the model."""
+    """The run folder of an output: beside it, or around a model that was saved on the way to an engine's file."""
     out = out.expanduser().resolve()
+    if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
+        return out.parent.parent
     return out.with_name(f"{out.name}-run")
 
 

@@ -148,11 +148,11 @@ def evaluate(
     texts = [HeldOut(length, tokens, source) for source in (WIKITEXT2, *([] if text is None else [str(text)]))]
     for each in texts:
         each.check()
+    with progress_bars() as progress:  # the own text first: it may be too short, and WikiText-2 takes long
+        judged = [judge.judge(each, progress) for each in reversed(texts)][::-1]
     data: list[dict[str, Any]] = []
     shown: list[str | Table] = []
-    for each in texts:
-        with progress_bars() as progress:
-            evaluation, rows = judge.judge(each, progress)
+    for each, (evaluation, rows) in zip(texts, judged, strict=True):
         data.append(evaluation_data(evaluation, rows))
         shown.append(evaluation_text(model, evaluation))
         if rows:

@@ -1,7 +1,7 @@
 """One model judged on held-out text: perplexity, and the divergence from the original."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def evaluate_saved(
     saved, model = SavedModel(folder), load(folder, device=device)
     original = None
     if reference != NO_REFERENCE:
-        original = _load_original(saved.plan, reference, device, text, progress)
+        original = load_original(saved.plan, reference, device, text, progress)
     tokenizer = read_tokenizer(folder, getattr(model.get_input_embeddings(), "num_embeddings", None))
     tokens, judged = text.windows(tokenizer, max_positions(model)), _Judged(saved, model, original)
     parts: list[Scores] = []
@@ -157,19 +157,37 @@ class _Judged:
             "tokens": portion.fingerprint,
             "device": self.model.device.type,
         }
-        file = folder / f"saved-{checksum(about)}.safetensors"
-        if file.exists():
-            kept = load_tensors(file, way_out="delete the file to measure again", about=about)
-            return {name: tensor.numpy() for name, tensor in kept.items()}
-        parts = []
         original = None if self.original is None else self.original.model
-        for scores in token_scores(self.model, portion.tokens, original):
-            parts.append(scores)
-            progress("evaluating the saved model", done + sum(len(part["nll"]) for part in parts), total)
-        found = _together(parts)
-        with atomic_file(file) as temporary:
-            save_tensors({name: torch.from_numpy(score) for name, score in found.items()}, temporary, about)
-        return found
+
+        def judged(done_here: int) -> None:
+            progress("evaluating the saved model", done + done_here, total)
+
+        return kept_scores(folder, about, lambda: token_scores(self.model, portion.tokens, original), judged)
+
+
+def kept_scores(
+    folder: Path, about: dict[str, str], measure: Callable[[], Iterable[Scores]], judged: Callable[[int], None]
+) -> Scores:
+    """Scores of a text, read from a file of an evaluation or measured and kept there.
+
+    Args:
+        folder: Folder of the file.
+        about: What the scores depend on.
+        measure: Measures the scores, a batch of windows at a time.
+        judged: Told of the number of windows measured so far.
+    """
+    file = folder / f"scores-{checksum(about)}.safetensors"
+    if file.exists():
+        kept = load_tensors(file, way_out="delete the file to measure again", about=about)
+        return {name: tensor.numpy() for name, tensor in kept.items()}
+    parts: list[Scores] = []
+    for scores in measure():
+        parts.append(scores)
+        judged(sum(len(part["nll"]) for part in parts))
+    found = _together(parts)
+    with atomic_file(file) as temporary:
+        save_tensors({name: torch.from_numpy(score) for name, score in found.items()}, temporary, about)
+    return found
 
 
 def _together(parts: Iterable[Scores]) -> Scores:
@@ -191,7 +209,7 @@ def _load_whole(
     return prepared, loaded
 
 
-def _load_original(
+def load_original(
     plan: Plan, reference: str | None, device: str, text: HeldOut, progress: ProgressCallback
 ) -> LoadedModel:
     """The model that a plan was made for.

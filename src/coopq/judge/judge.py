@@ -9,6 +9,7 @@ from coopq.export.checkpoint import SavedModel
 from coopq.judge.comparison import compare_plan
 from coopq.judge.engines.gguf_files import evaluate_gguf, gguf_window_length
 from coopq.judge.evaluation import NO_REFERENCE, evaluate_model, evaluate_saved, window_length
+from coopq.judge.mixes import judge_mix
 from coopq.judge.results import Comparison, Evaluation
 from coopq.model.sources.gguf import gguf_file
 from coopq.model.texts import HeldOut
@@ -55,7 +56,9 @@ class Judge:
         evaluation = evaluate_saved(saved.folder, self.run, text, reference=self.reference, **options)
         if not self.is_compared or self.reference == NO_REFERENCE:
             return evaluation, []
-        return evaluation, compare_plan(saved.plan, self.run, text, model=self.reference, **options)
+        rows = compare_plan(saved.plan, self.run, text, model=self.reference, **options)
+        mix = judge_mix(saved.plan, self.run, text, reference=self.reference, **options)
+        return evaluation, rows if mix is None else [*rows, mix]
 
     def _gguf_files(self) -> tuple[Path, Path] | None:
         """The model and the reference if both are GGUF files."""

@@ -81,7 +81,7 @@ class Comparison:
     """One row of a comparison: the assignments of one method at one budget, averaged.
 
     Attributes:
-        method: A name of `coopq.plan.methods.METHODS`, or "random", "uniform", "full precision".
+        method: A name of `coopq.plan.methods.METHODS`, or a name of `coopq.judge.references.REFERENCES`.
         budget: The budget as the user wrote it; None for rows without a budget.
         n: Number of assignments.
         average_bits: Width averaged over the weights; scales and zeros do not count.

@@ -74,7 +74,8 @@ def delivery_summary(request: Request, made: "Delivery") -> str:
     if check is not None:
         checked = (
             f"\n{check.engine}: {check.loss:.3f} nats a token on a short passage, {check.ours:.3f} by what was measured"
-            f"\n{check.text!r}"
+            f"\nthe file writes: {check.text!r}"
+            + ("" if check.before is None else f"\nthe original writes: {check.before!r}")
         )
     return (
         f"{made.out}: {made.n_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"

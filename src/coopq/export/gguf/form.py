@@ -48,7 +48,7 @@ class GGUF(Form):
 
     def held_players(self, request: Request, players: Sequence[Player], progress: ProgressCallback) -> Sequence[Player]:
         """See `Form.held_players`: layers that llama.cpp stores in parts of another form stay as in the base."""
-        names = TensorNames(_open_base(BaseModel.find(request), progress))
+        names = TensorNames(open_base(BaseModel.find(request), progress))
         kept = {linear.name for player in players for linear in player.linears if names.is_in_another_form(linear.name)}
         if not kept:
             return players
@@ -61,7 +61,7 @@ class GGUF(Form):
     def check_model(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
         """See `Form.check_model`: every tensor of the base is compared."""
         modules = [linear.name for player in players for linear in player.linears]
-        row_orders(_open_base(BaseModel.find(request)), model, modules, progress)
+        row_orders(open_base(BaseModel.find(request)), model, modules, progress)
 
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
@@ -72,7 +72,7 @@ class GGUF(Form):
             ExportError: If the base cannot be read, or has no tensor of its own for a layer.
             Mismatch: If the base is of another model, as far as shapes and settings tell.
         """
-        base = _open_base(BaseModel.find(request))
+        base = open_base(BaseModel.find(request))
         require_shapes(base, [linear for player in players for linear in player.linears])
         require_complete(base, skeleton)
         require_settings(base, skeleton.config)
@@ -90,11 +90,11 @@ class GGUF(Form):
 
     def file_bytes(self, plan: Plan, backend: Backend, base: BaseModel) -> int:
         """See `Form.file_bytes`; the base file and the plan are enough."""
-        return _file_bytes(plan, backend, _open_base(base))
+        return _file_bytes(plan, backend, open_base(base))
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
         """See `Form.write`; `out` is a file, and an older file is replaced."""
-        plan, file = saved.plan, _open_base(base, progress)
+        plan, file = saved.plan, open_base(base, progress)
         require_no_input(out, [saved.folder, *gguf_shards(file.path), Path(base.source)])
         size = _file_bytes(plan, saved.backend, file)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def _tensor_format(backend: Backend) -> GGMLFormat:
     return backend.format
 
 
-def _open_base(base: BaseModel, progress: ProgressCallback = silent) -> BaseFile:
+def open_base(base: BaseModel, progress: ProgressCallback = silent) -> BaseFile:
     """The base's GGUF file, made of the model if none is named.
 
     Raises:

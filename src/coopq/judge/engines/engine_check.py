@@ -15,6 +15,7 @@ from coopq.core.errors import ExportError
 from coopq.core.types import Losses, ProgressCallback
 from coopq.export.checkpoint import load
 from coopq.export.verification import token_losses
+from coopq.model.memory import free_memory
 from coopq.model.sources.folder import read_tokenizer
 from coopq.plan.plan import Plan
 
@@ -43,12 +44,14 @@ class EngineCheck:
         loss: Mean loss of the tokens tried, by the engine, nats.
         ours: The same by the weights that were measured.
         text: What the engine writes after a prompt.
+        before: What the engine writes with the model in full precision; None where that file is not tried.
     """
 
     engine: str
     loss: float
     ours: float
     text: str
+    before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,15 @@ class Delivery:
     run: str
 
 
-def check_in_llama_cpp(file: Path, saved: Path, progress: ProgressCallback) -> EngineCheck | None:
+def check_in_llama_cpp(
+    file: Path, saved: Path, original: Path | None, progress: ProgressCallback
+) -> EngineCheck | None:
     """Load a GGUF file in llama.cpp, and compare its losses with those of the weights that were chosen.
 
     Args:
         file: The file.
         saved: Folder of the saved model that the file was made of.
+        original: GGUF file of the model in full precision, which writes a text too if it fits into memory.
         progress: Told of every request.
     Returns:
         None where the package is not installed.
@@ -101,9 +107,13 @@ def check_in_llama_cpp(file: Path, saved: Path, progress: ProgressCallback) -> E
             f"{engine} computes other losses of {file} ({found.mean():.3f} nats a token) than the weights that were "
             f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
         )
-    with _quiet():
-        answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
-    return EngineCheck(engine, float(found.mean()), float(ours.mean()), _PROMPT + str(answer["choices"][0]["text"]))
+    text, before = _written(server), None
+    if original is not None and original.stat().st_size < (free_memory("cpu") or 0) // 2:
+        del server, model
+        with _quiet():
+            server = _server(original, tokens.shape[1])
+        before = _written(server)
+    return EngineCheck(engine, float(found.mean()), float(ours.mean()), text, before)
 
 
 @contextmanager
@@ -134,6 +144,13 @@ def _server(file: Path, length: int) -> Any:
         return xllamacpp.Server(parameters)
     except RuntimeError as error:
         raise ExportError(f"llama.cpp does not load {file}: {error}") from error
+
+
+def _written(server: Any) -> str:
+    """What a server writes after the prompt, with the prompt."""
+    with _quiet():
+        answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
+    return _PROMPT + str(answer["choices"][0]["text"])
 
 
 def _losses(

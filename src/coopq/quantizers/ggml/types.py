@@ -155,17 +155,27 @@ class GGMLBackend(WeightQuantizer):
         widths = {name: [width for width, chosen in layers.items() if name in chosen] for name in names}
         return self._quantize_layers(model, widths, tokens)
 
+    def column_weights(
+        self, model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64] | None
+    ) -> Mapping[str, Tensor | None]:
+        """The importance of the columns of layers, by name: of the imatrix file if there is one, or else of tokens.
+
+        Args:
+            model: A model of transformers.
+            names: Names as for `coopq.quantizers.input_statistics.column_importance`.
+            tokens: Calibration tokens, shape (n_sequences, length); None weighs all columns alike.
+        """
+        if self._imatrix is not None:
+            matrices = {name: matrix_of(model, name) for name in names}
+            layers = [LinearLayer(name, own.shape, n_experts=own.n_experts) for name, own in matrices.items()]
+            return {layer.name: self._imatrix.importance(layer) for layer in layers}
+        return {} if tokens is None else dict(column_importance(model, names, tokens))
+
     def _quantize_layers(
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
     ) -> Iterator[tuple[Width, str, Packed]]:
         """Width, name and packed tensors of layers at their widths, layer by layer."""
-        importance: Mapping[str, Tensor | None] = {}
-        if self._imatrix is not None:
-            matrices = {name: matrix_of(model, name) for name in widths}
-            layers = [LinearLayer(name, own.shape, n_experts=own.n_experts) for name, own in matrices.items()]
-            importance = {layer.name: self._imatrix.importance(layer) for layer in layers}
-        elif tokens is not None:
-            importance = column_importance(model, list(widths), tokens)
+        importance = self.column_weights(model, list(widths), tokens)
         for name, layer_widths in widths.items():
             weight = matrix_of(model, name).rows()
             for width in layer_widths:
