@@ -1,5 +1,6 @@
 """The README and the pages: commands, Python blocks, links, and what is written from the code."""
 
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -11,6 +12,7 @@ from tools import reference
 
 import coopq
 from coopq.core.errors import CoopQError
+from coopq.core.recipes import ENGINES, RECIPES
 from tests.command_line import as_written
 from tests.documents import (
     GUIDES,
@@ -120,6 +122,12 @@ def test_written_pages_follow_the_code(path: str) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
     assert broken_links(page) == []
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_readme_says_how_to_run_the_result(engine: str) -> None:
+    before, after = map(re.escape, RECIPES[engine].run.split("{out}"))
+    assert re.search(f"`{before}[\\w.-]+{after}`", _text(ROOT / "README.md"))
 
 
 def test_the_readme_is_short() -> None:
