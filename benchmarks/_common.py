@@ -87,6 +87,26 @@ def row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def read_tables(report: Path) -> list[list[dict[str, str]]]:
+    """The tables of a report in Markdown: for each row the cells by column.
+
+    Where two columns have one name, the first one counts.
+    """
+    tables: list[list[dict[str, str]]] = []
+    head: list[str] = []
+    found: list[dict[str, str]] = []
+    for line in report.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if not line.startswith("| "):
+            head = []
+        elif not head:
+            head, found = cells, []
+            tables.append(found)
+        elif set("".join(cells)) != {"-"}:
+            found.append(dict(reversed(list(zip(head, cells, strict=True)))))
+    return tables
+
+
 def write_documents(path: Path, texts: Iterable[str]) -> None:
     """Write texts as a .jsonl file, a document a line."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
