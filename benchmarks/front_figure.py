@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from _common import RESULTS, command_line, read_tables
+from _answers import read_tables
+from _common import RESULTS, command_line
 from coopq.report.page.colours import FRONT
 from coopq.report.plot_style import INK, new_axes, readable_log, save_figure, set_title
 
@@ -24,7 +25,7 @@ BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0)}
 
 def draw_mixes(axes: Any) -> None:
     """Divergence against file size: our files, llama.cpp's mixes, and how far apart both are."""
-    sizes, divergences = read_tables(MIXES)
+    sizes, divergences = read_tables(MIXES.read_text(encoding="utf-8").splitlines())
     lost = {row["llama.cpp's mix"]: row for row in divergences}
     points = []
     for row in sizes:
@@ -57,7 +58,7 @@ def draw_mixes(axes: Any) -> None:
 
 def draw_scheme(axes: Any) -> None:
     """Perplexity against average bits: AutoScheme and the active search."""
-    (rows,) = read_tables(SCHEME)
+    (rows,) = read_tables(SCHEME.read_text(encoding="utf-8").splitlines())
     rows = [row for row in rows if row["our loss"] == "kl" and row["model"].startswith("llama")]
     full = float(re.findall(r"\((.+)\)", rows[0]["model"])[0])
     places = np.arange(len(rows))
@@ -84,9 +85,8 @@ def draw_scheme(axes: Any) -> None:
     set_title(axes, "Same width: lower perplexity")
 
 
-def main() -> None:
+def draw_front() -> None:
     """Draw the figure."""
-    command_line(__doc__).parse_args()
     figure, (left, right) = new_axes(9, 3.9, 2, (1.75, 1))
     draw_mixes(left)
     draw_scheme(right)
@@ -94,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(__doc__).parse_args()
+    draw_front()

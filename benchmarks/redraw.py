@@ -2,8 +2,8 @@
 
     python benchmarks/redraw.py
 
-Measures nothing. Draws docs/results/main_job-PART.png from docs/results/main_job.json, and ranking.png and cost.png of
-each bench from its results.csv. The commands of these reports draw the same figures.
+Measures nothing. Draws docs/results/main_job-PART.png from docs/results/main_job.json, ranking.png and cost.png of the
+bench of allocators from its results.csv, as the commands of these reports do, and NAME.svg from the tables in NAME.md.
 """
 
 import shutil
@@ -13,12 +13,24 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from _common import BENCHMARKS, RESULTS, command_line
+from _figures import (
+    draw_calibration,
+    draw_divergence,
+    draw_main_job,
+    draw_quantizers,
+    draw_regret,
+    draw_types,
+    draw_widths,
+)
 from coopq.judge.bench.config import read_bench
 from coopq.report.bench_plots import save_ranks
+from front_figure import draw_front
 from main_job import draw_part, read_parts
 
 RANKED = ("small",)
 """Benches of so many methods that a ranking says something."""
+
+OF_PAGES = (draw_calibration, draw_divergence, draw_quantizers, draw_regret, draw_types, draw_widths)
 
 
 def draw_bench(name: str, out: Path) -> list[Path]:
@@ -35,13 +47,20 @@ def draw_bench(name: str, out: Path) -> list[Path]:
 def main() -> None:
     """Draw all figures."""
     command_line(__doc__).parse_args()
-    with TemporaryDirectory() as folder:
-        for name, part in read_parts().items():
-            draw_part(name, part.rows, Path(folder))
-        for name in RANKED:
-            for figure in draw_bench(name, Path(folder)):
+    draw_front()
+    parts = {name: part.rows for name, part in read_parts().items()}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, rows in parts.items():
+            draw_part(part, rows, folder)
+        of_pages = [file for draw in OF_PAGES for file in draw(folder)] + draw_main_job(parts, folder)
+        for figure in of_pages:
+            if figure.suffix == ".svg":
+                shutil.copy(figure, RESULTS)
+        for bench in RANKED:
+            for figure in draw_bench(bench, folder):
                 if figure.suffix == ".png":
-                    shutil.copy(figure, RESULTS / name)
+                    shutil.copy(figure, RESULTS / bench)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from coopq.judge.references import RANDOM
-from coopq.report.page.colours import METHOD_COLOURS, method_colours
+from coopq.report.page.colours import FAINT, METHOD_COLOURS, method_colours
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".svg")
@@ -39,6 +39,8 @@ _BESIDE = (
     *((5, -9), (-5, -9), (0, -12), (7, -18), (-7, -18)),
 )
 """Where the name of a point may stand, in points to the right and up, the best place first."""
+_FAR = 12
+"""From so many points up or down on a thin line leads from a name to its point."""
 _SHAPES = dict(zip(METHOD_COLOURS, ("o", "s", "^", "v", "P", "X", "d", "*"), strict=True))
 """The shape of the points of each colour."""
 
@@ -151,8 +153,19 @@ def place_labels(
         free = (box for box in choices if inside.x0 < box.left and box.right < inside.x1 and not box.meets_any(taken))
         box = next(free, choices[0])
         taken.append(box)
-        text.xyann = (box.left - x) / unit, (box.bottom + size.height / 2 - y) / unit
-        text.set_va("center")
+        right, up = (box.left - x) / unit, (box.bottom + size.height / 2 - y) / unit
+        text.remove()
+        thread = {"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2}
+        axes.annotate(
+            name,
+            points[name],
+            textcoords="offset points",
+            xytext=(right, up),
+            va="center",
+            fontsize=8,
+            color=INK,
+            arrowprops=thread if abs(up) > _FAR else None,
+        )
 
 
 def save_figure(figure: Any, path: Path) -> list[Path]:
