@@ -7,6 +7,7 @@ docs/results/auto_scheme.md. Writes docs/results/front.svg and front.png.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,18 @@ from _common import RESULTS, command_line
 from coopq.report.page.colours import FRONT
 from coopq.report.plot_style import INK, new_axes, readable_log, save_figure, set_title
 
-MIXES, SCHEME = RESULTS / "llama_mixes-llama-fused.md", RESULTS / "auto_scheme.md"
+MIXES, QWEN, SCHEME = (
+    RESULTS / f"{name}.md" for name in ("llama_mixes-llama-fused", "llama_mixes-qwen-fused", "auto_scheme")
+)
 OURS, RIVAL = FRONT, "#57606a"
 """Blue is the active search in every figure."""
 BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0)}
 """Where a label is not above its point: points to the right, points up."""
 
 
-def draw_mixes(axes: Any) -> None:
+def draw_mixes(axes: Any, page: Path) -> None:
     """Divergence against file size: our files, llama.cpp's mixes, and how far apart both are."""
-    sizes, divergences = read_tables(MIXES.read_text(encoding="utf-8").splitlines())
+    sizes, divergences = read_tables(page.read_text(encoding="utf-8").splitlines())
     lost = {row["llama.cpp's mix"]: row for row in divergences}
     points = []
     for row in sizes:
@@ -85,10 +88,17 @@ def draw_scheme(axes: Any) -> None:
     set_title(axes, "Same width: lower perplexity")
 
 
+def draw_qwen(out: Path) -> list[Path]:
+    """The figure of the page on the Qwen: its mixes alone."""
+    figure, axes = new_axes(6.5, 3.9)
+    draw_mixes(axes, QWEN)
+    return save_figure(figure, out / QWEN.stem)
+
+
 def draw_front() -> None:
     """Draw the figure."""
     figure, (left, right) = new_axes(9, 3.9, 2, (1.75, 1))
-    draw_mixes(left)
+    draw_mixes(left, MIXES)
     draw_scheme(right)
     save_figure(figure, RESULTS / "front")
 

@@ -24,13 +24,13 @@ from _figures import (
 )
 from coopq.judge.bench.config import read_bench
 from coopq.report.bench_plots import save_ranks
-from front_figure import draw_front
+from front_figure import draw_front, draw_qwen
 from main_job import draw_part, read_parts
 
 RANKED = ("small",)
 """Benches of so many methods that a ranking says something."""
 
-OF_PAGES = (draw_calibration, draw_divergence, draw_quantizers, draw_regret, draw_types, draw_widths)
+OF_PAGES = (draw_calibration, draw_divergence, draw_quantizers, draw_qwen, draw_regret, draw_types, draw_widths)
 
 
 def draw_bench(name: str, out: Path) -> list[Path]:
