@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from _answers import NUMBERS, head
 from coopq.core.types import Losses
 from coopq.plan.confidence import confidence
 
@@ -32,10 +33,18 @@ def command_line(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def write_lines(file: Path, lines: Sequence[str]) -> None:
+    """Write lines of text into a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
 def write_report(report: Path, lines: Sequence[str], *, quiet: bool = False) -> None:
-    """Write a report, and print the report unless `quiet`."""
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    """Write a report, and print the report unless `quiet`.
+
+    A report without a title has the question and the answer of answers.toml above, which somebody then reads again.
+    """
+    write_lines(report, lines if lines[0].startswith("# ") else [*head(report.stem, lines), *lines])
     if not quiet:
         print("\n".join(lines), flush=True)
 
@@ -43,7 +52,7 @@ def write_report(report: Path, lines: Sequence[str], *, quiet: bool = False) -> 
 def write_models_report(
     description: str | None,
     report: Path,
-    head: Sequence[str],
+    above: Sequence[str],
     rows: Callable[[str], list[str]],
     default: Sequence[str] = ("llama",),
 ) -> None:
@@ -52,7 +61,7 @@ def write_models_report(
     Args:
         description: The script's docstring.
         report: The file.
-        head: Lines above the models.
+        above: Lines above the models.
         rows: Returns the lines of a model.
         default: Models that are taken if none is named.
     """
@@ -60,26 +69,28 @@ def write_models_report(
     named = f"folders of benchmarks/data (default: {' '.join(default)})"
     parser.add_argument("models", nargs="*", metavar="MODEL", help=named)
     models = parser.parse_args().models or default
-    write_report(report, [*head, *(row for name in models for row in rows(name))])
+    write_report(report, [*above, *(row for name in models for row in rows(name))])
 
 
-def write_section(report: Path, head: Sequence[str], section: Sequence[str]) -> None:
+def write_section(report: Path, lines: Sequence[str], section: Sequence[str]) -> None:
     """Write a report that has a section for each processor: this section replaces the earlier one of this processor.
 
     Args:
         report: The file.
-        head: Lines above all sections.
+        lines: Lines above all sections.
         section: What was measured, without a heading.
     """
     text = report.read_text(encoding="utf-8") if report.exists() else ""
-    kept = [part for part in text.split("\n## ")[1:] if not part.startswith(f"{processor()}, ")]
+    parts = text.split(f"\n{NUMBERS}\n")[-1].split("\n## ")[1:]
+    kept = [part for part in parts if not part.startswith(f"{processor()}, ")]
     new = "\n".join([f"{processor()}, {date.today().isoformat()}", "", *section]) + "\n"
-    report.write_text("\n## ".join(["\n".join(head) + "\n", *sorted([*kept, new])]), encoding="utf-8")
+    above = head(report.stem, lines)
+    report.write_text("\n## ".join(["\n".join([*above, *lines]) + "\n", *sorted([*kept, new])]), encoding="utf-8")
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a table in Markdown."""
-    return [row(head), row(["---"] * len(head)), *map(row, rows)]
+    return [row(columns), row(["---"] * len(columns)), *map(row, rows)]
 
 
 def row(cells: Iterable[object]) -> str:

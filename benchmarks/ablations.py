@@ -223,8 +223,6 @@ def describe_part(name: str, part: Part) -> list[str]:
 def describe(parts: dict[str, Part]) -> list[str]:
     """The report."""
     lines = [
-        "# Ablations on SmolLM2-135M-Instruct",
-        "",
         "Written by `python benchmarks/ablations.py`; model, texts and versions as in [main_job.md](main_job.md). Each",
         "cell of a budget is calibration NLL / WikiText-2 NLL, nats per token. Chance is the loss of guessing evenly.",
         "",

@@ -137,8 +137,6 @@ def _same(first: torch.Tensor, second: torch.Tensor, largest: float) -> bool:
 def report_lines(found: dict[str, Result]) -> list[str]:
     """The report on all results."""
     lines = [
-        "# Which architectures of transformers work",
-        "",
         "A tiny random model of each architecture is quantized to 2 and 4 bits (rtn), saved, loaded and compared, with",
         "fused layers and with blocks as players. WORKS: the saved model loads as its own class, and its logits are",
         "those of the original model, in transformers' own class, with the dequantized weights. REFUSES: one line says",

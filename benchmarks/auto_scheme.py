@@ -124,8 +124,6 @@ def main() -> None:
     """Measure the models that are named, and write the report."""
     columns = ["model", "our loss", "average bits", "AutoScheme", "active", "difference", "AutoScheme: seconds", "ours"]
     head = [
-        "# AutoScheme and the active search",
-        "",
         "Written by `python benchmarks/auto_scheme.py`: linear layers at 2 or 4 bits, groups of",
         f"{GROUP}, asymmetric, {TEXT.n_sequences} x {TEXT.sequence_length} tokens of C4 for both; deployed by `rtn`;",
         f"perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}, in full precision in",

@@ -148,8 +148,6 @@ def making(before: Path) -> list[str]:
         before_s, now = (float(np.median([each[step] for each in rounds])) for rounds in found.values())
         rows.append([what, f"{before_s:.1f}", f"{now:.1f}", f"{now / before_s:.2f}"])
     return [
-        "# Making the bank by ggml-gptq",
-        "",
         f"Written by `python benchmarks/bank.py --making BEFORE` on {processor()}, one thread: SmolLM2-135M in",
         "float32, at the nine types that long rows allow and the three of short rows. Seconds of the processor,",
         f"medians of {MAKING_ROUNDS} rounds in which both versions alternate, on a machine that others use too.",
@@ -168,8 +166,6 @@ def main() -> None:
         return
     columns = ["backend", "widths", "MB before", "MB on disk", "s to read", "s to dequantize"]
     lines = [
-        "# The weight bank",
-        "",
         f"Written by `python benchmarks/bank.py` on {processor()}, threads: {torch.get_num_threads()}.",
         "SmolLM2-135M in float32; its 30 blocks are the players. Before, the bank had dequantized weights on disk too.",
         "Processor seconds are to make the weights of every player at every width, with and without reading and",

@@ -61,8 +61,6 @@ def main() -> None:
         return f"{rows[0].block_forwards / of_text[0].blocks:.0f}" if rows else ""
 
     lines = [
-        "# Calibration tokens and text",
-        "",
         "Written by `python benchmarks/calibration.py build/calibration`, from what `coopq bench` measured for",
         f"benchmarks/calibration.toml: the reference Llama, hqq, 2 and 4 bits; the loss on {len(reference)} windows of",
         f"WikiText-2, mean over {len(budgets)} budgets and the seeds (their number in brackets), less the loss of the",

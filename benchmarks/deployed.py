@@ -89,7 +89,7 @@ def describe(model: str) -> list[str]:
 def main() -> None:
     """Measure the models that are named, and write the report."""
     head = [
-        "# Searched with one quantizer, deployed by another",
+        "# Do widths searched with one quantizer serve another?",
         "",
         "Written by `python benchmarks/deployed.py`: 2 and 4 bits by block, groups of",
         f"{GROUP}, active search on {TOKENS // LENGTH} x {LENGTH} tokens of C4, saved models judged on the first",

@@ -53,8 +53,6 @@ def main() -> None:
     _, by_likelihood = finished(read_bench(Path("benchmarks/small.toml")), arguments.likelihood)
     _, by_divergence = finished(read_bench(Path("benchmarks/divergence.toml")), arguments.divergence)
     lines = [
-        "# Searches by divergence against searches by likelihood",
-        "",
         "Written by `python benchmarks/divergence.py build/small build/divergence`, from what `coopq bench` measured",
         "for benchmarks/small.toml and benchmarks/divergence.toml: the loss on WikiText-2 of what a search by",
         "divergence (`--loss kl`) found, less the loss of what the same search by likelihood found, nats per token,",

@@ -55,7 +55,7 @@ def describe(case: Case, rows: list[list[str]], tasks: list[dict[str, Any]]) -> 
     questions = ", ".join(f"{task['task']} {task['questions']:,}" for task in tasks)
     head = ["method", "budget", "WikiText-2 perplexity", *(task["task"] for task in tasks), "mean"]
     return [
-        "# Zero-shot accuracy",
+        "# What do quantized models lose in zero-shot accuracy?",
         "",
         "Written by `python benchmarks/downstream.py build/downstream`: per cent right, ± standard error over the",
         f"questions, by lm-eval {version('lm-eval')}, no examples in the prompt; PIQA and ARC-Easy normalized by",

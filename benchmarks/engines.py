@@ -209,8 +209,6 @@ def vllm(interpreter: str) -> list[str]:
         rows += more
     head = ["model", "form", "layers", "our loss", "vLLM's", "windows apart, at most", "full precision", "its text"]
     return [
-        "# Saved models in vLLM",
-        "",
         f"Written by `python benchmarks/engines.py vllm PYTHON`: vLLM {version} on a CPU, in {DTYPE}; reference",
         f"models quantized by gptq, groups of {GROUP}, players as vLLM fuses them, by the scores of AutoQuantize. Our",
         f"loss is computed in float32 by `coopq.load`; losses of {N_WINDOWS} windows of {LENGTH} tokens of WikiText-2,",
@@ -257,8 +255,6 @@ def openvino(interpreter: str) -> list[str]:
             rows.append(row)
     head = ["model", "backend", "layers", "bytes of the base's", "our loss", "float32", "windows apart"]
     return [
-        "# Saved models in OpenVINO",
-        "",
         f"Written by `python benchmarks/engines.py openvino PYTHON`: OpenVINO GenAI {version} on a CPU; reference",
         f"models quantized in groups of {GROUP} (quanto: its own), linear layers as players, by the scores of",
         f"AutoQuantize; the base by Optimum. Losses of {N_WINDOWS} windows of {LENGTH} tokens of WikiText-2, nats per",

@@ -221,8 +221,6 @@ def main() -> None:
     training = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))
     scores = training["validation"]["float16"]
     head = [
-        "# All assignments of a real model",
-        "",
         "Written by `python benchmarks/enumerated.py`. The model of `benchmarks/train.py`, a Llama of twelve",
         f"blocks trained on {training['tokens']:,} tokens (on held-out articles perplexity {scores['perplexity']:.2f}, "
         f"{scores['bits_per_byte']:.3f} bits a byte),",

@@ -38,8 +38,6 @@ def describe(model: str) -> list[str]:
 def main() -> None:
     """Measure the models that are named, and write the report."""
     head = [
-        "# Tokens that weights are fitted to",
-        "",
         f"Written by `python benchmarks/fitting.py`: every layer of the blocks at one width, groups of {GROUP}",
         f"(ggml: its own), fitted to sequences of {LENGTH} tokens of C4; perplexity on the first",
         f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}. In brackets: the loss on the",

@@ -419,8 +419,6 @@ def report(found: dict[str, list[tuple[str, Trial]]], command: str) -> list[str]
     total = [totals.total(), *(totals[outcome] for outcome in OUTCOMES)]
     packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "msgspec", "safetensors"))
     return [
-        "# Damaged files",
-        "",
         f"`{command}` makes this page: {total[0]} mutations, {wrong} faults. {processor()}, {packages}.",
         "",
         "A fault is a traceback, a hang, or another answer from a file that coopq wrote. A file that a user gives is",

@@ -56,8 +56,6 @@ def main() -> None:
         found = run_alone(__file__, name)
         rows.append([name, f"{found['rate']:.2f}", f"{found['bytes'] / 1e6:,.0f}", found["text"].replace("\n", " ")])
     lines = [
-        "# Text by a saved model",
-        "",
         f"Written by `python benchmarks/generation.py` on one {processor()}: SmolLM2-135M-Instruct by rtn at 4 bits,",
         f"in float32, greedy, {N_TOKENS} tokens ({N_PACKED} by the packed model), by processor time. `packed` is",
         "`coopq.load(folder, dequantize=False)`, `dequantized` is `dequantize=True`.",

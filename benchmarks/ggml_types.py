@@ -110,8 +110,6 @@ def main() -> None:
         for variant in VARIANTS
     ]
     lines = [
-        "# Types of ggml",
-        "",
         "Written by `python benchmarks/ggml_types.py`: all linear layers of the reference models' blocks in one type,",
         f"with second moments of inputs on {N_SEQUENCES} x {LENGTH} tokens of C4, whose diagonal is the importance",
         "matrix that ggml rounds with; divergence from full precision and",

@@ -274,8 +274,6 @@ def _llama_cpp_losses(file: Path, sequence: list[int], pipe: Connection) -> None
 def report_lines(found: dict[str, Result]) -> list[str]:
     """The report on all results."""
     lines = [
-        "# Which architectures can be exported as GGUF files",
-        "",
         "A tiny random model of each architecture is converted by llama.cpp's converter, quantized to 4 and 8 bits",
         "(ggml) for that base, and exported. EXPORTS: each row of the file is the dequantized row that belongs there,",
         "and the other tensors are the base's. REFUSES: one line says why, before any work. FAILS: anything else.",

@@ -79,8 +79,6 @@ def describe(model: str) -> list[str]:
 def main() -> None:
     """Measure the models that are named, and write the report."""
     head = [
-        "# GPTQ on inputs of the full-precision model",
-        "",
         "Written by `python benchmarks/gptq_static.py`: 2 and 4 bits by block, groups of",
         f"{GROUP}, active search on {TOKENS // LENGTH} x {LENGTH} tokens of C4, saved models judged on the first",
         f"{JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}; at 2avg all blocks have 2 bits.",

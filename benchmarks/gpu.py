@@ -151,8 +151,6 @@ def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallb
     options = "" if arguments.layers == BLOCKS else f" --layers {arguments.layers}"
     options += "" if arguments.tokens == TOKENS else f" --tokens {arguments.tokens}"
     title = [
-        "# An 8B model on one GPU",
-        "",
         f"Written by `python benchmarks/gpu.py{options}{' --run' * arguments.run}`: {arguments.layers} blocks of",
     ]
     lines = [*title, *lines, "", *describe_forecast(request, block, head)]

@@ -84,8 +84,6 @@ def main() -> None:
         print(json.dumps(run(**json.loads(only))))
         return
     lines = [
-        "# Growth",
-        "",
         "Written by `python benchmarks/growth.py`: Llama blocks of the demo model's width (576, inner 1,536), random",
         f"weights, {VOCABULARY:,} words, backend rtn at 2 and 4 bits, float32, {torch.get_num_threads()} threads,",
         f"torch {torch.__version__}, transformers {transformers.__version__}. Every sweep changes one thing of:",

@@ -80,8 +80,6 @@ def main() -> None:
     model, players = loaded.model, find_players(loaded.model)
     weights = [model.get_submodule(layer.name).weight.data for layer in players[0].linears]
     head = [
-        "# Block forwards against the products in them",
-        "",
         "Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, sequences of",
         f"{LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}. Medians of {repeats}; floor: products of",
         "the linear layers by the faster library, and the two products of attention, of the same shapes in the same",

@@ -250,8 +250,6 @@ def describe(
     options += "" if run.is_default_backend else f" --backend {run.backend}"
     text = request.text
     return [
-        f"# {run.name}: our GGUF files against llama.cpp's mixes",
-        "",
         f"Written by `python benchmarks/llama_mixes.py {options}`: {run.backend},",
         f"{request.widths.text} bits,",
         f"active search by divergence on {text.n_sequences} x {text.sequence_length} tokens of",

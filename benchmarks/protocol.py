@@ -116,8 +116,6 @@ def main() -> None:
     work = teraflop(unshared, len(expected), arguments.tokens), teraflop(shared, distinct, arguments.tokens)
     rates = [1000 * done / clock["forwards"] for done, clock in zip(work, (plain, ours), strict=True)]
     head = [
-        "# SPQE against the paper's protocol written plainly",
-        "",
         f"Written by `python benchmarks/protocol.py`: SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits,",
         f"sequences of {LENGTH} tokens, float32, batches of {BATCH_TOKENS['cpu']} tokens in both. Loading the model",
         "counts as quantizing, for CoopQ alone.",

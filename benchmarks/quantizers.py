@@ -110,8 +110,6 @@ def describe(model: str) -> list[str]:
 def main() -> None:
     """Measure the models that are named, and write the report."""
     head = [
-        "# Quantizers",
-        "",
         "Written by `python benchmarks/quantizers.py`: every layer of the blocks at one width, groups of",
         f"{GROUP} (quanto: 128). Losses on {TOKENS // LENGTH} sequences of {LENGTH} tokens of C4, as a search sees",
         "them, and on the 64 other sequences that gptq, gptq-static and autoround are fitted to.",

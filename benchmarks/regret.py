@@ -217,8 +217,6 @@ def describe(groups: dict[str, list[Rows]]) -> list[str]:
         cells = [mean_and_error([regret for _, regret in found]) for found in (*by_form, every)]
         rows.append([name, f"{np.mean([cost for cost, _ in every]):.0f}", *cells])
     return [
-        "# Regret on games whose optimum is known",
-        "",
         "Written by `python benchmarks/regret.py`. Regret is 0 at the optimum and 1 at the mean of random assignments,",
         f"averaged over the budgets {', '.join(f'{a}avg' for a in AVERAGES)}; cost is block forwards with shared",
         "prefixes for all budgets together, in forwards of the whole model. Mean ± standard error over games.",

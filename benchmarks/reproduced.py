@@ -47,8 +47,6 @@ def main() -> None:
     ours, published = ({(result.case, result.seed): result for result in results} for results in found)
     columns = ["case and seed", "rows", "same assignment", "losses of these apart, at most"]
     lines = [
-        "# Measured again from nothing",
-        "",
         "Written by `python benchmarks/reproduced.py`, from `benchmarks/again.toml`, a part of `small.toml`, run in a",
         "new folder. Rows: methods and budgets, full precision and uniform widths; WikiText-2 losses, nats/token.",
         "",

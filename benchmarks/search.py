@@ -158,8 +158,6 @@ def keep(folder: Path, kept: Path) -> None:
 def describe(parts: dict[str, Part]) -> list[str]:
     """The report."""
     lines = [
-        "# Searches on SmolLM2-135M-Instruct",
-        "",
         "Written by `python benchmarks/search.py PART --tokens T --permutations M`; model and texts as in",
         f"[main_job.md](main_job.md), calibration sequences of {LENGTH} tokens, judged on the first {JUDGE_TOKENS}",
         f"tokens of WikiText-2 in windows of {WINDOW}. Cost: block forwards with shared prefixes for all budgets",

@@ -129,8 +129,6 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, default=15.0, help="seconds for branch and bound, each program")
     limit = parser.parse_args().time_limit
     lines = [
-        "# Solving the program of a budget",
-        "",
         f"Written by `python benchmarks/solver.py --time-limit {limit:g}`; pyscipopt {version('pyscipopt')}, HiGHS of",
         f"scipy {version('scipy')}, one thread. Programs: K is the covariance of {WALKS} walks (the paper's), the",
         "interactions of a synthetic game, or what the active search fits to losses of a synthetic game that is no",

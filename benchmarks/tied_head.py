@@ -63,8 +63,6 @@ def main() -> None:
         for type_name, divergences in measure(name).items()
     ]
     lines = [
-        "# An embedding that is the head too",
-        "",
         "Written by `python benchmarks/tied_head.py`: the embedding alone in one of ggml's types; divergence from",
         f"full precision on {N_JUDGED} x {LENGTH} tokens of C4, nats per token. Importance, and second moments for",
         f"GPTQ, are those of the head's inputs on {N_FITTED} x {LENGTH} other tokens of C4.",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ import pytest
 
 from coopq.core.errors import BackendError, BudgetError, EstimationError, RunError
 from coopq.core.specs import Request
-from coopq.judge.bench.aggregate import average_over_seeds, tidy, wins
+from coopq.judge.bench.aggregate import average_over_seeds, tidy
 from coopq.judge.bench.config import Bench, Case, read_bench
 from coopq.judge.bench.results import Result, Row
 from coopq.judge.bench.run import run_bench
+from coopq.judge.results import Comparison
+from coopq.report.bench_plots import name_players
 from coopq.report.bench_tables import markdown, save_report
+from coopq.report.plot_style import method_lines
+from coopq.report.plots import save_comparison
 from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
 
@@ -91,6 +96,8 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
         "zd",
     }
     report = (out / "report.md").read_text()
+    assert report.index("](ranking.png)") < report.index("](cost.png)") < report.index("| method | lowest in |")
+    assert all(path.stat().st_size < 200_000 for path in (*out.glob("*.png"), *out.glob("*.svg")))
     both = [by_name["coopq", budget].nll for budget in ("2.5avg", "3avg")]
     seed1 = {(row.method, row.budget): row.nll for row in results[1].rows}
     mean = [np.exp((nll + seed1["coopq", budget]) / 2) for nll, budget in zip(both, ("2.5avg", "3avg"), strict=True)]
@@ -103,6 +110,34 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     again = run_bench(read_bench(config), out)
     assert tidy(again)["nll"].tolist() == [float(row["nll"]) for row in rows]
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("journal.jsonl")}, "nothing was opened"
+
+
+def test_figures_name_players_by_block_and_projection() -> None:
+    layers = ["self_attn.q_proj+k_proj", "mlp.experts.gate", "mlp.shared.gate"]
+    names = ["model.embed_tokens", "model.layers.0", *(f"model.layers.1.{layer}" for layer in layers), "lm_head"]
+    inside = ["block 1, q+k", "block 1, mlp.experts.gate", "block 1, mlp.shared.gate"]
+    assert name_players(names) == ["embed_tokens", "block 0", *inside, "lm_head"]
+
+
+def test_methods_keep_their_colours() -> None:
+    few, many = ["coopq", "lim", "zd"], ["lim", "active", "coopq", "random", "zd", "llm-mq", "regression", "hawq"]
+    looks, more = method_lines(few), method_lines(many)
+    assert list(looks) == few
+    assert all(more[method] == looks[method] for method in few)
+    assert len({look.colour for look in more.values()}) == len({look.marker for look in more.values()}) == 7
+
+
+def test_a_figure_has_seven_lines_and_names_the_methods_left_out(tmp_path: Path) -> None:
+    rows = [
+        Comparison(f"method{k}", f"{bits}avg", 1, bits, bits, "nll", 2.0, 3.0, 20.0 + k * bits, (3.0 + 0.1 * k,))
+        for k in range(9)
+        for bits in (2.5, 3.0)
+    ]
+    png, svg = save_comparison(rows, "nine methods", tmp_path / "figure")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    text = re.findall(r"<!-- (.+) -->", svg.read_text())
+    assert [line for line in text if line.startswith("method")] == [f"method{k}" for k in range(5)]
+    assert "Not drawn: method5, method6, method7, method8" in text
 
 
 def test_searches_learn_nothing_from_other_methods(config: Path, tmp_path: Path) -> None:
@@ -166,10 +201,6 @@ def test_who_wins_by_hand() -> None:
     assert cells["windows"]["toy", "3avg", "coopq"].tolist() == [1.0, 3.0], "the mean over seeds"
     assert cells["cost"]["toy", "3avg", "coopq"] == 25
     assert cells["nll"].idxmin() == ("toy", "3avg", "coopq")
-    shares = wins(cells, ["coopq", "lim"])
-    assert shares.loc["coopq", "lim"] == 1
-    assert shares.loc["lim", "coopq"] == 0
-    assert np.isnan(shares.loc["coopq", "coopq"])
     shown = markdown(Bench("Toy", (), None, 64), [first, second])
     assert "Lower in 1 of 1 cells (0 beyond the interval), higher in 0 (0 beyond)." in shown
     assert f"| toy | 3avg | {np.exp(2):.2f} | lim | {np.exp(2.5):.2f} | {np.expm1(-0.5) * 100:+.1f} % " in shown

@@ -152,7 +152,7 @@ def evaluate(
         judged = [judge.judge(each, progress) for each in reversed(texts)][::-1]
     data: list[dict[str, Any]] = []
     shown: list[str | Table] = []
-    for each, (evaluation, rows) in zip(texts, judged, strict=True):
+    for evaluation, rows in judged:
         data.append(evaluation_data(evaluation, rows))
         shown.append(evaluation_text(model, evaluation))
         if rows:

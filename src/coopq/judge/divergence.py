@@ -13,6 +13,8 @@ from coopq.core.errors import EstimationError
 from coopq.game.losses import Reference, portions_scores
 from coopq.judge.results import Divergence, Estimate
 from coopq.model.blockwise import logit_bytes, whole_size
+from coopq.model.kernels.cpu import onednn_forwards
+from coopq.model.kernels.forward import override_forward
 from coopq.model.texts import require_known_tokens
 
 Scores = dict[str, npt.NDArray[np.float32]]
@@ -23,7 +25,7 @@ _N_RESAMPLES = 1000
 
 @torch.no_grad()
 def token_scores(model: Any, tokens: npt.NDArray[np.int64], original: Any = None) -> Iterator[Scores]:
-    """Scores of each token but the first of each window, by the plain forwards of two models, a batch at a time.
+    """Scores of each token but the first of each window, by forwards of two models, a batch at a time.
 
     Args:
         model: A causal language model of transformers, in evaluation mode.
@@ -37,12 +39,13 @@ def token_scores(model: Any, tokens: npt.NDArray[np.int64], original: Any = None
     require_known_tokens(model, tokens)
     ids = torch.from_numpy(tokens)
     vocabulary = model.config.get_text_config().vocab_size
+    models = [one for one in (model, original) if one is not None]
+    fast = {key: value for one in models if one.device.type == "cpu" for key, value in onednn_forwards(one).items()}
     for batch in ids.split(whole_size(model.device.type, tokens.shape[1], vocabulary)):
-        logits, *reference = (
-            one(input_ids=batch.to(one.device), use_cache=False).logits[:, :-1].flatten(0, 1)
-            for one in (model, original)
-            if one is not None
-        )
+        with override_forward(fast):
+            logits, *reference = (
+                one(input_ids=batch.to(one.device), use_cache=False).logits[:, :-1].flatten(0, 1) for one in models
+            )
         scores = compare_logits(logits, batch[:, 1:].flatten().to(logits.device), *reference)
         yield {name: score.reshape(len(batch), -1) for name, score in scores.items()}
 

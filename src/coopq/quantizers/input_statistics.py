@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from coopq.model.kernels.cpu import onednn_forwards
+from coopq.model.kernels.forward import override_forward
 from coopq.model.matrices import Matrix, in_float64, is_linear, matrix_of
 from coopq.model.players import body_of
 from coopq.model.texts import require_known_tokens
@@ -110,8 +112,13 @@ def _input_means(
     experts = {name: matrix for name in names if (matrix := matrix_of(model, name)).n_experts}
     head_weight = model.get_output_embeddings().weight
     head = [name for name in names if matrix_of(model, name).parameter is head_weight]
+    fast = onednn_forwards(model) if model.device.type == "cpu" else {}
     try:
-        with _experts_one_by_one(model) if experts else nullcontext(), _ExpertInputs(experts, keep):
+        with (
+            _experts_one_by_one(model) if experts else nullcontext(),
+            _ExpertInputs(experts, keep),
+            override_forward(fast),
+        ):
             for start in range(0, len(tokens), _BATCH_SEQUENCES):
                 batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
                 hidden = body_of(model)(input_ids=batch, use_cache=False).last_hidden_state

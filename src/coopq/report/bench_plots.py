@@ -1,20 +1,33 @@
 """The figures of a bench."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from coopq.judge.bench.aggregate import above_lowest, method_names, tidy, wins
+from coopq.judge.bench.aggregate import above_lowest, method_names, tidy
 from coopq.judge.bench.config import Bench
 from coopq.judge.bench.results import Result
 from coopq.judge.references import N_RANDOM, RANDOM
 from coopq.judge.results import Comparison
-from coopq.report.plots import can_plot, save_bars, save_comparison, save_heatmap, save_scatter
+from coopq.report.plot_style import can_plot
+from coopq.report.plots import (
+    Score,
+    save_comparison,
+    save_costs,
+    save_pairs,
+    save_ranking,
+    save_values,
+    save_widths,
+)
 
 if TYPE_CHECKING:  # pandas is optional
     import pandas as pd
+
+_NORMAL = 1.96
+"""Standard errors in half a 95 % interval."""
 
 
 def save_figures(bench: Bench, results: Sequence[Result], cells: "pd.DataFrame", out: Path) -> list[str]:
@@ -30,36 +43,62 @@ def save_figures(bench: Bench, results: Sequence[Result], cells: "pd.DataFrame",
     """
     if not can_plot():
         return []
-    methods = method_names(cells)
-    won = wins(cells, methods).to_numpy()
-    files = save_heatmap(won, methods, methods, "share of cells won", out / "wins")
-    cost = cells["cost"].groupby("method").median()
-    above = above_lowest(cells)["nll"].groupby("method").mean()
-    points = {method: (float(cost[method]), float(above[method])) for method in methods}
-    files += save_scatter(points, "cost, forwards of the model", "NLL above the lowest", bench.title, out / "cost")
+    files = save_ranks(cells, bench.title, out)
     for case in bench.cases:
         files += _save_case(case.name, [result for result in results if result.case == case.name], out)
     return [path.name for path in files]
 
 
+def save_ranks(cells: "pd.DataFrame", title: str, out: Path) -> list[Path]:
+    """Draw all methods over all cells: ranked with intervals, and against cost; the files written.
+
+    Args:
+        cells: Results averaged over seeds; the columns `nll`, `calibration_loss` and `cost` are enough.
+        title: Title of the bench.
+        out: Folder of the figures.
+    """
+    above, cost = above_lowest(cells)["nll"].groupby("method"), cells["cost"].groupby("method").median()
+    mean, error = above.mean(), above.sem().fillna(0.0)
+    scores = {
+        method: Score(float(mean[method]), _NORMAL * float(error[method]), float(cost[method]))
+        for method in (*method_names(cells), *([RANDOM] if RANDOM in mean.index else []))
+    }
+    n_cells = len(cells.groupby(["case", "budget"]))
+    label = f"NLL above the lowest of a cell, nats per token; 95 % intervals over {n_cells} cells"
+    files = save_ranking(scores, label, title, out / "ranking")
+    return files + save_costs(scores, "NLL above the lowest, nats per token", title, out / "cost")
+
+
+def name_players(players: Sequence[str]) -> list[str]:
+    """Names of players for people, from their names in the model: "block 3", "block 3, gate+up", "lm_head"."""
+    named = []
+    for player in players:
+        parts = player.replace("_proj", "").split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        block, inside = ("", parts) if at is None else (f"block {parts[at]}", parts[at + 1 :])
+        named.append((block, ".".join(inside), inside[-1] if inside else ""))
+    short = Counter((block, last) for block, _, last in named)
+    return [
+        ", ".join(filter(None, (block, last if short[block, last] == 1 else inside))) for block, inside, last in named
+    ]
+
+
 def _save_case(case: str, results: Sequence[Result], out: Path) -> list[Path]:
-    """The figures of a case: perplexity over seeds; bits, interactions and Shapley values of the first seed."""
+    """The figures of a case: perplexity over seeds; widths, interactions and Shapley values of the first seed."""
     first = results[0]
-    numbers = [str(player) for player in range(len(first.players))]
+    names = name_players(first.players)
     files = save_comparison(_comparison(results), case, out / f"perplexity-{case}")
     rows = [row for row in first.rows if row.budget is not None and row.assignment is not None]
     for budget in dict.fromkeys(row.budget for row in rows):
         chosen = [row for row in rows if row.budget == budget]
         bits = np.array([row.assignment for row in chosen], dtype=np.float64)
-        title = f"{case}, {budget}: bits by player"
-        files += save_heatmap(bits, [row.method for row in chosen], numbers, title, out / f"bits-{case}-{budget}")
-    interactions = np.array(first.interactions)
-    title = f"{case}: fitted interactions, nats"
-    files += save_heatmap(interactions, numbers, numbers, title, out / f"interactions-{case}", diverging=True)
+        methods = [row.method for row in chosen]
+        files += save_widths(bits, methods, names, f"{case}, {budget}: width by player", out / f"bits-{case}-{budget}")
+    title = f"{case}: what two players lose together beyond their sum"
+    files += save_pairs(np.array(first.interactions), names, title, out / f"interactions-{case}")
     if first.shapley is not None:
-        values, errors = first.shapley
-        title = f"{case}: Shapley values, nats"
-        files += save_bars(values, errors, numbers, title, out / f"shapley-{case}")
+        title = f"{case}: Shapley values, ± 2 standard errors"
+        files += save_values(*first.shapley, names, title, out / f"shapley-{case}")
     return files
 
 

@@ -1,6 +1,6 @@
 """The report of a bench: results.csv, report.md and figures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # pandas is optional
 
 _EDGES = (2.0, 2.5, 3.0, 3.5, 4.0)
 """Edges of the ranges of average bits that the paper's tables have; a range holds its upper edge."""
+_OF_ALL_CASES = ("ranking.png", "cost.png")
 _PAPER_METHODS = names(is_in_paper=True)
 
 
@@ -69,6 +70,7 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
         "",
         "## All cases",
         "",
+        *_images(figure for figure in figures if figure in _OF_ALL_CASES),
         *_summary(cells, rows["loss"].unique()),
     ]
     lines += ["", "## The paper's method against its baselines", "", *_against(cells, "coopq", _PAPER_METHODS)]
@@ -79,8 +81,15 @@ def markdown(bench: Bench, results: Sequence[Result], figures: Sequence[str] = (
     for case in bench.cases:
         runs = [result for result in results if result.case == case.name]
         lines += ["", *_case(case, runs, rows[rows["case"] == case.name], cells.xs(case.name, level="case"))]
-    lines += [line for figure in figures if figure.endswith(".png") for line in ("", f"![{figure}]({figure})")]
-    return "\n".join(lines) + "\n"
+    lines += ["", *_images(figure for figure in figures if figure not in _OF_ALL_CASES)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _images(figures: Iterable[str]) -> Iterator[str]:
+    """Figures in Markdown, in the form that all readers show."""
+    for figure in figures:
+        if figure.endswith(".png"):
+            yield from (f"![{figure.removesuffix('.png')}]({figure})", "")
 
 
 def _provenance(bench: Bench) -> list[str]:

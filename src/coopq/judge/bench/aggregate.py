@@ -1,8 +1,7 @@
-"""Results of a bench as data frames: one row for each run, averages over seeds, and who wins."""
+"""Results of a bench as data frames: one row for each run, and averages over seeds."""
 
 import importlib.util
 from collections.abc import Sequence
-from itertools import permutations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -87,25 +86,6 @@ def above_lowest(cells: "pd.DataFrame") -> "pd.DataFrame":
     losses = cells[["nll", "calibration_loss"]]
     lowest = losses[~losses.index.isin(REFERENCES, level="method")].groupby(["case", "budget"]).min()
     return losses - lowest.reindex(losses.index.droplevel("method")).to_numpy()
-
-
-def wins(cells: "pd.DataFrame", methods: Sequence[str]) -> "pd.DataFrame":
-    """Share of the budgets at which the method of a row has lower loss than the method of a column; ties count half.
-
-    Args:
-        cells: As `average_over_seeds` returns them.
-        methods: The rows, and the columns.
-    Returns:
-        Shape (n_methods, n_methods); nan on the diagonal and where two methods never meet.
-    """
-    import pandas as pd
-
-    nll = cells["nll"].unstack("method")
-    shares = pd.DataFrame(np.nan, index=list(methods), columns=list(methods))
-    for row, column in permutations(methods, 2):
-        pairs = nll[[row, column]].dropna()
-        shares.loc[row, column] = ((pairs[row] < pairs[column]) + 0.5 * (pairs[row] == pairs[column])).mean()
-    return shares
 
 
 def _granularity(widths: WidthsSpec) -> str:

@@ -32,6 +32,10 @@ _METHODS = {
     RANDOM: FAINT,
 }
 """The colours of Okabe and Ito for the methods that are shown most."""
+_SPARE = "#5d3a9b"
+METHOD_COLOURS = (*_METHODS.values(), _SPARE)
+_LIKED = {"lim": "#009e73", "zd": "#cc79a7", "llm-mq": "#e69f00", "activation": "#56b4e9", "llm-mq-block": _SPARE}
+"""Colours of the paper's baselines, which seldom meet the methods above."""
 
 
 def width_colour(width: Width) -> str:
@@ -45,8 +49,15 @@ def is_light(width: Width) -> bool:
 
 
 def method_colours(methods: Sequence[str], most: int) -> dict[str, str]:
-    """Colours of at most `most` methods: those of fixed colours first, then others in the order given."""
-    named = [method for method in methods if method in _METHODS][:most]
-    free = [colour for method, colour in _METHODS.items() if method not in named]
-    others = [method for method in methods if method not in _METHODS][: min(most - len(named), len(free))]
-    return {method: _METHODS[method] for method in named} | dict(zip(others, free, strict=False))
+    """Colours of at most `most` methods: those of fixed colours first, then others in the order given.
+
+    Another method has the colour that it likes best if that is free; no other method has a colour of CoopQ's own.
+    """
+    found = {method: _METHODS[method] for method in [method for method in methods if method in _METHODS][:most]}
+    spare = [colour for method, colour in _METHODS.items() if method not in ("active", "coopq", RANDOM)] + [_SPARE]
+    for method in methods:
+        free = [colour for colour in spare if colour not in found.values()]
+        if method not in _METHODS and free and len(found) < most:
+            liked = _LIKED.get(method)
+            found[method] = liked if liked in free else free[0]
+    return found

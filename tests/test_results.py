@@ -1,0 +1,57 @@
+"""The pages of results: each begins with its question and answer, links to what exists, and stays small."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+LATER = {"informed", "recipes"}
+"""Pages that write their own answers."""
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import _answers
+
+    yield _answers
+    sys.modules.pop("_answers")
+
+
+def test_pages_begin_with_the_answers_of_answers_toml(answers: ModuleType) -> None:
+    known = [page for group in answers.read_answers()["group"] for page in group["page"]]
+    names = {page["name"] for page in known}
+    assert {path.stem for path in RESULTS.glob("*.md")} - LATER == names - LATER | {"README"}
+    bodies = {}
+    for name in names - LATER:
+        lines = (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        body = lines[lines.index(answers.NUMBERS) + 2 :]
+        assert lines == [*answers.head(name, body), *body], f"{name}.md: run python benchmarks/answers.py"
+        bodies[name] = body
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert text.splitlines() == answers.overview(bodies), "README.md: run python benchmarks/answers.py"
+
+
+def test_links_and_figures_of_results_exist_and_figures_are_small() -> None:
+    for page in RESULTS.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link
+            assert "://" in link or target.exists() or target.stem in LATER, f"{page.name} links to {link}"
+    for figure in [*RESULTS.rglob("*.svg"), *RESULTS.rglob("*.png")]:
+        assert figure.stat().st_size < 200_000, figure
+
+
+def test_an_answer_on_mixes_counts_sizes_and_says_what_is_level(answers: ModuleType) -> None:
+    changes = ["-0.1000 (-0.1500 to -0.0500)", "-0.0010 (-0.0040 to +0.0020)", "+0.0200 (+0.0100 to +0.0300)"]
+    losses = [{"our loss above": change} for change in changes]
+    text = " ".join(answers.against_mixes(losses))
+    assert "lower than that of the mixes at 1 of 3 sizes, by 0.1000 nats, level at 1, higher at 1, by 0.0200" in text
+    divergences = [{"WikiText-2: its divergence": "0.2", "ours": ours} for ours in ("0.1", "0.15", "0.0000")]
+    first = next(iter(answers.against_mixes(losses, divergences)))
+    assert "25 to 50 % less" in first
+    assert "at the 2 sizes below that of the model's own file" in first
