@@ -160,7 +160,7 @@ def _judged(session: Session, assignments: Assignments) -> dict[str, list[float]
 
 def report_lines(found: Sequence[dict[str, Any]], ablated: Sequence[dict[str, Any]]) -> list[str]:
     """The report on all cases."""
-    lines = ["# What does the active search find, and what does it spend?", "", *(__doc__ or "").splitlines()[7:10], ""]
+    lines = [*(__doc__ or "").splitlines()[6:9], ""]
     for each in found:
         budgets = budgets_of(each["case"])
         header = ["method", "forwards", *budgets, *(f"held out, {budget}" for budget in budgets)]

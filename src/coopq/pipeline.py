@@ -15,7 +15,7 @@ from coopq.core.goal import Goal
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
-from coopq.core.types import ProgressCallback, silent
+from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.deployment import deployed_request, resized
@@ -23,10 +23,10 @@ from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile, export_model, predicted_bytes
 from coopq.game.run_folder import RunFolder
-from coopq.game.session import open_session, prepare
+from coopq.game.session import open_session, prepare, usable_bits
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
-from coopq.model.load import max_positions
+from coopq.model.load import gguf_file, max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.allocate import allocate_run, measure_plan
@@ -226,6 +226,23 @@ def default_run(out: Path) -> Path:
     if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
         return out.parent.parent
     return out.with_name(f"{out.name}-run")
+
+
+def recipe_bits(request: Request) -> tuple[Width, ...]:
+    """The widths of a recipe that a model can use.
+
+    A recipe names more widths than every model has types for. Tensors of a GGUF file that is quantized already lose
+    nothing as they are; those of 16 bits are too large to be of use.
+    """
+    bits = usable_bits(request)
+    if request.target.form != "gguf" or UNTOUCHED not in bits:
+        return bits
+    from coopq.export.gguf.base import BaseFile
+
+    base = BaseModel.find(request)
+    file = base.path or gguf_file(base.source)
+    is_quantized = file is not None and BaseFile.open(file).is_quantized
+    return bits if is_quantized else tuple(width for width in bits if width != UNTOUCHED)
 
 
 def front(run: Path) -> list[FrontPoint]:

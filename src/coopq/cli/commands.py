@@ -35,14 +35,13 @@ def quantize(
     """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
     from coopq import pipeline
     from coopq.export.formats import predicted_bytes
-    from coopq.game.session import usable_bits
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, plan_summary, provenance
 
     quiet_libraries()
     if request.widths.bits == RECIPES[recipe].settings["bits"].value:
-        request = request.replace(bits=usable_bits(request))
+        request = request.replace(bits=pipeline.recipe_bits(request))
     options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
     for line in [] if as_json else reasons(recipe, options):
         note(line)

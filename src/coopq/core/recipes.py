@@ -32,6 +32,7 @@ class Recipe(NamedTuple):
 
 
 _FUSED = Setting("fused", "finer than blocks; engines compute q/k/v and gate/up together")
+_LINEAR = Setting("linear", "finest players: each layer has its own width")
 _KL = Setting("kl", "divergence is less noisy than the text's loss, so fewer tokens are enough")
 _TOKENS = Setting(4096, "enough for a divergence")
 _EMBEDDINGS = Setting(True, "the embedding is a large part of a small file")
@@ -42,6 +43,7 @@ RECIPES: dict[str, Recipe] = {
         None,
         {
             **_SEARCHED,
+            "granularity": _LINEAR,
             "backend": Setting("rtn", "needs no other library"),
             "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
         },
@@ -52,7 +54,10 @@ RECIPES: dict[str, Recipe] = {
         {
             **_SEARCHED,
             "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
-            "bits": Setting((2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8), "the best type of each size"),
+            "bits": Setting(
+                (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
+                "the best type of each size; 16 keeps a tensor of a base that is quantized already",
+            ),
             "embeddings": _EMBEDDINGS,
         },
         "llama-cli -m {out}",
@@ -79,7 +84,7 @@ RECIPES: dict[str, Recipe] = {
         "openvino",
         {
             **_SEARCHED,
-            "backend": Setting("gptq-static", "what is measured is what is saved"),
+            "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
             "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
         },
         'python -c \'import openvino_genai; openvino_genai.LLMPipeline("{out}", "CPU")\'',
@@ -88,6 +93,7 @@ RECIPES: dict[str, Recipe] = {
         "mlx",
         {
             **_SEARCHED,
+            "granularity": _LINEAR,
             "backend": Setting("rtn", "its integers are mlx's own form, so the file holds what was measured"),
             "bits": Setting((2, 3, 4, 8), "the widths that mlx-lm and the backend share"),
         },

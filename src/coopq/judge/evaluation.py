@@ -14,6 +14,7 @@ from coopq.core.files import atomic_file, checksum, locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
+from coopq.export.formats import predicted_bytes
 from coopq.game.session import Prepared, prepare
 from coopq.judge.divergence import Scores, summarize, token_scores
 from coopq.judge.results import Evaluation
@@ -115,7 +116,11 @@ def evaluate_saved(
         for portion in portions(model, tokens):
             done = sum(len(part["nll"]) for part in parts)
             parts.append(judged.scores(portion, run / "evaluation", done, len(tokens.tokens), progress))
-    n_bytes = (folder / saved.backend.weights_file).stat().st_size
+    form = saved.plan.request.target.form
+    if form is None or saved.plan.deployment is not None:
+        n_bytes = (folder / saved.backend.weights_file).stat().st_size
+    else:
+        n_bytes = predicted_bytes(saved.plan, form)
     return summary(parts, tokens, n_bytes, saved.n_bytes())
 
 

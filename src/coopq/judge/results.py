@@ -48,7 +48,7 @@ class Evaluation:
     Attributes:
         nll: Mean negative log-likelihood, nats per scored token.
         tokens: Number of scored tokens.
-        file_bytes: Bytes of the files that hold the weights.
+        file_bytes: Bytes of the files that hold the weights; of the exported file if the model is for an engine.
         bytes: Bytes of the players' weights; of the whole file for a GGUF file.
         text: Name of the text, and how the text is cut into windows.
         divergence: How far the model is from the original; None without an original.

@@ -35,23 +35,21 @@ def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     """A comparison, in the order given; `text` is the judging text."""
     plans = [row.average_bits for row in rows if row.method not in REFERENCES]
     leads = min(plans, default=_LEADS_FROM) >= _LEADS_FROM
-    divergence, likelihood = ["KL", "same top"], ["NLL", "perplexity"]
+    divergence, likelihood = ["KL", "same top"], ["perplexity"]
     judged = [*divergence, *likelihood] if leads else [*likelihood, *divergence]
     title = (
-        f"Judged on {text}\nKL divergence from full precision and NLL in nats per token, share of tokens with the same "
-        "most likely token; ± half of the 95 % interval"
+        f"Judged on {text}\nKL divergence from full precision in nats per token, share of tokens with the same most "
+        "likely token; ± half of the 95 % interval"
     )
-    table = empty_table(
-        title, "weights", "file MB", "bits/weight", *judged, f"calibration {rows[0].loss if rows else ''}".strip()
-    )
+    table = empty_table(title, "weights", "size", *judged)
     for column in table.columns:
-        column.no_wrap = column.header in divergence  # on a narrow terminal the names wrap, and not what leads
+        column.no_wrap = column.header != "weights"  # on a narrow terminal the names wrap, and not what leads
     for row in rows:
-        diverging = [_reference_or(row.divergence, "{:.3g}"), _reference_or(row.same_top, "{:.1%}")]
-        likely = [f"{row.nll:.4f}", f"{row.perplexity:,.2f}"]
+        diverging = [_reference_or(row.divergence, "{:.2g}"), _reference_or(row.same_top, "{:.1%}")]
+        likely = [f"{row.perplexity:,.2f}"]
         cells = [*diverging, *likely] if leads else [*likely, *diverging]
-        size = "" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f}"
-        table.add_row(row.name, size, f"{row.bits_per_weight:.3f}", *cells, f"{row.calibration_loss:.4f}")
+        size = f"{row.bits_per_weight:.3f} bpw" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f} MB"
+        table.add_row(row.name, size, *cells)
     return table
 
 

@@ -107,12 +107,13 @@ def check_in_llama_cpp(
             f"{engine} computes other losses of {file} ({found.mean():.3f} nats a token) than the weights that were "
             f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
         )
-    text, before = _written(server), None
-    if original is not None and original.stat().st_size < (free_memory("cpu") or 0) // 2:
-        del server, model
-        with _quiet():
+    with _quiet():
+        text, before = _written(server), None
+        del server
+        if original is not None and original.stat().st_size < (free_memory("cpu") or 0) // 2:
             server = _server(original, tokens.shape[1])
-        before = _written(server)
+            before = _written(server)
+            del server
     return EngineCheck(engine, float(found.mean()), float(ours.mean()), text, before)
 
 
@@ -148,8 +149,7 @@ def _server(file: Path, length: int) -> Any:
 
 def _written(server: Any) -> str:
     """What a server writes after the prompt, with the prompt."""
-    with _quiet():
-        answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
+    answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
     return _PROMPT + str(answer["choices"][0]["text"])
 
 

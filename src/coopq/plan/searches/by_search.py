@@ -198,7 +198,7 @@ class _Keeper:
                 self._save(budget, search.choose(capacity), f"{len(search.measured)} losses")
             if loss < self._told[capacity] * (1 - _TOLD):
                 what = "first plan" if self._told[capacity] == math.inf else "better plan"
-                _log.info("%s, %s: loss %.4f after %d losses", budget.text, what, loss, len(search.measured))
+                _log.info("%s, %s: loss %.4f, %d measured so far", budget.text, what, loss, len(search.measured))
                 self._told[capacity] = loss
 
     def _save(self, budget: Budget, chosen: Assignment, after: str) -> None:
