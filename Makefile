@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq quantize demo --for llama.cpp --size 80MB --backend ggml --bits 3,4,5,16 \
 	    --tokens 512 --sequence-length 128 --fit-tokens 4096 --forwards 30 --out build/demo.gguf
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo.gguf-run/saved/demo --tokens 2048 --sequence-length 512
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coopq evaluate build/demo.gguf-run/saved/demo --tokens 1024 --sequence-length 256
 
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal
 

@@ -109,7 +109,9 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 @click.option(
     "--compare/--no-compare", "comparison", default=True, help="Compare a saved model with what else its budget buys."
 )
-@click.option("--run", type=PLACE, help="Run folder of the saved model. Default: MODEL-run.")
+@click.option(
+    "--run", type=PLACE, help="Run folder of the saved model. Default: MODEL-run, or the folder around RUN/saved/NAME."
+)
 @click.option(
     "--task", multiple=True, help="Zero-shot accuracy at a task of lm-eval, or of a .jsonl file; instead of perplexity."
 )

@@ -118,10 +118,10 @@ def evaluate_saved(
             parts.append(judged.scores(portion, run / "evaluation", done, len(tokens.tokens), progress))
     form = saved.plan.request.target.form
     if form is None or saved.plan.deployment is not None:
-        n_bytes = (folder / saved.backend.weights_file).stat().st_size
+        file_bytes, n_bytes = (folder / saved.backend.weights_file).stat().st_size, saved.n_bytes()
     else:
-        n_bytes = predicted_bytes(saved.plan, form)
-    return summary(parts, tokens, n_bytes, saved.n_bytes())
+        file_bytes, n_bytes = predicted_bytes(saved.plan, form), saved.plan.bytes
+    return summary(parts, tokens, file_bytes, n_bytes)
 
 
 def summary(parts: Iterable[Scores], tokens: TokenSet, file_bytes: int, n_bytes: int) -> Evaluation:

@@ -115,7 +115,7 @@ class Comparison:
     def name(self) -> str:
         """Method and budget for people, or the width of a uniform row."""
         if self.method == "uniform":
-            return f"uniform {self.average_bits:g}"
+            return f"uniform {self.average_bits:.3g}"
         mean = f" (mean of {self.n})" if self.n > 1 else ""
         return self.method + (f" {self.budget}" if self.budget else "") + mean
 
