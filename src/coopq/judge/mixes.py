@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from coopq.core.files import locked, require_writable
+from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback
 from coopq.export.base_model import BaseModel
 from coopq.export.formats import predicted_bytes
@@ -16,13 +17,13 @@ from coopq.export.gguf.base import BaseFile
 from coopq.export.gguf.form import open_base
 from coopq.export.gguf.mixes import mix_bytes, mix_types, nearest_mix
 from coopq.export.gguf.names import module_tensors
+from coopq.game.session import prepare
 from coopq.judge.divergence import Scores, estimate, token_scores
 from coopq.judge.evaluation import kept_scores, load_original
 from coopq.judge.references import MIX
 from coopq.judge.results import Comparison
 from coopq.model.load import max_positions
 from coopq.model.matrices import matrix_of
-from coopq.model.players import find_players
 from coopq.model.texts import HeldOut, TokenSet, calibration_set, fitting_set
 from coopq.plan.plan import Plan
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
@@ -56,7 +57,7 @@ def judge_mix(
     if mix is None:
         return None
     original = load_original(plan, reference, device, text, progress)
-    types = _module_types(base, original.model, mix)
+    types = _module_types(base, plan.request.replace(model=reference or plan.request.model.source), mix)
     if types is None:
         return None
     positions = max_positions(original.model)
@@ -106,10 +107,11 @@ def judge_mix(
     )
 
 
-def _module_types(base: BaseFile, model: Any, mix: str) -> dict[str, Any] | None:
+def _module_types(base: BaseFile, request: Request, mix: str) -> dict[str, Any] | None:
     """The type of each module that a mix quantizes; None if a tensor of the mix is no module of its own."""
     by_tensor = mix_types(base, mix)
-    modules = [linear.name for player in find_players(model, embeddings=True) for linear in player.linears]
+    players = prepare(request.replace(embeddings=True)).players
+    modules = [linear.name for player in players for linear in player.linears]
     tensors = {tensor.name: module for tensor, module in module_tensors(base, modules)}
     if not by_tensor.keys() <= tensors.keys() or len(set(tensors.values())) < len(tensors):
         return None
