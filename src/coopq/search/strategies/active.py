@@ -17,6 +17,8 @@ _PER_ROUND = 2
 """Points that are proposed for each budget in a round: few, so that the surrogate learns often. Chosen by hand."""
 _OPENING, _AROUND = 5, 2
 """Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
+_GROUPS = 24
+"""Most groups of steps that are taken back in the opening, each by itself. Chosen by hand."""
 _POOL = 1000
 """Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
 _CLIMBS = 12
@@ -130,6 +132,8 @@ class ActiveSearch(Search):
             (plans if capacity in space.capacities else others).append(best[None])
             if capacity in space.capacities and len(beside := neighbours(program, best)):
                 others.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
+            if capacity == min(space.capacities):
+                others.append(_groups_back(program, prior, best))
         return [np.concatenate(found) for found in (plans, others) if found]
 
     def _unmeasured(self, points: Steps) -> Assignments:
@@ -214,6 +218,23 @@ def _filled(program: QuadraticProgram, gains: Floats) -> Steps:
         step = back[np.argmax(gains[back] / program.step_bytes[back])]
         q[step] = False
         left -= int(program.step_bytes[step])
+
+
+def _groups_back(program: QuadraticProgram, prior: Prior, q: Steps) -> Steps:
+    """A point with the last steps of some players taken back, for each group of players, shape (n_groups, n_steps).
+
+    A group has steps of one kind in adjacent blocks. A score can be wrong by a factor in all steps of a kind, or in
+    some blocks; in the neighbourhood of one plan a search would not notice.
+    """
+    back = np.flatnonzero(program.movable(q)[0])
+    keys = np.stack([prior.kinds[back], prior.blocks[back]], axis=1)
+    span = 1
+    while len(groups := np.unique(keys // [1, span], axis=0)) > _GROUPS and span <= prior.blocks.max():
+        span += 1
+    found = np.repeat(q[None], len(groups), axis=0)
+    for row, group in zip(found, groups, strict=True):
+        row[back[(keys // [1, span] == group).all(axis=1)]] = False
+    return found
 
 
 def _nearest(program: QuadraticProgram, gains: Floats, q: Steps) -> Steps:
