@@ -122,10 +122,11 @@ class ActiveSearch(Search):
         return np.concatenate([none_down, self._space.one_player_down(), ~none_down, self._space.one_player_up()])
 
     def _first_plans(self, prior: Prior) -> list[Steps]:
-        """What the prior chooses for the budgets; then what it chooses for other sizes, and some neighbours."""
+        """What the prior chooses for the budgets; what it chooses for other sizes, and some neighbours; then groups."""
         space, rng = self._space, np.random.default_rng(self._space.seed)
         plans: list[Steps] = []
         others: list[Steps] = []
+        groups: list[Steps] = []
         for capacity in knapsacks(space.capacities, int(space.step_bytes.sum()), _OPENING):
             program = space.constraint(capacity)
             best = _filled(program, prior.gains)
@@ -133,8 +134,8 @@ class ActiveSearch(Search):
             if capacity in space.capacities and len(beside := neighbours(program, best)):
                 others.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
             if capacity == min(space.capacities):
-                others.append(_groups_back(program, prior, best))
-        return [np.concatenate(found) for found in (plans, others) if found]
+                groups.append(_groups_back(program, prior, best))
+        return [np.concatenate(found) for found in (plans, others, groups) if found]
 
     def _unmeasured(self, points: Steps) -> Assignments:
         """Distinct points without a loss, as assignments."""
