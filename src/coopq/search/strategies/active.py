@@ -18,7 +18,7 @@ _PER_ROUND = 2
 _OPENING, _AROUND = 5, 2
 """Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
 _GROUPS = 24
-"""Most groups of steps that are taken back in the opening, each by itself. Chosen by hand."""
+"""Most groups of steps that are taken back before the search ends, each by itself. Chosen by hand."""
 _POOL = 1000
 """Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
 _CLIMBS = 12
@@ -58,7 +58,8 @@ class ActiveSearch(Search):
     The search starts from what the prior alone chooses for the budgets and for sizes around them. Then it goes in
     rounds. For each budget a surrogate is fitted to all points, and the unmeasured points of highest expected
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
-    of the best points. A budget is settled when no point is worth a measurement.
+    of the best points. A budget is settled when no point is worth a measurement. When all are settled for the first time,
+    groups of steps are taken back from the best point of the smallest budget, and the rounds go on.
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
@@ -87,8 +88,8 @@ class ActiveSearch(Search):
         self._most = 0
         self._round = 0
         self._opening: list[Steps] = []
-        self._quiet = dict.fromkeys(space.capacities, 0)
-        self._stale = dict.fromkeys(space.capacities, (0, np.inf))
+        self._has_groups = False
+        self._settle_anew()
 
     def propose(self) -> Assignments:
         """The opening first, then the points that are expected to improve on the best measured losses."""
@@ -106,7 +107,18 @@ class ActiveSearch(Search):
                     chosen += self._likely(budget, capacity, chosen)
                 elif self._quiet[capacity] < _ROUNDS:
                     chosen += self._candidates(self._prior, capacity, chosen)
+            if not chosen and self._prior is not None and not self._has_groups:
+                self._has_groups = True
+                self._settle_anew()
+                smallest = min(self._space.capacities)
+                best = self.measured.best(smallest)[0]
+                return self._unmeasured(_groups_back(self._space.constraint(smallest), self._prior, best))
         return self._space.assignments(np.array(chosen, dtype=bool).reshape(-1, self._space.n_steps))
+
+    def _settle_anew(self) -> None:
+        """No budget is settled."""
+        self._quiet = dict.fromkeys(self._space.capacities, 0)
+        self._stale = dict.fromkeys(self._space.capacities, (0, np.inf))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses."""
@@ -122,20 +134,17 @@ class ActiveSearch(Search):
         return np.concatenate([none_down, self._space.one_player_down(), ~none_down, self._space.one_player_up()])
 
     def _first_plans(self, prior: Prior) -> list[Steps]:
-        """What the prior chooses for the budgets; what it chooses for other sizes, and some neighbours; then groups."""
+        """What the prior chooses for the budgets; then what it chooses for other sizes, and some neighbours."""
         space, rng = self._space, np.random.default_rng(self._space.seed)
         plans: list[Steps] = []
         others: list[Steps] = []
-        groups: list[Steps] = []
         for capacity in knapsacks(space.capacities, int(space.step_bytes.sum()), _OPENING):
             program = space.constraint(capacity)
             best = _filled(program, prior.gains)
             (plans if capacity in space.capacities else others).append(best[None])
             if capacity in space.capacities and len(beside := neighbours(program, best)):
                 others.append(beside[rng.choice(len(beside), min(_AROUND, len(beside)), replace=False)])
-            if capacity == min(space.capacities):
-                groups.append(_groups_back(program, prior, best))
-        return [np.concatenate(found) for found in (plans, others, groups) if found]
+        return [np.concatenate(found) for found in (plans, others) if found]
 
     def _unmeasured(self, points: Steps) -> Assignments:
         """Distinct points without a loss, as assignments."""
