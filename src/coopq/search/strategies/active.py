@@ -58,8 +58,8 @@ class ActiveSearch(Search):
     The search starts from what the prior alone chooses for the budgets and for sizes around them. Then it goes in
     rounds. For each budget a surrogate is fitted to all points, and the unmeasured points of highest expected
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
-    of the best points. A budget is settled when no point is worth a measurement. When all are settled for the first time,
-    groups of steps are taken back from the best point of the smallest budget, and the rounds go on.
+    of the best points. A budget is settled when no point is worth a measurement. When all are settled for the first
+    time, groups of steps are taken back from the best point of the smallest budget, and the rounds go on.
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
