@@ -69,3 +69,15 @@ def test_groups_are_few_and_each_takes_back_steps_of_one_kind_in_adjacent_blocks
         assert len(set(prior.kinds[row])) == 1
         blocks = np.unique(prior.blocks[row])
         assert blocks[-1] - blocks[0] < 12
+
+
+def test_of_too_many_kinds_those_of_the_highest_scores_are_taken() -> None:
+    layers = [(f"kind{k}",) for k in range(48)]
+    space, score, _ = misjudged(0)
+    prior = make_prior(space, score, 0.0, BLOCKS.tolist(), layers)
+    program = space.constraint(space.capacities[0])
+    best = _filled(program, score)
+    points = _groups_back(program, prior, best)
+    assert len(points) == _GROUPS
+    taken_back, movable = (best & ~points).any(axis=0), program.movable(best)[0]
+    assert score[taken_back].min() >= score[movable & ~taken_back].max()

@@ -54,6 +54,11 @@ def test_rows_that_no_k_quant_fits_have_the_types_of_llama_cpp(demo: BaseFile) -
 def test_models_with_rules_of_their_own_have_no_mix(tmp_path: Path) -> None:
     experts = write_gguf(tiny_model("llama"), tmp_path / "experts.gguf", settings={"llama.expert_count": 4})
     assert mix_types(BaseFile.open(experts), "Q4_K_M") == {}
+    other = write_gguf(tiny_model("llama"), tmp_path / "other.gguf")
+    assert mix_types(BaseFile.open(other), "Q4_K_M") != {}
+    renamed = other.read_bytes().replace(b"blk.0.ffn_up.weight", b"blk.0.altup_.weight")
+    (tmp_path / "renamed.gguf").write_bytes(renamed)
+    assert mix_types(BaseFile.open(tmp_path / "renamed.gguf"), "Q4_K_M") == {}, "llama.cpp leaves such matrices alone"
     assert nearest_mix(BaseFile.open(experts), 1000) is None
 
 
@@ -78,6 +83,7 @@ def test_a_plan_is_judged_beside_the_mix_of_its_size(tmp_path: Path) -> None:
     with torch.no_grad():
         full = [float(original.model(input_ids=window[None], labels=window[None]).loss) for window in windows]
     assert row.nll > np.mean(full)
+    assert 4 < row.average_bits < row.bits_per_weight < row.average_bits + 1.5
     files = sorted((run / "evaluation").glob("scores-*"))
     assert len(files) == 2
     assert judged() == row, "read from the two files of scores"

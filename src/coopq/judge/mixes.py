@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from coopq.core.errors import ExportError
 from coopq.core.files import locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback
@@ -89,12 +90,12 @@ def judge_mix(
     with locked(run):
         scores, on_calibration = scores_on(held_out), scores_on(calibration)
     windows = scores["nll"].mean(axis=1, dtype=np.float64)
-    bits_per_weight, loss = _bits_per_weight(base, mix), plan.request.search.loss
+    (average_bits, bits_per_weight), loss = _bits(base, mix), plan.request.search.loss
     return Comparison(
         method=MIX,
         budget=mix,
         n=1,
-        average_bits=bits_per_weight,
+        average_bits=average_bits,
         bits_per_weight=bits_per_weight,
         loss=loss,
         calibration_loss=float(on_calibration["divergence" if loss == "kl" else "nll"].mean(dtype=np.float64)),
@@ -108,11 +109,14 @@ def judge_mix(
 
 
 def _module_types(base: BaseFile, request: Request, mix: str) -> dict[str, Any] | None:
-    """The type of each module that a mix quantizes; None if a tensor of the mix is no module of its own."""
+    """The type of each module that a mix quantizes; None if a tensor and a module are not each other's alone."""
     by_tensor = mix_types(base, mix)
     players = prepare(request.replace(embeddings=True)).players
     modules = [linear.name for player in players for linear in player.linears]
-    tensors = {tensor.name: module for tensor, module in module_tensors(base, modules)}
+    try:
+        tensors = {tensor.name: module for tensor, module in module_tensors(base, modules)}
+    except ExportError:  # llama.cpp stores a module in another form
+        return None
     if not by_tensor.keys() <= tensors.keys() or len(set(tensors.values())) < len(tensors):
         return None
     return {tensors[name]: kind for name, kind in by_tensor.items()}
@@ -129,14 +133,15 @@ def _quantize(model: Any, types: Mapping[str, Any], importance: Mapping[str, Any
     progress("quantizing the mix", len(types), len(types))
 
 
-def _bits_per_weight(base: BaseFile, mix: str) -> float:
-    """Stored bits of the quantized tensors for each of their weights."""
+def _bits(base: BaseFile, mix: str) -> tuple[float, float]:
+    """Bits of the quantized tensors for each of their weights: by the names of the types, and as stored."""
     from gguf import GGML_QUANT_SIZES
 
-    bits = weights = 0
+    named = stored = weights = 0
     for name, kind in mix_types(base, mix).items():
         block, size = GGML_QUANT_SIZES[kind]
         n_weights = base.tensors[name].n_rows * base.tensors[name].shape[0]
-        bits += 8 * size * n_weights // block
+        named += int(kind.name.lstrip("IQ")[0]) * n_weights
+        stored += 8 * size * n_weights // block
         weights += n_weights
-    return bits / weights
+    return named / weights, stored / weights

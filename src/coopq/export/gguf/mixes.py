@@ -1,7 +1,8 @@
 """llama.cpp's own mixes of types: what `llama-quantize FILE OUT Q4_K_M` would give each tensor of a file.
 
-Only the mixes of K-quants, and only models without experts: the other rules of llama.cpp are many, and change. A mix
-is what a user would otherwise take, so plans are judged beside the mix of their size.
+Only the mixes of K-quants, and only models of plain attention and feed-forward layers: llama.cpp has rules of its own
+for experts, for 80 layers, and for other tensors. A mix is what a user would otherwise take, so plans are judged beside
+the mix of their size.
 
 Source: `llama_tensor_get_type_impl` and `tensor_type_fallback` in llama.cpp's src/llama-quant.cpp, August 2026.
 """
@@ -34,8 +35,13 @@ _EVERY_LAYER = {
     "Q5_K_M": {"attn_qkv": "Q6_K"},
 }
 """Types of some roles, in all layers, that differ from the mix's own."""
-_UNSUPPORTED = ("falcon", "glm5next")
-"""Architectures with rules of their own."""
+_ROLES = {
+    *("token_embd", "output", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output"),
+    *("ffn_gate", "ffn_up", "ffn_down"),
+}
+"""Roles whose rules are here. A model with other matrices has no known mix."""
+_UNSUPPORTED, _LARGE = ("falcon",), 80
+"""An architecture, and a number of layers, with rules of their own."""
 
 
 def mix_types(base: BaseFile, mix: str) -> dict[str, Any]:
@@ -47,10 +53,13 @@ def mix_types(base: BaseFile, mix: str) -> dict[str, Any]:
     Returns:
         `gguf.GGMLQuantizationType` by name of the tensor; empty if the mixes of the model are not known.
     """
-    if base.architecture in _UNSUPPORTED or base.value(f"{base.architecture}.expert_count"):
+    has_experts = base.value(f"{base.architecture}.expert_count")
+    if base.architecture in _UNSUPPORTED or base.n_blocks == _LARGE or has_experts:
         return {}
-    quantized = [tensor for tensor in base.tensors.values() if _is_quantized(tensor)]
-    if any(len(tensor.shape) > 2 or tensor.shape[0] % 32 for tensor in quantized):
+    quantized = [tensor for tensor in base.tensors.values() if _is_matrix(tensor)]
+    if any(
+        len(tensor.shape) > 2 or tensor.shape[0] % 32 or _role(tensor.name)[0] not in _ROLES for tensor in quantized
+    ):
         return {}
     roles: dict[str, list[int]] = {}
     for tensor in quantized:
@@ -82,8 +91,8 @@ def nearest_mix(base: BaseFile, n_bytes: int) -> str | None:
     return min(sizes, key=lambda mix: abs(sizes[mix] - n_bytes), default=None)
 
 
-def _is_quantized(tensor: BaseTensor) -> bool:
-    """Whether llama.cpp quantizes a tensor. The small matrices of recurrent layers stay out, as their models do."""
+def _is_matrix(tensor: BaseTensor) -> bool:
+    """Whether a tensor has rows and columns and is no norm."""
     return len(tensor.shape) > 1 and tensor.name.endswith("weight") and not tensor.name.endswith("_norm.weight")
 
 

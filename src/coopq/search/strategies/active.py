@@ -89,7 +89,7 @@ class ActiveSearch(Search):
         self._round = 0
         self._opening: list[Steps] = []
         self._has_groups = False
-        self._settle_anew()
+        self._unsettle()
 
     def propose(self) -> Assignments:
         """The opening first, then the points that are expected to improve on the best measured losses."""
@@ -109,13 +109,13 @@ class ActiveSearch(Search):
                     chosen += self._candidates(self._prior, capacity, chosen)
             if not chosen and self._prior is not None and not self._has_groups:
                 self._has_groups = True
-                self._settle_anew()
+                self._unsettle()
                 smallest = min(self._space.capacities)
                 best = self.measured.best(smallest)[0]
                 return self._unmeasured(_groups_back(self._space.constraint(smallest), self._prior, best))
         return self._space.assignments(np.array(chosen, dtype=bool).reshape(-1, self._space.n_steps))
 
-    def _settle_anew(self) -> None:
+    def _unsettle(self) -> None:
         """No budget is settled."""
         self._quiet = dict.fromkeys(self._space.capacities, 0)
         self._stale = dict.fromkeys(self._space.capacities, (0, np.inf))
@@ -234,16 +234,19 @@ def _groups_back(program: QuadraticProgram, prior: Prior, q: Steps) -> Steps:
     """A point with the last steps of some players taken back, for each group of players, shape (n_groups, n_steps).
 
     A group has steps of one kind in adjacent blocks. A score can be wrong by a factor in all steps of a kind, or in
-    some blocks; in the neighbourhood of one plan a search would not notice.
+    some blocks; in the neighbourhood of one plan a search would not notice. Of too many kinds those of the highest
+    scores are taken.
     """
     back = np.flatnonzero(program.movable(q)[0])
     keys = np.stack([prior.kinds[back], prior.blocks[back]], axis=1)
     span = 1
     while len(groups := np.unique(keys // [1, span], axis=0)) > _GROUPS and span <= prior.blocks.max():
         span += 1
-    found = np.repeat(q[None], len(groups), axis=0)
-    for row, group in zip(found, groups, strict=True):
-        row[back[(keys // [1, span] == group).all(axis=1)]] = False
+    members = [back[(keys // [1, span] == group).all(axis=1)] for group in groups]
+    members = sorted(members, key=lambda steps: -prior.gains[steps].sum())[:_GROUPS]
+    found = np.repeat(q[None], len(members), axis=0)
+    for row, steps in zip(found, members, strict=True):
+        row[steps] = False
     return found
 
 
