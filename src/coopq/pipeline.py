@@ -234,15 +234,15 @@ def recipe_bits(request: Request) -> tuple[Width, ...]:
     A recipe names more widths than every model has types for. Tensors of a GGUF file that is quantized already lose
     nothing as they are; those of 16 bits are too large to be of use.
     """
-    bits = usable_bits(request)
-    if request.target.form != "gguf" or UNTOUCHED not in bits:
-        return bits
+    if request.target.form != "gguf":
+        return usable_bits(request)
     from coopq.export.gguf.base import BaseFile
 
     base = BaseModel.find(request)
     file = base.path or gguf_file(base.source)
-    is_quantized = file is not None and BaseFile.open(file).is_quantized
-    return bits if is_quantized else tuple(width for width in bits if width != UNTOUCHED)
+    if file is not None and BaseFile.open(file).is_quantized:
+        return usable_bits(request, TargetFile())
+    return usable_bits(request.replace(bits=tuple(width for width in request.widths.bits if width != UNTOUCHED)))
 
 
 def front(run: Path) -> list[FrontPoint]:

@@ -168,16 +168,9 @@ class Sizes:
         Raises:
             UnsupportedBits: If no player has one of the widths, or no player has two.
         """
-        found: list[tuple[Width, ...]] = []
-        for player in range(len(self.n_weights)):
-            kept: list[Width] = []
-            for width in reversed(widths):
-                n_bytes = self._at(width)[player]
-                if n_bytes is not None and (not kept or n_bytes < self.player_bytes(player, kept[0])):
-                    kept.insert(0, width)
-            found.append(tuple(kept))
+        found, usable = self._undominated(widths), self.usable_widths(widths)
         for width in widths:
-            if not any(width in own for own in found):
+            if width not in usable:
                 raise UnsupportedBits(
                     f"no player has {width} bits: its layers have no such type, or a wider type takes no more bytes; "
                     f"leave {width} out"
@@ -188,6 +181,23 @@ class Sizes:
                 "more widths"
             )
         return tuple(found)
+
+    def usable_widths(self, widths: Sequence[Width]) -> tuple[Width, ...]:
+        """The widths that `player_widths` leaves to some player, ascending."""
+        found = self._undominated(widths)
+        return tuple(width for width in widths if any(width in own for own in found))
+
+    def _undominated(self, widths: Sequence[Width]) -> list[tuple[Width, ...]]:
+        """For each player the widths of fewer bytes than every wider one, ascending."""
+        found: list[tuple[Width, ...]] = []
+        for player in range(len(self.n_weights)):
+            kept: list[Width] = []
+            for width in reversed(widths):
+                n_bytes = self._at(width)[player]
+                if n_bytes is not None and (not kept or n_bytes < self.player_bytes(player, kept[0])):
+                    kept.insert(0, width)
+            found.append(tuple(kept))
+        return found
 
     def step_bytes(self, widths: Sequence[Width]) -> npt.NDArray[np.int64]:
         """Bytes that each step between neighbouring `player_widths` saves, from the highest width down.

@@ -140,11 +140,18 @@ def _look(request: Request) -> tuple[Backend, Any, Sequence[Player]]:
     return backend, skeleton, find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
 
 
-def usable_bits(request: Request) -> tuple[Width, ...]:
-    """The widths of a request that some layer of the model has: recipes name more than every model can take."""
-    backend, _, players = _look(request)
+def usable_bits(request: Request, target: Target = OUR_FILE) -> tuple[Width, ...]:
+    """The widths of a request that are of use to some player: recipes name more than every model can take.
+
+    Args:
+        request: The request.
+        target: The file that plans are made for.
+    """
+    backend, skeleton, players = _look(request)
     had = {width for player in players for linear in player.linears for width in backend.widths_of(linear.shape)}
-    return tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
+    bits = tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
+    _, sizes = target.fit(request.replace(bits=bits), skeleton, players, backend)
+    return sizes.usable_widths(bits)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,9 @@ class GGUF(Form):
     def check_model(self, request: Request, model: Any, players: Sequence[Player], progress: ProgressCallback) -> None:
         """See `Form.check_model`: every tensor of the base is compared."""
         modules = [linear.name for player in players for linear in player.linears]
-        row_orders(open_base(BaseModel.find(request)), model, modules, progress)
+        base = open_base(BaseModel.find(request))
+        _describe(base, model, players)
+        row_orders(base, model, modules, progress)
 
     def player_sizes(
         self, packed: Sizes, request: Request, skeleton: Any, players: Sequence[Player], backend: Backend
@@ -76,7 +78,6 @@ class GGUF(Form):
         require_shapes(base, [linear for player in players for linear in player.linears])
         require_complete(base, skeleton)
         require_settings(base, skeleton.config)
-        _describe(base, skeleton, players)
         player_of = {linear.name: index for index, player in enumerate(players) for linear in player.linears}
         tensors = module_tensors(base, player_of)
         beside = bytes_beside(base, {tensor.name for tensor, _ in tensors})
@@ -183,7 +184,7 @@ class _PlannedTensors:
         return content.reshape(*tensor.data.shape[:-1], -1)
 
 
-def _describe(base: BaseFile, skeleton: Any, players: Sequence[Player]) -> None:
+def _describe(base: BaseFile, model: Any, players: Sequence[Player]) -> None:
     """Say what a user would not expect of the file."""
     if base.is_quantized:
         _log.warning(
@@ -191,7 +192,7 @@ def _describe(base: BaseFile, skeleton: Any, players: Sequence[Player]) -> None:
             "base", base.path.name,
         )  # fmt: skip
     if any("language_model." in linear.name for player in players for linear in player.linears):
-        _log.warning("%s: the GGUF file holds the text part only", type(skeleton).__name__)
+        _log.warning("%s: the GGUF file holds the text part only", type(model).__name__)
 
 
 def _file_bytes(plan: Plan, backend: Backend, base: BaseFile) -> int:
