@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import coopq
-from coopq import Goal, Request
+from coopq import Goal, Request, pipeline
 from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError
 from coopq.core.recipes import RECIPES, recipe_options
 from coopq.core.types import UNTOUCHED
@@ -124,3 +124,14 @@ def _front(run: Path) -> list[dict[str, Any]]:
         raise CoopQError(err)
     found: list[dict[str, Any]] = json.loads(out)
     return found
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("granularity", ["fused", "block"])
+def test_a_recipe_has_only_widths_of_use_for_a_base_that_is_quantized(granularity: str) -> None:
+    settings = {name: setting.value for name, setting in RECIPES["llama.cpp"].settings.items()}
+    options = {**settings, "granularity": granularity, "target": "gguf"}
+    request = Request.from_options(model="demo", **options)
+    request = request.replace(bits=pipeline.recipe_bits(request))
+    assert request.widths.bits == (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "6 and 8 bits are larger than the base's Q4_1"
+    assert prepare(request, target=TargetFile()).player_widths, "accepted"
