@@ -97,34 +97,55 @@ def _answer(page: Mapping[str, Any], body: Sequence[str]) -> str:
     return " ".join(filter(None, against_mixes(*read_tables(body)))) if page.get("computed") else str(page["answer"])
 
 
-def against_mixes(losses: Table, divergences: Sequence[dict[str, str]] = ()) -> Iterator[str]:
+def against_mixes(losses: Table, divergences: Table, strongest: Table) -> Iterator[str]:
     """The answer of a page on llama.cpp's mixes, from its tables."""
+    rivals = [_less(row["our divergence above"], row["its divergence"]) for row in strongest]
+    lower, higher = ([less for less, side in rivals if side == wanted] for wanted in (-1, 1))
+    yield (
+        f"CoopQ's files diverge less from full precision on WikiText-2 than the strongest mix of their size at"
+        f" {len(lower)} of {len(rivals)} sizes{_percent(lower)}"
+        + (f", more at {len(higher)}{_percent([-each for each in higher])}" if higher else "")
+        + "."
+    )
+    saved = [
+        1 - float(row["ours"]) / float(row["WikiText-2: its divergence"])
+        for row in divergences
+        if float(row["ours"]) > 0
+    ]
+    yield (
+        f"The strongest mix is chosen in hindsight, the type of its embedding too; the mixes as llama.cpp makes them"
+        f" diverge more:{_percent(saved, '')} less divergence at their sizes{_beyond(len(saved), len(divergences))}."
+    )
     changes = [_interval(row["our loss above"]) for row in losses]
-    lower = [change for change, _, high in changes if high < 0]
+    lower = [-change for change, _, high in changes if high < 0]
     higher = [change for change, low, _ in changes if low > 0]
     level = len(changes) - len(lower) - len(higher)
-    most = f"lower than that of the mixes at {len(lower)} of {len(changes)} sizes" + _between([-each for each in lower])
-    rest = [f"level at {level}"] if level else []
-    rest += [f"higher at {len(higher)}{_between(higher)}"] if higher else []
-    said = ", ".join([most, *rest])
-    if not divergences:
-        yield f"The loss on WikiText-2 is {said}."
-        yield "Level means that the 95 % interval of the difference includes zero." if level else ""
-        return
-    own = [(float(row["WikiText-2: its divergence"]), float(row["ours"])) for row in divergences]
-    saved = [1 - ours / theirs for theirs, ours in own if ours > 0]
-    is_all = len(saved) == len(own)
-    where = "" if is_all else f" at the {len(saved)} sizes below that of the model's own file"
-    yield (
-        f"Yes: CoopQ's files diverge {100 * min(saved):.0f} to {100 * max(saved):.0f} % less from full precision on"
-        f" WikiText-2{where}."
-    )
-    yield f"The loss is {said}."
+    said = [f"lower at {len(lower)} of {len(changes)} sizes{_between(lower)}"]
+    said += [f"level at {level}"] if level else []
+    said += [f"higher at {len(higher)}{_between(higher)}"] if higher else []
+    yield f"Their loss is {', '.join(said)}."
+
+
+def _less(difference: str, theirs: str) -> tuple[float, int]:
+    """How much less ours is, as a part of theirs, and the sign of the difference, 0 within its interval."""
+    change, low, high = _interval(difference)
+    return -change / float(theirs), (low > 0) - (high < 0)
+
+
+def _percent(parts: Sequence[float], before: str = ", by") -> str:
+    """The range of some parts, in percent."""
+    low, high = (f"{100 * each:.0f}" for each in (min(parts, default=0), max(parts, default=0)))
+    return "" if not parts else f"{before} {low} %" if low == high else f"{before} {low} to {high} %"
+
+
+def _beyond(n: int, n_all: int) -> str:
+    """What is said where some sizes are no smaller than the model's own file."""
+    return "" if n == n_all else f" (at {n} of {n_all}; elsewhere the model's own file is the answer)"
 
 
 def _interval(text: str) -> tuple[float, float, float]:
     """A difference and its interval, as `loss_above` writes them."""
-    change, low, high = map(float, re.findall(r"[-+]\d+\.\d+", text))
+    change, low, high = map(float, re.findall(r"[-+](?:\d+\.\d+|nan)", text))
     return change, low, high
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,13 @@ class Judged:
     divergence: dict[Path, Losses]
 
 
+def engine_name() -> str:
+    """The package that computes, and the library where that is another than the package's own."""
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    library = f", library {(Path(folder) / 'libllama.so').resolve().name}" if folder else ""
+    return llama_cpp_package() + library
+
+
 def tensor_importance(source: str, base: Path, text: TextSpec) -> Importance:
     """The importance matrix of the tokens that our weights are fitted to.
 
@@ -57,8 +65,16 @@ def tensor_importance(source: str, base: Path, text: TextSpec) -> Importance:
     return {f"{names_in_file.get_name(name)}.weight": values.numpy() for name, values in importance.items()}
 
 
-def make_mix(base: Path, mix: str, importance: Importance, out: Path) -> None:
-    """Quantize a GGUF file by one of llama.cpp's own mixes, "Q4_K_S" for example."""
+def make_mix(base: Path, mix: str, importance: Importance, out: Path, embedding: str = "") -> None:
+    """Quantize a GGUF file by one of llama.cpp's own mixes.
+
+    Args:
+        base: The model's own GGUF file.
+        mix: Name of the mix, "Q4_K_S" for example.
+        importance: The importance matrix.
+        out: Where the file goes.
+        embedding: Type of the embedding, "Q8_0" for example; without one, the type is the mix's own.
+    """
     data = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # the last entry, empty, ends the array
     pointer = ctypes.POINTER(ctypes.c_float)
     for entry, (name, values) in zip(data, importance.items(), strict=False):
@@ -66,6 +82,8 @@ def make_mix(base: Path, mix: str, importance: Importance, out: Path) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{mix}")
     params.allow_requantize, params.imatrix = True, data
+    if embedding:
+        params.token_embedding_type = int(gguf.GGMLQuantizationType[embedding])
     failed = llama_cpp.llama_model_quantize(str(base).encode(), str(out).encode(), ctypes.byref(params))
     assert not failed, mix
 
@@ -82,7 +100,7 @@ def judge_files(files: Sequence[Path], tokens: npt.NDArray[np.int64], n_threads:
     record = kept / f"judged-{hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()}.json"
     known: dict[str, list[list[float]]] = read_json(record) if record.exists() else {}
     base, *quantized = files
-    engine_and_base = f"{llama_cpp_package()} {file_digest(base)}"
+    engine_and_base = f"{engine_name()} {file_digest(base)}"
     keys = {file: f"{engine_and_base} {file_digest(file)}" for file in files}
     fresh = [base, *(file for file in quantized if keys[file] not in known)]
     if len(fresh) > 1 or keys[base] not in known:

@@ -47,9 +47,9 @@ def test_links_and_figures_of_results_exist_and_figures_are_small() -> None:
 def test_an_answer_on_mixes_counts_sizes_and_says_what_is_level(answers: ModuleType) -> None:
     changes = ["-0.1000 (-0.1500 to -0.0500)", "-0.0010 (-0.0040 to +0.0020)", "+0.0200 (+0.0100 to +0.0300)"]
     losses = [{"our loss above": change} for change in changes]
-    text = " ".join(answers.against_mixes(losses))
-    assert "lower than that of the mixes at 1 of 3 sizes, by 0.1000 nats, level at 1, higher at 1, by 0.0200" in text
     divergences = [{"WikiText-2: its divergence": "0.2", "ours": ours} for ours in ("0.1", "0.15", "0.0000")]
-    first = next(iter(answers.against_mixes(losses, divergences)))
-    assert "25 to 50 % less" in first
-    assert "at the 2 sizes below that of the model's own file" in first
+    strongest = [{"its divergence": "0.2", "our divergence above": change} for change in changes]
+    text = " ".join(answers.against_mixes(losses, divergences, strongest))
+    assert "than the strongest mix of their size at 1 of 3 sizes, by 50 %, more at 1, by 10 %." in text
+    assert "25 to 50 % less divergence at their sizes (at 2 of 3;" in text
+    assert "lower at 1 of 3 sizes, by 0.1000 nats, level at 1, higher at 1, by 0.0200 nats" in text
