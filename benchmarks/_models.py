@@ -17,7 +17,8 @@ from coopq.core.types import Losses
 from coopq.export.checkpoint import Source, save_model
 from coopq.export.formats import TargetFile
 from coopq.game.engines.prefix_engine import model_nll
-from coopq.game.session import Session, open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import Session, open_session
 from coopq.judge.comparison import make_measured_plans
 from coopq.model.load import load_model
 from coopq.model.texts import HeldOut

@@ -36,7 +36,7 @@ from _common import (
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.types import Width
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
-from coopq.game.session import Prepared, prepare
+from coopq.game.prepared import Prepared, prepare
 from coopq.model.load import max_positions
 from coopq.model.texts import calibration_set
 from coopq.quantizers import get_backend

@@ -37,7 +37,7 @@ STORIES = ROOT / "tests" / "data" / "stories260k"
 TWELVE = DATA / "twelve"
 """For GGUF files: rows of the smaller model do not fit into blocks of 32."""
 SHORT = ["--tokens", "128", "--sequence-length", "64"]
-FAST = ["--permutations", "3", *SHORT]
+FAST = ["--permutations", "3", "--bits", "2,4", "--granularity", "block", *SHORT]
 LIMIT = 120.0
 """Seconds after which a trial counts as hanging. The slowest command takes ten on an idle core."""
 OUTCOMES = ("refused", "same answer", "another, said", "another answer", "traceback", "hang")
@@ -142,6 +142,16 @@ def show(*path: str) -> Answer:
     return lambda place: run("show", place.joinpath(*path), "--json")
 
 
+def page(shown: str, name: str) -> Answer:
+    """The report page of what a path holds."""
+
+    def answer(place: Path) -> str:
+        run("show", place / shown, "--page")
+        return (place / "out-run" / name).read_text(encoding="utf-8").replace(str(place), "")
+
+    return answer
+
+
 def bench_answer(place: Path) -> str:
     """The report of a finished bench."""
     run("bench", place / "bench" / "bench.toml", "--out", place / "bench" / "out", "--so-far")
@@ -168,6 +178,8 @@ TARGETS: dict[str, Target] = {
     "journal.jsonl, shown": Target("out-run/journal.jsonl", _RUN, show("out-run")),
     "searches.json": Target("out-run/searches.json", _RUN, quantized_again(*FAST)),
     "scores": Target("out-run/scores/lim.json", _RUN, quantized_again("--method", "lim", *FAST)),
+    "judged.json": Target("out-run/judged.json", ("out", "out-run"), page("out", "report.html")),
+    "comparison.json": Target("out-run/comparison.json", _RUN, page("out-run", "comparison.html")),
     "bank.json": Target("out-run/bank/*.json", _RUN, quantized_again("--method", "coopq", *FAST)),
     "bank tensors": Target("out-run/bank/*.safetensors", _RUN, quantized_again("--method", "coopq", *FAST)),
     "saved tensors": Target("out/*.safetensors", ("out",), evaluated("out")),
@@ -197,6 +209,9 @@ def prepare(place: Path) -> None:
     for number, method in enumerate((["--method", "lim"], [])):  # a score, and a search that learns from the walks
         out = place / f"more{number}"
         run("quantize", STORIES, "--budget", "3avg", "--out", out, "--run", place / "out-run", *method, *FAST)
+    run("evaluate", place / "out", *SHORT)
+    judge = ["--judge-tokens", "128", "--judge-length", "64"]
+    run("compare", STORIES, "--budget", "3avg", "--run", place / "out-run", "--method", "coopq", *FAST, *judge)
     shutil.copytree(STORIES, place / "model")
     (place / "base").mkdir()
     convert(TWELVE, place / "base" / "base.gguf")

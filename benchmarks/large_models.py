@@ -15,7 +15,7 @@ from typing import Any
 
 from _common import ROOT, command_line, table
 from coopq.core.specs import Request
-from coopq.game.session import Prepared, prepare
+from coopq.game.prepared import Prepared, prepare
 from coopq.model.memory import Footprint
 from coopq.plan.forecast import Work, forecast_active
 from coopq.quantizers.ggml.gptq import portions

@@ -22,7 +22,8 @@ import transformers
 
 from _common import RESULTS, command_line, resident_bytes, row, run_alone, table, write_report
 from coopq.core.specs import Request
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model.memory import Footprint
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS

@@ -25,8 +25,8 @@ from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
 from coopq.core.types import Width
 from coopq.game.engines.prefix_engine import make_engine
+from coopq.game.prepared import prepare
 from coopq.game.sensitivity import Sensitivity
-from coopq.game.session import prepare
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.scores.output_errors import output_errors
 from coopq.quantizers.bank import WeightBank

@@ -20,7 +20,8 @@ from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.folders.folder_files import write_hashes
 from coopq.export.folders.stored_tensors import stored_tensors
 from coopq.game.engines.prefix_engine import make_engine, model_nll
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model.load import LoadedModel, load_model
 from coopq.model.matrices import round_untouched
 from coopq.model.players import GRANULARITIES, find_players

@@ -219,7 +219,8 @@ def test_methods_that_watch_outputs_and_experts() -> None:
 
 
 def test_scores_tell_how_far_they_are(stories: str, tmp_path: Path) -> None:
-    from coopq.game.session import open_session, prepare
+    from coopq.game.prepared import prepare
+    from coopq.game.session import open_session
     from coopq.plan.by_score import cached_score, sensitivities
     from coopq.plan.methods import METHODS
 

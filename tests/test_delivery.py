@@ -14,7 +14,7 @@ from coopq.core.types import UNTOUCHED
 from coopq.export.fitting import working_bytes
 from coopq.export.formats import TargetFile, get_form
 from coopq.export.kv_cache import cache_bytes
-from coopq.game.session import prepare
+from coopq.game.prepared import prepare
 from coopq.plan.methods import METHODS
 from coopq.quantizers import BACKENDS, get_backend
 from tests.command_line import command

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model.load import load_model
 from coopq.model.matrices import in_float64
 from coopq.plan.methods import make_plans, names

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from coopq.core.errors import OutOfMemory
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec, TextSpec
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model import memory
 from coopq.model.load import load_model, load_skeleton
 from coopq.model.memory import Footprint, free_memory
@@ -80,9 +81,9 @@ def too_small(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model is loaded though it does not fit")
 
-    for module in ("coopq.game.session", "coopq.plan.forecast"):
+    for module in ("coopq.game.prepared", "coopq.plan.forecast"):
         monkeypatch.setattr(f"{module}.free_memory", lambda device: 1000)
-    monkeypatch.setattr("coopq.game.session.load_model", not_loaded)
+    monkeypatch.setattr("coopq.game.prepared.load_model", not_loaded)
 
 
 @pytest.mark.usefixtures("too_small")
@@ -113,7 +114,7 @@ def config_alone(folder: Path, **changes: int) -> Path:
 def test_a_dry_run_needs_a_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = config_alone(tmp_path / "bare")
     with monkeypatch.context() as patch:
-        patch.setattr("coopq.game.session.load_model", None)
+        patch.setattr("coopq.game.prepared.load_model", None)
         found = forecast(REQUEST.replace(model=str(folder)))
     assert found.problem is None
     assert found.footprint == prepare(REQUEST).footprint
@@ -129,7 +130,7 @@ def test_a_model_of_70_billion_weights_is_sized_without_memory_for_it(
     shape = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 80}
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "vocab_size": 128256, "max_position_embeddings": 8192}
     folder = config_alone(tmp_path / "large", **shape, **sizes)
-    for module in ("coopq.game.session", "coopq.plan.forecast"):
+    for module in ("coopq.game.prepared", "coopq.plan.forecast"):
         monkeypatch.setattr(f"{module}.free_memory", lambda device: 2**30)
     found = forecast(REQUEST.replace(model=str(folder), backend="rtn", dtype="bfloat16"))
     assert found.footprint.weights > 130e9
@@ -168,7 +169,7 @@ def test_a_run_with_little_memory_has_the_same_losses(tmp_path: Path, monkeypatc
     points = np.array([[2, 4, 2, 4, 4], [4, 4, 4, 4, 4]], dtype=np.float32)
     found, needed = [], prepare(REQUEST).footprint.needed
     for free in (None, needed):
-        monkeypatch.setattr("coopq.game.session.free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("coopq.game.prepared.free_memory", lambda device, free=free: free)
         with open_session(prepare(REQUEST), tmp_path / str(free)) as session, session.game("measuring") as game:
             assert (session.bank._room is None) == (free is None)
             found.append(game(points))

@@ -12,7 +12,8 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 from coopq.core.types import REMOVED, UNTOUCHED
 from coopq.game.engines.prefix_engine import make_engine
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model.load import load_model
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players

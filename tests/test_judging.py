@@ -143,6 +143,12 @@ def test_a_text_that_cannot_be_read_is_refused_before_any_work(name: str, messag
     assert "fits into all tokens of short.txt" in refused("evaluate", STORIES, "--text", tmp_path / "short.txt")
 
 
+def test_a_uniform_row_says_where_layers_are_wider() -> None:
+    row = Comparison("uniform", None, 1, 5.0, 5.5, "kl", 3.0, 3.1, 22.2, (3.1,), width=5)
+    assert row.name == "uniform 5"
+    assert replace(row, average_bits=13.7).name == "uniform 5 and wider"
+
+
 def test_divergence_leads_from_three_bits_and_full_precision_is_the_reference() -> None:
     row = Comparison(
         "active", "3.5avg", 1, 3.5, 3.8, "nll", 3.0, 3.1, 22.2, (3.1,), Estimate(0.01, (0.008, 0.012)), None

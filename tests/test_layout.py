@@ -135,4 +135,4 @@ def test_a_request_is_turned_into_players_and_backend_in_one_place(function: str
         and function in (getattr(node.func, "id", None), getattr(node.func, "attr", None))
         and folder_of(module) != folder
     ]
-    assert callers == ["coopq.game.session"]
+    assert callers == ["coopq.game.prepared"]

@@ -1,6 +1,7 @@
 """Models that store matrices in unusual ways, or whose blocks hand each other more than the hidden states."""
 
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from coopq.quantizers.input_statistics import column_importance
 from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import COMMON, GROUPED, tiny_model
 from tests.checkpoints import plan_for, save
+from tests.conftest import STORIES
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(6, 16))
 MIXTURE: dict[str, Any] = {**GROUPED, "num_experts_per_tok": 2}
@@ -293,20 +295,46 @@ def test_a_weight_that_16_bit_scales_cannot_hold_is_refused(tmp_path: Path) -> N
         build(model, tmp_path)
 
 
-def test_a_model_with_states_of_another_shape_is_refused(tmp_path: Path) -> None:
+def with_states_of_another_shape(**settings: Any) -> Any:
+    """A Gemma 3n, whose blocks hand each other four states a token."""
     config = hf.Gemma3nTextConfig(
-        **{**GROUPED, "num_hidden_layers": 2, "intermediate_size": [64] * 2},
+        **{
+            **GROUPED,
+            "num_hidden_layers": 2,
+            "intermediate_size": [64] * 2,
+            "vocab_size_per_layer_input": 97,
+            **settings,
+        },
         layer_types=["sliding_attention", "full_attention"],
         activation_sparsity_pattern=[0.0, 0.0],
         num_kv_shared_layers=0,
         hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=97,
         laurel_rank=8,
         sliding_window=8,
     )
-    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def test_a_model_with_states_of_another_shape_is_refused(tmp_path: Path) -> None:
+    model = with_states_of_another_shape()
     with pytest.raises(ModelError, match=r"states before the first have shape \(4, 6, 16, 32\)"):
         list(make_engine(model, build(model, tmp_path), TOKENS).evaluate(np.array([[2, 4]], dtype=np.float32)))
+
+
+def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_quantized(tmp_path: Path) -> None:
+    with_states_of_another_shape(vocab_size=512, vocab_size_per_layer_input=512).save_pretrained(tmp_path / "model")
+    for file in STORIES.glob("token*"):
+        shutil.copy(file, tmp_path / "model")
+    work = []
+    with pytest.raises(ModelError, match="states before the first have shape"):
+        coopq.quantize(
+            coopq.Request.from_options(model=str(tmp_path / "model"), tokens=128, sequence_length=64, bits=(4, 8)),
+            coopq.Goal(budget="5avg"),
+            tmp_path / "out",
+            progress=lambda stage, *_: work.append(stage),
+        )
+    assert "loading the model" in work
+    assert "quantizing" not in work
 
 
 def test_two_processes_write_the_same_file(tmp_path: Path) -> None:

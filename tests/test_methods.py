@@ -9,7 +9,8 @@ import pytest
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.export.checkpoint import SavedModel
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.plan.allocate import measure_plan
 from coopq.plan.confidence import Confidence, confidence
 from coopq.plan.methods import METHODS, get_method, make_plans

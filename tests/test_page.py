@@ -148,6 +148,27 @@ def test_a_page_says_what_the_plan_says(searched: Path) -> None:
     assert "--loss kl --budget 3.2bpw --forwards 20 --out out" in page.text
 
 
+def test_what_evaluate_finds_stands_on_the_page(searched: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(searched, tmp_path / "out"))
+    shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run")
+    assert "unseen text" not in checked(tmp_path / "out-run" / "report.html").text
+    for tokens in ("512", "512", "1024"):
+        code, text, err = command("evaluate", out, "--tokens", tokens, "--sequence-length", "128", "--json")
+        assert code == 0, err
+    data = json.loads(text)
+    assert data["report"] == str(tmp_path / "out-run" / "report.html")
+    page = checked(Path(data["report"])).text
+    assert page.count("tokens scored") == 2, "one text is judged twice, and stands there once"
+    assert f"perplexity {data['perplexity']:.3f}" in page
+    assert "uniform 2" in page
+    for row in data["comparison"]:
+        assert f"{row['perplexity']:,.2f}" in page, row["method"]
+    other = read_run(Plan.load(out / "plan.json").replace(fingerprint={"weights": "other"}), tmp_path / "out-run")
+    assert not other.judged, "what was judged of other weights"
+    (tmp_path / "out-run" / "judged.json").write_text("[1]")
+    assert "delete it, and run coopq evaluate" in refused("show", out, "--page")
+
+
 def test_the_paper_s_method_shows_its_covariance(finished: Path) -> None:
     page = checked(finished.with_name("out-run") / "report.html")
     assert set(page.specs) >= {"widths", "sensitivity", "pairs"}

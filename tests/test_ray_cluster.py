@@ -19,8 +19,9 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments
 from coopq.game.engines.ray_cluster import Cluster, RayConfig, Worker, _slowest
+from coopq.game.prepared import prepare
 from coopq.game.run_folder import RunFolder
-from coopq.game.session import Session, open_session, prepare
+from coopq.game.session import Session, open_session
 from coopq.plan.methods import make_plans
 from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES

@@ -16,7 +16,8 @@ from coopq.core.specs import Request, SolverSpec, TextSpec
 from coopq.core.types import REMOVED, UNTOUCHED
 from coopq.game.engines.layer_major_engine import layer_major
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.model import blockwise
 from coopq.model.load import pick_device
 from coopq.model.memory import Footprint

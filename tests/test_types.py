@@ -15,7 +15,8 @@ from coopq.core.sizes import Budget, Sizes
 from coopq.core.specs import SolverSpec
 from coopq.export.checkpoint import SavedModel, dequantized
 from coopq.export.formats import export_model, predicted_bytes
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.judge.comparison import compare_on
 from coopq.model.load import load_model
 from coopq.model.safetensors_io import load_tensors

@@ -11,7 +11,7 @@ import torch
 import coopq
 from coopq import Goal, Request
 from coopq.export.formats import TargetFile
-from coopq.game.session import prepare
+from coopq.game.prepared import prepare
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import round_untouched
 from coopq.model.players import find_players

@@ -20,7 +20,8 @@ from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments, Losses
 from coopq.export.checkpoint import SavedModel
 from coopq.game.engines.prefix_engine import model_nll
-from coopq.game.session import open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import open_session
 from coopq.judge.references import random_assignments
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set

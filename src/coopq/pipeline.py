@@ -22,8 +22,9 @@ from coopq.export.deployment import deployed_request, resized
 from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile, export_model, predicted_bytes
+from coopq.game.prepared import prepare, usable_bits
 from coopq.game.run_folder import RunFolder
-from coopq.game.session import open_session, prepare, usable_bits
+from coopq.game.session import open_session
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
 from coopq.model.load import gguf_file, max_positions

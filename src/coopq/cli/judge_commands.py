@@ -8,7 +8,6 @@ import click
 
 from coopq.cli.options import PLACE, SectionedCommand, as_json, takes
 from coopq.cli.terminal import print_result, progress_bars, quiet_libraries
-from coopq.core.files import write_json
 from coopq.core.specs import Request
 
 _WINDOW = "2048, or what the model has."
@@ -43,7 +42,7 @@ def compare(
     from coopq.report.data import comparison_data
     from coopq.report.judged import comparison_table
     from coopq.report.page.ranking.page import save_comparison_page
-    from coopq.report.page.saved import REPORT
+    from coopq.report.page.saved import COMPARISON, SavedComparison
     from coopq.report.plots import save_comparison
 
     quiet_libraries()
@@ -59,14 +58,15 @@ def compare(
             progress=progress,
         )
     text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
-    data = comparison_data(request, text, rows)
-    write_json(run / "comparison.json", data)
+    file = SavedComparison(request, text, rows).save(run)
     widths = request.widths
     title = f"{request.model.source}, {request.quantizer.backend}, {widths.text} bits by {widths.granularity}: {text}"
     files = save_comparison(rows, title, run / "comparison")
-    page = save_comparison_page(request, text, rows, run / REPORT)
-    saved = ", ".join(map(str, [run / "comparison.json", *files, page]))
-    print_result(data, Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json)
+    page = save_comparison_page(request, text, rows, run / COMPARISON)
+    saved = ", ".join(map(str, [file, *files, page]))
+    print_result(
+        comparison_data(request, text, rows), Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json
+    )
 
 
 @click.command(cls=SectionedCommand)
@@ -134,12 +134,15 @@ def evaluate(
     """Measure how far MODEL is from its original (KL divergence), and its perplexity, on WikiText-2 and your text."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
+    from coopq.export.checkpoint import SavedModel
     from coopq.judge.judge import Judge
     from coopq.model.texts import WIKITEXT2, HeldOut
     from coopq.pipeline import default_run
     from coopq.report.data import evaluation_data
     from coopq.report.judged import comparison_table, evaluation_text
+    from coopq.report.page.saved import write_judged
 
     quiet_libraries()
     if task:
@@ -153,13 +156,17 @@ def evaluate(
     with progress_bars() as progress:  # the own text first: it may be too short, and WikiText-2 takes long
         judged = [judge.judge(each, progress) for each in reversed(texts)][::-1]
     data: list[dict[str, Any]] = []
-    shown: list[str | Table] = []
+    shown: list[str | Table | Text] = []
     for evaluation, rows in judged:
         data.append(evaluation_data(evaluation, rows))
         shown.append(evaluation_text(model, evaluation))
         if rows:
             shown.append(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
-    own = {"own_text": data[1]} if len(data) > 1 else {}
+    own: dict[str, Any] = {"own_text": data[1]} if len(data) > 1 else {}
+    saved = SavedModel(Path(model).expanduser())
+    if saved.exists and (page := write_judged(saved, judge.run, judged)) is not None:
+        own["report"] = str(page)
+        shown.append(Text(f"report: {page}", overflow="fold"))
     print_result(data[0] | own, Group(*shown), as_json)
 
 

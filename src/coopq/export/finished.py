@@ -8,7 +8,7 @@ from coopq.core.files import as_plain
 from coopq.core.goal import Goal
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
-from coopq.game.session import prepare
+from coopq.game.prepared import prepare
 from coopq.model.load import fingerprint_weights, max_positions
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.methods import METHODS

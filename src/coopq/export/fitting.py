@@ -5,7 +5,7 @@ from typing import Any
 from coopq.core.errors import InfeasibleBudget, OptionError
 from coopq.core.sizes import Budget
 from coopq.export.kv_cache import cache_bytes
-from coopq.game.session import Prepared
+from coopq.game.prepared import Prepared
 from coopq.model.memory import gib
 
 _TOKENS_AT_ONCE = 512

@@ -9,7 +9,8 @@ searches.json  what searches knew when they began
 estimate.json  Shapley values, covariance and sizes: all that an allocation needs
 plans/         one plan for each budget and method
 evaluation/    losses on text that judges
-report.html    the report page of the latest plan or comparison
+judged.json    what evaluate found out about the models of plans
+report.html    the report page of the latest plan; comparison.html is that of the latest comparison
 run.lock       held while a process works in the folder
 """
 

@@ -1,4 +1,4 @@
-"""Opening a model: `prepare` checks a request without weights, `open_session` loads the model over a run folder.
+"""Opening a model: `open_session` loads a prepared model over a run folder.
 
 Everything that measures, quantizes or judges a model opens the model here.
 """
@@ -10,148 +10,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
+import numpy as np
 
 from coopq.core.errors import OutOfMemory
 from coopq.core.goal import Limit
-from coopq.core.sizes import Budget
-from coopq.core.specs import Request
-from coopq.core.subject import SizedRequest, Subject
-from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
+from coopq.core.subject import Subject
+from coopq.core.types import UNTOUCHED, ProgressCallback, silent
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
 from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
+from coopq.game.prepared import Prepared
 from coopq.game.run_folder import RunFolder
 from coopq.game.weights_fingerprint import weights_fingerprint
-from coopq.model.load import LoadedModel, load_model, load_skeleton, max_positions, pick_device
-from coopq.model.memory import Footprint, free_memory, gib
+from coopq.model.load import LoadedModel, max_positions
+from coopq.model.memory import free_memory, gib
 from coopq.model.offload import OffloadedBlocks
-from coopq.model.players import find_players, warn_of_weights_outside
-from coopq.model.texts import TokenSet, calibration_set, check_length, check_text, fitting_set
-from coopq.quantizers import get_backend
+from coopq.model.texts import TokenSet, calibration_set, fitting_set
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.bank import WeightBank
-from coopq.quantizers.sizes import OUR_FILE, Target, packed_bytes
 
 _log = logging.getLogger(__name__)
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Prepared(SizedRequest):
-    """A request that passed every check that needs no weights.
-
-    Attributes:
-        skeleton: The model without storage, in the dtype that it will compute in.
-        backend: What quantizes.
-        device: Where the model computes.
-        target: The file that plans are made for.
-    """
-
-    skeleton: Any
-    backend: Backend
-    device: torch.device
-    target: Target
-
-    def check_budgets(self, budgets: Sequence[Budget]) -> None:
-        """Check that budgets are feasible.
-
-        Raises:
-            InfeasibleBudget: With the smallest and the largest feasible budget.
-        """
-        for budget in budgets:
-            self.sizes.limit(budget, self.request.widths.bits)
-
-    @property
-    def footprint(self) -> Footprint:
-        """What measuring this request takes."""
-        text, widths, diverges = self.request.text, self.request.widths.quantized, self.request.search.loss == "kl"
-        own = zip(self.players, self.player_widths, strict=True)
-        bank = sum(
-            packed_bytes(self.backend, player, width) for player, each in own for width in each if width in widths
-        )
-        return Footprint.estimate(self.skeleton, self.players, text, self.device.type, len(widths), bank, diverges)
-
-    def fit(self) -> tuple[Footprint, int | None]:
-        """What measuring this request takes and what is free, in bytes, once the run is known to fit.
-
-        Raises:
-            OutOfMemory: If the run does not fit, with the setting that would fit.
-        """
-        needed, free = self.footprint, free_memory(self.request.model.device)
-        needed.check(free)
-        if needed.must_offload(free) and self.request.widths.embeddings:
-            raise OutOfMemory(
-                f"{needed}, and {gib(free)} are free: blocks must stay on the host, and then the embedding is no "
-                "player; leave --embeddings out"
-            )
-        return needed, free
-
-    def load(self, progress: ProgressCallback = silent, *, on_host: bool = False) -> LoadedModel:
-        """Load the weights; `on_host` leaves the weights in the host's memory."""
-        progress("loading the model", 0, 1)
-        spec = self.request.model
-        loaded = load_model(spec.source, dtype=spec.dtype, device=spec.device, on_host=on_host)
-        progress("loading the model", 1, 1)
-        return loaded
-
-    def load_to_measure(
-        self, progress: ProgressCallback = silent
-    ) -> tuple[LoadedModel, OffloadedBlocks | None, Footprint, int | None]:
-        """Load the weights where they fit; blocks that do not fit on the device stay on the host.
-
-        Returns:
-            The model, its offloaded blocks if there are any, what the run takes, and what was free before.
-        Raises:
-            OutOfMemory: As `fit`.
-        """
-        needed, free = self.fit()
-        _log.info("%s; %s free on the %s", needed, gib(free), self.device.type)
-        must_offload = needed.must_offload(free)
-        loaded = self.load(progress, on_host=must_offload)
-        return loaded, OffloadedBlocks(loaded.model, self.device) if must_offload else None, needed, free
-
-
-def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 0) -> Prepared:
-    """Check a request and look at the model without its weights.
-
-    Args:
-        request: What is asked for.
-        target: The file that plans are made for.
-        judge_length: Tokens of the windows that assignments will be judged on, if they will be.
-    Raises:
-        CoopQError: Naming what is wrong.
-    """
-    check_text(request.text)
-    backend, skeleton, found = _look(request)
-    backend.check_text(request.text)
-    check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
-    players, sizes = target.fit(request, skeleton, found, backend)
-    warn_of_weights_outside(skeleton, players)
-    sizes.player_widths(request.widths.bits)  # refuses widths that no player has
-    return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(request.model.device), target)
-
-
-def _look(request: Request) -> tuple[Backend, Any, Sequence[Player]]:
-    """The backend, the model without storage, and all its players."""
-    spec, widths = request.model, request.widths
-    backend = get_backend(request.quantizer, widths.bits)
-    skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
-    return backend, skeleton, find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
-
-
-def usable_bits(request: Request, target: Target = OUR_FILE) -> tuple[Width, ...]:
-    """The widths of a request that are of use to some player: recipes name more than every model can take.
-
-    Args:
-        request: The request.
-        target: The file that plans are made for.
-    """
-    backend, skeleton, players = _look(request)
-    had = {width for player in players for linear in player.linears for width in backend.widths_of(linear.shape)}
-    bits = tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
-    _, sizes = target.fit(request.replace(bits=bits), skeleton, players, backend)
-    return sizes.usable_widths(bits)
+_CHECKED = 2
+"""Calibration sequences that the model's blocks are tried on before the weights are quantized."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +64,19 @@ class Session(Subject):
     def engine(self, tokens: TokenSet, loss: str = "nll") -> PrefixEngine:
         """What measures a loss on tokens in this process."""
         return make_engine(self.loaded.model, self.bank, tokens.tokens, loss, self.offloaded)
+
+    def check_blocks(self) -> None:
+        """Refuse a model that cannot be measured, before its weights are quantized: the first sequences tell.
+
+        Blocks that are compiled are checked by the first losses, since compiling for these sequences would take longer.
+
+        Raises:
+            ModelError: If the blocks cannot run one by one, or depend on more than the hidden states.
+        """
+        engine = self.engine(replace(self.calibration, tokens=self.calibration.tokens[:_CHECKED]))
+        if not engine.blockwise.is_compiled:
+            for _ in engine.evaluate(np.full((1, len(self.players)), UNTOUCHED, dtype=np.float32)):
+                pass
 
     @contextmanager
     def game(
@@ -273,8 +167,8 @@ def open_session(
             "loss": prepared.request.search.loss,
         }
         # A journal of another model is refused before anything is written over.
-        with Journal(folder.journal, fingerprint):
-            pass
+        with Journal(folder.journal, fingerprint) as known:
+            is_new = not len(known.first(1)[1])
         room = needed.room(free) if offloaded is None else needed.room(host_free, offloaded=True)
         weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, room=room)
         session = Session(
@@ -291,6 +185,8 @@ def open_session(
             progress=progress,
             offloaded=offloaded,
         )
+        if is_new:
+            session.check_blocks()
         fit_to = None if fitting is None else fitting.tokens
         weight_bank.build(prepared.request.widths.bits, fit_to, progress, session.player_widths)
         folder.start(prepared.request)

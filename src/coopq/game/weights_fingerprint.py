@@ -10,7 +10,7 @@ from coopq.model.players import covered_share
 from coopq.model.texts import TokenSet
 
 if TYPE_CHECKING:  # the session imports this module
-    from coopq.game.session import Prepared
+    from coopq.game.prepared import Prepared
 
 
 def weights_fingerprint(prepared: "Prepared", loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from coopq.core.spec import spec_options
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, silent
 from coopq.export.formats import TargetFile
-from coopq.game.session import Session, open_session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import Session, open_session
 from coopq.judge.divergence import estimate
 from coopq.judge.references import (
     FULL_PRECISION,
@@ -155,6 +156,7 @@ def _row(judged: Judged, loss: str) -> Comparison:
         same_top=None if is_reference else estimate(same_top),
         file_bytes=judged.file_bytes,
         windows=tuple(judged.windows.mean(axis=0).tolist()),
+        width=float(judged.assignments.min()) if judged.method == UNIFORM else None,
     )
 
 

@@ -15,7 +15,7 @@ from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
 from coopq.export.formats import predicted_bytes
-from coopq.game.session import Prepared, prepare
+from coopq.game.prepared import Prepared, prepare
 from coopq.judge.divergence import Scores, summarize, token_scores
 from coopq.judge.results import Evaluation
 from coopq.judge.windows import portions

@@ -18,7 +18,7 @@ from coopq.export.gguf.base import BaseFile
 from coopq.export.gguf.form import open_base
 from coopq.export.gguf.mixes import mix_bytes, mix_types, nearest_mix
 from coopq.export.gguf.names import module_tensors
-from coopq.game.session import prepare
+from coopq.game.prepared import prepare
 from coopq.judge.divergence import Scores, estimate, token_scores
 from coopq.judge.evaluation import kept_scores, load_original
 from coopq.judge.references import MIX

@@ -2,9 +2,17 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from coopq.core.errors import EstimationError
+import msgspec
 
+from coopq.core.errors import EstimationError, RunError
+from coopq.core.files import locked, read_record, write_record
+from coopq.core.types import Width
+
+_FORMAT_VERSION, _JUDGED = 1, "judged.json"
+_NEAR = 0.005
 _MOST_NLL = 700.0
 """A larger loss has a perplexity that no float holds."""
 
@@ -95,6 +103,7 @@ class Comparison:
             precision, the reference, and where no divergence was measured.
         same_top: Share of the tokens with the most likely token of full precision; None likewise.
         file_bytes: Bytes of the whole file, or the most that it can take; None where the file is not known.
+        width: The width of a uniform row. Layers that lack the width have their next wider one.
     """
 
     method: str
@@ -110,12 +119,14 @@ class Comparison:
     divergence: Estimate | None = None
     same_top: Estimate | None = None
     file_bytes: int | None = None
+    width: Width | None = None
 
     @property
     def name(self) -> str:
         """Method and budget for people, or the width of a uniform row."""
-        if self.method == "uniform":
-            return f"uniform {self.average_bits:.3g}"
+        if self.width is not None:
+            wider = " and wider" if self.average_bits > self.width + _NEAR else ""
+            return f"{self.method} {self.width:g}{wider}"
         mean = f" (mean of {self.n})" if self.n > 1 else ""
         return self.method + (f" {self.budget}" if self.budget else "") + mean
 
@@ -138,3 +149,52 @@ class Accuracy:
     stderr: float
     normalized: tuple[float, float] | None
     questions: int
+
+
+@dataclass(frozen=True)
+class JudgedPlan:
+    """What was found out about the model of a plan on one text.
+
+    Attributes:
+        fingerprint: The plan's fingerprint.
+        assignment: The plan's widths, one for each player.
+        evaluation: The evaluation of the model.
+        rows: The model and what else its budget buys; empty without a comparison.
+    """
+
+    fingerprint: dict[str, Any]
+    assignment: list[Width]
+    evaluation: Evaluation
+    rows: list[Comparison]
+
+    def _subject(self) -> tuple[object, ...]:
+        return self.fingerprint, self.assignment, self.evaluation.text
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """judged.json."""
+
+    judged: list[JudgedPlan]
+
+
+def keep_judged(run: Path, judged: JudgedPlan) -> None:
+    """Keep what was found out in a run folder, in place of what was known of the same model on the same text."""
+    with locked(run):
+        known = [one for one in kept_judged(run) if one._subject() != judged._subject()]
+        write_record(run / _JUDGED, _Kept([*known, judged]), _FORMAT_VERSION)
+
+
+def kept_judged(run: Path) -> list[JudgedPlan]:
+    """All that `keep_judged` kept in a run folder.
+
+    Raises:
+        RunError: If the file is damaged, or of another version.
+    """
+    file = run / _JUDGED
+    if not file.is_file():
+        return []
+    way_out = "delete it, and run coopq evaluate"
+    kept = read_record(
+        file, _Kept, _FORMAT_VERSION, what="record of judging", missing="", way_out=way_out, error=RunError
+    )
+    return kept.judged

@@ -16,7 +16,7 @@ from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
-from coopq.game.session import Prepared, prepare
+from coopq.game.prepared import Prepared, prepare
 from coopq.model.blockwise import batch_size
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint, free_memory, gib

@@ -24,7 +24,7 @@ from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.formats import TargetFile
 from coopq.export.gguf.converter import find_converter
-from coopq.game.session import prepare
+from coopq.game.prepared import prepare
 from coopq.model.memory import free_memory, gib
 
 _SECONDS = 300.0

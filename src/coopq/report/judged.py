@@ -15,42 +15,53 @@ _LEADS_FROM = 3
 
 
 def evaluation_text(model: str, evaluation: Evaluation) -> str:
-    """What was found out about a model, in one to three lines."""
-    found, lines = evaluation.divergence, [f"{model}: {size_text(evaluation.file_bytes, evaluation.bytes)}"]
+    """What was found out about a model, and its size, in lines."""
+    size = size_text(evaluation.file_bytes, evaluation.bytes)
+    return "\n".join([f"{model}: {size}", *evaluation_lines(evaluation)])
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What was found out about a model, in two to four lines."""
+    found, lines = evaluation.divergence, []
     if found is not None:
         tail = {"median": found.median, "99 %": found.percentile_99, "maximum": found.maximum}
-        more = ", ".join(f"{name} {_with_interval(value, '{:.3g}')}" for name, value in tail.items())
-        lines.append(f"KL divergence from the original, nats per token: {_with_interval(found.mean, '{:.3g}')}, {more}")
-        lines.append(
-            f"same most likely token as the original: {_with_interval(found.same_top, '{:.1%}')} of the tokens"
-        )
+        more = ", ".join(f"{name} {with_interval(value, '{:.3g}')}" for name, value in tail.items())
+        lines.append(f"KL divergence from the original, nats per token: {with_interval(found.mean, '{:.3g}')}, {more}")
+        lines.append(f"same most likely token as the original: {with_interval(found.same_top, '{:.1%}')} of the tokens")
     likelihood = f"perplexity {evaluation.perplexity:.3f}, {evaluation.nll:.5f} nats per token"
     # Without a divergence the model is what others are compared with.
     lines.append(likelihood if found is not None else f"{likelihood}, reference")
     text = f"{evaluation.tokens} tokens scored ({evaluation.text})"
-    return "\n".join([*lines, text if found is None else f"{text}; in brackets 95 %, bootstrap over windows"])
+    return [*lines, text if found is None else f"{text}; in brackets 95 %, bootstrap over windows"]
 
 
 def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     """A comparison, in the order given; `text` is the judging text."""
-    plans = [row.average_bits for row in rows if row.method not in REFERENCES]
-    leads = min(plans, default=_LEADS_FROM) >= _LEADS_FROM
-    divergence, likelihood = ["KL", "same top"], ["perplexity"]
-    judged = [*divergence, *likelihood] if leads else [*likelihood, *divergence]
     title = (
         f"Judged on {text}\nKL divergence from full precision in nats per token, share of tokens with the same most "
         "likely token; ± half of the 95 % interval"
     )
-    table = empty_table(title, "weights", "size", *judged)
+    head, cells = judged_cells(rows)
+    table = empty_table(title, *head)
     for column in table.columns:
         column.no_wrap = column.header != "weights"  # on a narrow terminal the names wrap, and not what leads
+    for row in cells:
+        table.add_row(*row)
+    return table
+
+
+def judged_cells(rows: Sequence[Comparison]) -> tuple[list[str], list[list[str]]]:
+    """Names of the columns, and the cells of each row."""
+    plans = [row.average_bits for row in rows if row.method not in REFERENCES]
+    leads = min(plans, default=_LEADS_FROM) >= _LEADS_FROM
+    cells = []
     for row in rows:
+        size = f"{row.bits_per_weight:.3f} bpw" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f} MB"
         diverging = [_reference_or(row.divergence, "{:.2g}"), _reference_or(row.same_top, "{:.1%}")]
         likely = [f"{row.perplexity:,.2f}"]
-        cells = [*diverging, *likely] if leads else [*likely, *diverging]
-        size = f"{row.bits_per_weight:.3f} bpw" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f} MB"
-        table.add_row(row.name, size, *cells)
-    return table
+        cells.append([row.name, size, *([*diverging, *likely] if leads else [*likely, *diverging])])
+    divergence, likelihood = ["KL", "same top"], ["perplexity"]
+    return ["weights", "size", *([*divergence, *likelihood] if leads else [*likelihood, *divergence])], cells
 
 
 def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
@@ -70,7 +81,8 @@ def _reference_or(found: Estimate | None, form: str) -> str:
     return shown if found.interval is None else f"{shown} ± {form.format(np.ptp(found.interval) / 2)}"
 
 
-def _with_interval(found: Estimate, form: str) -> str:
+def with_interval(found: Estimate, form: str) -> str:
+    """A statistic with its interval in brackets."""
     if found.interval is None:
         return form.format(found.value)
     low, high = map(form.format, found.interval)

@@ -17,7 +17,8 @@ from coopq.core.errors import EstimationError, Mismatch
 from coopq.core.specs import Request
 from coopq.core.types import Assignment, Assignments, Player, Width
 from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
-from coopq.game.session import Session, prepare
+from coopq.game.prepared import prepare
+from coopq.game.session import Session
 from coopq.model.load import fingerprint_weights
 from coopq.model.matrices import round_untouched
 from coopq.model.memory import free_memory

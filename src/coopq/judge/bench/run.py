@@ -14,7 +14,8 @@ from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, as_widths, silent
 from coopq.export.formats import TargetFile
 from coopq.game.journal import Journal
-from coopq.game.session import Prepared, Session, open_session, prepare
+from coopq.game.prepared import Prepared, prepare
+from coopq.game.session import Session, open_session
 from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result, Row, load_result, save_result
 from coopq.judge.comparison import Judged, beside_references, make_measured_plans

@@ -10,8 +10,8 @@ from coopq.core.errors import RunError
 from coopq.core.files import as_plain
 from coopq.core.types import UNTOUCHED
 from coopq.game.journal import Journal
+from coopq.game.prepared import Prepared
 from coopq.game.run_folder import RunFolder
-from coopq.game.session import Prepared
 from coopq.plan.scores.kept import kept_score
 from coopq.search import Measured, SearchSpace
 from coopq.search.informed import PRIOR_SCORE, Prior, make_prior

@@ -1,29 +1,51 @@
 """Pages of what lies on disk: a plan, a saved model, a run folder, a comparison, the folder of a bench."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
 from coopq.core.errors import RunError
-from coopq.core.files import read_json
+from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.specs import Request
+from coopq.export.checkpoint import SavedModel
 from coopq.game.run_folder import RunFolder
-from coopq.judge.results import Comparison
+from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
 from coopq.plan.plan import Plan, load_plans
 from coopq.report.page.ranking.page import save_bench_page, save_comparison_page
 from coopq.report.page.run.page import save_run_page
 
-REPORT = "report.html"
+REPORT, COMPARISON = "report.html", "comparison.html"
+_COMPARISON = "comparison.json"
 
 
-class _SavedComparison(Struct, frozen=True):
-    """comparison.json."""
+_FORMAT_VERSION = 1
+
+
+class SavedComparison(Struct, frozen=True):
+    """A comparison: what was asked for, the judging text, and the rows."""
 
     request: Request
     text: str
     comparison: list[Comparison]
+
+    def save(self, run: Path) -> Path:
+        """Write comparison.json into a run folder; returns its path."""
+        write_record(run / _COMPARISON, self, _FORMAT_VERSION)
+        return run / _COMPARISON
+
+    @classmethod
+    def load(cls, run: Path) -> "SavedComparison":
+        """The comparison of a run folder.
+
+        Raises:
+            RunError: If the file is not what this version writes.
+        """
+        file, again = run / _COMPARISON, "run coopq compare again"
+        missing = f"{file} is missing; {again}"
+        return read_record(
+            file, cls, _FORMAT_VERSION, what="comparison", missing=missing, way_out=again, error=RunError
+        )
 
 
 def write_pages(path: Path) -> list[Path]:
@@ -61,6 +83,25 @@ def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
     return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
 
 
+def write_judged(saved: SavedModel, run: Path, judged: Iterable[tuple[Evaluation, list[Comparison]]]) -> Path | None:
+    """Keep what was found out about a saved model, and write the page of its plan again.
+
+    Args:
+        saved: The model.
+        run: Its run folder; nothing is kept if the folder was deleted.
+        judged: The evaluation and the comparison on each text.
+    Returns:
+        The page, if there is a run folder.
+    """
+    plan, run = saved.plan, run.expanduser().resolve()
+    if not (run / "run.json").is_file():
+        return None
+    for evaluation, rows in judged:
+        keep_judged(run, JudgedPlan(as_plain(plan.fingerprint), plan.assignment, evaluation, rows))
+    out = saved.folder.resolve()
+    return write_report(plan, Path(run.name.removesuffix("-run")) if run in out.parents else out, run)
+
+
 def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:
     """The page of one plan; `run` is used if it is a run folder."""
     plan = Plan.load(file)
@@ -72,28 +113,15 @@ def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:
 
 
 def _run_pages(run: Path) -> Iterator[Path]:
-    """The page of a run folder's comparison, or else one for each plan; a plan's own path gives the plan's page."""
-    folder, comparison = RunFolder(run), run / "comparison.json"
+    """The page of a run folder's comparison, and one for each plan; a plan's own path gives the plan's page."""
+    folder, comparison = RunFolder(run), run / _COMPARISON
     folder.request()  # says what else the folder is
     if comparison.is_file():
-        found = _read_comparison(comparison)
-        yield save_comparison_page(found.request, found.text, found.comparison, run / REPORT)
-        return
+        found = SavedComparison.load(run)
+        yield save_comparison_page(found.request, found.text, found.comparison, run / COMPARISON)
     files = sorted(folder.plans.glob("*.json"))
-    if not files:
+    if not files and not comparison.is_file():
         raise RunError(f"{run} holds no plan yet; repeat the command that it was started with")
     for file, plan in zip(files, load_plans(files), strict=True):
         name = REPORT if len(files) == 1 else f"report-{file.stem}.html"
         yield save_run_page(plan, run, run.name.removesuffix("-run"), run / name)
-
-
-def _read_comparison(path: Path) -> _SavedComparison:
-    """The comparison of a run folder.
-
-    Raises:
-        RunError: If the file is not what this version writes.
-    """
-    try:
-        return msgspec.convert(read_json(path), _SavedComparison)
-    except msgspec.ValidationError as error:
-        raise RunError(f"{path} is not a comparison of this version ({error}); run coopq compare again") from error

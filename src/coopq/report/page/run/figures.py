@@ -56,7 +56,7 @@ def size_figure(record: RunRecord) -> Spec:
                         "type": "text",
                         "align": "right" if budget > middle else "left",
                         "dx": -5 if budget > middle else 5,
-                        "y": 8,
+                        "y": {"expr": "height - 8"} if budget > middle else 8,  # below the line nothing is drawn
                         "opacity": 0.75,
                     },
                     "encoding": {"text": {"field": "label"}},

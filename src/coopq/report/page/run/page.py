@@ -9,8 +9,10 @@ import numpy as np
 from coopq.core.recipes import RECIPES
 from coopq.core.types import UNTOUCHED
 from coopq.export.formats import FORMS
+from coopq.judge.references import FULL_PRECISION
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
+from coopq.report.judged import evaluation_lines, judged_cells
 from coopq.report.page.document import Figure, Section, code, details, facts, paragraph, save_page, table
 from coopq.report.page.provenance import provenance
 from coopq.report.page.run.figures import LOSS_NAMES, predicted_figure, search_figure, size_figure
@@ -52,6 +54,8 @@ def run_sections(record: RunRecord, out: str) -> Iterator[Section]:
     """The sections of the page; those without data are left out."""
     plan = record.plan
     yield Section("The answer", _answer(record, out))
+    if record.judged:
+        yield Section("How good is it on text that no search saw?", list(_judged(record)))
     if len(record.measured.losses) > 1 and plan.measured_loss is not None:
         yield Section("Which loss does each size have?", [Figure("size", size_figure(record), _size_caption(record))])
     yield Section("Which layers have which widths, and why?", _layers(record))
@@ -85,6 +89,7 @@ def _answer(record: RunRecord, out: str) -> list[str]:
             "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4g}{interval}",
             f"{unit}, 95 % interval over {n} calibration sequences" if interval else unit,
         ),
+        *_judged_box(record),
         ("engine", "transformers" if form is None else FORMS[form].engine, f"export form: {form or 'CoopQ packed'}"),
     ]
     parts = [facts(boxes)]
@@ -99,6 +104,31 @@ def _answer(record: RunRecord, out: str) -> list[str]:
             paragraph(f"The search was stopped after {plan.stopped_after}. Without the limit the same command goes on.")
         )
     return [*parts, paragraph("Run the model:"), code(_commands(record, out))]
+
+
+def _judged_box(record: RunRecord) -> Iterator[tuple[str, str, str]]:
+    """The divergence on the first text of `coopq evaluate`."""
+    for judged in record.judged[:1]:
+        evaluation = judged.evaluation
+        if (divergence := evaluation.divergence) is not None:
+            original = [row.perplexity for row in judged.rows if row.method == FULL_PRECISION]
+            beside = f", {original[0]:.2f} in full precision" if original else ""
+            value = f"{divergence.mean.value:.2g}"
+            if divergence.mean.interval is not None:
+                value += f" ± {np.ptp(divergence.mean.interval) / 2:.1g}"
+            yield ("the same on unseen text", value, f"perplexity {evaluation.perplexity:.2f}{beside}")
+
+
+def _judged(record: RunRecord) -> Iterator[str]:
+    """What `coopq evaluate` found out, text by text."""
+    for judged in record.judged:
+        yield from map(paragraph, evaluation_lines(judged.evaluation))
+        if judged.rows:
+            yield table(*judged_cells(judged.rows))
+            yield paragraph(
+                "KL is the divergence from full precision, nats per token. Same top is the share of tokens with the "
+                "same most likely token. ± is half of the 95 % interval over windows."
+            )
 
 
 def _commands(record: RunRecord, out: str) -> str:
@@ -122,7 +152,7 @@ def _uniform_sentence(record: RunRecord) -> str | None:
     is_uniform = (points.assignments == points.assignments[:, :1]).all(axis=1)
     rows = np.flatnonzero(is_uniform & (points.assignments != UNTOUCHED).all(axis=1))
     if not len(rows):
-        return "Uniform widths are not measured in this run; coopq evaluate measures them, then make the page again."
+        return "Uniform widths are not measured in this run; coopq evaluate measures them, and writes this page again."
     sizes, losses = record.bits_per_weight(points.n_bytes[rows]), points.losses[rows]
     order = np.argsort(sizes)
     names = [

@@ -1,6 +1,6 @@
 """What a run folder says of a plan: every measured assignment, the surrogate fitted again, pair terms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from coopq.core.sizes import Sizes
 from coopq.core.types import UNTOUCHED, Assignments, Losses
 from coopq.game.journal import Journal
 from coopq.game.run_folder import RunFolder
+from coopq.judge.results import JudgedPlan, kept_judged
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
@@ -69,6 +70,7 @@ class RunRecord:
             a surrogate.
         pairs: Pair terms; None where nothing fitted has any.
         engine: The engine that the job wrote its output for; None for a model as coopq itself saves it.
+        judged: What `coopq evaluate` found out about the model, one for each text.
     """
 
     plan: Plan
@@ -79,6 +81,7 @@ class RunRecord:
     predicted: Losses | None
     pairs: PairTerms | None
     engine: str | None = None
+    judged: Sequence[JudgedPlan] = ()
 
     @property
     def n_weights(self) -> int:
@@ -108,6 +111,8 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
     if (run / "delivered.json").is_file():
         form = plan.request.target.form
         empty = replace(empty, engine=next(name for name, recipe in RECIPES.items() if recipe.form == form))
+    found = [one for one in kept_judged(run) if one.fingerprint == as_plain(plan.fingerprint)]
+    empty = replace(empty, judged=[one for one in found if one.assignment == plan.assignment])
     if plan.deployment is not None or Journal.header(folder.journal) != as_plain(plan.fingerprint):
         return empty
     measured = searched = _points(plan, folder.journal)
