@@ -25,7 +25,8 @@ QUICK = ["--tokens", "256", "--sequence-length", "128", "--forwards", "8"]
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_accepted(name: str, stories: str) -> None:
-    options = {**recipe_options(name, "coopq" if name == "paper" else name, {}), "model": stories}
+    engine = {"paper": "coopq", "speed": "llama.cpp"}.get(name, name)
+    options = {**recipe_options(name, engine, {}), "model": stories}
     method, _ = options.pop("method", "active"), options.pop("alpha", None)
     request = Request.from_options(**options)
     assert method in METHODS
@@ -50,6 +51,8 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
         recipe_options("llama.cp", "llama.cp", {})
     with pytest.raises(OptionError, match="takes the form 'gguf', not 'openvino'"):
         recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
+    with pytest.raises(OptionError, match="recipe 'speed' is not for engine 'openvino'"):
+        recipe_options("speed", "openvino", {})
 
 
 @pytest.mark.parametrize(("engine", "size"), [("vllm", "7bpw"), ("transformers", "5bpw")])

@@ -175,7 +175,7 @@ _ENGINE = click.option(
     help=f"Engine that will run the model. One of: {', '.join(ENGINES)}. Default: {OWN}.",
 )
 _RECIPE = click.option(
-    "--recipe", type=_Name(RECIPES), help="Settings of another recipe than the engine's: paper, for example."
+    "--recipe", type=_Name(RECIPES), help="Other settings than the engine's: speed (llama.cpp), or paper."
 )
 
 

@@ -38,6 +38,16 @@ _TOKENS = Setting(4096, "enough for a divergence")
 _EMBEDDINGS = Setting(True, "the embedding is a large part of a small file")
 _SEARCHED = {"granularity": _FUSED, "loss": _KL, "tokens": _TOKENS}
 
+_LLAMA_CPP: dict[str, Setting] = {
+    **_SEARCHED,
+    "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
+    "bits": Setting(
+        (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
+        "the best type of each size; 16 keeps a tensor of a base that is quantized already",
+    ),
+    "embeddings": _EMBEDDINGS,
+}
+
 RECIPES: dict[str, Recipe] = {
     "coopq": Recipe(
         None,
@@ -51,15 +61,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "llama.cpp": Recipe(
         "gguf",
-        {
-            **_SEARCHED,
-            "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
-            "bits": Setting(
-                (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
-                "the best type of each size; 16 keeps a tensor of a base that is quantized already",
-            ),
-            "embeddings": _EMBEDDINGS,
-        },
+        _LLAMA_CPP,
         "llama-cli -m {out}",
     ),
     "vllm": Recipe(
@@ -99,6 +101,11 @@ RECIPES: dict[str, Recipe] = {
         },
         "mlx_lm.generate --model {out} --prompt 'Once upon a time'",
     ),
+    "speed": Recipe(
+        "gguf",
+        {**_LLAMA_CPP, "bits": Setting((2.5, 3.5, 4.5, 5, 6, 8, 16), "without the types that write slowly on CPUs")},
+        "llama-cli -m {out}",
+    ),
     "paper": Recipe(
         None,
         {
@@ -113,12 +120,12 @@ RECIPES: dict[str, Recipe] = {
         "python -c 'import coopq; model = coopq.load(\"{out}\")'",
     ),
 }
-"""Recipes by name: of engines, and the paper's. Why these: docs/decisions/0047-recipes.md."""
+"""Recipes by name: of engines, llama.cpp's for speed, and the paper's. Why these: docs/decisions/0047-recipes.md."""
 
 
 OWN = "coopq"
 """The recipe of the form that coopq itself saves."""
-ENGINES = tuple(name for name in RECIPES if name != "paper")
+ENGINES = tuple(name for name in RECIPES if name not in ("paper", "speed"))
 
 
 def get_recipe(name: str) -> Recipe:
@@ -140,13 +147,15 @@ def recipe_options(name: str, engine: str, given: Mapping[str, Any]) -> dict[str
         engine: Name of the engine that will run the model.
         given: Options by name.
     Raises:
-        OptionError: If a name is unknown.
+        OptionError: If a name is unknown, or the recipe is for another engine.
     """
     if engine not in ENGINES:
         raise OptionError(f"engine {engine!r} is unknown; {hint(engine, ENGINES)}")
     form = RECIPES[engine].form
     if form is not None and given.get("target") not in (None, form):
         raise OptionError(f"engine {engine!r} takes the form {form!r}, not {given['target']!r}; leave --target out")
+    if get_recipe(name).form not in (None, form):
+        raise OptionError(f"recipe {name!r} is not for engine {engine!r}; use --for llama.cpp, or leave --recipe out")
     options = {option: setting.value for option, setting in get_recipe(name).settings.items()}
     return {**options, **({} if form is None else {"target": form}), **given}
 

@@ -76,6 +76,11 @@ def delivery_summary(request: Request, made: "Delivery") -> str:
             f"\n{check.engine}: {check.loss:.3f} nats a token on a short passage, {check.ours:.3f} by what was measured"
             f"\nthe file writes: {check.text!r}"
             + ("" if check.before is None else f"\nthe original writes: {check.before!r}")
+            + (
+                ""
+                if not check.speed
+                else f"\ntokens a second: {', the original '.join(f'{x:.1f}' for x in check.speed)}"
+            )
         )
     return (
         f"{made.out}: {made.n_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"

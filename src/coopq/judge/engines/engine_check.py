@@ -45,6 +45,7 @@ class EngineCheck:
         ours: The same by the weights that were measured.
         text: What the engine writes after a prompt.
         before: What the engine writes with the model in full precision; None where that file is not tried.
+        speed: Tokens that the engine writes in a second with the file, and with the model in full precision.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class EngineCheck:
     ours: float
     text: str
     before: str | None = None
+    speed: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,14 @@ def check_in_llama_cpp(
             f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
         )
     with _quiet():
-        text, before = _written(server), None
+        (text, *speed), before = _written(server), None
         del server
         if original is not None and original.stat().st_size < (free_memory("cpu") or 0) // 2:
             server = _server(original, tokens.shape[1])
-            before = _written(server)
+            before, full_speed = _written(server)
+            speed.append(full_speed)
             del server
-    return EngineCheck(engine, float(found.mean()), float(ours.mean()), text, before)
+    return EngineCheck(engine, float(found.mean()), float(ours.mean()), text, before, tuple(speed))
 
 
 @contextmanager
@@ -147,10 +150,10 @@ def _server(file: Path, length: int) -> Any:
         raise ExportError(f"llama.cpp does not load {file}: {error}") from error
 
 
-def _written(server: Any) -> str:
-    """What a server writes after the prompt, with the prompt."""
+def _written(server: Any) -> tuple[str, float]:
+    """What a server writes after the prompt, with the prompt, and tokens per second."""
     answer = server.handle_completions({"prompt": _PROMPT, "max_tokens": _MOST_TOKENS, "temperature": 0.0})
-    return _PROMPT + str(answer["choices"][0]["text"])
+    return _PROMPT + str(answer["choices"][0]["text"]), float(answer["timings"]["predicted_per_second"])
 
 
 def _losses(
