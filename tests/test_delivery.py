@@ -119,6 +119,7 @@ def test_the_front_is_read_from_a_run(stories: str, tmp_path: Path) -> None:
     code, text, _ = command("front", run)
     assert code == 0
     assert "knee" in text
+    assert text.rstrip().endswith(f"report: {run / 'report.html'}")
 
 
 def _front(run: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import pytest
 
 from coopq import Request
 from coopq.game.journal import Journal
-from coopq.judge.results import Comparison
+from coopq.judge.results import Comparison, Evaluation, JudgedPlan
 from coopq.plan.plan import Plan, PlayerPlan
 from coopq.report.page.colours import WIDTH_COLOURS
 from coopq.report.page.document import Section, paragraph, render, save_page, table
 from coopq.report.page.provenance import command as command_of
 from coopq.report.page.ranking.page import save_comparison_page
 from coopq.report.page.ranking.rank import Cell, comparison_cells, rank
+from coopq.report.page.run.figures import size_figure
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
 from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
@@ -167,6 +169,21 @@ def test_what_evaluate_finds_stands_on_the_page(searched: Path, tmp_path: Path) 
     assert not other.judged, "what was judged of other weights"
     (tmp_path / "out-run" / "judged.json").write_text("[1]")
     assert "delete it, and run coopq evaluate" in refused("show", out, "--page")
+
+
+def test_a_mix_is_a_point_at_the_size_of_its_file(searched: Path) -> None:
+    run = searched.with_name("out-run")
+    record = read_run(Plan.load(searched / "plan.json"), run)
+    plan = record.plan
+    mix = Comparison(
+        "llama.cpp's mix", "Q3_K_S", 1, 3.0, 3.4, "kl", 0.25, 3.0, 20.0, (3.0,), file_bytes=plan.file_bytes
+    )
+    found = Evaluation(nll=3.0, tokens=9, file_bytes=1, bytes=1, text="a text")
+    judged = replace(record, judged=[JudgedPlan(plan.fingerprint, plan.assignment, found, [mix])])
+    drawn = json.dumps(size_figure(judged))
+    point = {"size": round(plan.bits_per_weight, 4), "loss": 0.25, "label": "mix Q3_K_S"}
+    assert json.dumps(point)[1:-1] in drawn
+    assert "mix" not in json.dumps(size_figure(record))
 
 
 def test_the_paper_s_method_shows_its_covariance(finished: Path) -> None:

@@ -177,14 +177,19 @@ def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None
 @as_json
 def front(run: Path, as_json: bool) -> None:
     """Show sizes against losses from what the run folder RUN knows; the knee is marked. Nothing is measured."""
+    from rich.console import Group
+    from rich.text import Text
+
     from coopq import pipeline
     from coopq.game.run_folder import RunFolder
+    from coopq.report.page.saved import write_pages
     from coopq.report.tables import front_table
 
     quiet_libraries()
     points = pipeline.front(run)
     table = front_table(points, RunFolder(run).request().search.loss)
-    print_result([asdict(point) for point in points], table, as_json)
+    pages = Text("\n".join(f"report: {page}" for page in write_pages(run)), overflow="fold")
+    print_result([asdict(point) for point in points], Group(table, pages), as_json)
 
 
 @click.command(cls=SectionedCommand)

@@ -17,8 +17,8 @@ _PER_ROUND = 2
 """Points that are proposed for each budget in a round: few, so that the surrogate learns often. Chosen by hand."""
 _OPENING, _AROUND = 5, 2
 """Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
-_GROUPS = 24
-"""Most groups of steps that are taken back before the search ends, each by itself. Chosen by hand."""
+_GROUPS, _GROUPS_AFTER = 24, 60
+"""Most groups of steps that are taken back once, each by itself, and after how many points. Chosen by hand."""
 _POOL = 1000
 """Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
 _CLIMBS = 12
@@ -58,8 +58,8 @@ class ActiveSearch(Search):
     The search starts from what the prior alone chooses for the budgets and for sizes around them. Then it goes in
     rounds. For each budget a surrogate is fitted to all points, and the unmeasured points of highest expected
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
-    of the best points. A budget is settled when no point is worth a measurement. When all are settled for the first
-    time, groups of steps are taken back from the best point of the smallest budget, and the rounds go on.
+    of the best points. A budget is settled when no point is worth a measurement. After 60 points, or when all budgets
+    are settled, groups of steps are once taken back from the best point of the smallest budget, and the rounds go on.
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
@@ -107,7 +107,9 @@ class ActiveSearch(Search):
                     chosen += self._likely(budget, capacity, chosen)
                 elif self._quiet[capacity] < _ROUNDS:
                     chosen += self._candidates(self._prior, capacity, chosen)
-            if not chosen and self._prior is not None and not self._has_groups:
+            spent = len(self.measured) - self._most + self._limit
+            is_time = not chosen or spent >= _GROUPS_AFTER
+            if is_time and self._prior is not None and not self._has_groups:
                 self._has_groups = True
                 self._unsettle()
                 smallest = min(self._space.capacities)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.types import UNTOUCHED
+from coopq.judge.references import MIX
 from coopq.report.page.axes import FIT, labelled, loss_axis, number_axis, tip
 from coopq.report.page.colours import CHOICE, FAINT, FRONT
 from coopq.report.page.document import Spec
@@ -39,12 +40,13 @@ def size_figure(record: RunRecord) -> Spec:
         {"size": round(float(bits[i]), 4), "loss": float(losses[i]), "label": f"uniform {points.assignments[i][0]:g}"}
         for i in np.flatnonzero((points.assignments == points.assignments[:, :1]).all(axis=1) & ~is_full)
     ]
+    mixes = _mixes(record)
     tips = [tip("size", "bits per weight", ".3f"), tip("loss", loss, ".4f")]
     x = number_axis("size", "bits per weight, scales and zeros counted")
-    y = loss_axis("loss", f"{loss}, nats per token", [row["loss"] for row in rows])
+    y = loss_axis("loss", f"{loss}, nats per token", [row["loss"] for row in (*rows, *mixes)])
     budget = 8 * plan.budget_bytes / record.n_weights
     middle = sum([order[0]["size"], order[-1]["size"]]) / 2
-    for row in (*marks, *uniform):
+    for row in (*marks, *uniform, *mixes):
         row["is_right"] = row["size"] > middle
     layers = [
         {
@@ -75,9 +77,29 @@ def size_figure(record: RunRecord) -> Spec:
             "encoding": {"x": x, "y": y},
         },
         *([labelled(uniform, x, y, {"shape": "square", "color": "currentColor", "size": 60}, tips)] if uniform else []),
+        *(
+            [labelled(mixes, x, y, {"shape": "triangle-up", "color": "currentColor", "size": 60}, tips)]
+            if mixes
+            else []
+        ),
         labelled(marks, x, y, {"shape": "diamond", "color": CHOICE, "size": 160}, tips),
     ]
     return {"width": "container", "height": 320, "autosize": FIT, "layer": layers}
+
+
+def _mixes(record: RunRecord) -> list[dict[str, Any]]:
+    """llama.cpp's mix, where it was judged: its file's bytes beside those of the choice give the bits per weight."""
+    plan = record.plan
+    return [
+        {
+            "size": round(plan.bits_per_weight + 8 * (row.file_bytes - plan.file_bytes) / record.n_weights, 4),
+            "loss": row.calibration_loss,
+            "label": f"mix {row.budget}",
+        }
+        for judged in record.judged[:1]
+        for row in judged.rows
+        if row.method == MIX and row.file_bytes is not None
+    ]
 
 
 def predicted_figure(record: RunRecord) -> Spec:

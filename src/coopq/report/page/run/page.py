@@ -9,7 +9,7 @@ import numpy as np
 from coopq.core.recipes import RECIPES
 from coopq.core.types import UNTOUCHED
 from coopq.export.formats import FORMS
-from coopq.judge.references import FULL_PRECISION
+from coopq.judge.references import FULL_PRECISION, MIX
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.judged import evaluation_lines, judged_cells
@@ -173,6 +173,8 @@ def _uniform_sentence(record: RunRecord) -> str | None:
 
 def _size_caption(record: RunRecord) -> str:
     uniform = "Squares are uniform widths. " if "for every layer" in str(_uniform_sentence(record)) else ""
+    if any(row.method == MIX for judged in record.judged for row in judged.rows):
+        uniform += "The triangle is llama.cpp's mix of the nearest file size. "
     return (
         f"Each grey point is one of {len(record.measured.losses)} measured assignments of widths to layers. The blue "
         f"line is the lowest loss measured up to a size. {uniform}Lower is better; left is smaller."
