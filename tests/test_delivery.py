@@ -1,5 +1,6 @@
 """One step: a recipe chooses the settings, and the result is what an engine loads."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     assert code == 0, err
     assert f"backend {RECIPES[engine].settings['backend'].value}" in err, "the settings are printed with their reasons"
     assert f"run it: {RECIPES[engine].run.format(out=out)}" in text
+    page = (tmp_path / "out-run" / "report.html").read_text(encoding="utf-8")
+    assert html.escape(RECIPES[engine].run.format(out=out.name)) in page
+    assert "coopq export" not in page, "the output is there already"
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     code, text, err = command(*arguments, "--json")
     assert code == 0, err

@@ -23,7 +23,7 @@ from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile, export_model, predicted_bytes
 from coopq.game.prepared import prepare, usable_bits
-from coopq.game.run_folder import RunFolder
+from coopq.game.run_folder import RunFolder, default_run
 from coopq.game.session import open_session
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
@@ -41,7 +41,7 @@ from coopq.plan.searches.front import FrontPoint, front_of
 if TYPE_CHECKING:  # Ray is optional
     from coopq.game.engines.ray_cluster import RayConfig
 
-__all__ = ["allocate", "apply", "default_run", "deliver", "estimate", "front", "quantize"]
+__all__ = ["allocate", "apply", "deliver", "estimate", "front", "quantize"]
 
 allocate = allocate_run
 
@@ -219,14 +219,6 @@ def apply(
         reused=False,
     )
     return save_model(source, plan, out, progress)
-
-
-def default_run(out: Path) -> Path:
-    """The run folder of an output: beside it, or around a model that was saved on the way to an engine's file."""
-    out = out.expanduser().resolve()
-    if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
-        return out.parent.parent
-    return out.with_name(f"{out.name}-run")
 
 
 def recipe_bits(request: Request) -> tuple[Width, ...]:

@@ -137,9 +137,9 @@ def evaluate(
     from rich.text import Text
 
     from coopq.export.checkpoint import SavedModel
+    from coopq.game.run_folder import default_run
     from coopq.judge.judge import Judge
     from coopq.model.texts import WIKITEXT2, HeldOut
-    from coopq.pipeline import default_run
     from coopq.report.data import evaluation_data
     from coopq.report.judged import comparison_table, evaluation_text
     from coopq.report.page.saved import write_judged

@@ -32,6 +32,14 @@ device or dtype must not change.
 """
 
 
+def default_run(out: Path) -> Path:
+    """The run folder of an output: beside it, or around a model that was saved on the way to an engine's file."""
+    out = out.expanduser().resolve()
+    if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
+        return out.parent.parent
+    return out.with_name(f"{out.name}-run")
+
+
 class RunFolder:
     """The files of one run.
 

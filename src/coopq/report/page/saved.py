@@ -9,7 +9,7 @@ from coopq.core.errors import RunError
 from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.specs import Request
 from coopq.export.checkpoint import SavedModel
-from coopq.game.run_folder import RunFolder
+from coopq.game.run_folder import RunFolder, default_run
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
 from coopq.plan.plan import Plan, load_plans
 from coopq.report.page.ranking.page import save_bench_page, save_comparison_page
@@ -60,7 +60,8 @@ def write_pages(path: Path) -> list[Path]:
     if path.is_file():
         return [_plan_page(path, path.parent.parent)]
     if (path / "plan.json").is_file():
-        return [_plan_page(path / "plan.json", path.with_name(f"{path.name}-run"), path.name)]
+        run = default_run(path)
+        return [_plan_page(path / "plan.json", run, _output(path, run).name)]
     if (path / "results").is_dir():
         from coopq.judge.bench.results import load_results
 
@@ -98,8 +99,12 @@ def write_judged(saved: SavedModel, run: Path, judged: Iterable[tuple[Evaluation
         return None
     for evaluation, rows in judged:
         keep_judged(run, JudgedPlan(as_plain(plan.fingerprint), plan.assignment, evaluation, rows))
-    out = saved.folder.resolve()
-    return write_report(plan, Path(run.name.removesuffix("-run")) if run in out.parents else out, run)
+    return write_report(plan, _output(saved.folder.resolve(), run), run)
+
+
+def _output(saved: Path, run: Path) -> Path:
+    """What a job made: the saved model, or what an engine loads if the model was saved on the way to that."""
+    return run.with_name(run.name.removesuffix("-run")) if run in saved.parents else saved
 
 
 def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:

@@ -45,7 +45,8 @@ def size_figure(record: RunRecord) -> Spec:
     x = number_axis("size", "bits per weight, scales and zeros counted")
     y = loss_axis("loss", f"{loss}, nats per token", [row["loss"] for row in (*rows, *mixes)])
     budget = 8 * plan.budget_bytes / record.n_weights
-    middle = sum([order[0]["size"], order[-1]["size"]]) / 2
+    smallest, largest = order[0]["size"], order[-1]["size"]
+    middle, is_left = (smallest + largest) / 2, budget < smallest + (largest - smallest) / 4
     for row in (*marks, *uniform, *mixes):
         row["is_right"] = row["size"] > middle
     layers = [
@@ -56,9 +57,9 @@ def size_figure(record: RunRecord) -> Spec:
                 {
                     "mark": {
                         "type": "text",
-                        "align": "right" if budget > middle else "left",
-                        "dx": -5 if budget > middle else 5,
-                        "y": {"expr": "height - 8"} if budget > middle else 8,  # below the line nothing is drawn
+                        "align": "left" if is_left else "right",
+                        "dx": 5 if is_left else -5,
+                        "y": {"expr": "height - 8"},  # below the line of lowest losses nothing is drawn
                         "opacity": 0.75,
                     },
                     "encoding": {"text": {"field": "label"}},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coopq.core.recipes import RECIPES
+from coopq.core.recipes import ENGINES, RECIPES
 from coopq.core.types import UNTOUCHED
 from coopq.export.formats import FORMS
 from coopq.judge.references import FULL_PRECISION, MIX
@@ -140,7 +140,7 @@ def _commands(record: RunRecord, out: str) -> str:
         return f"import coopq\nmodel = coopq.load({out!r})  # a transformers model"
     name = f"{out}.gguf" if target.form == "gguf" else f"{out}-{target.form}"
     words = ["coopq", "export", out, "--to", target.form, "--out", name]
-    run = [recipe.run.format(out=name) for recipe in RECIPES.values() if recipe.form == target.form]
+    run = [RECIPES[engine].run.format(out=name) for engine in ENGINES if RECIPES[engine].form == target.form]
     return "\n".join([shlex.join([*words, "--base", target.base] if target.base else words), *run])
 
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.files import as_plain
-from coopq.core.recipes import RECIPES
+from coopq.core.files import as_plain, read_json
+from coopq.core.recipes import ENGINES, RECIPES
 from coopq.core.sizes import Sizes
 from coopq.core.types import UNTOUCHED, Assignments, Losses
 from coopq.game.journal import Journal
@@ -108,9 +108,10 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
     if run is None:
         return empty
     folder, text = RunFolder(run), plan.request.text
-    if (run / "delivered.json").is_file():
-        form = plan.request.target.form
-        empty = replace(empty, engine=next(name for name, recipe in RECIPES.items() if recipe.form == form))
+    for file in run.glob("saved/*.json"):  # what `deliver` wrote of each output
+        made = read_json(file)
+        if made["bits"] == plan.assignment:
+            empty = replace(empty, engine=next(name for name in ENGINES if RECIPES[name].form == made["form"]))
     found = [one for one in kept_judged(run) if one.fingerprint == as_plain(plan.fingerprint)]
     empty = replace(empty, judged=[one for one in found if one.assignment == plan.assignment])
     if plan.deployment is not None or Journal.header(folder.journal) != as_plain(plan.fingerprint):
