@@ -5,7 +5,7 @@
 Each mutation is tried by the public command that reads the file, in a child process with a time limit. A file that
 coopq wrote may not change an answer: such a mutation is refused, or the answer stays the same. A file that a user gives
 (a model, a text, a list of cases) is the question itself, so another value may give another answer; a traceback and a
-hang are faults there too. Needs the packages of the extras gguf and bench.
+hang are faults there too. Needs the packages of the extras llama.cpp and bench.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ STORIES = ROOT / "tests" / "data" / "stories260k"
 TWELVE = DATA / "twelve"
 """For GGUF files: rows of the smaller model do not fit into blocks of 32."""
 SHORT = ["--tokens", "128", "--sequence-length", "64"]
-FAST = ["--permutations", "3", "--bits", "2,4", "--granularity", "block", *SHORT]
+FAST = ["--permutations", "3", "--bits", "2,4", "--granularity", "block", "--loss", "kl", *SHORT]
 LIMIT = 120.0
 """Seconds after which a trial counts as hanging. The slowest command takes ten on an idle core."""
 OUTCOMES = ("refused", "same answer", "another, said", "another answer", "traceback", "hang")
