@@ -41,7 +41,7 @@ def misjudged(seed: int) -> tuple[SearchSpace, Floats, Floats]:
 
 
 def test_a_search_finds_out_that_its_score_misjudges_a_kind_of_layer() -> None:
-    """Without the groups of the opening the searches end 2.4 % above the optimum on average."""
+    """Without groups the searches end 2.4 % above the optimum on average."""
     above = []
     for seed in range(5):
         space, score, costs = misjudged(seed)
