@@ -44,6 +44,21 @@ def test_links_and_figures_of_results_exist_and_figures_are_small() -> None:
         assert figure.stat().st_size < 200_000, figure
 
 
+def test_numbers_of_the_readme_stand_on_the_pages_that_it_cites() -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    n_checked = 0
+    for part in re.split(r"\n(?=\* |\| |\n)", text):
+        pages = [page for page in re.findall(r"\]\((docs/[^)#]+\.md)", part) if "README" not in page]
+        if not any(page.startswith(("docs/results/", "docs/large_models")) for page in pages):
+            continue
+        cited = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+        words = re.sub(r"`[^`]*`|\]\([^)]*\)", "", part)
+        for number in re.findall(r"(?<![\w.,-])\d+(?:,\d{3})*(?:\.\d+)?", words):
+            assert re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|[.,]\d)", cited), f"{number} in {part.strip()!r}"
+            n_checked += 1
+    assert n_checked > 15
+
+
 def test_an_answer_on_mixes_counts_sizes_and_says_what_is_level(answers: ModuleType) -> None:
     changes = ["-0.1000 (-0.1500 to -0.0500)", "-0.0010 (-0.0040 to +0.0020)", "+0.0200 (+0.0100 to +0.0300)"]
     losses = [{"our loss above": change} for change in changes]
