@@ -27,36 +27,39 @@ BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0)}
 
 
 def draw_mixes(axes: Any, page: Path) -> None:
-    """Divergence against file size: our files, llama.cpp's mixes, and how far apart both are."""
-    sizes, divergences = read_tables(page.read_text(encoding="utf-8").splitlines())
-    lost = {row["llama.cpp's mix"]: row for row in divergences}
-    points = []
-    for row in sizes:
-        mix = row["llama.cpp's mix"]
-        megabytes = [int(row[column].replace(",", "")) / 1e6 for column in ("its bytes", "our bytes")]
-        lost_by = [float(lost[mix][column]) for column in ("WikiText-2: its divergence", "ours")]
-        points.append((mix, megabytes[0], megabytes[1], lost_by[0], lost_by[1]))
-    for mix, size, _, theirs, ours in points:
-        axes.plot([size, size], [theirs, ours], color="#afb8c1", linewidth=1, zorder=1)
+    """Divergence against file size: our files, the strongest mix of each size, and llama.cpp's mixes as they are."""
+    sizes, divergences, strongest = read_tables(page.read_text(encoding="utf-8").splitlines())
+    lost = {row["llama.cpp's mix"]: float(row["WikiText-2: its divergence"]) for row in divergences}
+    made = [(row["llama.cpp's mix"], _megabytes(row["its bytes"])) for row in sizes]
+    axes.plot([size for _, size in made], [lost[mix] for mix, _ in made], "s", color=RIVAL, markerfacecolor="none")
+    for mix, size in made:
         right, up = BESIDE.get(mix, (0, 7))
         align = "center" if not right else "left" if right > 0 else "right"
         style = {"textcoords": "offset points", "xytext": (right, up), "ha": align}
-        axes.annotate(mix, (size, theirs), color=RIVAL, va="center" if right else "bottom", fontsize=8, **style)
-    axes.plot([point[1] for point in points], [point[3] for point in points], "s", color=RIVAL, markersize=6)
-    front = sorted((point[2], point[4]) for point in points)
-    axes.plot(*np.transpose(front), "o-", color=OURS, markersize=6, linewidth=2)
-    size, divergence = front[-2]
-    style = {"textcoords": "offset points", "xytext": (-10, -8), "ha": "right", "va": "center"}
-    axes.annotate("CoopQ, same size", (size, divergence), color=OURS, fontweight="bold", **style)
-    size, divergence = max(((point[1], point[3]) for point in points), key=lambda point: point[1:])
-    style = {"textcoords": "offset points", "xytext": (9, 0), "va": "center"}
-    axes.annotate("llama.cpp's mixes", (size, divergence), color=RIVAL, fontweight="bold", **style)
-    saved = [1 - point[4] / point[3] for point in points]
-    axes.set(yscale="log", ylim=(0.009, 0.36), xlim=(3.75, 6.75), xlabel="file size, MB")
+        axes.annotate(mix, (size, lost[mix]), color=RIVAL, va="center" if right else "bottom", fontsize=8, **style)
+    columns = ("its bytes", "its divergence", "our bytes", "our divergence")
+    rows = [[_megabytes(row[each]) if "bytes" in each else float(row[each]) for each in columns] for row in strongest]
+    rivals = sorted({(size, divergence) for size, divergence, _, _ in rows})
+    ours = sorted((size, divergence) for _, _, size, divergence in rows)
+    axes.plot(*np.transpose(rivals), "s-", color=RIVAL, markersize=6, linewidth=1)
+    axes.plot(*np.transpose(ours), "o-", color=OURS, markersize=6, linewidth=2)
+    for text, (size, divergence), place, colour in (
+        ("CoopQ, same size", ours[-2], (-10, -8), OURS),
+        ("strongest mix", rivals[-1], (4, 8), RIVAL),
+    ):
+        style = {"textcoords": "offset points", "xytext": place, "ha": "right" if place[0] < 0 else "center"}
+        axes.annotate(text, (size, divergence), color=colour, fontweight="bold", va="bottom", **style)
+    saved = [1 - row[3] / row[1] for row in rows]
+    axes.set(yscale="log", ylim=(0.009, 0.36), xlim=(3.6, 6.75), xlabel="file size, MB")
     axes.set_ylabel("KL divergence from full precision,\nnats per token of WikiText-2")
     readable_log(axes.yaxis, 0.009, 0.36)
     axes.grid(visible=True)
     set_title(axes, f"Same file size: {100 * min(saved):.0f} to {100 * max(saved):.0f} % less KL divergence")
+
+
+def _megabytes(text: str) -> float:
+    """Bytes of a table, in millions."""
+    return int(text.replace(",", "")) / 1e6
 
 
 def draw_scheme(axes: Any) -> None:
