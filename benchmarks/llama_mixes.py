@@ -81,7 +81,7 @@ REFERENCE = Subject(
     ("IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
     ("Q3_K", "Q4_K", "Q5_K", "Q8_0"),
     TextSpec(source=str(TO_CALIBRATE), tokens=16 * WINDOW, sequence_length=WINDOW),
-    64,
+    32,
 )
 """Reference models learnt from Wikipedia alone, so Wikipedia calibrates. llama.cpp knows Gemma-2 only at the depths
 that Google published, so `gemma` is not here."""
