@@ -9,7 +9,7 @@ import pytest
 
 import coopq
 from coopq import Goal, Request, pipeline
-from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError
+from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError, UnsupportedBits
 from coopq.core.recipes import RECIPES, recipe_options
 from coopq.core.types import UNTOUCHED
 from coopq.export.fitting import working_bytes
@@ -54,6 +54,13 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
         recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
     with pytest.raises(OptionError, match="recipe 'speed' is not for engine 'openvino'"):
         recipe_options("speed", "openvino", {})
+
+
+def test_widths_of_a_recipe_that_another_backend_lacks_are_left_out() -> None:
+    request = Request.from_options(model=LLAMA, **recipe_options("llama.cpp", "llama.cpp", {"backend": "ggml"}))
+    assert pipeline.recipe_bits(request) == (2, 3, 4, 5, 6, 8)
+    with pytest.raises(UnsupportedBits, match=r"backend 'ggml' has no 2\.5 bits"):
+        prepare(request)  # widths that a user names
 
 
 @pytest.mark.parametrize(("engine", "size"), [("vllm", "7bpw"), ("transformers", "5bpw")])

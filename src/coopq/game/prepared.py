@@ -110,7 +110,7 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
         CoopQError: Naming what is wrong.
     """
     check_text(request.text)
-    backend, skeleton, found = _look(request)
+    backend, skeleton, found = _look(request, request.widths.bits)
     backend.check_text(request.text)
     check_length(max(request.text.sequence_length, judge_length), max_positions(skeleton))
     players, sizes = target.fit(request, skeleton, found, backend)
@@ -119,22 +119,22 @@ def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 
     return Prepared(request, tuple(players), sizes, skeleton, backend, pick_device(request.model.device), target)
 
 
-def _look(request: Request) -> tuple[Backend, Any, Sequence[Player]]:
-    """The backend, the model without storage, and all its players."""
+def _look(request: Request, required: Sequence[Width]) -> tuple[Backend, Any, Sequence[Player]]:
+    """The backend, which has to have some widths, the model without storage, and all its players."""
     spec, widths = request.model, request.widths
-    backend = get_backend(request.quantizer, widths.bits)
+    backend = get_backend(request.quantizer, required)
     skeleton = load_skeleton(spec.source, dtype=spec.dtype, device=spec.device)
     return backend, skeleton, find_players(skeleton, widths.granularity, widths.embeddings, widths.routers)
 
 
 def usable_bits(request: Request, target: Target = OUR_FILE) -> tuple[Width, ...]:
-    """The widths of a request that are of use to some player: recipes name more than every model can take.
+    """The widths of a request that are of use to some player: recipes name more than every backend and model has.
 
     Args:
         request: The request.
         target: The file that plans are made for.
     """
-    backend, skeleton, players = _look(request)
+    backend, skeleton, players = _look(request, ())
     had = {width for player in players for linear in player.linears for width in backend.widths_of(linear.shape)}
     bits = tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
     _, sizes = target.fit(request.replace(bits=bits), skeleton, players, backend)
