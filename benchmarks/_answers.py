@@ -97,25 +97,32 @@ def _answer(page: Mapping[str, Any], body: Sequence[str]) -> str:
     return " ".join(filter(None, against_mixes(*read_tables(body)))) if page.get("computed") else str(page["answer"])
 
 
-def against_mixes(losses: Table, divergences: Table, strongest: Table) -> Iterator[str]:
+def against_mixes(losses: Table, divergences: Table, strongest: Sequence[dict[str, str]] = ()) -> Iterator[str]:
     """The answer of a page on llama.cpp's mixes, from its tables."""
-    rivals = [_less(row["our divergence above"], row["its divergence"]) for row in strongest]
-    lower, higher = ([less for less, side in rivals if side == wanted] for wanted in (-1, 1))
-    yield (
-        f"CoopQ's files diverge less from full precision on WikiText-2 than the strongest mix of their size at"
-        f" {len(lower)} of {len(rivals)} sizes{_percent(lower)}"
-        + (f", more at {len(higher)}{_percent([-each for each in higher])}" if higher else "")
-        + "."
-    )
     saved = [
         1 - float(row["ours"]) / float(row["WikiText-2: its divergence"])
         for row in divergences
         if float(row["ours"]) > 0
     ]
-    yield (
-        f"The strongest mix is chosen in hindsight, the type of its embedding too; the mixes as llama.cpp makes them"
-        f" diverge more:{_percent(saved, '')} less divergence at their sizes{_beyond(len(saved), len(divergences))}."
-    )
+    beyond = _beyond(len(saved), len(divergences))
+    if strongest:
+        rivals = [_less(row["our divergence above"], row["its divergence"]) for row in strongest]
+        less, more = ([change for change, side in rivals if side == wanted] for wanted in (-1, 1))
+        yield (
+            "CoopQ's files diverge less from full precision on WikiText-2 than the strongest mix of their size at"
+            f" {len(less)} of {len(rivals)} sizes{_percent(less)}"
+            + (f", more at {len(more)}{_percent([-each for each in more])}" if more else "")
+            + "."
+        )
+        yield (
+            "The strongest mix is chosen in hindsight, with any type of the embedding. Beside the mixes as llama.cpp makes"
+            f" them the files diverge{_percent(saved, '')} less{beyond}."
+        )
+    else:
+        yield (
+            "CoopQ's files diverge less from full precision on WikiText-2 than the mixes of their size"
+            f"{_percent(saved)}{beyond}."
+        )
     changes = [_interval(row["our loss above"]) for row in losses]
     lower = [-change for change, _, high in changes if high < 0]
     higher = [change for change, low, _ in changes if low > 0]

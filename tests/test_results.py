@@ -66,5 +66,8 @@ def test_an_answer_on_mixes_counts_sizes_and_says_what_is_level(answers: ModuleT
     strongest = [{"its divergence": "0.2", "our divergence above": change} for change in changes]
     text = " ".join(answers.against_mixes(losses, divergences, strongest))
     assert "than the strongest mix of their size at 1 of 3 sizes, by 50 %, more at 1, by 10 %." in text
-    assert "25 to 50 % less divergence at their sizes (at 2 of 3;" in text
+    assert "the files diverge 25 to 50 % less (at 2 of 3;" in text
+    assert next(answers.against_mixes(losses, divergences)).endswith(
+        "25 to 50 % (at 2 of 3; elsewhere the model's own file is the answer)."
+    )
     assert "lower at 1 of 3 sizes, by 0.1000 nats, level at 1, higher at 1, by 0.0200 nats" in text
