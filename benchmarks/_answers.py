@@ -115,8 +115,8 @@ def against_mixes(losses: Table, divergences: Table, strongest: Sequence[dict[st
             + "."
         )
         yield (
-            "The strongest mix is chosen in hindsight, with any type of the embedding. Beside the mixes as llama.cpp makes"
-            f" them the files diverge{_percent(saved, '')} less{beyond}."
+            "The strongest mix is chosen in hindsight, with any type of the embedding. Beside the mixes as llama.cpp"
+            f" makes them the files diverge{_percent(saved, '')} less{beyond}."
         )
     else:
         yield (
