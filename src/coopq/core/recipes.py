@@ -103,7 +103,10 @@ RECIPES: dict[str, Recipe] = {
     ),
     "speed": Recipe(
         "gguf",
-        {**_LLAMA_CPP, "bits": Setting((2.5, 3.5, 4.5, 5, 6, 8, 16), "without the types that write slowly on CPUs")},
+        {
+            **_LLAMA_CPP,
+            "bits": Setting((2.5, 3.5, 4, 4.5, 5, 6, 8, 16), "without I-quants of 2 and 3 bits, slow on CPUs"),
+        },
         "llama-cli -m {out}",
     ),
     "paper": Recipe(
