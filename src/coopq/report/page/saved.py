@@ -16,10 +16,7 @@ from coopq.report.page.ranking.page import save_bench_page, save_comparison_page
 from coopq.report.page.run.page import save_run_page
 
 REPORT, COMPARISON = "report.html", "comparison.html"
-_COMPARISON = "comparison.json"
-
-
-_FORMAT_VERSION = 1
+_COMPARISON, _FORMAT_VERSION = "comparison.json", 1
 
 
 class SavedComparison(Struct, frozen=True):
