@@ -28,7 +28,7 @@ BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0)}
 
 def draw_mixes(axes: Any, page: Path) -> None:
     """Divergence against file size: our files, the strongest mix of each size, and llama.cpp's mixes as they are."""
-    sizes, divergences, strongest = read_tables(page.read_text(encoding="utf-8").splitlines())
+    sizes, divergences, *strongest = read_tables(page.read_text(encoding="utf-8").splitlines())
     lost = {row["llama.cpp's mix"]: float(row["WikiText-2: its divergence"]) for row in divergences}
     made = [(row["llama.cpp's mix"], _megabytes(row["its bytes"])) for row in sizes]
     axes.plot([size for _, size in made], [lost[mix] for mix, _ in made], "s", color=RIVAL, markerfacecolor="none")
@@ -38,14 +38,15 @@ def draw_mixes(axes: Any, page: Path) -> None:
         style = {"textcoords": "offset points", "xytext": (right, up), "ha": align}
         axes.annotate(mix, (size, lost[mix]), color=RIVAL, va="center" if right else "bottom", fontsize=8, **style)
     columns = ("its bytes", "its divergence", "our bytes", "our divergence")
-    rows = [[_megabytes(row[each]) if "bytes" in each else float(row[each]) for each in columns] for row in strongest]
+    compared = strongest[0] if strongest else [_as_made(*pair) for pair in zip(sizes, divergences, strict=True)]
+    rows = [[_megabytes(row[each]) if "bytes" in each else float(row[each]) for each in columns] for row in compared]
     rivals = sorted({(size, divergence) for size, divergence, _, _ in rows})
     ours = sorted((size, divergence) for _, _, size, divergence in rows)
     axes.plot(*np.transpose(rivals), "s-", color=RIVAL, markersize=6, linewidth=1)
     axes.plot(*np.transpose(ours), "o-", color=OURS, markersize=6, linewidth=2)
     for text, (size, divergence), place, colour in (
         ("CoopQ, same size", ours[-2], (-10, -8), OURS),
-        ("strongest mix", rivals[-1], (4, 8), RIVAL),
+        ("strongest mix" if strongest else "llama.cpp's mixes", rivals[-1], (4, 8), RIVAL),
     ):
         style = {"textcoords": "offset points", "xytext": place, "ha": "right" if place[0] < 0 else "center"}
         axes.annotate(text, (size, divergence), color=colour, fontweight="bold", va="bottom", **style)
@@ -55,6 +56,11 @@ def draw_mixes(axes: Any, page: Path) -> None:
     readable_log(axes.yaxis, 0.009, 0.36)
     axes.grid(visible=True)
     set_title(axes, f"Same file size: {100 * min(saved):.0f} to {100 * max(saved):.0f} % less KL divergence")
+
+
+def _as_made(size: dict[str, str], divergence: dict[str, str]) -> dict[str, str]:
+    """A row of the comparison with the mixes as llama.cpp makes them."""
+    return {**size, "its divergence": divergence["WikiText-2: its divergence"], "our divergence": divergence["ours"]}
 
 
 def _megabytes(text: str) -> float:
