@@ -22,7 +22,7 @@ MIXES, QWEN, SCHEME = (
 )
 OURS, RIVAL = FRONT, "#57606a"
 """Blue is the active search in every figure."""
-BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0)}
+BESIDE = {"Q2_K": (7, 0), "IQ3_XXS": (10, 0), "IQ2_M": (-7, 0), "Q3_K_S": (9, 4), "Q3_K_M": (9, 4), "Q4_K_S": (7, 4)}
 """Where a label is not above its point: points to the right, points up."""
 
 
@@ -46,9 +46,9 @@ def draw_mixes(axes: Any, page: Path) -> None:
     axes.plot(*np.transpose(ours), "o-", color=OURS, markersize=6, linewidth=2)
     for text, (size, divergence), place, colour in (
         ("CoopQ, same size", ours[-2], (-10, -8), OURS),
-        ("strongest mix" if strongest else "llama.cpp's mixes", rivals[-1], (4, 8), RIVAL),
+        ("strongest mix" if strongest else "llama.cpp's mixes", rivals[-2], (9, 15), RIVAL),
     ):
-        style = {"textcoords": "offset points", "xytext": place, "ha": "right" if place[0] < 0 else "center"}
+        style = {"textcoords": "offset points", "xytext": place, "ha": "right" if place[0] < 0 else "left"}
         axes.annotate(text, (size, divergence), color=colour, fontweight="bold", va="bottom", **style)
     saved = [1 - row[3] / row[1] for row in rows]
     axes.set(yscale="log", ylim=(0.009, 0.36), xlim=(3.6, 6.75), xlabel="file size, MB")
