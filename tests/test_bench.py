@@ -352,7 +352,7 @@ def test_without_matplotlib_everything_but_figures_is_written(
     code, text, err = command("compare", STORIES, "--run", tmp_path / "run", *FAST, *arguments)
     assert code == 0, err
     assert NO_FIGURES in caplog.messages
-    assert text.rstrip().endswith("report.html")
+    assert text.rstrip().endswith("comparison.html")
     assert not list((tmp_path / "run").glob("comparison.[ps]*"))
 
 

@@ -164,7 +164,7 @@ def evaluate(
             shown.append(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
     own: dict[str, Any] = {"own_text": data[1]} if len(data) > 1 else {}
     saved = SavedModel(Path(model).expanduser())
-    if saved.exists and (page := write_judged(saved, judge.run, judged)) is not None:
+    if saved.exists and (page := write_judged(saved.plan, saved.folder, judge.run, judged)) is not None:
         own["report"] = str(page)
         shown.append(Text(f"report: {page}", overflow="fold"))
     print_result(data[0] | own, Group(*shown), as_json)

@@ -8,7 +8,6 @@ from msgspec import Struct
 from coopq.core.errors import RunError
 from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.specs import Request
-from coopq.export.checkpoint import SavedModel
 from coopq.game.run_folder import RunFolder, default_run
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
 from coopq.plan.plan import Plan, load_plans
@@ -81,22 +80,25 @@ def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
     return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
 
 
-def write_judged(saved: SavedModel, run: Path, judged: Iterable[tuple[Evaluation, list[Comparison]]]) -> Path | None:
+def write_judged(
+    plan: Plan, saved: Path, run: Path, judged: Iterable[tuple[Evaluation, list[Comparison]]]
+) -> Path | None:
     """Keep what was found out about a saved model, and write the page of its plan again.
 
     Args:
-        saved: The model.
+        plan: The plan of the model.
+        saved: Folder of the model.
         run: Its run folder; nothing is kept if the folder was deleted.
         judged: The evaluation and the comparison on each text.
     Returns:
         The page, if there is a run folder.
     """
-    plan, run = saved.plan, run.expanduser().resolve()
+    run = run.expanduser().resolve()
     if not (run / "run.json").is_file():
         return None
     for evaluation, rows in judged:
         keep_judged(run, JudgedPlan(as_plain(plan.fingerprint), plan.assignment, evaluation, rows))
-    return write_report(plan, _output(saved.folder.resolve(), run), run)
+    return write_report(plan, _output(saved.expanduser().resolve(), run), run)
 
 
 def _output(saved: Path, run: Path) -> Path:
