@@ -18,7 +18,7 @@ from coopq.export.kv_cache import cache_bytes
 from coopq.game.prepared import prepare
 from coopq.plan.methods import METHODS
 from coopq.quantizers import BACKENDS, get_backend
-from tests.command_line import command
+from tests.command_line import command, refused
 
 LLAMA = str(Path(__file__).parents[1] / "benchmarks" / "data" / "llama")
 QUICK = ["--tokens", "256", "--sequence-length", "128", "--forwards", "8"]
@@ -52,8 +52,9 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
         recipe_options("llama.cp", "llama.cp", {})
     with pytest.raises(OptionError, match="takes the form 'gguf', not 'openvino'"):
         recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
-    with pytest.raises(OptionError, match="recipe 'speed' is not for engine 'openvino'"):
-        recipe_options("speed", "openvino", {})
+    for name, theirs in (("speed", "llama.cpp"), ("vllm", "vllm")):
+        with pytest.raises(OptionError, match=f"recipe '{name}' is not for engine 'openvino'; use --for {theirs}, "):
+            recipe_options(name, "openvino", {})
 
 
 def test_widths_of_a_recipe_that_another_backend_lacks_are_left_out() -> None:
@@ -74,6 +75,11 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     page = (tmp_path / "out-run" / "report.html").read_text(encoding="utf-8")
     assert html.escape(RECIPES[engine].run.format(out=out.name)) in page
     assert "coopq export" not in page, "the output is there already"
+    record = tmp_path / "out-run" / "saved" / "out.json"
+    for damaged in ("{", record.read_text().replace('"bits"', '"width"'), record.read_text().replace("[", "[8, ", 1)):
+        record.write_text(damaged)
+        assert "repeat the command" in refused(*arguments)
+        assert "repeat the command" in refused("show", tmp_path / "out-run", "--page")
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     code, text, err = command(*arguments, "--json")
     assert code == 0, err

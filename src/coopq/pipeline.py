@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from coopq.core.errors import EstimationError, Mismatch, OutputError, differing
-from coopq.core.files import as_plain, read_json, require_new_folder, require_no_input, write_json
+from coopq.core.files import as_plain, require_new_folder, require_no_input
 from coopq.core.goal import Goal
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
@@ -23,7 +23,7 @@ from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile, export_model, predicted_bytes
 from coopq.game.prepared import prepare, usable_bits
-from coopq.game.run_folder import RunFolder, default_run
+from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.game.session import open_session
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
@@ -121,14 +121,14 @@ def deliver(
     form, saved = request.target.form, run / "saved" / out.stem  # a run may serve several sizes
     assert form is not None
     record = saved.with_name(f"{out.stem}.json")
-    made = read_json(record) if record.exists() else None
+    made = Delivered.load(record) if record.exists() else None
     if out.exists() and made is None:
         raise OutputError(f"{out} exists, and this command did not make it; name another --out, or remove it")
     plan = quantize(request, goal, saved, solver=solver, run=run, progress=progress, ray=ray)
     if not out.exists() or made is None:
-        write_json(record, {"form": form, "bits": plan.assignment})  # before the output: an interrupted job goes on
+        Delivered(form, plan.assignment).save(record)  # before the output: an interrupted job goes on
         export_model(saved, form, out, progress=progress)
-    elif made != as_plain({"form": form, "bits": plan.assignment}):
+    elif made != Delivered(form, plan.assignment):
         raise OutputError(f"{out} was made of another plan; name another --out, or remove it")
     check = None
     if form == "gguf":

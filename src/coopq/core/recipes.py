@@ -157,8 +157,10 @@ def recipe_options(name: str, engine: str, given: Mapping[str, Any]) -> dict[str
     form = RECIPES[engine].form
     if form is not None and given.get("target") not in (None, form):
         raise OptionError(f"engine {engine!r} takes the form {form!r}, not {given['target']!r}; leave --target out")
-    if get_recipe(name).form not in (None, form):
-        raise OptionError(f"recipe {name!r} is not for engine {engine!r}; use --for llama.cpp, or leave --recipe out")
+    own = get_recipe(name).form
+    if own not in (None, form):
+        theirs = next(other for other in ENGINES if RECIPES[other].form == own)
+        raise OptionError(f"recipe {name!r} is not for engine {engine!r}; use --for {theirs}, or leave --recipe out")
     options = {option: setting.value for option, setting in get_recipe(name).settings.items()}
     return {**options, **({} if form is None else {"target": form}), **given}
 

@@ -9,6 +9,7 @@ searches.json  what searches knew when they began
 estimate.json  Shapley values, covariance and sizes: all that an allocation needs
 plans/         one plan for each budget and method
 evaluation/    losses on text that judges
+saved/         models that were saved on the way to an engine's file, with a record of what each file was made of
 judged.json    what evaluate found out about the models of plans
 report.html    the report page of the latest plan; comparison.html is that of the latest comparison
 run.lock       held while a process works in the folder
@@ -19,9 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from msgspec import Struct
+
 from coopq.core.errors import CoopQError, Mismatch, RunError, differing
 from coopq.core.files import locked, read_record, require_writable, write_record
 from coopq.core.specs import Request
+from coopq.core.types import Width
 
 _FORMAT_VERSION = 3
 _FREE = ("permutations", "seed", "model", "device", "dtype", "screen_tokens", "target", "base", "context")
@@ -38,6 +42,34 @@ def default_run(out: Path) -> Path:
     if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
         return out.parent.parent
     return out.with_name(f"{out.name}-run")
+
+
+class Delivered(Struct, frozen=True):
+    """What an engine's file was made of: saved/NAME.json, beside the model that was saved on the way.
+
+    Attributes:
+        form: Form of the export.
+        bits: The plan's widths, one for each player.
+    """
+
+    form: str
+    bits: list[Width]
+
+    def save(self, file: Path) -> None:
+        """Write the record."""
+        write_record(file, self, _FORMAT_VERSION)
+
+    @classmethod
+    def load(cls, file: Path) -> "Delivered":
+        """A record.
+
+        Raises:
+            RunError: If the file is damaged, or of another version.
+        """
+        way_out = "delete it and the output, and repeat the command"
+        return read_record(
+            file, cls, _FORMAT_VERSION, what="record of an output", missing="", way_out=way_out, error=RunError
+        )
 
 
 class RunFolder:

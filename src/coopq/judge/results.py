@@ -13,6 +13,7 @@ from coopq.core.types import Width
 
 _FORMAT_VERSION, _JUDGED = 1, "judged.json"
 _NEAR = 0.005
+"""Average bits above the width of a uniform row from which some layers are wider; less is rounding."""
 _MOST_NLL = 700.0
 """A larger loss has a perplexity that no float holds."""
 

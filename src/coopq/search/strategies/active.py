@@ -85,7 +85,7 @@ class ActiveSearch(Search):
         if known is not None:
             self.measured.add(*known)
         self._limit = most_points(space) if limit is None else limit
-        self._most = 0
+        self._most = self._n_known = 0
         self._round = 0
         self._opening: list[Steps] = []
         self._has_groups = False
@@ -95,7 +95,8 @@ class ActiveSearch(Search):
         """The opening first, then the points that are expected to improve on the best measured losses."""
         self._round += 1
         if self._round == 1:
-            self._most = len(self.measured) + self._limit
+            self._n_known = len(self.measured)
+            self._most = self._n_known + self._limit
             self._opening = [self._alone()] if self._prior is None else self._first_plans(self._prior)
         while self._opening:
             if len(fresh := self._unmeasured(self._opening.pop(0))):
@@ -107,8 +108,7 @@ class ActiveSearch(Search):
                     chosen += self._likely(budget, capacity, chosen)
                 elif self._quiet[capacity] < _ROUNDS:
                     chosen += self._candidates(self._prior, capacity, chosen)
-            spent = len(self.measured) - self._most + self._limit
-            is_time = not chosen or spent >= _GROUPS_AFTER
+            is_time = not chosen or len(self.measured) - self._n_known >= _GROUPS_AFTER
             if is_time and self._prior is not None and not self._has_groups:
                 self._has_groups = True
                 self._unsettle()

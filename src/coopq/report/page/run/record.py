@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.files import as_plain, read_json
+from coopq.core.files import as_plain
 from coopq.core.recipes import ENGINES, RECIPES
 from coopq.core.sizes import Sizes
 from coopq.core.types import UNTOUCHED, Assignments, Losses
 from coopq.game.journal import Journal
-from coopq.game.run_folder import RunFolder
+from coopq.game.run_folder import Delivered, RunFolder
 from coopq.judge.results import JudgedPlan, kept_judged
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import METHODS
@@ -109,9 +109,10 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
         return empty
     folder, text = RunFolder(run), plan.request.text
     for file in run.glob("saved/*.json"):  # what `deliver` wrote of each output
-        made = read_json(file)
-        if made["bits"] == plan.assignment:
-            empty = replace(empty, engine=next(name for name in ENGINES if RECIPES[name].form == made["form"]))
+        made = Delivered.load(file)
+        if made.bits == plan.assignment:
+            engine = next((name for name in ENGINES if RECIPES[name].form == made.form), None)
+            empty = replace(empty, engine=engine)
     found = [one for one in kept_judged(run) if one.fingerprint == as_plain(plan.fingerprint)]
     empty = replace(empty, judged=[one for one in found if one.assignment == plan.assignment])
     if plan.deployment is not None or Journal.header(folder.journal) != as_plain(plan.fingerprint):
