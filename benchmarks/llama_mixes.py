@@ -61,6 +61,7 @@ class Subject:
         bits: Widths by backend, for rows of the model's length; the first backend is the default.
         mixes: llama.cpp's mixes.
         embeddings: Types of the embedding that each mix is also made with, for the strongest rival.
+        rivals: More mixes for the strongest rival; no file of ours is searched for their sizes.
         text: What is searched on. Weights of both sides are fitted to further tokens of this text.
         n_windows: Windows of each text that judges.
     """
@@ -70,6 +71,7 @@ class Subject:
     embeddings: tuple[str, ...]
     text: TextSpec
     n_windows: int
+    rivals: tuple[str, ...] = ()
 
 
 REFERENCE = Subject(
@@ -82,6 +84,7 @@ REFERENCE = Subject(
     ("Q3_K", "Q4_K", "Q5_K", "Q8_0"),
     TextSpec(source=str(TO_CALIBRATE), tokens=16 * WINDOW, sequence_length=WINDOW),
     32,
+    ("IQ2_XS", "IQ2_S", "IQ3_XS", "IQ3_S", "IQ3_M", "Q3_K_L", "IQ4_XS", "IQ4_NL"),
 )
 """Reference models learnt from Wikipedia alone, so Wikipedia calibrates. llama.cpp knows Gemma-2 only at the depths
 that Google published, so `gemma` is not here."""
@@ -174,7 +177,7 @@ def check_engine(model: Any, base: Path, tokens: npt.NDArray[np.int64], n_thread
 
 def make_mixes(run: Run, source: str, base: Path) -> dict[tuple[str, str], Path]:
     """The files of llama.cpp's mixes, by mix and type of the embedding ("": the mix's own)."""
-    kinds = product(run.subject.mixes, ("", *run.subject.embeddings))
+    kinds = [*product(run.subject.mixes, ("", *run.subject.embeddings)), *((mix, "") for mix in run.subject.rivals)]
     files = {(mix, kind): run.folder / f"{'-'.join(filter(None, (mix, kind)))}.gguf" for mix, kind in kinds}
     missing = {kinds: file for kinds, file in files.items() if not file.exists()}
     importance = tensor_importance(source, base, run.subject.text) if missing else {}
@@ -228,7 +231,7 @@ def measure(run: Run) -> list[str]:
         base=None if gguf_file(run.name) else str(base),
     )
     made = make_mixes(run, source, base)
-    mixes = {mix: file for (mix, kind), file in made.items() if not kind}
+    mixes = {mix: made[mix, ""] for mix in subject.mixes}
     ours = search_files(run, request, base, mixes)
     texts = [tokens, *(unseen_windows(subject, text, loaded.tokenizer) for text in (str(TO_JUDGE), "c4"))]
     pairs = {mix: (file, ours[mix]) for mix, file in mixes.items()}

@@ -76,10 +76,12 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     assert html.escape(RECIPES[engine].run.format(out=out.name)) in page
     assert "coopq export" not in page, "the output is there already"
     record = tmp_path / "out-run" / "saved" / "out.json"
-    for damaged in ("{", record.read_text().replace('"bits"', '"width"'), record.read_text().replace("[", "[8, ", 1)):
+    written = record.read_text()
+    for damaged in ("{", written.replace('"bits"', '"width"'), written.replace("[", "[8, ", 1)):
         record.write_text(damaged)
         assert "repeat the command" in refused(*arguments)
         assert "repeat the command" in refused("show", tmp_path / "out-run", "--page")
+    record.write_text(written)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     code, text, err = command(*arguments, "--json")
     assert code == 0, err
