@@ -33,7 +33,8 @@ from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
 from coopq.plan.scores.prior import step_prior
 from coopq.search import ActiveSearch, OneShot, SearchSpace
-from coopq.search.informed import Prior, fit_informed
+from coopq.search.informed import fit_informed
+from coopq.search.prior import Prior
 from coopq.search.solver.exact import allocate
 from coopq.search.strategies import active
 

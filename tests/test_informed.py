@@ -6,8 +6,10 @@ import numpy as np
 
 from coopq.core.types import Assignments, Losses
 from coopq.search import ActiveSearch, SearchSpace, run
-from coopq.search.informed import Floats, make_prior
+from coopq.search.informed import fit_informed
+from coopq.search.prior import Floats, make_prior
 from coopq.search.solver.exact import allocate
+from coopq.search.solver.local_search import distinct_points, neighbours, random_fill
 from coopq.search.strategies.active import _GROUPS, _filled, _groups_back
 
 ORIGIN = 0.001
@@ -81,3 +83,33 @@ def test_of_too_many_kinds_those_of_the_highest_scores_are_taken() -> None:
     assert len(points) == _GROUPS
     taken_back, movable = (best & ~points).any(axis=0), program.movable(best)[0]
     assert score[taken_back].min() >= score[movable & ~taken_back].max()
+
+
+def test_the_mean_alone_is_the_mean_and_each_left_out_point_is_predicted_by_the_others() -> None:
+    space, score, costs = misjudged(0)
+    rng = np.random.default_rng(0)
+    prior = make_prior(space, score, 0.0, BLOCKS.tolist(), LAYERS)
+    q = np.array([random_fill(space.constraint(n), rng) for n in np.linspace(0, STEP_BYTES.sum(), 20).astype(int)])
+    losses = ORIGIN + (q @ costs) * (1 + 0.3 * (q @ costs))
+    found = fit_informed(prior, q, losses, float(np.median(losses)))
+    assert found.pairs > 0, "the pair terms are tried"
+    np.testing.assert_allclose(found.mean_log_loss(q), found.log_loss(q)[0], atol=1e-9)
+
+    covariance = np.linalg.inv(found.inverse)
+    distance = np.log(losses) - found.mean[0] - found.mean[1] * np.log(prior.totals(q))
+    for point in range(len(q)):
+        others = np.flatnonzero(np.arange(len(q)) != point)
+        weights = np.linalg.solve(covariance[np.ix_(others, others)], distance[others])
+        expected = np.log(losses[point]) - distance[point] + covariance[point, others] @ weights
+        assert abs(found.left_out[point] - expected) < 1e-6
+
+
+def test_neighbours_of_the_lowest_totals_come_first_and_distinct_points_are_sorted() -> None:
+    space, score, _ = misjudged(0)
+    (capacity,) = space.capacities
+    program, rng = space.constraint(capacity), np.random.default_rng(0)
+    q = random_fill(program, rng)
+    every, nearest = neighbours(program, q), neighbours(program, q, score, 50)
+    np.testing.assert_allclose(nearest @ score, np.sort(every @ score)[:50])
+    twice = rng.permutation(np.concatenate([every, every]))
+    np.testing.assert_array_equal(distinct_points(twice), np.unique(every, axis=0))

@@ -26,8 +26,9 @@ from coopq.report.page.run.figures import size_figure
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
 from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
-from coopq.search.informed import fit_informed, make_prior
+from coopq.search.informed import fit_informed
 from coopq.search.measured import Measured
+from coopq.search.prior import make_prior
 from coopq.search.space import SearchSpace
 from coopq.search.surrogate import fidelity_of
 from tests.browser import Page, find_chromium, opened

@@ -25,7 +25,7 @@ from coopq.plan.methods import METHODS, names
 from coopq.plan.searches.by_search import make_search
 from coopq.quantizers.bank import WeightBank
 from coopq.search import SPQE, Search, SearchSpace, run_search
-from coopq.search.informed import PRIOR_SCORE
+from coopq.search.prior import PRIOR_SCORE
 from coopq.search.solver.local_search import random_fill
 from coopq.search.strategies.active import most_points
 from coopq.search.strategies.exhaustive import MOST_PLAYERS, n_assignments

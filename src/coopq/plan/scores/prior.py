@@ -7,7 +7,7 @@ from coopq.game.session import Session
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
 from coopq.search import SearchSpace
-from coopq.search.informed import PRIOR_SCORE, Prior, make_prior
+from coopq.search.prior import PRIOR_SCORE, Prior, make_prior
 
 
 def step_prior(session: Session, space: SearchSpace, game: Game) -> tuple[Prior, int]:

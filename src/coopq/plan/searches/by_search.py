@@ -26,7 +26,7 @@ from coopq.plan.scores.prior import step_prior
 from coopq.plan.searches.describe import describe
 from coopq.plan.searches.search_log import SearchLog
 from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run_search
-from coopq.search.informed import Prior
+from coopq.search.prior import Prior
 
 _N_FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set; chosen by hand."""

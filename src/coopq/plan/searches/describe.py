@@ -5,8 +5,9 @@ import numpy as np
 from coopq.core.types import Assignment
 from coopq.plan.allocate import Choice
 from coopq.plan.estimation import Spent
-from coopq.search.informed import Prior, fit_informed
+from coopq.search.informed import fit_informed
 from coopq.search.measured import Measured
+from coopq.search.prior import Prior
 from coopq.search.space import SearchSpace
 from coopq.search.surrogate import best_surrogate, fidelity_of
 

@@ -14,7 +14,7 @@ from coopq.game.prepared import Prepared
 from coopq.game.run_folder import RunFolder
 from coopq.plan.scores.kept import kept_score
 from coopq.search import Measured, SearchSpace
-from coopq.search.informed import PRIOR_SCORE, Prior, make_prior
+from coopq.search.prior import PRIOR_SCORE, Prior, make_prior
 from coopq.search.strategies.active import likely_optimum
 
 _N_SIZES = 16

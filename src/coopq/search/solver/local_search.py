@@ -52,7 +52,7 @@ def local_optima(program: QuadraticProgram, starts: Steps, n_random: int, rng: n
         Shape (n_optima, n_steps).
     """
     found = [descend(program, start) for start in (*starts, *(random_fill(program, rng) for _ in range(n_random)))]
-    optima = np.unique(np.array(found), axis=0)
+    optima = distinct_points(np.array(found))
     return optima[np.argsort([program.objective(q) for q in optima], kind="stable")]
 
 
@@ -69,11 +69,24 @@ def random_fill(program: QuadraticProgram, rng: np.random.Generator) -> Steps:
     return q
 
 
-def neighbours(program: QuadraticProgram, q: Steps) -> Steps:
-    """The feasible points that take one step of q back, with or without another step down, shape (n, n_steps)."""
-    n = len(q)
-    back, down, change = _moves(program, q, np.zeros(n), np.zeros((n, n)))
+def neighbours(
+    program: QuadraticProgram, q: Steps, gains: npt.NDArray[np.float64] | None = None, most: int | None = None
+) -> Steps:
+    """The feasible points that take one step of q back, with or without another step down.
+
+    Args:
+        program: The program.
+        q: The point, shape (n_steps,).
+        gains: What each step costs, shape (n_steps,), if the points of lowest total are wanted, lowest first.
+        most: How many of these points.
+    Returns:
+        Shape (n, n_steps).
+    """
+    back, down, change = _moves(program, q, np.zeros(len(q)) if gains is None else gains)
     rows, columns = np.nonzero(np.isfinite(change) & (back[:, None] >= 0))
+    if gains is not None:
+        nearest = np.argsort(change[rows, columns], kind="stable")[:most]
+        rows, columns = rows[nearest], columns[nearest]
     result = np.repeat(q[None], len(rows), axis=0)
     result[np.arange(len(rows)), back[rows]] = False
     is_exchange = down[columns] >= 0
@@ -81,8 +94,18 @@ def neighbours(program: QuadraticProgram, q: Steps) -> Steps:
     return result
 
 
+def distinct_points(points: Steps) -> Steps:
+    """The distinct rows of points of shape (n, n_steps), sorted."""
+    packed = np.packbits(points, axis=1)  # whole rows are compared as bytes: much faster than bit by bit
+    rows = np.ascontiguousarray(packed).view(np.dtype((np.void, packed.shape[1]))).ravel()
+    return points[np.unique(rows, return_index=True)[1]]
+
+
 def _moves(
-    program: QuadraticProgram, q: Steps, marginals: npt.NDArray[np.float64], pairs: npt.NDArray[np.float64]
+    program: QuadraticProgram,
+    q: Steps,
+    marginals: npt.NDArray[np.float64],
+    pairs: npt.NDArray[np.float64] | None = None,
 ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], npt.NDArray[np.float64]]:
     """All single moves from q.
 
@@ -90,7 +113,7 @@ def _moves(
         program: The program.
         q: Shape (n_steps,).
         marginals: What taking each step adds to the objective, shape (n_steps,).
-        pairs: K + K' with a zero diagonal, shape (n_steps, n_steps).
+        pairs: K + K' with a zero diagonal, shape (n_steps, n_steps); None if moves do not interact.
     Returns:
         The steps that can be taken back, shape (n_back,), and the steps that can be taken, shape (n_down,), both with
         -1 for none as the last entry; what each move changes, shape (n_back, n_down). Moves over the capacity, and
@@ -100,7 +123,8 @@ def _moves(
     change = np.zeros((len(back) + 1, len(down) + 1))
     change[:-1] -= marginals[back][:, None]
     change[:, :-1] += marginals[down]
-    change[:-1, :-1] -= pairs[np.ix_(back, down)]
+    if pairs is not None:
+        change[:-1, :-1] -= pairs[np.ix_(back, down)]
     slack = program.capacity - int(program.step_bytes[~q].sum())
     needed = np.append(program.step_bytes[back], 0)[:, None] - np.append(program.step_bytes[down], 0)
     change[needed > slack] = np.inf

@@ -6,10 +6,11 @@ docs/decisions/0009-active-search.md says why, and docs/decisions/0038-informed-
 import numpy as np
 
 from coopq.core.types import Assignment, Assignments, Losses
-from coopq.search.informed import Floats, InformedSurrogate, Prior, fit_informed, knapsacks
+from coopq.search.informed import InformedSurrogate, fit_informed
 from coopq.search.measured import Known, Measured
+from coopq.search.prior import Floats, Prior, knapsacks
 from coopq.search.protocol import Search
-from coopq.search.solver.local_search import descend, local_optima, neighbours
+from coopq.search.solver.local_search import descend, distinct_points, local_optima, neighbours
 from coopq.search.solver.quadratic_program import QuadraticProgram, Steps
 from coopq.search.space import SearchSpace
 
@@ -150,7 +151,7 @@ class ActiveSearch(Search):
 
     def _unmeasured(self, points: Steps) -> Assignments:
         """Distinct points without a loss, as assignments."""
-        distinct = np.unique(points, axis=0)
+        distinct = distinct_points(points)
         fresh = [q for q in distinct if q not in self.measured]
         return self._space.assignments(np.array(fresh, dtype=bool).reshape(-1, self._space.n_steps))
 
@@ -165,8 +166,8 @@ class ActiveSearch(Search):
             return []
         surrogate, optimum = likely_optimum(self._space, capacity, prior, self.measured)
         gains, incumbents = surrogate.corrected_gains(), self.measured.best(capacity, _INCUMBENTS)
-        pools = [optimum[None], *(_nearest(program, gains, q) for q in (optimum, *incumbents))]
-        pool = np.unique(np.concatenate(pools), axis=0)
+        pools = [optimum[None], *(neighbours(program, q, gains, _POOL) for q in (optimum, *incumbents))]
+        pool = distinct_points(np.concatenate(pools))
         seen = {q.tobytes() for q in taken}
         pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
         if not len(pool):
@@ -189,7 +190,7 @@ class ActiveSearch(Search):
             program = surrogate.program(self._space.constraint(capacity))
             optima = local_optima(program, incumbents, _RANDOM_STARTS, rng)
             pool = np.concatenate([optima, *(neighbours(program, q) for q in optima[:2]), *around_incumbents])
-            pool = pool[np.unique(np.packbits(pool, axis=1), axis=0, return_index=True)[1]]
+            pool = distinct_points(pool)
             pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
             if len(pool):
                 pool = pool[np.argsort(surrogate.value(pool), kind="stable")[:_POOL]]
@@ -252,21 +253,15 @@ def _groups_back(program: QuadraticProgram, prior: Prior, q: Steps) -> Steps:
     return found
 
 
-def _nearest(program: QuadraticProgram, gains: Floats, q: Steps) -> Steps:
-    """The neighbours of a point with the lowest totals of gains, shape (up to `_POOL`, n_steps)."""
-    found = neighbours(program, q)
-    return found[np.argsort(found @ gains, kind="stable")[:_POOL]]
-
-
 def _climb(program: QuadraticProgram, surrogate: InformedSurrogate, gains: Floats, starts: Steps) -> Steps:
     """The point that exchanges lead to from the best start, as the surrogate sees it, shape (n_steps,)."""
-    means = surrogate.log_loss(starts)[0]
+    means = surrogate.mean_log_loss(starts)
     current, lowest = starts[means.argmin()], float(means.min())
     for _ in range(_CLIMBS):
-        beside = _nearest(program, gains, current)
+        beside = neighbours(program, current, gains, _POOL)
         if not len(beside):
             break
-        means = surrogate.log_loss(beside)[0]
+        means = surrogate.mean_log_loss(beside)
         if float(means.min()) >= lowest - 1e-9:
             break
         current, lowest = beside[means.argmin()], float(means.min())

@@ -21,7 +21,8 @@ from coopq.plan.plan import Plan
 from coopq.plan.scores.kept import Score, kept_score
 from coopq.report.page.run.names import PlayerName, name_players
 from coopq.search import Measured, SearchSpace
-from coopq.search.informed import PRIOR_SCORE, fit_informed, make_prior
+from coopq.search.informed import fit_informed
+from coopq.search.prior import PRIOR_SCORE, make_prior
 from coopq.search.surrogate import best_surrogate
 
 Floats = npt.NDArray[np.float64]
