@@ -36,18 +36,19 @@ _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token,
 def plan_summary(plan: Plan) -> str:
     """Sizes, losses, proof and confidence of a plan, in two to six lines."""
     deployed = f"; deployed by {plan.deployment.backend}, not by what was measured" if plan.deployment else ""
-    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f} measured"
+    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f}{_stderr(plan)} measured"
     loss = plan.request.search.loss
     if plan.saved_loss is not None:  # always a negative log-likelihood
         what = "" if loss == "nll" else "negative log-likelihood "
         measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
     predicted = "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted, "
+    unit = "nats per token, ± standard error over sequences" if _stderr(plan) else "nats per token"
     covered = "" if plan.covered is None else f", {plan.covered:.1%} of the blocks' weights covered"
     notes = "".join(f"\n{note}" for note in plan.source_notes)
     return (
         f"budget {plan.budget} by {plan.method}: {_size(plan)}, {plan.average_bits:.3f} average bits, "
         f"{plan.bits_per_weight:.3f} bits per weight{covered}\n"
-        f"{_LOSSES[loss]} {predicted}{measured} (nats per token)"
+        f"{_LOSSES[loss]} {predicted}{measured} ({unit})"
         f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}{_growth(plan)}"
     )
 
@@ -56,6 +57,12 @@ def _size(plan: Plan) -> str:
     """The size of the file that a plan is for, after the name of the target."""
     text = size_text(plan.file_bytes, plan.bytes, plan.budget_bytes)
     return text if plan.request.target.form is None else f"{plan.request.target.form} {text}"
+
+
+def _stderr(plan: Plan) -> str:
+    """The standard error of the measured loss over sequences, if there are several."""
+    stderr = None if plan.confidence is None else plan.confidence.stderr
+    return "" if stderr is None else f" ± {stderr:.2g}"
 
 
 def _growth(plan: Plan) -> str:
