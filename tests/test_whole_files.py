@@ -44,7 +44,8 @@ def test_a_budget_in_bytes_holds_the_whole_file(backend: str, embeddings: bool, 
     shown = plan_summary(plan)
     assert f"file {size / 1e6:,.2f} MB (quantized part {plan.bytes / 1e6:,.2f} MB of " in shown
     assert "LARGER" not in shown
-    assert plan.confidence is not None and plan.confidence.stderr is not None
+    assert plan.confidence is not None
+    assert plan.confidence.stderr is not None
     assert f"{plan.measured_loss:.4f} ± {plan.confidence.stderr:.2g} measured (nats per token, ± standard" in shown
 
 

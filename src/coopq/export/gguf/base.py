@@ -1,9 +1,6 @@
-"""Reads GGUF files that users give: a file may be damaged, odd or split, and every fault is an error of one line.
+"""GGUF files that users give: a file may be damaged, odd or split, and every fault is an error of one line."""
 
-Every length is checked against the file before it is used. The reader of the package gguf does not check lengths.
-"""
-
-import struct
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,42 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.errors import ExportError
+from coopq.core.errors import ExportError, ModelError
 from coopq.model.sources.gguf import gguf_shards
+from coopq.model.sources.gguf_header import Setting, TensorPlace, read_header
 
 _WAY_OUT = "name a GGUF file of the model in full precision with --base"
-_NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
-"""Types of numbers in settings by their code. Source: `gguf_type` in ggml/include/gguf.h."""
-_TEXT, _ARRAY = 8, 9
-_DEEPEST = 8
-"""Arrays in arrays that are read; a damaged file can claim any depth."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A setting of a GGUF file.
-
-    Attributes:
-        raw: The setting as it lies in the file, with its name.
-        value: A number or a text, the numbers of an array, or None for arrays of texts and of arrays.
-        length: Number of entries of an array; 0 for others.
-    """
-
-    raw: bytes
-    value: Any
-    length: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,13 +97,17 @@ class BaseFile:
         parts = []
         for shard in gguf_shards(path):
             try:
-                parts.append(_Parser(shard).parse())
-            except (OSError, ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ExportError(f"cannot read GGUF file {shard} ({reason}); {_WAY_OUT}") from error
-        settings, _, alignment = parts[0]
+                header = read_header(shard)
+            except ModelError as error:
+                raise ExportError(f"{error}; {_WAY_OUT}") from error
+            data = np.memmap(shard, np.uint8, mode="r")
+            try:
+                parts.append((header, {name: _tensor(data, place) for name, place in header.tensors.items()}))
+            except (ValueError, KeyError) as error:
+                raise ExportError(f"cannot read GGUF file {shard} ({error}); {_WAY_OUT}") from error
+        settings, alignment = parts[0][0].settings, parts[0][0].alignment
         tensors: dict[str, BaseTensor] = {}
-        for _, found, _ in parts:
+        for _, found in parts:
             tensors |= found
         first = gguf_shards(path)[0]
         count = settings.get("split.tensors.count")
@@ -186,88 +156,20 @@ class BaseFile:
                    for tensor in self.tensors.values())  # fmt: skip
 
 
-class _Parser:
-    """One GGUF file, read from its start."""
+def _tensor(data: npt.NDArray[np.uint8], place: TensorPlace) -> BaseTensor:
+    """A tensor of a file with these bytes.
 
-    def __init__(self, path: Path) -> None:
-        if path.stat().st_size < 24:
-            raise ValueError("it is too short")
-        self._data = np.memmap(path, np.uint8, mode="r")
-        self._place = 0
+    Raises:
+        ValueError: If the shape is impossible, or the file ends before the tensor.
+    """
+    import gguf
 
-    def parse(self) -> tuple[dict[str, Setting], dict[str, BaseTensor], int]:
-        """Settings, tensors and alignment of the file."""
-        if self._take(4) != b"GGUF":
-            raise ValueError("it is no GGUF file")
-        if (version := self._number("<u4")) not in (2, 3):
-            raise ValueError(f"version {version} is unknown, or its byte order is another")
-        n_tensors, n_settings = self._number("<u8"), self._number("<u8")
-        settings: dict[str, Setting] = {}
-        for _ in range(n_settings):
-            start = self._place
-            name = self._text()
-            value, length = self._value(self._number("<u4"), 0)
-            settings[name] = Setting(bytes(self._data[start : self._place]), value, length)
-        abouts = []
-        for _ in range(n_tensors):
-            name = self._text()
-            shape = tuple(self._number("<u8") for _ in range(self._number_below(5, "dimensions")))
-            abouts.append((name, shape, self._number("<u4"), self._number("<u8")))
-        aligned = settings.get("general.alignment")
-        alignment = 32 if aligned is None else aligned.value
-        if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
-            raise ValueError(f"general.alignment = {alignment!r}")
-        self._data_start = -(-self._place // alignment) * alignment
-        tensors = {name: self._tensor(name, *rest) for name, *rest in abouts}
-        if len(tensors) != len(abouts):
-            raise ValueError("two tensors have one name")
-        return settings, tensors, alignment
-
-    def _tensor(self, name: str, shape: tuple[int, ...], code: int, offset: int) -> BaseTensor:
-        import gguf
-
-        kind = gguf.GGMLQuantizationType(code)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        if not shape or min(shape) < 1 or shape[0] % block:
-            raise ValueError(f"tensor {name} has shape {shape}")
-        row_bytes, n_rows = shape[0] // block * size, 1
-        for length in shape[1:]:
-            n_rows *= length
-        start, end = self._data_start + offset, self._data_start + offset + n_rows * row_bytes
-        if end > len(self._data):
-            raise ValueError(f"it ends before tensor {name} ends")
-        return BaseTensor(name, shape, kind, self._data[start:end].reshape(*reversed(shape[1:]), row_bytes))
-
-    def _take(self, count: int) -> bytes:
-        if self._place + count > len(self._data):
-            raise ValueError("it is truncated")
-        self._place += count
-        return bytes(self._data[self._place - count : self._place])
-
-    def _number(self, kind: str) -> Any:
-        dtype = np.dtype(kind)
-        return np.frombuffer(self._take(dtype.itemsize), dtype)[0].item()
-
-    def _number_below(self, limit: int, what: str) -> int:
-        if (number := int(self._number("<u4"))) >= limit:
-            raise ValueError(f"{number} {what}")
-        return number
-
-    def _text(self) -> str:
-        return self._take(self._number("<u8")).decode()
-
-    def _value(self, kind: int, depth: int) -> tuple[Any, int]:
-        """A value, and its length if it is an array."""
-        if kind in _NUMBERS:
-            return self._number(_NUMBERS[kind]), 0
-        if kind == _TEXT:
-            return self._take(self._number("<u8")).decode(errors="replace"), 0
-        if kind != _ARRAY or depth > _DEEPEST:
-            raise ValueError(f"a setting has type {kind}")
-        inner, length = self._number("<u4"), self._number("<u8")
-        if inner in _NUMBERS:
-            dtype = np.dtype(_NUMBERS[inner])
-            return tuple(np.frombuffer(self._take(dtype.itemsize * length), dtype).tolist()), length
-        for _ in range(length):  # every entry takes bytes, so that a damaged length ends at the end of the file
-            self._value(inner, depth + 1)
-        return None, length
+    kind = gguf.GGMLQuantizationType(place.kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    if not place.shape or min(place.shape) < 1 or place.shape[0] % block:
+        raise ValueError(f"tensor {place.name} has shape {place.shape}")
+    row_bytes, n_rows = place.shape[0] // block * size, math.prod(place.shape[1:])
+    if place.start + n_rows * row_bytes > len(data):
+        raise ValueError(f"it ends before tensor {place.name} ends")
+    rows = data[place.start : place.start + n_rows * row_bytes]
+    return BaseTensor(place.name, place.shape, kind, rows.reshape(*reversed(place.shape[1:]), row_bytes))

@@ -11,16 +11,15 @@ from coopq.judge.engines.llama_cpp import LlamaCppTokenizer, llama_cpp_log_proba
 from coopq.judge.evaluation import shortened, summary
 from coopq.judge.results import Evaluation
 from coopq.model.sources.gguf import gguf_shards
+from coopq.model.sources.gguf_header import read_header
 from coopq.model.texts import HeldOut
 
 
 def gguf_window_length(file: Path) -> int:
     """Tokens of a window if nobody says how many: 2048, or the context of a model that has less."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    found = fields.get(f"{fields['general.architecture'].contents()}.context_length")
-    return shortened(None if found is None else int(found.contents()))
+    settings = read_header(file).settings
+    found = settings.get(f"{settings['general.architecture'].value}.context_length")
+    return shortened(None if found is None else int(found.value))
 
 
 def evaluate_gguf(file: Path, reference: Path, text: HeldOut, progress: ProgressCallback = silent) -> Evaluation:

@@ -11,7 +11,6 @@ import re
 import struct
 import tempfile
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coopq.core.errors import BackendError, ModelError
 from coopq.core.files import atomic_folder, cache_folder
 from coopq.core.versions import check_version
+from coopq.model.sources.gguf_header import read_header
 from coopq.model.sources.stored import one_line
 
 DEMO = "demo"
@@ -84,19 +84,14 @@ def gguf_dtype(path: Path) -> torch.dtype:
 
     Vectors may have 32 bits. Matrices of quantized types are rounded to 16 bits where a saved model keeps them.
     """
-    shards = gguf_shards(path)
-    kinds = frozenset().union(*(_matrix_types(shard, shard.stat().st_mtime_ns) for shard in shards))
+    from gguf import GGMLQuantizationType
+
+    headers = [read_header(shard) for shard in gguf_shards(path)]
+    matrices = [tensor for header in headers for tensor in header.tensors.values() if len(tensor.shape) > 1]
+    kinds = {GGMLQuantizationType(tensor.kind).name for tensor in matrices}
     if kinds & {"F32", "F64"}:
         return torch.float32
     return torch.bfloat16 if kinds == {"BF16"} else torch.float16
-
-
-@cache
-def _matrix_types(path: Path, changed: int) -> frozenset[str]:
-    """Types of the matrices in a GGUF file as of a change; the package gguf takes seconds to read the vocabulary."""
-    from gguf import GGUFReader
-
-    return frozenset(tensor.tensor_type.name for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1)
 
 
 def convert_gguf(path: Path) -> Path:
