@@ -45,6 +45,8 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "blocks": _BLOCKS,
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
+    "transformers": {"rtn": {"backend": "rtn"}, "blocks": _BLOCKS, "nll": {"loss": "nll"}},
+    "mlx": {"fused layers": _FUSED, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
     "openvino": {"gptq-static": {"backend": "gptq-static"}, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
 }
 """What each recipe is compared with: the settings that differ, by a name."""
