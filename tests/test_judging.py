@@ -94,7 +94,7 @@ def test_a_saved_model_is_judged_beside_its_original_on_both_texts(saved: Path, 
     (tmp_path / "own.txt").write_text("Once upon a time there was a little girl who had a red ball. " * 60)
     data = judged(saved, "--text", tmp_path / "own.txt")
     assert data["text"].startswith("4 x 64 tokens of WikiText-2 test")
-    assert data["own_text"]["text"].startswith("4 x 64 tokens of own.txt")
+    assert data["own_text"]["text"].startswith("4 x 64 tokens of own.txt (")
     assert data["file_bytes"] == (saved / "quantized.safetensors").stat().st_size > data["bytes"]
     for evaluation in (data, data["own_text"]):
         assert set(evaluation["divergence"]) == STATISTICS

@@ -126,5 +126,5 @@ def test_a_wheel_runs_the_main_job_outside_the_checkout(tmp_path: Path, stories:
     fast = ("--permutations", "2", "--tokens", "128", "--sequence-length", "64")
     run(command, "quantize", stories, "--budget", "3avg", "--out", "model", *fast)
     assert "perplexity" in run(command, "evaluate", "model", "--tokens", "256", "--sequence-length", "64")
-    assert (site / "coopq" / "model" / "data" / "LICENSES.md").is_file()
+    assert (site / "coopq" / "model" / "texts" / "data" / "LICENSES.md").is_file()
     assert (site / "coopq" / "py.typed").is_file(), "type checkers heed its annotations"

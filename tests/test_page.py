@@ -333,7 +333,7 @@ def test_methods_are_ranked_with_paired_intervals() -> None:
 
 def test_cells_that_few_methods_have_do_not_decide() -> None:
     def cell(method: str, budget: str, nll: float) -> Cell:
-        return Cell("", method, budget, 3.0, 3.0, 0.0, np.array([nll, nll + 1]))
+        return Cell("", method, budget, 3.0, method, 0.0, np.array([nll, nll + 1]))
 
     ranks = rank([cell("a", "1", 1.0), cell("a", "2", 9.0), cell("b", "1", 2.0)])
     assert [(one.method, one.above, one.n_cells) for one in ranks] == [("a", 0.0, 2), ("b", 1.0, 1)]
@@ -453,3 +453,11 @@ def test_a_report_without_a_run_folder_is_shorter(searched: Path, tmp_path: Path
     page = checked(save_run_page(plan, None, "out", tmp_path / "x.html"))
     assert set(page.specs) == {"widths", "sensitivity"}
     assert render("a", "b", []).startswith("<!DOCTYPE html>")
+
+
+def test_uniform_rows_are_called_by_their_width() -> None:
+    def row(method: str, width: float | None, average: float) -> Comparison:
+        return Comparison(method, None, 1, average, average, "kl", 0.1, 2.0, 7.4, (2.0, 2.0), width=width)
+
+    cells = comparison_cells([row("full precision", None, 16.0), row("uniform", 5, 7.6), row("uniform", 4, 4.0)])
+    assert [cell.label for cell in cells] == ["full precision", "uniform 5 and wider", "uniform 4"]

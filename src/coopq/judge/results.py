@@ -126,10 +126,14 @@ class Comparison:
     def name(self) -> str:
         """Method and budget for people, or the width of a uniform row."""
         if self.width is not None:
-            wider = " and wider" if self.average_bits > self.width + _NEAR else ""
-            return f"{self.method} {self.width:g}{wider}"
+            return uniform_name(self.width, self.average_bits)
         mean = f" (mean of {self.n})" if self.n > 1 else ""
         return self.method + (f" {self.budget}" if self.budget else "") + mean
+
+
+def uniform_name(width: Width, average_bits: float) -> str:
+    """The name of a uniform row for people: some layers are wider where they lack the width."""
+    return f"uniform {width:g}" + (" and wider" if average_bits > width + _NEAR else "")
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def lines_figure(cells: Sequence[Cell], named: Mapping[str, str]) -> Spec:
         if cell.budget is not None
     ]
     uniform: list[dict[str, Any]] = [
-        {"size": round(cell.bits_per_weight, 4), "nll": cell.nll, "label": f"uniform {cell.average_bits:g}"}
+        {"size": round(cell.bits_per_weight, 4), "nll": cell.nll, "label": cell.label}
         for cell in cells
         if cell.method == UNIFORM
     ]

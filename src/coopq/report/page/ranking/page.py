@@ -110,7 +110,7 @@ def _case(title: str, name: str, cells: Sequence[Cell], ranks: Sequence[Rank]) -
     head = ["weights", "budget", "bits per weight", "calibration loss", "NLL", "perplexity", "forwards"]
     rows = [
         (
-            f"uniform {cell.average_bits:g}" if cell.method == "uniform" else cell.method,
+            cell.label,
             cell.budget or "",
             f"{cell.bits_per_weight:.3f}",
             f"{cell.calibration_loss:.4f}",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coopq.judge.references import REFERENCES
-from coopq.judge.results import Comparison
+from coopq.judge.references import REFERENCES, UNIFORM
+from coopq.judge.results import Comparison, uniform_name
 
 if TYPE_CHECKING:  # it imports torch
-    from coopq.judge.bench.results import Result
+    from coopq.judge.bench.results import Result, Row
 
 _NORMAL = 1.96
 """Standard errors in half a 95 % interval."""
@@ -27,7 +27,7 @@ class Cell:
         method: Name of the method or of the reference.
         budget: The budget; None for full precision and uniform widths.
         bits_per_weight: Stored bits per weight.
-        average_bits: Width averaged over the weights.
+        label: The method, or the width of a uniform row.
         calibration_loss: Loss on the calibration set, nats per token.
         windows: Negative log-likelihood on each window of the judging text, shape (n_windows,), nats per token.
         forwards: Forwards of the model for all budgets of the case together; None where they were not counted.
@@ -37,7 +37,7 @@ class Cell:
     method: str
     budget: str | None
     bits_per_weight: float
-    average_bits: float
+    label: str
     calibration_loss: float
     windows: npt.NDArray[np.float64]
     forwards: float | None = None
@@ -72,7 +72,7 @@ def comparison_cells(rows: Sequence[Comparison]) -> list[Cell]:
             method=row.method,
             budget=row.budget,
             bits_per_weight=row.bits_per_weight,
-            average_bits=row.average_bits,
+            label=row.method if row.width is None else row.name,
             calibration_loss=row.calibration_loss,
             windows=np.array(row.windows),
         )
@@ -82,7 +82,7 @@ def comparison_cells(rows: Sequence[Comparison]) -> list[Cell]:
 
 def bench_cells(results: "Sequence[Result]") -> list[Cell]:
     """The cells of a bench, in order of appearance; assignments of one method at one budget are averaged over seeds."""
-    found: dict[tuple[str, str, str | None, float | None], list[Cell]] = {}
+    found: dict[tuple[str, str, str | None], list[Cell]] = {}
     for result in results:
         for row in result.rows:
             cell = Cell(
@@ -90,14 +90,19 @@ def bench_cells(results: "Sequence[Result]") -> list[Cell]:
                 method=row.method,
                 budget=row.budget,
                 bits_per_weight=row.bits_per_weight,
-                average_bits=row.average_bits,
+                label=_label(row),
                 calibration_loss=row.calibration_loss,
                 windows=np.array(row.windows),
                 forwards=row.block_forwards / result.blocks,
             )
-            width = None if row.budget is not None else row.average_bits
-            found.setdefault((result.case, row.method, row.budget, width), []).append(cell)
+            found.setdefault((result.case, cell.label, row.budget), []).append(cell)
     return [_mean(cells) for cells in found.values()]
+
+
+def _label(row: "Row") -> str:
+    if row.method != UNIFORM or row.assignment is None:
+        return row.method
+    return uniform_name(min(row.assignment), row.average_bits)
 
 
 def rank(cells: Sequence[Cell]) -> list[Rank]:
@@ -149,7 +154,7 @@ def _mean(cells: Sequence[Cell]) -> Cell:
         method=first.method,
         budget=first.budget,
         bits_per_weight=float(np.mean([cell.bits_per_weight for cell in cells])),
-        average_bits=float(np.mean([cell.average_bits for cell in cells])),
+        label=first.label,
         calibration_loss=float(np.mean([cell.calibration_loss for cell in cells])),
         windows=np.mean([cell.windows for cell in cells], axis=0),
         forwards=float(np.mean([cell.forwards or 0.0 for cell in cells])),

@@ -4,30 +4,18 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BackendError, CalibrationError
 from coopq.core.specs import TextSpec
+from coopq.model.texts.documents import WIKITEXT2, check_file, documents, text_name
 
-WIKITEXT2 = "WikiText-2 test"
-"""Name of the packaged text that judges."""
-_DATA = resources.files("coopq.model") / "data"
 _FIT_TOKENS = 32_768
 """Tokens that weights are fitted to if a user does not say how many."""
-_HUB_DOCUMENTS = 2000
-"""Documents read from a data set of the hub: more than a calibration set needs, and some data sets have no end."""
-
-
-class _Document(msgspec.Struct):
-    """A line of a .jsonl file; other fields are ignored."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -142,16 +130,7 @@ def check_text(text: TextSpec) -> None:
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
     elif text.source != "c4":
-        _check_file(Path(text.source).expanduser(), ", 'c4' (packaged), or 'hub:NAME'")
-
-
-def _check_file(path: Path, instead: str = "") -> None:
-    """Check that a file of text can be read; `instead` is what else a user can name."""
-    if not path.is_file():
-        raise CalibrationError(f"no text file at {path}; give a .txt or .jsonl file{instead}")
-    if path.suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(f"text file {path} is neither .txt nor .jsonl; convert it to one of them")
-    _read_text(path)
+        check_file(Path(text.source).expanduser(), ", 'c4' (packaged), or 'hub:NAME'")
 
 
 @dataclass(frozen=True)
@@ -179,7 +158,7 @@ class HeldOut:
                 f"windows of {self.length} tokens out of {self.max_tokens or 'all'} cannot be scored; use at least 2"
             )
         if self.source != WIKITEXT2:
-            _check_file(Path(self.source))
+            check_file(Path(self.source))
 
     def windows(self, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
         """The tokens.
@@ -192,7 +171,7 @@ class HeldOut:
         """
         self.check()
         bos = _bos(tokenizer)
-        windows, name = _windows(self.source, tokenizer, self.length, bos, max_positions), Path(self.source).name
+        windows, name = _windows(self.source, tokenizer, self.length, bos, max_positions), text_name(self.source)
         windows = windows if self.max_tokens is None else windows[: self.max_tokens // self.length]
         if not windows:
             raise CalibrationError(
@@ -200,62 +179,6 @@ class HeldOut:
                 "tokens or shorter windows"
             )
         return TokenSet(_stack(windows, bos), name, bos is not None)
-
-
-def _documents(source: str) -> list[str]:
-    """Documents of a text."""
-    if source.startswith("hub:"):
-        return _hub_documents(source.removeprefix("hub:"))
-    if source == "c4":
-        with resources.as_file(_DATA / "c4_sample.jsonl") as path:
-            return _jsonl_documents(path)
-    if source == WIKITEXT2:  # one text, its paragraphs joined by blank lines
-        lines = (_DATA / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
-        return ["\n\n".join(line for line in lines if line.strip())]
-    path = Path(source).expanduser()
-    return _jsonl_documents(path) if path.suffix == ".jsonl" else [_read_text(path)]
-
-
-def _hub_documents(name: str) -> list[str]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(*name.split(":"), split="train", streaming=True)
-        return [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(
-            f"cannot read data set {name!r} ({type(error).__name__}: {error}); give a local folder, or a data set on a "
-            "hub that can be reached, with a split 'train' and a column 'text'"
-        ) from error
-
-
-def _jsonl_documents(path: Path) -> list[str]:
-    documents = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = msgspec.json.decode(line, type=_Document).text
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(
-                f"text file {path}, line {number}: not a JSON object with a field 'text'; repair or remove the line"
-            ) from error
-        documents.append(text)
-    return documents
-
-
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no text
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"text file {path} is not UTF-8 (byte {error.start}); convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise CalibrationError(f"cannot read text file {path}: {error.strerror}") from error
-    if not text.strip():
-        raise CalibrationError(f"text file {path} is empty; give one with text")
-    return text
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -291,7 +214,7 @@ def _windows(
     """Non-overlapping windows of all documents of a text, without the beginning-of-sequence token."""
     check_length(length, max_positions)
     content = length - (bos is not None)
-    texts = [_encode(tokenizer, document) for document in _documents(source)]
+    texts = [_encode(tokenizer, document) for document in documents(source)]
     return [tokens[i : i + content] for tokens in texts for i in range(0, len(tokens) - content + 1, content)]
 
 
