@@ -43,6 +43,11 @@ def draw_mixes(axes: Any, page: Path) -> None:
     rivals = sorted({(size, divergence) for size, divergence, _, _ in rows})
     ours = sorted((size, divergence) for _, _, size, divergence in rows)
     axes.plot(*np.transpose(rivals), "s-", color=RIVAL, markersize=6, linewidth=1)
+    for row in compared:  # a strongest mix that is not among the first seven has no name yet
+        if (name := row.get("strongest mix", "")) and name not in lost:
+            below = {"textcoords": "offset points", "xytext": (7, -2), "ha": "left", "va": "top"}
+            place = _megabytes(row["its bytes"]), float(row["its divergence"])
+            axes.annotate(name, place, color=RIVAL, fontsize=8, **below)
     axes.plot(*np.transpose(ours), "o-", color=OURS, markersize=6, linewidth=2)
     for text, (size, divergence), place, colour in (
         ("CoopQ, same size", ours[-2], (-10, -8), OURS),
