@@ -45,7 +45,7 @@ def draw_mixes(axes: Any, page: Path) -> None:
     axes.plot(*np.transpose(rivals), "s-", color=RIVAL, markersize=6, linewidth=1)
     for row in compared:  # a strongest mix that is not among the first seven has no name yet
         if (name := row.get("strongest mix", "")) and name not in lost:
-            below = {"textcoords": "offset points", "xytext": (7, -2), "ha": "left", "va": "top"}
+            below = {"textcoords": "offset points", "xytext": (2, -7), "ha": "center", "va": "top"}
             place = _megabytes(row["its bytes"]), float(row["its divergence"])
             axes.annotate(name, place, color=RIVAL, fontsize=8, **below)
     axes.plot(*np.transpose(ours), "o-", color=OURS, markersize=6, linewidth=2)
