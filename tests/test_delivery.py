@@ -17,6 +17,7 @@ from coopq.export.formats import TargetFile, get_form
 from coopq.export.kv_cache import cache_bytes
 from coopq.game.prepared import prepare
 from coopq.plan.methods import METHODS
+from coopq.plan.plan import Plan
 from coopq.quantizers import BACKENDS, get_backend
 from tests.command_line import command, refused
 
@@ -86,7 +87,9 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     code, text, err = command(*arguments, "--json")
     assert code == 0, err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before, "a finished job is not repeated"
-    assert json.loads(text)["file_bytes"] > 0
+    plan = Plan.load(record.with_suffix("") / "plan.json")
+    written_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert json.loads(text)["file_bytes"] == plan.file_bytes == written_bytes
     code, _, err = command(*[{size: "6bpw"}.get(word, word) for word in arguments])
     assert code == 2
     assert "another budget" in err

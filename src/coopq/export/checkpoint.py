@@ -25,6 +25,7 @@ from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.folders.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
 from coopq.export.folders.stored_tensors import load_stored, saved_config, stored_tensors
+from coopq.export.formats import predicted_bytes
 from coopq.export.verification import (
     assigned_weights,
     loss_of,
@@ -156,8 +157,7 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
         ModelError: If a weight is not finite, or the saved model cannot compute, or computes another loss than the
             model with the assigned weights.
     """
-    modules = {linear.name for player in source.players for linear in player.linears}
-    if differing := plan.modules.keys() ^ modules:
+    if differing := plan.modules.keys() ^ {linear.name for player in source.players for linear in player.linears}:
         raise PlanError(f"the plan and the model differ in {', '.join(sorted(differing))}; allocate it again")
     tensors = _packed_tensors(source, plan, progress)
     unpacked = stored_tensors(source.loaded.model, plan.modules, source.loaded.checkpoint_dtype)
@@ -169,7 +169,7 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
         n_bytes = (folder / source.backend.weights_file).stat().st_size
-        whole = plan.file_bytes if plan.request.target.form else n_bytes
+        whole = n_bytes if (form := plan.request.target.form) is None else predicted_bytes(plan, form)
         plan = _checked(source, plan, folder, progress)
         plan = plan.replace(file_bytes=whole, source_bytes=source.loaded.source_bytes)
         plan.save(folder / "plan.json")
