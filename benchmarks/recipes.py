@@ -43,6 +43,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "ggml": {"backend": "ggml", "bits": (2, 3, 4, 5, 6, 8)},
         "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)},
         "blocks": _BLOCKS,
+        "linear layers": {"granularity": "linear"},
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
     "transformers": {"rtn": {"backend": "rtn"}, "blocks": _BLOCKS, "nll": {"loss": "nll"}},

@@ -333,7 +333,7 @@ def test_methods_are_ranked_with_paired_intervals() -> None:
 
 def test_cells_that_few_methods_have_do_not_decide() -> None:
     def cell(method: str, budget: str, nll: float) -> Cell:
-        return Cell("", method, budget, 3.0, method, 0.0, np.array([nll, nll + 1]))
+        return Cell("", method, budget, 3.0, method, 0.0, np.array([nll, nll + 1]), 1.0)
 
     ranks = rank([cell("a", "1", 1.0), cell("a", "2", 9.0), cell("b", "1", 2.0)])
     assert [(one.method, one.above, one.n_cells) for one in ranks] == [("a", 0.0, 2), ("b", 1.0, 1)]

@@ -46,7 +46,7 @@ def test_a_budget_in_bytes_holds_the_whole_file(backend: str, embeddings: bool, 
     assert "LARGER" not in shown
     assert plan.confidence is not None
     assert plan.confidence.stderr is not None
-    assert f"{plan.measured_loss:.4f} ± {plan.confidence.stderr:.2g} measured (nats per token, ± standard" in shown
+    assert f"{plan.measured_loss:.4f} ± {1.96 * plan.confidence.stderr:.2g} measured (nats per token, ± half" in shown
 
 
 def test_an_impossible_budget_names_sizes_of_whole_files(tmp_path: Path) -> None:

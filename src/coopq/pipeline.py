@@ -136,7 +136,7 @@ def deliver(
 
         check = check_in_llama_cpp(out, saved, open_base(BaseModel.find(request), progress).path, progress)
     n_bytes = predicted_bytes(plan, form)
-    return Delivery(plan, out, n_bytes, check, RECIPES[engine].run.format(out=out))
+    return Delivery(plan, out, saved, n_bytes, check, RECIPES[engine].run.format(out=out))
 
 
 def estimate(

@@ -37,7 +37,7 @@ def quantize(
     from coopq.export.formats import predicted_bytes
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
-    from coopq.report.tables import delivery_summary, plan_summary, provenance
+    from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
 
     quiet_libraries()
     if request.widths.bits == RECIPES[recipe].settings["bits"].value:
@@ -68,7 +68,7 @@ def quantize(
         text += f"; {exported:,} bytes once exported to {request.target.form}"
         data["exported_bytes"] = exported
     report = write_report(plan, out, run)
-    print_result(data | {"report": str(report)}, f"{text}\nreport: {report}", as_json)
+    print_result(data | {"report": str(report)}, f"{text}\n{how_to_judge(out)}\nreport: {report}", as_json)
 
 
 @click.command(cls=SectionedCommand)

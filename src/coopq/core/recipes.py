@@ -80,7 +80,8 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((2, 4, 8), "the widths of GPTQ's kernels"),
         },
-        "python -c 'from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained(\"{out}\")'",
+        "python -c 'from transformers import pipeline; "
+        'print(pipeline("text-generation", "{out}")("Once", max_new_tokens=20))\'',
     ),
     "openvino": Recipe(
         "openvino",
@@ -89,7 +90,8 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
             "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
         },
-        'python -c \'import openvino_genai; openvino_genai.LLMPipeline("{out}", "CPU")\'',
+        "python -c 'import openvino_genai as ov; "
+        'print(ov.LLMPipeline("{out}", "CPU").generate("Once", max_new_tokens=20))\'',
     ),
     "mlx": Recipe(
         "mlx",

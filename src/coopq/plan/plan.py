@@ -146,6 +146,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return {name: bits for name, bits in self.modules.items() if bits != UNTOUCHED}
 
     @property
+    def keeps_quantized(self) -> bool:
+        """Whether players stay as they are that were quantized before: these have fewer than 16 bits."""
+        n_weights = sum(player.n_weights for player in self.players if player.bits == UNTOUCHED)
+        return 0 < 8 * self.untouched_bytes < (UNTOUCHED - 1) * n_weights
+
+    @property
     def covered(self) -> float | None:
         """Share of the weights of the blocks that belongs to players; None if it is not recorded."""
         share: float | None = self.fingerprint.get("covered")
@@ -208,7 +214,7 @@ def _contradiction(plan: Plan) -> str | None:
         return f"{n_untouched} players are untouched, and take {plan.untouched_bytes} of {plan.bytes} bytes"
     if not min(plan.assignment) - _ROUNDING <= plan.average_bits <= max(plan.assignment) + _ROUNDING:
         return f"{plan.average_bits} are not the average of its players' bits"
-    if plan.file_bytes < plan.bytes:
+    if plan.file_bytes < (plan.bytes if plan.request.target.form is None else 1):
         return f"its weights take {plan.bytes} bytes of a file of {plan.file_bytes}"
     if sum(player.n_bytes.get(f"{player.bits:g}", -1) for player in plan.players) != plan.bytes:
         return f"the bytes of its players do not add up to {plan.bytes}"

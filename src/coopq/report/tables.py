@@ -1,7 +1,9 @@
 """Plans, runs, comparisons, methods and targets as tables for people."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -36,17 +38,18 @@ _SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token,
 def plan_summary(plan: Plan) -> str:
     """Sizes, losses, proof and confidence of a plan, in two to six lines."""
     deployed = f"; deployed by {plan.deployment.backend}, not by what was measured" if plan.deployment else ""
-    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f}{_stderr(plan)} measured"
+    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f}{_half(plan)} measured"
     loss = plan.request.search.loss
     if plan.saved_loss is not None:  # always a negative log-likelihood
         what = "" if loss == "nll" else "negative log-likelihood "
         measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
     predicted = "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted, "
-    unit = "nats per token, ± standard error over sequences" if _stderr(plan) else "nats per token"
+    unit = "nats per token" + (", ± half of the 95 % interval over sequences" if _half(plan) else "")
     covered = "" if plan.covered is None else f", {plan.covered:.1%} of the blocks' weights covered"
+    average = "" if plan.keeps_quantized else f"{plan.average_bits:.3f} average bits, "
     notes = "".join(f"\n{note}" for note in plan.source_notes)
     return (
-        f"budget {plan.budget} by {plan.method}: {_size(plan)}, {plan.average_bits:.3f} average bits, "
+        f"budget {plan.budget} by {plan.method}: {_size(plan)}, {average}"
         f"{plan.bits_per_weight:.3f} bits per weight{covered}\n"
         f"{_LOSSES[loss]} {predicted}{measured} ({unit})"
         f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}{_growth(plan)}"
@@ -59,10 +62,10 @@ def _size(plan: Plan) -> str:
     return text if plan.request.target.form is None else f"{plan.request.target.form} {text}"
 
 
-def _stderr(plan: Plan) -> str:
-    """The standard error of the measured loss over sequences, if there are several."""
-    stderr = None if plan.confidence is None else plan.confidence.stderr
-    return "" if stderr is None else f" ± {stderr:.2g}"
+def _half(plan: Plan) -> str:
+    """Half of the 95 % interval of the measured loss over sequences, if there are several."""
+    half = None if plan.confidence is None else plan.confidence.half
+    return "" if half is None else f" ± {half:.2g}"
 
 
 def _growth(plan: Plan) -> str:
@@ -91,8 +94,13 @@ def delivery_summary(request: Request, made: "Delivery") -> str:
         )
     return (
         f"{made.out}: {made.n_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"
-        f"{plan_summary(made.plan)}{checked}\nrun it: {made.run}"
+        f"{plan_summary(made.plan)}{checked}\n{how_to_judge(made.saved)}\nrun it: {made.run}"
     )
+
+
+def how_to_judge(saved: Path) -> str:
+    """The command that judges a saved model: a search sees its calibration text, so the loss there is too low."""
+    return f"judge it on text that the search did not see: coopq evaluate {shlex.quote(str(saved))}"
 
 
 def _proof(plan: Plan) -> str:

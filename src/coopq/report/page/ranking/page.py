@@ -5,8 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from coopq.core.specs import Request
 from coopq.core.versions import installed
 from coopq.judge.references import REFERENCES
@@ -89,7 +87,8 @@ def _ranked(ranks: Sequence[Rank], text: str) -> Iterator[Section]:
     best, *others = ranks
     close = [one.method for one in others if one.half is not None and abs(one.above) <= one.half]
     told = f"Not to be told apart from it: {', '.join(close)}." if close else "All other methods are clearly worse."
-    answer = f"{best.method} has the lowest loss on {text}, averaged over {best.n_cells} budgets. {told}"
+    where = "at the one budget" if best.n_cells == 1 else f"averaged over {best.n_cells} budgets"
+    answer = f"{best.method} has the lowest loss on {text}, {where}. {told}"
     rows = [
         (str(place), one.method, f"{one.above:+.4f}", "" if one.half is None else f"± {one.half:.4f}", str(one.n_cells))
         for place, one in enumerate(ranks, start=1)
@@ -115,7 +114,7 @@ def _case(title: str, name: str, cells: Sequence[Cell], ranks: Sequence[Rank]) -
             f"{cell.bits_per_weight:.3f}",
             f"{cell.calibration_loss:.4f}",
             f"{cell.nll:.4f}",
-            f"{np.exp(cell.nll):,.2f}",
+            f"{cell.perplexity:,.2f}",
             f"{cell.forwards:,.0f}" if cell.forwards else "",
         )
         for cell in cells

@@ -30,6 +30,7 @@ class Cell:
         label: The method, or the width of a uniform row.
         calibration_loss: Loss on the calibration set, nats per token.
         windows: Negative log-likelihood on each window of the judging text, shape (n_windows,), nats per token.
+        perplexity: Perplexity on the judging text; of several assignments, the mean of the perplexities.
         forwards: Forwards of the model for all budgets of the case together; None where they were not counted.
     """
 
@@ -40,6 +41,7 @@ class Cell:
     label: str
     calibration_loss: float
     windows: npt.NDArray[np.float64]
+    perplexity: float
     forwards: float | None = None
 
     @property
@@ -72,9 +74,10 @@ def comparison_cells(rows: Sequence[Comparison]) -> list[Cell]:
             method=row.method,
             budget=row.budget,
             bits_per_weight=row.bits_per_weight,
-            label=row.method if row.width is None else row.name,
+            label=row.name if row.budget is None else row.method + (f" (mean of {row.n})" if row.n > 1 else ""),
             calibration_loss=row.calibration_loss,
             windows=np.array(row.windows),
+            perplexity=row.perplexity,
         )
         for row in rows
     ]
@@ -93,6 +96,7 @@ def bench_cells(results: "Sequence[Result]") -> list[Cell]:
                 label=_label(row),
                 calibration_loss=row.calibration_loss,
                 windows=np.array(row.windows),
+                perplexity=float(np.exp(np.mean(row.windows))),
                 forwards=row.block_forwards / result.blocks,
             )
             found.setdefault((result.case, cell.label, row.budget), []).append(cell)
@@ -157,5 +161,6 @@ def _mean(cells: Sequence[Cell]) -> Cell:
         label=first.label,
         calibration_loss=float(np.mean([cell.calibration_loss for cell in cells])),
         windows=np.mean([cell.windows for cell in cells], axis=0),
+        perplexity=float(np.mean([cell.perplexity for cell in cells])),
         forwards=float(np.mean([cell.forwards or 0.0 for cell in cells])),
     )

@@ -20,8 +20,6 @@ from coopq.report.page.run.maps import pair_map, sensitivity_map, width_map
 from coopq.report.page.run.record import RunRecord, read_run
 
 _MOST_PAIRS = 12
-_NORMAL = 1.96
-"""Standard errors in half a 95 % interval."""
 _COSTS = {
     "search": "rise of the loss if the layer alone goes to its lowest width, nats per token",
     "walks": "Shapley value: rise of the loss by lowering the layer, nats per token",
@@ -70,7 +68,7 @@ def _answer(record: RunRecord, out: str) -> list[str]:
     plan = record.plan
     loss, unit = LOSS_NAMES[plan.request.search.loss], "nats per token"
     sure, n = plan.confidence, plan.request.text.n_sequences
-    interval = "" if sure is None or sure.stderr is None else f" ± {_NORMAL * sure.stderr:.2g}"
+    interval = "" if sure is None or sure.half is None else f" ± {sure.half:.2g}"
     form = plan.request.target.form
     boxes = [
         ("model", plan.request.model.source, f"backend {plan.quantizer.backend}"),
@@ -82,7 +80,7 @@ def _answer(record: RunRecord, out: str) -> list[str]:
         (
             "bits per weight",
             f"{plan.bits_per_weight:.3f}",
-            f"{plan.average_bits:.3f} without scales and zeros, in the quantized part",
+            "of the layers" + ("" if plan.keeps_quantized else f"; {plan.average_bits:.3f} without scales and zeros"),
         ),
         (
             loss,
@@ -195,7 +193,7 @@ def _layers(record: RunRecord) -> list[str | Figure]:
     rows = [
         (
             str(name),
-            f"{player.bits:g}",
+            "as in the base" if player.bits == UNTOUCHED and plan.keeps_quantized else f"{player.bits:g}",
             f"{player.score:.4g}",
             f"{player.n_bytes[f'{player.bits:g}'] / 1e6:.3f}",
             f"{plan.runner_up[i]:g}" if plan.runner_up else "",
@@ -211,7 +209,9 @@ def _confidence(record: RunRecord) -> list[str | Figure]:
     plan, sure = record.plan, record.plan.confidence
     parts: list[str | Figure] = []
     if sure is None or sure.difference is None or sure.interval is None or sure.probability is None:
-        parts.append(paragraph("No other assignment of this size was measured, so the choice has no runner-up."))
+        parts.append(
+            paragraph("No other measured assignment of this size differs in 5 % of the weights: there is no runner-up.")
+        )
     else:
         low, high = sure.interval
         verdict = "the two cannot be told apart on this text" if low <= 0 <= high else "the difference is clear"
