@@ -163,9 +163,7 @@ def _search(
             limit.spend(scoring / len(set(session.blocks)))
         search = make_search(method, space, known, prior)
         if n_known:
-            _log.info(
-                "%d losses are known; the search goes on from there, and takes some dozens for a new size", n_known
-            )
+            _log.info("%d losses are known; the search goes on from there", n_known)
         keeper = _Keeper(session, budgets, space, prior)
         run_search(search, meters, limit, keeper if method.is_anytime else lambda _: None)
         if limit is not None and limit.is_reached:
