@@ -10,6 +10,7 @@ import torch
 
 import coopq
 from coopq import Goal, Request
+from coopq.core.types import UNTOUCHED
 from coopq.export.formats import TargetFile
 from coopq.game.prepared import prepare
 from coopq.model.load import LoadedModel
@@ -53,6 +54,15 @@ def test_an_impossible_budget_names_sizes_of_whole_files(tmp_path: Path) -> None
     line = refused("quantize", STORIES, "--bits", "3,4", "--budget", "100kB", "--out", tmp_path / "out")
     smallest = int(line.partition("the smallest is ")[2].partition(" = ")[2].partition(" = ")[2].partition("B")[0])
     assert 250_000 < smallest < 300_000
+
+
+def test_tensors_that_were_quantized_before_have_no_16_bits_in_an_average() -> None:
+    plan = plan_for(tiny_model("llama"), "rtn", 16, [4, 4, UNTOUCHED])
+    assert not plan.keeps_quantized
+    assert f"{plan.average_bits:.3f} average bits" in plan_summary(plan)
+    before = plan.replace(untouched_bytes=plan.untouched_bytes // 4)
+    assert before.keeps_quantized
+    assert "average bits" not in plan_summary(before)
 
 
 def test_a_result_that_is_larger_than_its_source_says_so() -> None:

@@ -80,7 +80,8 @@ def _answer(record: RunRecord, out: str) -> list[str]:
         (
             "bits per weight",
             f"{plan.bits_per_weight:.3f}",
-            "of the layers" + ("" if plan.keeps_quantized else f"; {plan.average_bits:.3f} without scales and zeros"),
+            "of the quantized part"
+            + ("" if plan.keeps_quantized else f"; {plan.average_bits:.3f} without scales and zeros"),
         ),
         (
             loss,
