@@ -67,7 +67,7 @@ def run_all(wanted: Sequence[str], work: Path, jobs: int, examine: Examine) -> N
     """Examine types, each in a process of its own, and keep each result in a file of `work`."""
     work.mkdir(parents=True, exist_ok=True)
     text = work / "text.txt"
-    packaged = resources.files("coopq") / "model" / "data" / "wikitext2_test.txt"
+    packaged = resources.files("coopq.model.texts") / "data" / "wikitext2_test.txt"
     text.write_text(packaged.read_text(encoding="utf-8")[:30_000], encoding="utf-8")
     waiting, running = list(wanted), dict[str, tuple[BaseProcess, float]]()
     fork = multiprocessing.get_context("fork")  # the libraries are imported once
