@@ -218,7 +218,7 @@ def prepare(place: Path) -> None:
     ggml = ["--backend", "ggml", "--bits", "4,8", "--fit-tokens", "128", "--method", "first-last", *SHORT]
     run("quantize", TWELVE, "--budget", "5avg", "--out", place / "ggml", *ggml)
     (place / "text").mkdir()
-    sample = (ROOT / "src" / "coopq" / "model" / "data" / "c4_sample.jsonl").read_text(encoding="utf-8")
+    sample = (ROOT / "src" / "coopq" / "model" / "texts" / "data" / "c4_sample.jsonl").read_text(encoding="utf-8")
     (place / "text" / "text.jsonl").write_text("\n".join(sample.split("\n")[:8]) + "\n", encoding="utf-8")
     (place / "bench").mkdir()
     (place / "bench" / "bench.toml").write_text(
