@@ -88,6 +88,11 @@ def write_section(report: Path, lines: Sequence[str], section: Sequence[str]) ->
     report.write_text("\n## ".join(["\n".join([*above, *lines]) + "\n", *sorted([*kept, new])]), encoding="utf-8")
 
 
+def mean_and_error(differences: Losses) -> str:
+    """The mean of differences on windows, and its standard error."""
+    return f"{differences.mean():+.5f} ± {differences.std(ddof=1) / len(differences) ** 0.5:.5f}"
+
+
 def table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """The lines of a table in Markdown."""
     return [row(columns), row(["---"] * len(columns)), *map(row, rows)]

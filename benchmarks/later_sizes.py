@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from _common import DATA, RESULTS, WORK, command_line, table, write_report
+from _common import DATA, RESULTS, WORK, command_line, mean_and_error, table, write_report
 from _models import session_on
 from coopq.core.files import read_json, write_json
 from coopq.core.sizes import Budget
@@ -71,7 +71,6 @@ def report_lines(found: Sequence[dict[str, Any]]) -> list[str]:
         rows: list[list[object]] = []
         for row in one["sizes"]:
             alone, after = row["alone"], row["after others"]
-            difference = np.array(after["held out"]) - np.array(alone["held out"])
             rows.append(
                 [
                     row["size"],
@@ -80,7 +79,7 @@ def report_lines(found: Sequence[dict[str, Any]]) -> list[str]:
                     f"{alone['loss']:.5f}",
                     f"{after['loss']:.5f}",
                     f"{np.mean(alone['held out']):.5f}",
-                    f"{difference.mean():+.5f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.5f}",
+                    mean_and_error(np.array(after["held out"]) - np.array(alone["held out"])),
                 ]
             )
         lines += [f"## {one['model']}", "", *table(header, rows), ""]

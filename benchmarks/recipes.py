@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from _common import DATA, RESULTS, WORK, command_line, table, write_report
+from _common import DATA, RESULTS, WORK, command_line, mean_and_error, table, write_report
 from _models import session_on
 from coopq.core.files import read_json, write_json
 from coopq.core.goal import Limit
@@ -78,8 +78,8 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
         rows: list[list[object]] = []
         for name, one in sorted(variants.items(), key=lambda item: float(np.mean(item[1]["divergences"]))):
             own = np.array(one["divergences"])
-            ratio, error = own / recipe, (own - recipe).std(ddof=1) / len(own) ** 0.5
-            difference = "" if name == "the recipe" else f"{own.mean() - recipe.mean():+.5f} ± {error:.5f}"
+            ratio = own / recipe
+            difference = "" if name == "the recipe" else mean_and_error(own - recipe)
             rows.append([name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}", difference, f"{ratio.mean():.2f}"])
         header = ["settings", "bits per weight", "divergence", "less the recipe's", "ratio"]
         lines += [f"## {case}", "", *table(header, rows), ""]

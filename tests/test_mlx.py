@@ -23,6 +23,7 @@ from coopq.export.verification import token_losses
 from coopq.model.load import load_model
 from coopq.model.players import find_players
 from coopq.model.sources.classes import make_model
+from coopq.plan.plan import Plan
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Affine
 from coopq.quantizers.gptq.format import pack_weight
@@ -169,6 +170,8 @@ def test_a_folder_has_the_predicted_size_within_the_budget(tmp_path: Path) -> No
     n_bytes = export_model(tmp_path / "saved", "mlx", tmp_path / "out")
     assert n_bytes == json.loads(out)["exported_bytes"]
     assert limit - 8_000 < n_bytes <= limit, "less than raising a player further takes is left"
+    moved, plan = Path(source).rename(tmp_path / "moved"), Plan.load(tmp_path / "saved" / "plan.json")
+    assert coopq.apply(plan, tmp_path / "applied", model=str(moved)).file_bytes == n_bytes
 
 
 @needs_mlx

@@ -88,7 +88,8 @@ def quantize(
             (plan,) = make_plans(session, goal.method, budgets, solver, limit)
         else:
             plan = smallest_plan(session, goal.max_loss, limit)
-        return save_model(Source.from_session(session), measure_plan(session, plan), out, progress)
+        plan = _with_file_bytes(measure_plan(session, plan), request.model.source)
+        return save_model(Source.from_session(session), plan, out, progress)
 
 
 def deliver(
@@ -135,8 +136,7 @@ def deliver(
         from coopq.export.gguf.form import open_base
 
         check = check_in_llama_cpp(out, saved, open_base(BaseModel.find(request), progress).path, progress)
-    n_bytes = predicted_bytes(plan, form)
-    return Delivery(plan, out, saved, n_bytes, check, RECIPES[engine].run.format(out=out))
+    return Delivery(plan, out, saved, check, RECIPES[engine].run.format(out=out))
 
 
 def estimate(
@@ -218,7 +218,18 @@ def apply(
         calibration=calibration,
         reused=False,
     )
-    return save_model(source, plan, out, progress)
+    return save_model(source, _with_file_bytes(plan, place), out, progress)
+
+
+def _with_file_bytes(plan: Plan, place: str) -> Plan:
+    """The plan with the bytes of its target's file, in place of the most that the file can take.
+
+    A plan that another backend deploys may have no file in the target's form.
+    """
+    form = plan.request.target.form
+    if form is None or plan.deployment is not None:
+        return plan
+    return plan.replace(file_bytes=predicted_bytes(plan, form, model=place))
 
 
 def recipe_bits(request: Request) -> tuple[Width, ...]:

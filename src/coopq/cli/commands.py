@@ -34,7 +34,6 @@ def quantize(
 ) -> None:
     """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
     from coopq import pipeline
-    from coopq.export.formats import predicted_bytes
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
@@ -64,9 +63,8 @@ def quantize(
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
     data = plan_data(plan) | {"out": str(out)}
     if request.target.form is not None:
-        exported = predicted_bytes(plan, request.target.form)
-        text += f"; {exported:,} bytes once exported to {request.target.form}"
-        data["exported_bytes"] = exported
+        text += f"; {plan.file_bytes:,} bytes once exported to {request.target.form}"
+        data["exported_bytes"] = plan.file_bytes
     report = write_report(plan, out, run)
     print_result(data | {"report": str(report)}, f"{text}\n{how_to_judge(out)}\nreport: {report}", as_json)
 

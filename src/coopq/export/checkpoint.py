@@ -25,7 +25,6 @@ from coopq.core.files import atomic_folder, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.folders.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
 from coopq.export.folders.stored_tensors import load_stored, saved_config, stored_tensors
-from coopq.export.formats import predicted_bytes
 from coopq.export.verification import (
     assigned_weights,
     loss_of,
@@ -169,7 +168,7 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
     with atomic_folder(out) as folder:
         _write(source, plan, tensors, folder)
         n_bytes = (folder / source.backend.weights_file).stat().st_size
-        whole = n_bytes if (form := plan.request.target.form) is None else predicted_bytes(plan, form)
+        whole = plan.file_bytes if plan.request.target.form else n_bytes
         plan = _checked(source, plan, folder, progress)
         plan = plan.replace(file_bytes=whole, source_bytes=source.loaded.source_bytes)
         plan.save(folder / "plan.json")

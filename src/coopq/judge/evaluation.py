@@ -14,7 +14,6 @@ from coopq.core.files import atomic_file, checksum, locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
-from coopq.export.formats import predicted_bytes
 from coopq.game.prepared import Prepared, prepare
 from coopq.judge.divergence import Scores, summarize, token_scores
 from coopq.judge.results import Evaluation
@@ -120,7 +119,7 @@ def evaluate_saved(
     if form is None or saved.plan.deployment is not None:
         file_bytes, n_bytes = (folder / saved.backend.weights_file).stat().st_size, saved.n_bytes()
     else:
-        file_bytes, n_bytes = predicted_bytes(saved.plan, form), saved.plan.bytes
+        file_bytes, n_bytes = saved.plan.file_bytes, saved.plan.bytes
     return summary(parts, tokens, file_bytes, n_bytes)
 
 

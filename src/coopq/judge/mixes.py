@@ -13,7 +13,6 @@ from coopq.core.files import locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback
 from coopq.export.base_model import BaseModel
-from coopq.export.formats import predicted_bytes
 from coopq.export.gguf.base import BaseFile
 from coopq.export.gguf.form import open_base
 from coopq.export.gguf.mixes import mix_bytes, mix_types, nearest_mix
@@ -54,7 +53,7 @@ def judge_mix(
         return None
     assert isinstance(backend.format, GGMLFormat)
     base = open_base(BaseModel.find(plan.request, source=reference), progress)
-    mix = nearest_mix(base, predicted_bytes(plan, _FORM))
+    mix = nearest_mix(base, plan.file_bytes)
     if mix is None:
         return None
     original = load_original(plan, reference, device, text, progress)

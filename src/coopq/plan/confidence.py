@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from coopq.core.types import Losses
 
-_NORMAL = 1.96
+NORMAL = 1.96
 """Standard errors in half a 95 % interval."""
 _N_RESAMPLES = 10_000
 _N_SELECTIONS = 2_000
@@ -38,7 +38,7 @@ class Confidence:
     @property
     def half(self) -> float | None:
         """Half of the 95 % interval of the measured loss, nats per token."""
-        return None if self.stderr is None else _NORMAL * self.stderr
+        return None if self.stderr is None else NORMAL * self.stderr
 
 
 def confidence(losses: Losses, runner_up: Losses | None) -> Confidence:

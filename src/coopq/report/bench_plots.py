@@ -12,6 +12,7 @@ from coopq.judge.bench.config import Bench
 from coopq.judge.bench.results import Result
 from coopq.judge.references import N_RANDOM, RANDOM
 from coopq.judge.results import Comparison
+from coopq.plan.confidence import NORMAL
 from coopq.report.plot_style import can_plot
 from coopq.report.plots import (
     Score,
@@ -25,9 +26,6 @@ from coopq.report.plots import (
 
 if TYPE_CHECKING:  # pandas is optional
     import pandas as pd
-
-_NORMAL = 1.96
-"""Standard errors in half a 95 % interval."""
 
 
 def save_figures(bench: Bench, results: Sequence[Result], cells: "pd.DataFrame", out: Path) -> list[str]:
@@ -60,7 +58,7 @@ def save_ranks(cells: "pd.DataFrame", title: str, out: Path) -> list[Path]:
     above, cost = above_lowest(cells)["nll"].groupby("method"), cells["cost"].groupby("method").median()
     mean, error = above.mean(), above.sem().fillna(0.0)
     scores = {
-        method: Score(float(mean[method]), _NORMAL * float(error[method]), float(cost[method]))
+        method: Score(float(mean[method]), NORMAL * float(error[method]), float(cost[method]))
         for method in (*method_names(cells), *([RANDOM] if RANDOM in mean.index else []))
     }
     n_cells = len(cells.groupby(["case", "budget"]))

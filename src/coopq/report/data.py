@@ -61,10 +61,9 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 
 
 def delivery_data(made: "Delivery") -> dict[str, Any]:
-    """What was made for an engine: the plan, `out`, `file_bytes`, the engine's `check`, and how to `run` it."""
+    """What was made for an engine: the plan, `out`, the engine's `check`, and how to `run` it."""
     return plan_data(made.plan) | {
         "out": str(made.out),
-        "file_bytes": made.n_bytes,
         "check": made.check and asdict(made.check),
         "run": made.run,
     }

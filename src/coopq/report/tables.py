@@ -93,7 +93,7 @@ def delivery_summary(request: Request, made: "Delivery") -> str:
             )
         )
     return (
-        f"{made.out}: {made.n_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"
+        f"{made.out}: {made.plan.file_bytes:,} bytes\n{provenance(request, made.plan.fingerprint, made.plan.method)}\n"
         f"{plan_summary(made.plan)}{checked}\n{how_to_judge(made.saved)}\nrun it: {made.run}"
     )
 

@@ -66,7 +66,6 @@ class Delivery:
         plan: The plan.
         out: The file or the folder.
         saved: Folder of the saved model that the output was made of.
-        n_bytes: Bytes of the file that holds the weights.
         check: What the engine computes of it; None where the engine is not installed.
         run: How to run it.
     """
@@ -74,7 +73,6 @@ class Delivery:
     plan: Plan
     out: Path
     saved: Path
-    n_bytes: int
     check: EngineCheck | None
     run: str
 

@@ -18,8 +18,9 @@ from coopq.model.texts import HeldOut
 def gguf_window_length(file: Path) -> int:
     """Tokens of a window if nobody says how many: 2048, or the context of a model that has less."""
     settings = read_header(file).settings
-    found = settings.get(f"{settings['general.architecture'].value}.context_length")
-    return shortened(None if found is None else int(found.value))
+    architecture = settings.get("general.architecture")
+    found = None if architecture is None else settings.get(f"{architecture.value}.context_length")
+    return shortened(found.value if found is not None and isinstance(found.value, int) else None)
 
 
 def evaluate_gguf(file: Path, reference: Path, text: HeldOut, progress: ProgressCallback = silent) -> Evaluation:

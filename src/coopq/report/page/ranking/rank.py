@@ -10,12 +10,10 @@ import numpy.typing as npt
 
 from coopq.judge.references import REFERENCES, UNIFORM
 from coopq.judge.results import Comparison, uniform_name
+from coopq.plan.confidence import NORMAL
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.judge.bench.results import Result, Row
-
-_NORMAL = 1.96
-"""Standard errors in half a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def _against(method: str, own: Mapping[tuple[str, str], Cell], best: Mapping[tup
     if min(len(m) for m in means) < 2:
         return Rank(method, above, None, sum(sizes))
     variance = sum(float(w * w * m.var(ddof=1) / len(m)) for w, m in zip(weights, means, strict=True))
-    return Rank(method, above, _NORMAL * math.sqrt(variance), sum(sizes))
+    return Rank(method, above, NORMAL * math.sqrt(variance), sum(sizes))
 
 
 def _mean(cells: Sequence[Cell]) -> Cell:
