@@ -1,12 +1,15 @@
 """AutoRound's AutoScheme and the active search on the same models, budgets, tokens and weights.
 
-    python benchmarks/auto_scheme.py            # an hour and a half on one core; resumes
+    OMP_NUM_THREADS=1 python benchmarks/auto_scheme.py     # an hour on one core; resumes
 
 Players are linear layers, 2 or 4 bits, groups of 64. AutoScheme scores a layer by the gradient times the change of the
 layer's output, and chooses under an average width, in a process of its own. The budget of the active search is the size
-of AutoScheme's choice. `rtn` deploys both choices, and WikiText-2 judges them. Writes docs/results/auto_scheme.md.
+of AutoScheme's choice. The search is run three times, each from nothing: to its first plan, for as long as AutoScheme
+takes, and to its end. `rtn` deploys all choices, and WikiText-2 judges them. Writes docs/results/auto_scheme.md.
 """
 
+import math
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -16,13 +19,16 @@ import msgspec
 import numpy as np
 
 from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, row, table, write_documents, write_models_report
-from _models import measured_plans, session_on, source_of
-from coopq.core.files import read_json, write_json
-from coopq.core.specs import Request, TextSpec
+from _models import session_on, source_of
+from coopq.core.files import write_json
+from coopq.core.goal import Limit
+from coopq.core.sizes import Budget
+from coopq.core.specs import DEFAULT_SOLVER, Request, TextSpec
 from coopq.core.types import UNTOUCHED
 from coopq.judge.windows import judge_windows
 from coopq.model.load import load_model
 from coopq.model.texts import HeldOut, calibration_set
+from coopq.plan.methods import make_plans
 
 FOLDER = WORK / "auto_scheme"
 MODELS, AVERAGES = ("llama", "qwen"), (2.5, 3.0)
@@ -77,22 +83,18 @@ def auto_scheme(model: str, average: float) -> Scheme:
 
 def describe(model: str) -> list[str]:
     """The lines of a model in the table."""
-    return [
-        compare(model, loss, average, FOLDER / f"{model}-{average}-{loss}")
-        for loss in ("nll", "kl")
-        for average in AVERAGES
-    ]
+    return [line for loss in ("nll", "kl") for average in AVERAGES for line in compare(model, loss, average)]
 
 
-def compare(model: str, loss: str, average: float, folder: Path) -> str:
-    """AutoScheme against the active search at the size of AutoScheme's choice: a line of the table.
+def compare(model: str, loss: str, average: float) -> list[str]:
+    """AutoScheme against the active search at the size of AutoScheme's choice: a line for each length of search.
 
     Args:
         model: Name of a reference model.
         loss: What the active search lowers.
         average: Average width for AutoScheme.
-        folder: The run folder.
     """
+    scheme, place = auto_scheme(model, average), FOLDER / f"{model}-{average}-{loss}"
     request = Request.from_options(
         model=source_of(model),
         backend="rtn",
@@ -103,33 +105,71 @@ def compare(model: str, loss: str, average: float, folder: Path) -> str:
         tokens=TEXT.tokens,
         sequence_length=TEXT.sequence_length,
     )
-    scheme, kept = auto_scheme(model, average), folder.with_name(f"{folder.name}.json")
-    with session_on(request, folder, bank=FOLDER / f"{model}-bank") as session:
-        names = [player.name for player in session.players]
-        assert set(names) == set(scheme.widths), set(names) ^ set(scheme.widths)
-        chosen = [scheme.widths[name] for name in names]
-        if not kept.exists():
-            start = cpu_seconds()
-            (plan,) = measured_plans(session, "active", [f"{session.sizes.total_bytes(chosen)}B"])
-            write_json(kept, {"assignment": plan.assignment, "seconds": cpu_seconds() - start})
-        search = read_json(kept)
-        points = np.array([chosen, search["assignment"], [UNTOUCHED] * len(chosen)], dtype=np.float32)
-        by_scheme, by_search, full = judge_windows(session, points, HeldOut(WINDOW, JUDGE_TOKENS))
+    found = {name: search(request, scheme, limits, place / name) for name, limits in searches(scheme).items()}
+    with session_on(request, place / "judged") as session:
+        chosen = [scheme.widths[player.name] for player in session.players]
+        points = [chosen, [UNTOUCHED] * len(chosen), *(one.assignment for one in found.values())]
+        by_scheme, full, *ours = judge_windows(
+            session, np.array(points, dtype=np.float32), HeldOut(WINDOW, JUDGE_TOKENS)
+        )
         average_bits = f"{session.sizes.average_bits(chosen):.3f}"
-    cells = [f"{model} ({perplexity(full)})", loss, average_bits, perplexity(by_scheme), perplexity(by_search)]
-    return row([*cells, loss_above(by_search, by_scheme), f"{scheme.seconds:.0f}", f"{search['seconds']:.0f}"])
+    cells = [f"{model} ({perplexity(full)})", loss, average_bits, perplexity(by_scheme), f"{scheme.seconds:.0f}"]
+    return [
+        row([*cells, name, f"{one.forwards:.0f}", f"{one.seconds:.0f}", perplexity(own), loss_above(own, by_scheme)])
+        for (name, one), own in zip(found.items(), ours, strict=True)
+    ]
+
+
+def searches(scheme: Scheme) -> dict[str, tuple[float, float]]:
+    """Most forwards and most minutes of each search by its name."""
+    return {
+        "first plan": (1, math.inf),
+        "AutoScheme's time": (math.inf, scheme.seconds / 60),
+        "whole search": (math.inf, math.inf),
+    }
+
+
+class Found(msgspec.Struct):
+    """What a search chooses.
+
+    Attributes:
+        assignment: Width of each player.
+        forwards: Forwards of the whole model over the calibration tokens, score included.
+        seconds: Processor time, with quantizing the weights.
+    """
+
+    assignment: tuple[float, ...]
+    forwards: float
+    seconds: float
+
+
+def search(request: Request, scheme: Scheme, limits: tuple[float, float], folder: Path) -> Found:
+    """What the active search chooses at the size of AutoScheme's choice, in a folder of its own."""
+    kept = folder.with_suffix(".json")
+    if not kept.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted search the seconds would be missing
+        with session_on(request, folder) as session:
+            start = cpu_seconds()
+            names = [player.name for player in session.players]
+            assert set(names) == set(scheme.widths), set(names) ^ set(scheme.widths)
+            budget = Budget.parse(f"{session.sizes.total_bytes([scheme.widths[name] for name in names])}B")
+            (plan,) = make_plans(session, "active", [budget], DEFAULT_SOLVER, Limit(*limits))
+            forwards = plan.block_forwards / len(set(session.blocks))
+            write_json(kept, msgspec.to_builtins(Found(tuple(plan.assignment), forwards, cpu_seconds() - start)))
+    return msgspec.json.decode(kept.read_bytes(), type=Found)
 
 
 def main() -> None:
     """Measure the models that are named, and write the report."""
-    columns = ["model", "our loss", "average bits", "AutoScheme", "active", "difference", "AutoScheme: seconds", "ours"]
+    columns = ["model", "our loss", "average bits", "AutoScheme", "its seconds"]
+    columns += ["our search", "forwards", "seconds", "active", "difference"]
     head = [
         "Written by `python benchmarks/auto_scheme.py`: linear layers at 2 or 4 bits, groups of",
         f"{GROUP}, asymmetric, {TEXT.n_sequences} x {TEXT.sequence_length} tokens of C4 for both; deployed by `rtn`;",
         f"perplexity on the first {JUDGE_TOKENS:,} tokens of WikiText-2 in windows of {WINDOW}, in full precision in",
         f"brackets. auto-round {version('auto-round')}. Differences: ours less AutoScheme's, nats per token, 95 %,",
-        "paired bootstrap over windows. Processor time: AutoScheme's includes rounding the weights, ours is the search",
-        "alone.",
+        "paired bootstrap over windows. Seconds of the processor, quantizing the weights included, without loading the",
+        "model. Forwards of the whole model over the calibration tokens, score included.",
         "",
         *table(columns, []),
     ]

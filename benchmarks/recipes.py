@@ -5,7 +5,9 @@
 
 The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
 60 forwards, by the default method. Divergence is from full precision on 32 x 256 tokens of WikiText-2, which no search
-sees, with the standard error over windows. Sizes are those of our own packed form. Writes docs/results/recipes.md.
+sees, with the standard error over windows. Sizes are those of our own packed form.
+
+Writes docs/results/recipes.md, and recipes.json, which keeps what was measured.
 """
 
 from collections.abc import Mapping
@@ -104,10 +106,12 @@ def main() -> None:
                 found = measure(model, engine, size, changes, place / f"run-{number}")
                 write_json(file, {"case": ", ".join(options.case), "settings": name, **found})
                 print(name, np.mean(found["divergences"]), flush=True)
-    measured: dict[str, dict[str, Any]] = {}
+    kept = options.out.with_suffix(".json")
+    measured: dict[str, dict[str, Any]] = read_json(kept) if kept.exists() else {}
     for file in sorted(options.work.glob("*/*.json")):
         one = read_json(file)
         measured.setdefault(one["case"], {})[one["settings"]] = one
+    write_json(kept, dict(sorted(measured.items())))
     write_report(options.out, report_lines(measured))
 
 

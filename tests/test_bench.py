@@ -72,11 +72,11 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     first = results[0]
     by_name = {(row.method, row.budget): row for row in first.rows}
     assert set(by_name) == {
-        ("full precision", None),
+        ("original", None),
         ("uniform", None),
         *((method, budget) for method in ("random", "lim", "coopq", "zd", "active") for budget in ("2.5avg", "3avg")),
     }
-    assert by_name["full precision", None].nll < by_name["active", "3avg"].nll < by_name["active", "2.5avg"].nll
+    assert by_name["original", None].nll < by_name["active", "3avg"].nll < by_name["active", "2.5avg"].nll
     for budget in ("2.5avg", "3avg"):
         lowest = min(row.calibration_loss for row in first.rows if row.budget == budget)
         assert by_name["active", budget].calibration_loss == lowest, "32 assignments are searched wholly"
@@ -90,7 +90,7 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert len(rows) == sum(len(result.rows) for result in results)
     assert {row["method"] for row in rows if row["case"] == "stories260k-rtn-3-4-one-score"} == {
-        "full precision",
+        "original",
         "uniform",
         "random",
         "zd",
@@ -194,7 +194,7 @@ def test_what_is_finished_can_be_reported_while_the_rest_goes_on(config: Path, t
 
 
 def test_who_wins_by_hand() -> None:
-    references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
+    references = [row("original", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
     first = toy([*references, row("coopq", "3avg", [1.0, 2.0], 60), row("lim", "3avg", [2.0, 3.0], 2)])
     second = toy([*references, row("coopq", "3avg", [1.0, 4.0], 40), row("lim", "3avg", [2.0, 3.0], 2)], seed=1)
     cells = average_over_seeds(tidy([first, second]))
@@ -213,7 +213,7 @@ def test_cases_that_share_budgets_in_bytes_stand_side_by_side() -> None:
         Case(request, ("3avg", "3bpw"), ("coopq", "lim"), (0,))
         for request in (blocks, blocks.replace(granularity="fused"))
     )
-    references = [row("full precision", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
+    references = [row("original", None, [0.5, 0.5]), row("uniform", None, [1.0, 1.0])]
     results = [
         toy(
             [*references, *(row(method, budget, [nll, nll], 60) for method in ("coopq", "lim") for budget in budgets)],
@@ -326,14 +326,14 @@ def test_a_divergence_is_not_called_a_likelihood(tmp_path: Path) -> None:
     assert "calibration_nll" not in saved
     rows = json.loads(saved)["comparison"]
     assert {row["loss"] for row in rows} == {"kl"}
-    full = next(row for row in rows if row["method"] == "full precision")
+    full = next(row for row in rows if row["method"] == "original")
     assert full["calibration_loss"] == pytest.approx(0, abs=1e-6) != full["nll"]
     (path := tmp_path / "kl.toml").write_text(
         TOML.split("[[case]]")[0] + "loss = 'kl'\n[[case]]\n" + SECOND.removeprefix("[[case]]")
     )
     results = run_bench(read_bench(path), tmp_path / "out")
     first = tidy(results).iloc[0]
-    assert (first["method"], first["loss"]) == ("full precision", "kl")
+    assert (first["method"], first["loss"]) == ("original", "kl")
     assert first["calibration_loss"] == pytest.approx(0, abs=1e-6)
     assert "calibration loss (kl) above the lowest" in markdown(read_bench(path), results)
 

@@ -179,7 +179,7 @@ def test_evaluate_compares_under_the_same_budget(finished: Path) -> None:
         for row in data["comparison"]
     }
     assert list(rows) == [
-        ("full precision", None),
+        ("original", None),
         ("uniform", 4),
         ("uniform", 2),
         ("coopq", "3avg"),

@@ -101,7 +101,7 @@ def test_a_saved_model_is_judged_beside_its_original_on_both_texts(saved: Path, 
         for found in evaluation["divergence"].values():
             assert found["interval"][0] <= found["value"] <= found["interval"][1]
         rows = {row["method"]: row for row in evaluation["comparison"]}
-        assert rows["full precision"]["divergence"] is None
+        assert rows["original"]["divergence"] is None
         plan = rows["first-last"]
         assert plan["divergence"]["value"] == pytest.approx(evaluation["divergence"]["mean"]["value"], rel=1e-3)
         assert plan["same_top"]["value"] == pytest.approx(evaluation["divergence"]["same_top"]["value"], abs=0.01)
@@ -153,7 +153,7 @@ def test_divergence_leads_from_three_bits_and_full_precision_is_the_reference() 
     row = Comparison(
         "active", "3.5avg", 1, 3.5, 3.8, "nll", 3.0, 3.1, 22.2, (3.1,), Estimate(0.01, (0.008, 0.012)), None
     )
-    full = replace(row, method="full precision", budget=None, average_bits=16, divergence=None)
+    full = replace(row, method="original", budget=None, average_bits=16, divergence=None)
     for bits, columns in (
         (3.5, ["KL", "same top", "perplexity"]),
         (2.5, ["perplexity", "KL", "same top"]),

@@ -304,7 +304,7 @@ def many_methods(n: int) -> list[Comparison]:
             name = "active" if number == 0 else f"method-{number}"
             rows.append((name, f"{size}avg", size, own))
     rows += [("uniform", None, width, windows + 1 / width + 0.2) for width in (2.0, 4.0)]
-    rows.append(("full precision", None, 16.0, windows))
+    rows.append(("original", None, 16.0, windows))
     return [
         Comparison(
             method=name,
@@ -459,5 +459,5 @@ def test_uniform_rows_are_called_by_their_width() -> None:
     def row(method: str, width: float | None, average: float) -> Comparison:
         return Comparison(method, None, 1, average, average, "kl", 0.1, 2.0, 7.4, (2.0, 2.0), width=width)
 
-    cells = comparison_cells([row("full precision", None, 16.0), row("uniform", 5, 7.6), row("uniform", 4, 4.0)])
-    assert [cell.label for cell in cells] == ["full precision", "uniform 5 and wider", "uniform 4"]
+    cells = comparison_cells([row("original", None, 16.0), row("uniform", 5, 7.6), row("uniform", 4, 4.0)])
+    assert [cell.label for cell in cells] == ["original", "uniform 5 and wider", "uniform 4"]

@@ -164,8 +164,8 @@ class SearchSpec(Spec, frozen=True):
     loss: Annotated[
         Literal["nll", "kl"],
         Meta(
-            description="What searches lower: nll (as in the paper), or kl, the divergence from full precision. At 3 "
-            "bits and above kl is less noisy, so fewer tokens are enough."
+            description="What searches lower: nll (as in the paper), or kl, the divergence from the original model. "
+            "At 3 bits and above kl is less noisy, so fewer tokens are enough."
         ),
     ] = "nll"
     permutations: Annotated[

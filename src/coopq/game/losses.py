@@ -20,7 +20,7 @@ _NEAR = 3.0
 """Divergence in nats below which no term of the exact sum overflows in practice. Chosen by hand."""
 LOSSES = {
     "nll": "negative log-likelihood of the next token, the paper's loss",
-    "kl": "Kullback-Leibler divergence of the next token's distribution from full precision",
+    "kl": "Kullback-Leibler divergence of the next token's distribution from the original's",
 }
 """What each loss is, in nats per token."""
 JUDGED = "judged"

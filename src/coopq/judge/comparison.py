@@ -16,8 +16,8 @@ from coopq.game.prepared import prepare
 from coopq.game.session import Session, open_session
 from coopq.judge.divergence import estimate
 from coopq.judge.references import (
-    FULL_PRECISION,
     N_RANDOM,
+    ORIGINAL,
     RANDOM,
     UNIFORM,
     random_assignments,
@@ -42,12 +42,12 @@ class Judged:
 
     Attributes:
         method: Name of the method or of the reference.
-        budget: The budget as the user wrote it; None for full precision and uniform widths.
+        budget: The budget as the user wrote it; None for the original and uniform widths.
         assignments: Shape (n, n_players).
         block_forwards: Block forwards that the method takes; 0 for references.
         average_bits: Mean of the assignments' average bits.
         bits_per_weight: Mean of the assignments' bits per weight.
-        file_bytes: Mean of the most bytes that the assignments' files can take; the original's for full precision.
+        file_bytes: Mean of the most bytes that the assignments' files can take; that of its own file for the original.
         calibration: Losses on the calibration set, shape (n,), nats per token.
         scores: On each window of the judging text: the negative log-likelihood, nats per token, and, if they were
             measured, the other means of `coopq.game.losses.TokenScores`; shape (n, n_windows, 1 or 3).
@@ -141,7 +141,7 @@ def _row(judged: Judged, loss: str) -> Comparison:
     """The row of a table; `loss` is the name of the calibration loss."""
     nll = judged.windows.mean(axis=1)
     _, divergence, same_top = judged.scores.mean(axis=0).T
-    is_reference = judged.method == FULL_PRECISION
+    is_reference = judged.method == ORIGINAL
     return Comparison(
         method=judged.method,
         budget=judged.budget,
@@ -177,7 +177,7 @@ def beside_references(
         plans: The plans.
         seed: Seed of the random assignments.
         text: The text that judges.
-        diverges: Whether divergences from full precision are measured too.
+        diverges: Whether divergences from the original are measured too.
     Returns:
         The references, then the plans in their order.
     """
@@ -193,7 +193,7 @@ def beside_references(
     judged = []
     for group, on_calibration, on_text in zip(groups, np.split(calibration, ends), np.split(scores, ends), strict=True):
         method, budget, assignments, block_forwards = group
-        if method == FULL_PRECISION:
+        if method == ORIGINAL:
             average_bits = bits_per_weight = 8.0 * session.loaded.checkpoint_dtype.itemsize
             file_bytes = session.loaded.source_bytes
         else:
@@ -218,7 +218,7 @@ def beside_references(
 
 def _references(session: Session, plans: Sequence[Plan], seed: int) -> Iterator[tuple[str, str | None, Assignments]]:
     """Name, budget and assignments of each reference."""
-    yield FULL_PRECISION, None, np.full((1, len(session.players)), UNTOUCHED, dtype=np.float32)
+    yield ORIGINAL, None, np.full((1, len(session.players)), UNTOUCHED, dtype=np.float32)
     bits = session.request.widths.quantized[::-1]
     uniform = [tuple(uniform_assignment(session.player_widths, width).tolist()) for width in bits]
     for assignment in dict.fromkeys(uniform):  # two widths may mean the same, where players lack one

@@ -12,7 +12,7 @@ from coopq.core.versions import installed
 from coopq.judge.bench.aggregate import above_lowest, average_over_seeds, check_pandas, method_names, tidy
 from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result
-from coopq.judge.references import FULL_PRECISION, UNIFORM
+from coopq.judge.references import ORIGINAL, UNIFORM
 from coopq.plan.confidence import confidence
 from coopq.plan.methods import names
 from coopq.report.bench_plots import save_figures
@@ -275,11 +275,11 @@ def _spread(spread: "pd.DataFrame", key: tuple[str, str]) -> str:
 
 
 def _references(result: Result) -> str:
-    """Perplexity of full precision and of uniform widths."""
+    """Perplexity of the original and of uniform widths."""
     return ", ".join(
-        f"{row.method}{'' if row.method == FULL_PRECISION else f' {row.average_bits:g} bits'} {row.perplexity:,.2f}"
+        f"{row.method}{'' if row.method == ORIGINAL else f' {row.average_bits:g} bits'} {row.perplexity:,.2f}"
         for row in result.rows
-        if row.method in (FULL_PRECISION, UNIFORM)
+        if row.method in (ORIGINAL, UNIFORM)
     )
 
 

@@ -38,7 +38,7 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
 def comparison_table(rows: Sequence[Comparison], text: str) -> Table:
     """A comparison, in the order given; `text` is the judging text."""
     title = (
-        f"Judged on {text}\nKL divergence from full precision in nats per token, share of tokens with the same most "
+        f"Judged on {text}\nKL divergence from the original in nats per token, share of tokens with the same most "
         "likely token; ± half of the 95 % interval"
     )
     head, cells = judged_cells(rows)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.types import Width
-from coopq.judge.references import FULL_PRECISION, RANDOM, UNIFORM
+from coopq.judge.references import ORIGINAL, RANDOM, UNIFORM
 from coopq.judge.results import Comparison
 from coopq.report.page.colours import CHOICE, FAINT, FRONT, is_light, width_colour
 from coopq.report.page.ranking.rank import comparison_cells, rank
@@ -79,9 +79,9 @@ def save_comparison(rows: Sequence[Comparison], title: str, path: Path) -> list[
     uniform = [(row.average_bits, row.perplexity) for row in rows if row.method == UNIFORM]
     if uniform:
         axes.plot(*np.transpose(uniform), "D", color=INK, markersize=6, label="uniform width")
-    full = [row.perplexity for row in rows if row.method == FULL_PRECISION]
+    full = [row.perplexity for row in rows if row.method == ORIGINAL]
     if full:
-        axes.axhline(full[0], color=INK, linestyle=":", linewidth=1.2, label=f"full precision, {full[0]:,.1f}")
+        axes.axhline(full[0], color=INK, linestyle=":", linewidth=1.2, label=f"original, {full[0]:,.1f}")
     axes.set(xlabel="average bits of the weights", ylabel="perplexity")
     losses = [row.perplexity for row in rows]
     if max(losses) > _WIDE * min(losses):

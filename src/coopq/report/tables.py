@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # these import torch
     from coopq.plan.searches.front import FrontPoint
 
 _MOST_COLUMNS = 8
-_LOSSES = {"nll": "calibration loss", "kl": "divergence from full precision on the calibration text"}
+_LOSSES = {"nll": "calibration loss", "kl": "divergence from the original on the calibration text"}
 _SCORES = {
     "search": "score: what lowering the player costs, nats per token",
     "walks": "score: Shapley value, what lowering the player costs, nats per token",

@@ -173,7 +173,7 @@ def _losses(plan: Plan) -> list[str]:
     text = plan.request.text
     calibration = text.source if text.source == "c4" or text.source.startswith("hub:") else Path(text.source).name
     tokens = f"nats per token on {text.tokens} calibration tokens of {calibration}"
-    name = "divergence from full precision (KL)" if plan.request.search.loss == "kl" else "loss (NLL)"
+    name = "divergence from the original (KL)" if plan.request.search.loss == "kl" else "loss (NLL)"
     rows = []
     if plan.measured_loss is not None:
         rows.append(f"| measured {name} | {plan.measured_loss:.5f} {tokens} |")

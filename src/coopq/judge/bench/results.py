@@ -20,7 +20,7 @@ class Row(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     Attributes:
         method: Name of the method, or one of `coopq.judge.references.REFERENCES`.
-        budget: The budget as the TOML file writes it; None for full precision and uniform widths.
+        budget: The budget as the TOML file writes it; None for the original and uniform widths.
         assignment: Width of each player; None for the mean of several assignments.
         average_bits: Width averaged over the weights; scales and zeros do not count.
         bits_per_weight: Stored bits per weight; scales, zeros and padding count.

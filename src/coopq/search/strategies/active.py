@@ -20,6 +20,8 @@ _OPENING, _AROUND = 5, 2
 """Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
 _GROUPS, _GROUPS_AFTER = 24, 60
 """Most groups of steps that are taken back once, each by itself, and after how many points. Chosen by hand."""
+_MANY = _GROUPS + _GROUPS_AFTER
+"""With so many points known, points at other sizes and groups would say little more: benchmarks/later_sizes.py."""
 _POOL = 1000
 """Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
 _CLIMBS = 12
@@ -61,6 +63,7 @@ class ActiveSearch(Search):
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
     of the best points. A budget is settled when no point is worth a measurement. After 60 points, or when all budgets
     are settled, groups of steps are once taken back from the best point of the smallest budget, and the rounds go on.
+    With many points known, from searches of other budgets, there are no points at other sizes and no groups.
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
@@ -99,6 +102,8 @@ class ActiveSearch(Search):
             self._n_known = len(self.measured)
             self._most = self._n_known + self._limit
             self._opening = [self._alone()] if self._prior is None else self._first_plans(self._prior)
+            if self._prior is not None and self._n_known >= _MANY:
+                self._opening, self._has_groups = self._opening[:1], True
         while self._opening:
             if len(fresh := self._unmeasured(self._opening.pop(0))):
                 return fresh

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coopq.judge.references import FULL_PRECISION, UNIFORM
+from coopq.judge.references import ORIGINAL, UNIFORM
 from coopq.report.page.axes import FIT, loss_axis, number_axis, tip
 from coopq.report.page.colours import FAINT, method_colours
 from coopq.report.page.document import Spec
@@ -72,7 +72,7 @@ def lines_figure(cells: Sequence[Cell], named: Mapping[str, str]) -> Spec:
         cells: The cells of one case.
         named: Colours of the methods that have one.
     """
-    full = next((cell.nll for cell in cells if cell.method == FULL_PRECISION), None)
+    full = next((cell.nll for cell in cells if cell.method == ORIGINAL), None)
     rows: list[dict[str, Any]] = [
         {"method": cell.method, "size": round(cell.bits_per_weight, 4), "nll": cell.nll, "budget": cell.budget}
         for cell in cells
@@ -118,7 +118,7 @@ def lines_figure(cells: Sequence[Cell], named: Mapping[str, str]) -> Spec:
         line = {"mark": {"type": "rule", "strokeDash": [4, 4], "opacity": 0.6}, "encoding": {}}
         label = {
             "mark": {"type": "text", "align": "left", "x": 5, "dy": -7, "opacity": 0.75},
-            "encoding": {"text": {"value": FULL_PRECISION}},
+            "encoding": {"text": {"value": ORIGINAL}},
         }
         layers.append({"data": {"values": [{"nll": full}]}, "encoding": {"y": y}, "layer": [line, label]})
     return {

@@ -23,7 +23,7 @@ class Cell:
     Attributes:
         case: Name of the case.
         method: Name of the method or of the reference.
-        budget: The budget; None for full precision and uniform widths.
+        budget: The budget; None for the original and uniform widths.
         bits_per_weight: Stored bits per weight.
         label: The method, or the width of a uniform row.
         calibration_loss: Loss on the calibration set, nats per token.

@@ -12,7 +12,7 @@ from coopq.report.page.colours import CHOICE, FAINT, FRONT
 from coopq.report.page.document import Spec
 from coopq.report.page.run.record import RunRecord
 
-LOSS_NAMES = {"nll": "calibration loss", "kl": "KL divergence from full precision"}
+LOSS_NAMES = {"nll": "calibration loss", "kl": "KL divergence from the original"}
 
 
 def size_figure(record: RunRecord) -> Spec:

@@ -9,7 +9,7 @@ import numpy as np
 from coopq.core.recipes import ENGINES, RECIPES
 from coopq.core.types import UNTOUCHED
 from coopq.export.formats import FORMS
-from coopq.judge.references import FULL_PRECISION, MIX
+from coopq.judge.references import MIX, ORIGINAL
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.judged import evaluation_lines, judged_cells
@@ -110,8 +110,8 @@ def _judged_box(record: RunRecord) -> Iterator[tuple[str, str, str]]:
     for judged in record.judged[:1]:
         evaluation = judged.evaluation
         if (divergence := evaluation.divergence) is not None:
-            original = [row.perplexity for row in judged.rows if row.method == FULL_PRECISION]
-            beside = f", {original[0]:.2f} in full precision" if original else ""
+            original = [row.perplexity for row in judged.rows if row.method == ORIGINAL]
+            beside = f", {original[0]:.2f} by the original" if original else ""
             value = f"{divergence.mean.value:.2g}"
             if divergence.mean.interval is not None:
                 value += f" ± {np.ptp(divergence.mean.interval) / 2:.1g}"
@@ -125,7 +125,7 @@ def _judged(record: RunRecord) -> Iterator[str]:
         if judged.rows:
             yield table(*judged_cells(judged.rows))
             yield paragraph(
-                "KL is the divergence from full precision, nats per token. Same top is the share of tokens with the "
+                "KL is the divergence from the original, nats per token. Same top is the share of tokens with the "
                 "same most likely token. ± is half of the 95 % interval over windows."
             )
 
