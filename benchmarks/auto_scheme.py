@@ -152,7 +152,8 @@ def search(request: Request, scheme: Scheme, limits: tuple[float, float], folder
             start = cpu_seconds()
             names = [player.name for player in session.players]
             assert set(names) == set(scheme.widths), set(names) ^ set(scheme.widths)
-            budget = Budget.parse(f"{session.sizes.total_bytes([scheme.widths[name] for name in names])}B")
+            chosen = [scheme.widths[name] for name in names]
+            budget = Budget.parse(f"{session.sizes.file_bytes(chosen) + session.sizes.reserved}B")
             (plan,) = make_plans(session, "active", [budget], DEFAULT_SOLVER, Limit(*limits))
             forwards = plan.block_forwards / len(set(session.blocks))
             write_json(kept, msgspec.to_builtins(Found(tuple(plan.assignment), forwards, cpu_seconds() - start)))

@@ -31,6 +31,7 @@ FORWARDS = 60
 LENGTH, HELD_OUT = 256, 32 * 256
 _BLOCKS: dict[str, Any] = {"granularity": "block"}
 _FUSED: dict[str, Any] = {"granularity": "fused"}
+_LINEAR: dict[str, Any] = {"granularity": "linear"}
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "coopq": {
         "blocks, 2 and 4 bits, nll": {**_BLOCKS, "bits": (2, 4), "loss": "nll"},
@@ -45,12 +46,17 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "ggml": {"backend": "ggml", "bits": (2, 3, 4, 5, 6, 8)},
         "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)},
         "blocks": _BLOCKS,
-        "linear layers": {"granularity": "linear"},
+        "fused layers": _FUSED,
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
-    "transformers": {"rtn": {"backend": "rtn"}, "blocks": _BLOCKS, "nll": {"loss": "nll"}},
+    "transformers": {"rtn": {"backend": "rtn"}, "blocks": _BLOCKS, "linear layers": _LINEAR, "nll": {"loss": "nll"}},
     "mlx": {"fused layers": _FUSED, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
-    "openvino": {"gptq-static": {"backend": "gptq-static"}, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
+    "openvino": {
+        "linear layers": _LINEAR,
+        "gptq-static": {"backend": "gptq-static"},
+        "hqq": {"backend": "hqq"},
+        "blocks": _BLOCKS,
+    },
 }
 """What each recipe is compared with: the settings that differ, by a name."""
 

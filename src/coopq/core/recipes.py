@@ -40,6 +40,7 @@ _SEARCHED = {"granularity": _FUSED, "loss": _KL, "tokens": _TOKENS}
 
 _LLAMA_CPP: dict[str, Setting] = {
     **_SEARCHED,
+    "granularity": _LINEAR,
     "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
     "bits": Setting(
         (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
