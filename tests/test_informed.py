@@ -57,6 +57,18 @@ def test_a_search_finds_out_that_its_score_misjudges_a_kind_of_layer() -> None:
     assert 0 <= np.mean(above) < 0.018
 
 
+def test_a_later_larger_size_begins_with_its_own_first_plan_and_spends_less() -> None:
+    space, score, costs = misjudged(0)
+    prior, game = make_prior(space, score, 0.0, BLOCKS.tolist(), LAYERS), Sum(costs)
+    known = run(ActiveSearch(space, prior=prior), game).measured.known()
+    capacity = int(0.2 * STEP_BYTES.sum())
+    later = replace(space, capacities=(capacity,))
+    assert len(ActiveSearch(later, known, prior).propose()) == 1
+    alone, after = (run(ActiveSearch(later, what, prior), game).measured for what in (None, known))
+    assert len(after) - len(known[1]) < 0.7 * len(alone)
+    assert after.lowest(capacity) < 1.01 * alone.lowest(capacity)
+
+
 def test_groups_are_few_and_each_takes_back_steps_of_one_kind_in_adjacent_blocks() -> None:
     space, score, _ = misjudged(0)
     prior = make_prior(space, score, 0.0, BLOCKS.tolist(), LAYERS)

@@ -20,8 +20,6 @@ _OPENING, _AROUND = 5, 2
 """Points at other sizes, and points beside each first plan, that the first fit sees. Chosen by hand."""
 _GROUPS, _GROUPS_AFTER = 24, 60
 """Most groups of steps that are taken back once, each by itself, and after how many points. Chosen by hand."""
-_MANY = _GROUPS + _GROUPS_AFTER
-"""With so many points known, points at other sizes and groups would say little more: benchmarks/later_sizes.py."""
 _POOL = 1000
 """Neighbours of a point, of lowest total of corrected gains, that the surrogate looks at. Chosen by hand."""
 _CLIMBS = 12
@@ -33,8 +31,9 @@ TOLERANCE = 0.01
 _WORTH = 0.03
 """A budget is settled when no candidate is expected to gain this share of the tolerance, in this number of rounds:"""
 _ROUNDS = 3
-_STALE_ROUNDS = 15
-"""A budget is also settled when so many rounds have gained less than that share: expectations can be too high."""
+_STALE_ROUNDS, _STALE = 8, 0.3
+"""A budget is also settled when so many rounds have gained less than this share of the tolerance: expectations can be
+too high. Chosen on traces of benchmarks/informed.py."""
 _POINTS_PER_PLAYER_OF_FEW, _POINTS_PER_STEP, _POINTS_PER_PLAYER, _FEW_STEPS = 13, 6, 8, 64
 """Limits on the points measured, see `most_points`; searches with a prior seldom meet them (decision 9)."""
 _LIKELY = 0.05
@@ -63,7 +62,8 @@ class ActiveSearch(Search):
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
     of the best points. A budget is settled when no point is worth a measurement. After 60 points, or when all budgets
     are settled, groups of steps are once taken back from the best point of the smallest budget, and the rounds go on.
-    With many points known, from searches of other budgets, there are no points at other sizes and no groups.
+    With 60 points known that keep the smallest budget, from searches of smaller budgets, there are no points at other
+    sizes and no groups (benchmarks/later_sizes.py).
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
@@ -102,7 +102,8 @@ class ActiveSearch(Search):
             self._n_known = len(self.measured)
             self._most = self._n_known + self._limit
             self._opening = [self._alone()] if self._prior is None else self._first_plans(self._prior)
-            if self._prior is not None and self._n_known >= _MANY:
+            below = np.count_nonzero(self.measured.bytes_above_min <= min(self._space.capacities))
+            if self._prior is not None and below >= _GROUPS_AFTER:
                 self._opening, self._has_groups = self._opening[:1], True
         while self._opening:
             if len(fresh := self._unmeasured(self._opening.pop(0))):
@@ -164,7 +165,7 @@ class ActiveSearch(Search):
         """The points of a budget that are worth a measurement, except measured points and points in `taken`."""
         program, lowest = self._space.constraint(capacity), self.measured.lowest(capacity)
         rounds, before = self._stale[capacity]
-        has_gained = lowest - prior.origin < (1 - _WORTH * TOLERANCE) * (before - prior.origin)
+        has_gained = lowest - prior.origin < (1 - _STALE * TOLERANCE) * (before - prior.origin)
         self._stale[capacity] = (0, lowest) if has_gained else (rounds + 1, before)
         if rounds + 1 > _STALE_ROUNDS and not has_gained:
             self._quiet[capacity] = _ROUNDS
