@@ -2,7 +2,7 @@
 
     python benchmarks/front_figure.py
 
-Measures nothing: the numbers are those of the tables in docs/results/llama_mixes-llama-fused.md and
+Measures nothing: the numbers are those of the tables in docs/results/llama_mixes-llama-linear.md and
 docs/results/auto_scheme.md. Writes docs/results/front.svg and front.png.
 """
 
@@ -18,7 +18,7 @@ from coopq.report.page.colours import FRONT
 from coopq.report.plot_style import INK, new_axes, readable_log, save_figure, set_title
 
 MIXES, QWEN, SCHEME = (
-    RESULTS / f"{name}.md" for name in ("llama_mixes-llama-fused", "llama_mixes-qwen-fused", "auto_scheme")
+    RESULTS / f"{name}.md" for name in ("llama_mixes-llama-linear", "llama_mixes-qwen-linear", "auto_scheme")
 )
 OURS, RIVAL = FRONT, "#57606a"
 """Blue is the active search in every figure."""
@@ -77,6 +77,7 @@ def draw_scheme(axes: Any) -> None:
     """Perplexity against average bits: AutoScheme and the active search."""
     (rows,) = read_tables(SCHEME.read_text(encoding="utf-8").splitlines())
     rows = [row for row in rows if row["our loss"] == "kl" and row["model"].startswith("llama")]
+    rows = [row for row in rows if row["our search"] == "whole search"]
     full = float(re.findall(r"\((.+)\)", rows[0]["model"])[0])
     places = np.arange(len(rows))
     for place, row in zip(places, rows, strict=True):

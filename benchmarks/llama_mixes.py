@@ -322,7 +322,7 @@ def main() -> None:
     """Measure one model, and write the report."""
     parser = command_line(__doc__)
     parser.add_argument("model", choices=SUBJECTS)
-    parser.add_argument("--granularity", default="fused", choices=GRANULARITIES, help="what the players are")
+    parser.add_argument("--granularity", default="linear", choices=GRANULARITIES, help="what the players are")
     parser.add_argument("--backend", choices=REFERENCE.bits, help="what quantizes our files (default: ggml-gptq)")
     arguments = parser.parse_args()
     backend = arguments.backend or next(iter(SUBJECTS[arguments.model].bits))
