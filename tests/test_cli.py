@@ -321,3 +321,7 @@ def test_without_a_terminal_progress_is_told_in_lines(monkeypatch: pytest.Monkey
         monkeypatch.setattr(terminal, "_SECONDS_PER_LINE", 0.0)
         report("measuring", 2, 3)
         assert log.getvalue().endswith("measuring: 2 of 3\n")
+        report("searching", 1, 1)
+        report("searching", 1, 14)
+        assert log.getvalue().endswith("searching: 1 so far\n"), "14 are not all: a search finds more to measure"
+    assert re.search(r"searching .* 1/1 ", log.getvalue())

@@ -58,23 +58,31 @@ def progress_bars() -> Iterator[ProgressCallback]:
     )
     with Progress(*columns, console=stderr()) as bars:
         tasks: dict[str, TaskID] = {}
+        totals: dict[str, int | None] = {}
         told = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
             nonlocal told
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, completed=done, rate="")
+                tasks[stage], totals[stage] = bars.add_task(stage, total=total, completed=done, rate=""), total
+            known = totals[stage]
+            shown = totals[stage] = total if known is not None and total <= known else None  # a search finds more to do
             task = bars.tasks[bars.task_ids.index(tasks[stage])]
-            bars.update(tasks[stage], completed=done, total=total, rate=_rate(task.finished_speed or task.speed))
+            task.total = shown  # `update` does not take None for "not known"
+            bars.update(tasks[stage], completed=done, rate=_rate(task.finished_speed or task.speed))
             if not stderr().is_terminal and time.monotonic() - told >= _SECONDS_PER_LINE:
                 told = time.monotonic()
-                note(f"{stage}: {done} of {total}")
+                note(f"{stage}: {done} so far" if shown is None else f"{stage}: {done} of {total}")
 
         try:
             yield report
         except KeyboardInterrupt:
             note("interrupted; nothing computed is lost: run the same command again to go on")
             raise
+        finally:
+            for stage, known in totals.items():
+                if known is None:  # the end is known now
+                    bars.update(tasks[stage], total=bars.tasks[bars.task_ids.index(tasks[stage])].completed)
 
 
 def _rate(speed: float | None) -> str:
