@@ -106,7 +106,7 @@ def against_mixes(losses: Table, divergences: Table, strongest: Sequence[dict[st
     ]
     beyond = _beyond(len(saved), len(divergences))
     if strongest:
-        rivals = [_less(row["our divergence above"], row["its divergence"]) for row in strongest]
+        rivals = [_less(row) for row in strongest]
         less, more = ([change for change, side in rivals if side == wanted] for wanted in (-1, 1))
         yield (
             "CoopQ's files diverge less from full precision on WikiText-2 than the strongest mix of their size at"
@@ -133,10 +133,10 @@ def against_mixes(losses: Table, divergences: Table, strongest: Sequence[dict[st
     yield f"Their loss is {', '.join(said)}."
 
 
-def _less(difference: str, theirs: str) -> tuple[float, int]:
+def _less(row: dict[str, str]) -> tuple[float, int]:
     """How much less ours is, as a part of theirs, and the sign of the difference, 0 within its interval."""
-    change, low, high = _interval(difference)
-    return -change / float(theirs), (low > 0) - (high < 0)
+    _, low, high = _interval(row["our divergence above"])
+    return 1 - float(row["our divergence"]) / float(row["its divergence"]), (low > 0) - (high < 0)
 
 
 def _percent(parts: Sequence[float], before: str = ", by") -> str:

@@ -63,7 +63,10 @@ def test_an_answer_on_mixes_counts_sizes_and_says_what_is_level(answers: ModuleT
     changes = ["-0.1000 (-0.1500 to -0.0500)", "-0.0010 (-0.0040 to +0.0020)", "+0.0200 (+0.0100 to +0.0300)"]
     losses = [{"our loss above": change} for change in changes]
     divergences = [{"WikiText-2: its divergence": "0.2", "ours": ours} for ours in ("0.1", "0.15", "0.0000")]
-    strongest = [{"its divergence": "0.2", "our divergence above": change} for change in changes]
+    strongest = [
+        {"its divergence": "0.2", "our divergence": ours, "our divergence above": change}
+        for ours, change in zip(("0.1", "0.199", "0.22"), changes, strict=True)
+    ]
     text = " ".join(answers.against_mixes(losses, divergences, strongest))
     assert "than the strongest mix of their size at 1 of 3 sizes, by 50 %, more at 1, by 10 %." in text
     assert "the files diverge 25 to 50 % less (at 2 of 3;" in text
