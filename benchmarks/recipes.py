@@ -49,10 +49,10 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "fused layers": _FUSED,
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
-    "transformers": {"rtn": {"backend": "rtn"}, "blocks": _BLOCKS, "linear layers": _LINEAR, "nll": {"loss": "nll"}},
+    "transformers": {"fused layers": _FUSED, "blocks": _BLOCKS, "nll": {"loss": "nll"}},
     "mlx": {"fused layers": _FUSED, "hqq": {"backend": "hqq"}, "blocks": _BLOCKS},
     "openvino": {
-        "linear layers": _LINEAR,
+        "fused layers": _FUSED,
         "gptq-static": {"backend": "gptq-static"},
         "hqq": {"backend": "hqq"},
         "blocks": _BLOCKS,

@@ -84,15 +84,19 @@ def test_openvino_computes_the_same_loss_at_every_width(
 @pytest.mark.parametrize(
     ("backend", "bits"), [("rtn", "2,3,4"), pytest.param("quanto", "2,4,8", marks=pytest.mark.slow)]
 )
-def test_an_openvino_file_has_the_predicted_size_within_the_budget(
+def test_an_openvino_file_of_linear_layers_has_the_predicted_size_within_the_budget(
     backend: str, bits: str, llama: tuple[LoadedModel, Path], tmp_path: Path
 ) -> None:
     limit, base = 9_000_000, llama[1]
     where: list[str | Path] = ["--run", tmp_path / "run", "--out", tmp_path / "saved"]
     quantizer = ["--backend", backend, "--bits", bits, "--tokens", "64", "--sequence-length", "64"]
+    quantizer += ["--granularity", "linear"]
     what = ["--budget", f"{limit}B", "--target", "openvino", "--base", str(base), "--method", "llm-mq", "--json"]
     code, out, err = command("quantize", BENCHMARKS / "data" / "llama", *quantizer, *what, *where)
     assert code == 0, err
     n_bytes = export_model(tmp_path / "saved", "openvino", tmp_path / "out", base=base)
     assert n_bytes == json.loads(out)["exported_bytes"]
     assert 0.95 * limit < n_bytes <= limit
+    tokens = calibration_set(TextSpec(tokens=64, sequence_length=64), llama[0].tokenizer).tokens
+    ours = np.concatenate(list(model_nll(coopq.load(tmp_path / "saved", device="cpu"), tokens)))
+    np.testing.assert_allclose(openvino_nll(tmp_path / "out", tokens, **EXACT), ours, atol=1e-4)

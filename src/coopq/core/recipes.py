@@ -78,6 +78,7 @@ RECIPES: dict[str, Recipe] = {
         "auto-round",
         {
             **_SEARCHED,
+            "granularity": _LINEAR,
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((2, 4, 8), "the widths of GPTQ's kernels"),
         },
@@ -88,6 +89,7 @@ RECIPES: dict[str, Recipe] = {
         "openvino",
         {
             **_SEARCHED,
+            "granularity": _LINEAR,
             "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
             "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
         },
