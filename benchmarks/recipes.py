@@ -31,7 +31,6 @@ FORWARDS = 60
 LENGTH, HELD_OUT = 256, 32 * 256
 _BLOCKS: dict[str, Any] = {"granularity": "block"}
 _FUSED: dict[str, Any] = {"granularity": "fused"}
-_LINEAR: dict[str, Any] = {"granularity": "linear"}
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "coopq": {
         "blocks, 2 and 4 bits, nll": {**_BLOCKS, "bits": (2, 4), "loss": "nll"},

@@ -42,7 +42,7 @@ def progress_bars() -> Iterator[ProgressCallback]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
-        TaskID,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -57,22 +57,21 @@ def progress_bars() -> Iterator[ProgressCallback]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr()) as bars:
-        tasks: dict[str, TaskID] = {}
-        totals: dict[str, int | None] = {}
+        tasks: dict[str, Task] = {}
         told = time.monotonic()
 
         def report(stage: str, done: int, total: int) -> None:
             nonlocal told
             if stage not in tasks:
-                tasks[stage], totals[stage] = bars.add_task(stage, total=total, completed=done, rate=""), total
-            known = totals[stage]
-            shown = totals[stage] = total if known is not None and total <= known else None  # a search finds more to do
-            task = bars.tasks[bars.task_ids.index(tasks[stage])]
-            task.total = shown  # `update` does not take None for "not known"
-            bars.update(tasks[stage], completed=done, rate=_rate(task.finished_speed or task.speed))
+                bars.add_task(stage, total=total, rate="")
+                tasks[stage] = bars.tasks[-1]
+            task = tasks[stage]
+            if task.total is not None:  # a total that grows is not known: a search finds more to measure
+                task.total = total if total <= task.total else None
+            bars.update(task.id, completed=done, rate=_rate(task.finished_speed or task.speed))
             if not stderr().is_terminal and time.monotonic() - told >= _SECONDS_PER_LINE:
                 told = time.monotonic()
-                note(f"{stage}: {done} so far" if shown is None else f"{stage}: {done} of {total}")
+                note(f"{stage}: {done} so far" if task.total is None else f"{stage}: {done} of {total}")
 
         try:
             yield report
@@ -80,9 +79,9 @@ def progress_bars() -> Iterator[ProgressCallback]:
             note("interrupted; nothing computed is lost: run the same command again to go on")
             raise
         finally:
-            for stage, known in totals.items():
-                if known is None:  # the end is known now
-                    bars.update(tasks[stage], total=bars.tasks[bars.task_ids.index(tasks[stage])].completed)
+            for task in tasks.values():
+                if task.total is None:  # the end is known now
+                    bars.update(task.id, total=task.completed)
 
 
 def _rate(speed: float | None) -> str:

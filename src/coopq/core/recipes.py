@@ -31,16 +31,14 @@ class Recipe(NamedTuple):
     run: str
 
 
-_FUSED = Setting("fused", "finer than blocks; engines compute q/k/v and gate/up together")
 _LINEAR = Setting("linear", "finest players: each layer has its own width")
 _KL = Setting("kl", "divergence is less noisy than the text's loss, so fewer tokens are enough")
 _TOKENS = Setting(4096, "enough for a divergence")
 _EMBEDDINGS = Setting(True, "the embedding is a large part of a small file")
-_SEARCHED = {"granularity": _FUSED, "loss": _KL, "tokens": _TOKENS}
+_SEARCHED = {"granularity": _LINEAR, "loss": _KL, "tokens": _TOKENS}
 
 _LLAMA_CPP: dict[str, Setting] = {
     **_SEARCHED,
-    "granularity": _LINEAR,
     "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
     "bits": Setting(
         (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
@@ -54,7 +52,6 @@ RECIPES: dict[str, Recipe] = {
         None,
         {
             **_SEARCHED,
-            "granularity": _LINEAR,
             "backend": Setting("rtn", "needs no other library"),
             "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
         },
@@ -69,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
         "compressed-tensors",
         {
             **_SEARCHED,
+            "granularity": Setting("fused", "vLLM computes q/k/v together, and gate/up, each at one width"),
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((4, 8, 16), "vLLM has kernels for 4 and 8 bits (Ampere and newer), and for 16"),
         },
@@ -78,7 +76,6 @@ RECIPES: dict[str, Recipe] = {
         "auto-round",
         {
             **_SEARCHED,
-            "granularity": _LINEAR,
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((2, 4, 8), "the widths of GPTQ's kernels"),
         },
@@ -89,7 +86,6 @@ RECIPES: dict[str, Recipe] = {
         "openvino",
         {
             **_SEARCHED,
-            "granularity": _LINEAR,
             "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
             "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
         },
@@ -100,7 +96,6 @@ RECIPES: dict[str, Recipe] = {
         "mlx",
         {
             **_SEARCHED,
-            "granularity": _LINEAR,
             "backend": Setting("rtn", "its integers are mlx's own form, so the file holds what was measured"),
             "bits": Setting((2, 3, 4, 8), "the widths that mlx-lm and the backend share"),
         },

@@ -1,4 +1,4 @@
-"""Plans beside references: full precision, uniform widths, and random assignments of the same budgets."""
+"""Plans beside references: the original, uniform widths, and random assignments of the same budgets."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ def compare_plan(
     device: str | None = None,
     progress: ProgressCallback = silent,
 ) -> list[Comparison]:
-    """A plan beside full precision, uniform widths, and random assignments of the plan's budget.
+    """A plan beside the original, uniform widths, and random assignments of the plan's budget.
 
     Args:
         plan: The plan.
@@ -131,7 +131,7 @@ def compare(
 
 
 def compare_on(session: Session, plans: Sequence[Plan], text: HeldOut) -> list[Comparison]:
-    """Plans of an open session beside full precision, uniform widths, and random assignments of their budgets."""
+    """Plans of an open session beside the original, uniform widths, and random assignments of their budgets."""
     judged = beside_references(session, plans, _RANDOM_SEED, text, diverges=True)
     rows = [_row(one, session.request.search.loss) for one in judged]
     return sorted(rows, key=lambda row: row.method == RANDOM)  # random assignments last
@@ -170,7 +170,7 @@ def make_measured_plans(session: Session, methods: Sequence[str], budgets: Seque
 def beside_references(
     session: Session, plans: Sequence[Plan], seed: int, text: HeldOut, *, diverges: bool = False
 ) -> list[Judged]:
-    """Losses of full precision, of uniform widths, of random assignments of the plans' budgets, and of plans.
+    """Losses of the original, of uniform widths, of random assignments of the plans' budgets, and of plans.
 
     Args:
         session: The session that the plans are from.

@@ -100,8 +100,8 @@ class Comparison:
         nll: Negative log-likelihood on the judging text, nats per token.
         perplexity: Mean of the assignments' perplexities on the judging text.
         windows: Negative log-likelihood on each window of the judging text, mean of the assignments, nats per token.
-        divergence: Kullback-Leibler divergence from the original on the judging text, nats per token; None for full
-            precision, the reference, and where no divergence was measured.
+        divergence: Kullback-Leibler divergence from the original on the judging text, nats per token; None for the
+            original, the reference, and where no divergence was measured.
         same_top: Share of the tokens with the most likely token of the original; None likewise.
         file_bytes: Bytes of the whole file, or the most that it can take; None where the file is not known.
         width: The width of a uniform row. Layers that lack the width have their next wider one.

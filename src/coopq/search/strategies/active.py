@@ -102,8 +102,8 @@ class ActiveSearch(Search):
             self._n_known = len(self.measured)
             self._most = self._n_known + self._limit
             self._opening = [self._alone()] if self._prior is None else self._first_plans(self._prior)
-            below = np.count_nonzero(self.measured.bytes_above_min <= min(self._space.capacities))
-            if self._prior is not None and below >= _GROUPS_AFTER:
+            within = np.count_nonzero(self.measured.bytes_above_min <= min(self._space.capacities))
+            if self._prior is not None and within >= _GROUPS_AFTER:
                 self._opening, self._has_groups = self._opening[:1], True
         while self._opening:
             if len(fresh := self._unmeasured(self._opening.pop(0))):
