@@ -147,7 +147,8 @@ def page(shown: str, name: str) -> Answer:
 
     def answer(place: Path) -> str:
         run("show", place / shown, "--page")
-        return (place / "out-run" / name).read_text(encoding="utf-8").replace(str(place), "")
+        (written,) = (place / "out-run").glob(name)
+        return written.read_text(encoding="utf-8").replace(str(place), "")
 
     return answer
 
@@ -178,7 +179,7 @@ TARGETS: dict[str, Target] = {
     "journal.jsonl, shown": Target("out-run/journal.jsonl", _RUN, show("out-run")),
     "searches.json": Target("out-run/searches.json", _RUN, quantized_again(*FAST)),
     "scores": Target("out-run/scores/lim.json", _RUN, quantized_again("--method", "lim", *FAST)),
-    "judged.json": Target("out-run/judged.json", ("out", "out-run"), page("out", "report.html")),
+    "judged.json": Target("out-run/judged.json", ("out", "out-run"), page("out", "report-*.html")),
     "comparison.json": Target("out-run/comparison.json", _RUN, page("out-run", "comparison.html")),
     "bank.json": Target("out-run/bank/*.json", _RUN, quantized_again("--method", "coopq", *FAST)),
     "bank tensors": Target("out-run/bank/*.safetensors", _RUN, quantized_again("--method", "coopq", *FAST)),

@@ -90,11 +90,12 @@ REFERENCE = Subject(
 that Google published, so `gemma` is not here."""
 SUBJECTS = {
     "demo": Subject(
-        {"ggml-gptq": (4, 5, 16), "ggml": (4, 5, 16)},
-        ("Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_S"),
-        ("Q4_0", "Q5_0", "Q5_1"),
-        TextSpec(tokens=1024, sequence_length=256),
+        {"ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16), "ggml": (2, 3, 4, 5, 6, 8, 16)},
+        ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
+        ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1"),
+        TextSpec(tokens=2048, sequence_length=WINDOW),
         16,
+        ("IQ3_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_K_M"),
     ),
     "llama": REFERENCE,
     "qwen": REFERENCE,
@@ -293,7 +294,7 @@ def describe(
         divergences.append([mix, *(f"{text.divergence[file].mean():.4f}" for text in judged for file in pair)])
     loss_columns = ["llama.cpp's mix", "its bytes", "our bytes", "its perplexity", "ours", "our loss above"]
     divergence_columns = ["llama.cpp's mix", "WikiText-2: its divergence", "ours", "Wikipedia: its", "ours"]
-    options = run.name + ("" if run.granularity == "fused" else f" --granularity {run.granularity}")
+    options = run.name + ("" if run.granularity == "linear" else f" --granularity {run.granularity}")
     options += "" if run.is_default_backend else f" --backend {run.backend}"
     text = request.text
     return [

@@ -73,7 +73,8 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     assert code == 0, err
     assert f"backend {RECIPES[engine].settings['backend'].value}" in err, "the settings are printed with their reasons"
     assert f"run it: {RECIPES[engine].run.format(out=out)}" in text
-    page = (tmp_path / "out-run" / "report.html").read_text(encoding="utf-8")
+    (report,) = (tmp_path / "out-run").glob("report-*.html")
+    page = report.read_text(encoding="utf-8")
     assert html.escape(RECIPES[engine].run.format(out=out.name)) in page
     assert "coopq export" not in page, "the output is there already"
     record = tmp_path / "out-run" / "saved" / "out.json"
@@ -141,7 +142,8 @@ def test_the_front_is_read_from_a_run(stories: str, tmp_path: Path) -> None:
     code, text, _ = command("front", run)
     assert code == 0
     assert "knee" in text
-    assert text.rstrip().endswith(f"report: {run / 'report.html'}")
+    (report,) = run.glob("report-*.html")
+    assert text.rstrip().endswith(f"report: {report}")
 
 
 def _front(run: Path) -> list[dict[str, Any]]:

@@ -81,6 +81,12 @@ def checked(path: Path) -> Parsed:
     return page
 
 
+def page_of(out: Path) -> Path:
+    """The only page in the run folder of an output."""
+    (page,) = out.with_name("out-run").glob("report-*.html")
+    return page
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished active search of linear layers: out/ holds the model."""
@@ -89,7 +95,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     goal = ["--sequence-length", "64", "--budget", "3.2bpw", "--forwards", "20"]
     code, text, err = command("quantize", STORIES, *options, *goal, "--out", out)
     assert code == 0, err
-    assert str(out.with_name("out-run") / "report.html") in text
+    assert f"report: {page_of(out)}" in text
     return out
 
 
@@ -140,7 +146,7 @@ def test_the_journal_of_another_model_is_left_out(searched: Path) -> None:
 
 
 def test_a_page_says_what_the_plan_says(searched: Path) -> None:
-    page = checked(searched.with_name("out-run") / "report.html")
+    page = checked(page_of(searched))
     plan = Plan.load(searched / "plan.json")
     assert set(page.specs) == {"size", "widths", "sensitivity", "predicted", "pairs", "search"}
     cells = page.specs["widths"]["data"]["values"]
@@ -151,15 +157,30 @@ def test_a_page_says_what_the_plan_says(searched: Path) -> None:
     assert "--loss kl --budget 3.2bpw --forwards 20 --out out" in page.text
 
 
+def test_each_size_of_a_run_folder_has_its_page(searched: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
+    first = page_of(run.with_name("out"))
+    written = first.read_bytes()
+    arguments = ["quantize", STORIES, "--bits", "2,3,4,8", "--granularity", "fused", "--loss", "kl", "--tokens", "128"]
+    goal = ["--sequence-length", "64", "--budget", "4bpw", "--minutes", "0", "--run", str(run), "--json"]
+    code, text, err = command(*arguments, *goal, "--out", tmp_path / "larger")
+    assert code == 0, err
+    second = Path(json.loads(text)["report"])
+    assert second != first
+    assert first.read_bytes() == written
+    pages = json.loads(command("show", run, "--page", "--json")[1])["pages"]
+    assert sorted(pages) == sorted([str(first), str(second)])
+
+
 def test_what_evaluate_finds_stands_on_the_page(searched: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(searched, tmp_path / "out"))
     shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run")
-    assert "unseen text" not in checked(tmp_path / "out-run" / "report.html").text
+    assert "unseen text" not in checked(page_of(out)).text
     for tokens in ("512", "512", "1024"):
         code, text, err = command("evaluate", out, "--tokens", tokens, "--sequence-length", "128", "--json")
         assert code == 0, err
     data = json.loads(text)
-    assert data["report"] == str(tmp_path / "out-run" / "report.html")
+    assert data["report"] == str(page_of(out))
     page = checked(Path(data["report"])).text
     assert page.count("tokens scored") == 2, "one text is judged twice, and stands there once"
     assert f"perplexity {data['perplexity']:.3f}" in page
@@ -188,14 +209,14 @@ def test_a_mix_is_a_point_at_the_size_of_its_file(searched: Path) -> None:
 
 
 def test_the_paper_s_method_shows_its_covariance(finished: Path) -> None:
-    page = checked(finished.with_name("out-run") / "report.html")
+    page = checked(page_of(finished))
     assert set(page.specs) >= {"widths", "sensitivity", "pairs"}
     assert "covariance of the walks" in page.text
 
 
 def test_specifications_are_valid(searched: Path, finished: Path, large: Path, comparison: Path) -> None:
     altair = pytest.importorskip("altair", reason="altair carries the schema of Vega-Lite")
-    reports = [out.with_name("out-run") / "report.html" for out in (searched, finished)]
+    reports = [page_of(searched), page_of(finished)]
     for path in (*reports, large, comparison):
         for spec in checked(path).specs.values():
             altair.Chart.from_dict(spec)
@@ -204,17 +225,13 @@ def test_specifications_are_valid(searched: Path, finished: Path, large: Path, c
 def test_show_writes_the_page_of_whatever_a_path_holds(searched: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(searched, tmp_path / "out"))
     run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
-    (run / "report.html").unlink()
+    page_of(out).unlink()
     (plan,) = run.glob("plans/*.json")
-    for path, file in ((out, "report.html"), (run, "report.html"), (plan, f"report-{plan.stem}.html")):
+    for path in (out, run, plan):
         code, text, err = command("show", path, "--page", "--json")
         assert code == 0, err
-        assert json.loads(text)["pages"] == [str(run / file)]
-        checked(run / file)
-    shutil.copy(plan, plan.with_name("other.json"))
-    assert json.loads(command("show", run, "--page", "--json")[1])["pages"] == [
-        str(run / f"report-{name}.html") for name in sorted([plan.stem, "other"])
-    ]
+        assert json.loads(text)["pages"] == [str(page_of(out))]
+        checked(page_of(out))
     shutil.rmtree(run)
     assert json.loads(command("show", out, "--page", "--json")[1])["pages"] == [str(tmp_path / "out-report.html")]
     assert set(checked(tmp_path / "out-report.html").specs) == {"widths", "sensitivity"}
@@ -426,7 +443,7 @@ def browser() -> Iterator[Page]:
 def test_pages_draw_without_a_word_at_every_width(
     width: int, browser: Page, large: Path, comparison: Path, searched: Path, finished: Path
 ) -> None:
-    reports = [out.with_name("out-run") / "report.html" for out in (searched, finished)]
+    reports = [page_of(searched), page_of(finished)]
     for path in (large, comparison, *reports):
         for dark in (False, True):
             browser.open(path, width, dark=dark)
@@ -437,7 +454,7 @@ def test_pages_draw_without_a_word_at_every_width(
 
 @in_browser
 def test_a_map_answers_a_hover(browser: Page, searched: Path) -> None:
-    browser.open(searched.with_name("out-run") / "report.html", 1400)
+    browser.open(page_of(searched), 1400)
     told = browser.hover("#widths .mark-rect path")
     assert "block 0, q+k+v" in told
     assert {"bits", "size, MB", "cost of lowering", "runner-up"} <= set(re.split(r"\s*[\t\n]+\s*", told))

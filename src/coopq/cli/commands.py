@@ -186,7 +186,7 @@ def front(run: Path, as_json: bool) -> None:
     quiet_libraries()
     points = pipeline.front(run)
     table = front_table(points, RunFolder(run).request().search.loss)
-    pages = Text("\n".join(f"report: {page}" for page in write_pages(run)), overflow="fold")
+    pages = Text("\n".join(f"report: {page}" for page in write_pages(run)))
     print_result([asdict(point) for point in points], Group(table, pages), as_json)
 
 

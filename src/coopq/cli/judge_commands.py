@@ -166,7 +166,7 @@ def evaluate(
     saved = SavedModel(Path(model).expanduser())
     if saved.exists and (page := write_judged(saved.plan, saved.folder, judge.run, judged)) is not None:
         own["report"] = str(page)
-        shown.append(Text(f"report: {page}", overflow="fold"))
+        shown.append(Text(f"report: {page}"))
     print_result(data[0] | own, Group(*shown), as_json)
 
 

@@ -11,7 +11,7 @@ plans/         one plan for each budget and method
 evaluation/    losses on text that judges
 saved/         models that were saved on the way to an engine's file, with a record of what each file was made of
 judged.json    what evaluate found out about the models of plans
-report.html    the report page of the latest plan; comparison.html is that of the latest comparison
+report-*.html  the report page of each plan; comparison.html is that of the latest comparison
 run.lock       held while a process works in the folder
 """
 

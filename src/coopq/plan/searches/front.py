@@ -18,6 +18,8 @@ from coopq.search.prior import PRIOR_SCORE, Prior, make_prior
 from coopq.search.strategies.active import likely_optimum
 
 _N_SIZES = 16
+_LEVEL = 1e-6
+"""A point this little below the line, in the logarithm of the loss, is on the line."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _predicted(space: SearchSpace, capacity: int, prior: Prior, measured: Measur
 
 
 def _with_knee(points: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """The points, with the one marked that lies farthest below the line from the first to the last.
+    """The points, with the one marked that lies farthest below the line from the first to the last, if one does.
 
     Losses count by their logarithm. Source: Satopaa et al., Finding a Kneedle in a Haystack, 2011.
     """
@@ -96,5 +98,8 @@ def _with_knee(points: Sequence[FrontPoint]) -> list[FrontPoint]:
     x = np.array([points[at].n_bytes for at in known], dtype=np.float64)
     y = np.log([points[at].predicted or points[at].measured or 1.0 for at in known])
     line = y[0] + (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])
-    knee = known[int((line - y).argmax())]
+    below = line - y
+    if below.max() <= _LEVEL:
+        return list(points)
+    knee = known[int(below.argmax())]
     return [replace(point, is_knee=at == knee) for at, point in enumerate(points)]

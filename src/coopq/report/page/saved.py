@@ -76,7 +76,7 @@ def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
     out = out.expanduser().resolve()
     run = out.with_name(f"{out.name}-run") if run is None else run.expanduser().resolve()
     if run.is_dir():
-        return save_run_page(plan, run, out.name, run / REPORT)
+        return save_run_page(plan, run, out.name, run / _page_name(plan))
     return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
 
 
@@ -101,6 +101,11 @@ def write_judged(
     return write_report(plan, _output(saved.expanduser().resolve(), run), run)
 
 
+def _page_name(plan: Plan) -> str:
+    """The file of a plan's page in a run folder: each size has its own."""
+    return f"report-{Path(plan.file_name).stem}.html"
+
+
 def _output(saved: Path, run: Path) -> Path:
     """What a job made: the saved model, or what an engine loads if the model was saved on the way to that."""
     return run.with_name(run.name.removesuffix("-run")) if run in saved.parents else saved
@@ -110,8 +115,7 @@ def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:
     """The page of one plan; `run` is used if it is a run folder."""
     plan = Plan.load(file)
     if (run / "run.json").is_file():
-        name = REPORT if file.name == "plan.json" else f"report-{file.stem}.html"
-        return save_run_page(plan, run, out, run / name)
+        return save_run_page(plan, run, out, run / _page_name(plan))
     beside = file.parent if file.name == "plan.json" else file.with_suffix("")  # a saved model's folder stays as it is
     return save_run_page(plan, None, out, beside.with_name(f"{beside.name}-{REPORT}"))
 
@@ -126,6 +130,5 @@ def _run_pages(run: Path) -> Iterator[Path]:
     files = sorted(folder.plans.glob("*.json"))
     if not files and not comparison.is_file():
         raise RunError(f"{run} holds no plan yet; repeat the command that it was started with")
-    for file, plan in zip(files, load_plans(files), strict=True):
-        name = REPORT if len(files) == 1 else f"report-{file.stem}.html"
-        yield save_run_page(plan, run, run.name.removesuffix("-run"), run / name)
+    for plan in load_plans(files):
+        yield save_run_page(plan, run, run.name.removesuffix("-run"), run / _page_name(plan))
