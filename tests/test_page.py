@@ -161,7 +161,18 @@ def test_each_size_of_a_run_folder_has_its_page(searched: Path, tmp_path: Path) 
     run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
     first = page_of(run.with_name("out"))
     written = first.read_bytes()
-    arguments = ["quantize", STORIES, "--bits", "2,3,4,8", "--granularity", "fused", "--loss", "kl", "--tokens", "128"]
+    arguments = [
+        "quantize",
+        str(STORIES),
+        "--bits",
+        "2,3,4,8",
+        "--granularity",
+        "fused",
+        "--loss",
+        "kl",
+        "--tokens",
+        "128",
+    ]
     goal = ["--sequence-length", "64", "--budget", "4bpw", "--minutes", "0", "--run", str(run), "--json"]
     code, text, err = command(*arguments, *goal, "--out", tmp_path / "larger")
     assert code == 0, err
