@@ -90,7 +90,7 @@ REFERENCE = Subject(
 that Google published, so `gemma` is not here."""
 SUBJECTS = {
     "demo": Subject(
-        {"ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16), "ggml": (2, 3, 4, 5, 6, 8, 16)},
+        {"ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "ggml": (2, 3, 4, 5, 16)},
         ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
         ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1"),
         TextSpec(tokens=2048, sequence_length=WINDOW),

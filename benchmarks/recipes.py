@@ -4,8 +4,8 @@
     python benchmarks/recipes.py --report                 # only write the report
 
 The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
-60 forwards, by the default method. Divergence is from full precision on 32 x 256 tokens of WikiText-2, which no search
-sees, with the standard error over windows. Sizes are those of our own packed form.
+60 forwards, by the default method. Divergence is from the original on 32 x 256 tokens of WikiText-2, which no search
+sees, with the standard error over windows; beside it the loss there, as a perplexity. Sizes are those of our own form.
 
 Writes docs/results/recipes.md, and recipes.json, which keeps what was measured.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from _common import DATA, RESULTS, WORK, command_line, mean_and_error, table, write_report
+from _common import DATA, RESULTS, WORK, command_line, mean_and_error, perplexity, table, write_report
 from _models import session_on
 from coopq.core.files import read_json, write_json
 from coopq.core.goal import Limit
@@ -61,7 +61,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run: Path) -> dict[str, Any]:
-    """Divergences of the plan of a recipe with some settings changed, on each held-out window."""
+    """Divergences and losses of the plan of a recipe with some settings changed, on each held-out window."""
     settings = {name: setting.value for name, setting in RECIPES[engine].settings.items()}
     if engine == "llama.cpp":  # 16 is for bases that are quantized already
         settings["bits"] = tuple(width for width in settings["bits"] if width != UNTOUCHED)
@@ -71,24 +71,36 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
     with session_on(request, run) as session:
         (plan,) = make_plans(session, "active", [Budget.parse(size)], DEFAULT_SOLVER, Limit(forwards=FORWARDS))
         windows = HeldOut(LENGTH, HELD_OUT).windows(session.loaded.tokenizer)
-        with session.game_on(windows, run / "held-out.jsonl", "judging", loss="kl") as judge:
-            divergences = judge.per_sequence(np.array([plan.assignment], dtype=np.float32))[0]
+        chosen, judged = np.array([plan.assignment], dtype=np.float32), {}
+        for name, loss, journal in (("divergences", "kl", "held-out"), ("losses", "nll", "held-out-nll")):
+            with session.game_on(windows, run / f"{journal}.jsonl", "judging", loss=loss) as judge:
+                judged[name] = judge.per_sequence(chosen)[0].tolist()
         n_weights = sum(session.sizes.n_weights)
-    return {"divergences": divergences.tolist(), "bits per weight": plan.bits_per_weight, "weights": n_weights}
+    return {**judged, "bits per weight": plan.bits_per_weight, "weights": n_weights}
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
     """The report: a table for each model, engine and size."""
     lines = [*(__doc__ or "").splitlines()[5:8], ""]
     for case, variants in found.items():
-        recipe = np.array(variants["the recipe"]["divergences"])
+        recipe, loss = (np.array(variants["the recipe"][name]) for name in ("divergences", "losses"))
         rows: list[list[object]] = []
         for name, one in sorted(variants.items(), key=lambda item: float(np.mean(item[1]["divergences"]))):
-            own = np.array(one["divergences"])
-            ratio = own / recipe
-            difference = "" if name == "the recipe" else mean_and_error(own - recipe)
-            rows.append([name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}", difference, f"{ratio.mean():.2f}"])
-        header = ["settings", "bits per weight", "divergence", "less the recipe's", "ratio"]
+            own, own_loss = np.array(one["divergences"]), np.array(one["losses"])
+            first = [name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}"]
+            differences = (
+                ["", ""] if name == "the recipe" else [mean_and_error(own - recipe), mean_and_error(own_loss - loss)]
+            )
+            rows.append([*first, differences[0], f"{(own / recipe).mean():.2f}", perplexity(own_loss), differences[1]])
+        header = [
+            "settings",
+            "bits per weight",
+            "divergence",
+            "less the recipe's",
+            "ratio",
+            "perplexity",
+            "loss less the recipe's",
+        ]
         lines += [f"## {case}", "", *table(header, rows), ""]
     return lines
 

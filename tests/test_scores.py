@@ -33,6 +33,7 @@ from coopq.plan.scores import (
     fisher,
     gains_of_ranking,
     hawq,
+    imatrix,
     lim,
     llm_mq,
     zd,
@@ -257,6 +258,29 @@ def test_hawq_by_exact_hessian_products(name: str, tmp_path: Path) -> None:
             errors = [float((by_name[linear.name] - weight).square().sum()) for by_name in quantized]
             exact[index] += eight_samples[linear.name] / weight.numel() * (errors[0] - errors[1])
     np.testing.assert_allclose(hawq.gains(sensitivity), exact, rtol=1e-4)
+
+
+def test_imatrix_is_how_far_outputs_move_if_inputs_are_not_correlated(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    sensitivity = make_sensitivity(model, tmp_path, "linear")
+    expected = np.zeros(len(sensitivity.players))
+    for index, player in enumerate(sensitivity.players):
+        (name,) = (linear.name for linear in player.linears)
+        seen: list[torch.Tensor] = []
+        handle = model.get_submodule(name).register_forward_hook(lambda _, args, __, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(TOKENS), use_cache=False)
+        handle.remove()
+        weight = sensitivity.weights(index)[name]
+        for sign, bits in ((1, 2), (-1, 4)):
+            error = sensitivity.quantized(index, bits)[name] - weight
+            moved = [
+                float((column[:, None] * along).square().sum())
+                for column, along in zip(seen[0].flatten(0, 1).T, error.T, strict=True)
+            ]
+            expected[index] += sign * sum(moved) / TOKENS.size
+    np.testing.assert_allclose(imatrix.gains([sensitivity])[:, 0], expected, rtol=1e-4)
+    assert (expected > 0).all()
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

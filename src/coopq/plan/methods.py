@@ -185,6 +185,13 @@ _ALL = (
     _score("first-last", "distance from the middle: the ends keep more bits", 0, "first_last:gains"),
     _score("hawq", "traces of the Hessian times squared errors of weights", 64, "hawq:gains"),
     _score(
+        "imatrix",
+        "errors of weights weighted by squared inputs, as llama.cpp's importance matrix has it",
+        1,
+        "imatrix:gains",
+        is_at_once=True,
+    ),
+    _score(
         "auto-quantize",
         "output errors weighted by squared gradients",
         9,
