@@ -1,15 +1,17 @@
 """The search with a prior, on games whose optimum is known."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import pytest
 
 from coopq.core.types import Assignments, Losses
 from coopq.search import ActiveSearch, SearchSpace, run
 from coopq.search.informed import fit_informed
 from coopq.search.prior import Floats, make_prior
 from coopq.search.solver.exact import allocate
-from coopq.search.solver.local_search import distinct_points, neighbours, random_fill
+from coopq.search.solver.local_search import distinct_points, exchanges, random_fill
 from coopq.search.strategies.active import _GROUPS, _filled, _groups_back
 
 ORIGIN = 0.001
@@ -116,12 +118,34 @@ def test_the_mean_alone_is_the_mean_and_each_left_out_point_is_predicted_by_the_
         assert abs(found.left_out[point] - expected) < 1e-6
 
 
-def test_neighbours_of_the_lowest_totals_come_first_and_distinct_points_are_sorted() -> None:
-    space, score, _ = misjudged(0)
-    (capacity,) = space.capacities
-    program, rng = space.constraint(capacity), np.random.default_rng(0)
-    q = random_fill(program, rng)
-    every, nearest = neighbours(program, q), neighbours(program, q, score, 50)
-    np.testing.assert_allclose(nearest @ score, np.sort(every @ score)[:50])
-    twice = rng.permutation(np.concatenate([every, every]))
-    np.testing.assert_array_equal(distinct_points(twice), np.unique(every, axis=0))
+def test_exchanges_are_all_pairs_of_a_higher_and_a_lower_width_the_lowest_totals_first() -> None:
+    step_bytes = np.array([3, 2, 1, 2, 3, 2, 1, 2, 3, 2])
+    space = SearchSpace((*[(2.0, 3.0, 4.0, 8.0)] * 3, (2.0, 4.0)), step_bytes, capacities=(9,))
+    program, rng = space.constraint(9), np.random.default_rng(0)
+    gains, q = rng.uniform(size=space.n_steps), random_fill(program, rng)
+    found = exchanges(program, q, gains, 1000)
+    every = [space.steps_down(np.array(widths)[None])[0] for widths in product(*space.player_widths)]
+    taken = [np.bincount(space.player_of_step, point) for point in (q, *every)]
+    expected = []
+    for point, counts in zip(every, taken[1:], strict=True):
+        up, down = (counts < taken[0]).sum(), (counts > taken[0]).sum()
+        if up == 1 and down <= 1 and program.is_feasible(point):
+            expected.append(point)
+    np.testing.assert_array_equal(distinct_points(found), distinct_points(np.array(expected)))
+    totals = found @ gains
+    assert (np.diff(totals) >= 0).all()
+    np.testing.assert_allclose(exchanges(program, q, gains, 5) @ gains, totals[:5])
+    twice = rng.permutation(np.concatenate([found, found]))
+    np.testing.assert_array_equal(distinct_points(twice), np.unique(found, axis=0))
+
+
+def test_first_plans_pass_over_widths_that_are_not_worth_their_bytes() -> None:
+    widths = ((2.0, 3.0, 4.0, 8.0),) * 6
+    of_player = np.array([0.1, 1.0, 0.01])  # from 8 bits down: 3 bits are hardly better than 2, 4 bits much better
+    gains = np.concatenate([scale * of_player for scale in range(1, 7)])
+    space = SearchSpace(widths, np.tile([4, 1, 2], 6), capacities=(10,))
+    prior = make_prior(space, gains, 0.0, range(6), [[f"blocks.{block}.mlp"] for block in range(6)])
+    first = space.steps_down(ActiveSearch(space, prior=prior).propose())
+    every = space.steps_down(np.array(list(product(*widths)), dtype=np.float32))
+    feasible = every[[space.constraint(10).is_feasible(q) for q in every]]
+    assert min(first @ prior.gains) == pytest.approx(min(feasible @ prior.gains))

@@ -53,7 +53,7 @@ def allocate(program: QuadraticProgram, time_limit: float | None = None) -> Allo
     Raises:
         EstimationError: If the time limit ends before any solution is found.
     """
-    q = _knapsack(program)
+    q = knapsack(program)
     if q is not None:
         return _allocation(program, q, -math.inf, "optimal")
     q, bound, status = _branch_and_bound(program, time_limit)
@@ -79,7 +79,7 @@ def _descended(program: QuadraticProgram) -> Steps:
     return local_optima(program, no_starts, _STARTS, np.random.default_rng(0))[0]
 
 
-def _knapsack(program: QuadraticProgram) -> Steps | None:
+def knapsack(program: QuadraticProgram) -> Steps | None:
     """The optimum of a program without interactions, shape (n_steps,).
 
     Returns:

@@ -1,5 +1,7 @@
 """Local search on the quadratic program: fast for hundreds of steps and any K, but without a proof."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -69,29 +71,68 @@ def random_fill(program: QuadraticProgram, rng: np.random.Generator) -> Steps:
     return q
 
 
-def neighbours(
-    program: QuadraticProgram, q: Steps, gains: npt.NDArray[np.float64] | None = None, most: int | None = None
-) -> Steps:
+def neighbours(program: QuadraticProgram, q: Steps) -> Steps:
     """The feasible points that take one step of q back, with or without another step down.
 
     Args:
         program: The program.
         q: The point, shape (n_steps,).
-        gains: What each step costs, shape (n_steps,), if the points of lowest total are wanted, lowest first.
-        most: How many of these points.
     Returns:
         Shape (n, n_steps).
     """
-    back, down, change = _moves(program, q, np.zeros(len(q)) if gains is None else gains)
+    back, down, change = _moves(program, q, np.zeros(len(q)))
     rows, columns = np.nonzero(np.isfinite(change) & (back[:, None] >= 0))
-    if gains is not None:
-        nearest = np.argsort(change[rows, columns], kind="stable")[:most]
-        rows, columns = rows[nearest], columns[nearest]
     result = np.repeat(q[None], len(rows), axis=0)
     result[np.arange(len(rows)), back[rows]] = False
     is_exchange = down[columns] >= 0
     result[np.flatnonzero(is_exchange), down[columns[is_exchange]]] = True
     return result
+
+
+def exchanges(program: QuadraticProgram, q: Steps, gains: npt.NDArray[np.float64], most: int) -> Steps:
+    """The feasible points of lowest total that give one player a higher width, with or without another a lower one.
+
+    A player may pass over widths: a width that is not worth its bytes hides no better width behind it.
+
+    Args:
+        program: The program; its objective does not count.
+        q: The point, shape (n_steps,).
+        gains: What each step costs, shape (n_steps,).
+        most: Most points.
+    Returns:
+        Shape (n, n_steps), lowest first.
+    """
+    # Each step stands for a width of its player: back to before the step, if it is taken, or down to after it.
+    steps = np.arange(len(q))
+    n_taken = np.bincount(program.player_of_step, q)
+    edge = (np.searchsorted(program.player_of_step, np.arange(len(n_taken))) + n_taken).astype(np.intp)
+    edge = edge[program.player_of_step]
+    begin, end = np.where(q, steps, edge), np.where(q, edge, steps + 1)
+    cost, size = (_sums(values, begin, end) for values in (gains, program.step_bytes))
+    back, down = np.flatnonzero(q), np.flatnonzero(~q)
+    slack = program.capacity - int(program.step_bytes[~q].sum())
+    change = np.append(cost[down], 0.0) - cost[back][:, None]
+    too_large = size[back][:, None] - np.append(size[down], 0) > slack
+    same_player = np.equal.outer(program.player_of_step[back], np.append(program.player_of_step[down], -1))
+    change[too_large | same_player] = np.inf
+    found = np.flatnonzero(np.isfinite(change))
+    if len(found) > most:
+        found = found[np.argpartition(change.ravel()[found], most)[:most]]
+    found = found[np.argsort(change.ravel()[found], kind="stable")]
+    rows, columns = np.unravel_index(found, change.shape)
+    result = np.repeat(q[None], len(found), axis=0)
+    for point, row, column in zip(result, rows, columns, strict=True):
+        point[begin[back[row]] : end[back[row]]] = False
+        if column < len(down):
+            point[begin[down[column]] : end[down[column]]] = True
+    return result
+
+
+def _sums(values: npt.NDArray[Any], begin: npt.NDArray[np.intp], end: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+    """Sums of values[begin:end] for each begin and end."""
+    totals = np.concatenate([[0], values.cumsum()])
+    sums: npt.NDArray[Any] = totals[end] - totals[begin]
+    return sums
 
 
 def distinct_points(points: Steps) -> Steps:

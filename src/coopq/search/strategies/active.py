@@ -3,6 +3,8 @@
 docs/decisions/0009-active-search.md says why, and docs/decisions/0038-informed-search.md what the prior is for.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from coopq.core.types import Assignment, Assignments, Losses
@@ -10,7 +12,8 @@ from coopq.search.informed import InformedSurrogate, fit_informed
 from coopq.search.measured import Known, Measured
 from coopq.search.prior import Floats, Prior, knapsacks
 from coopq.search.protocol import Search
-from coopq.search.solver.local_search import descend, distinct_points, local_optima, neighbours
+from coopq.search.solver.exact import knapsack
+from coopq.search.solver.local_search import descend, distinct_points, exchanges, local_optima, neighbours
 from coopq.search.solver.quadratic_program import QuadraticProgram, Steps
 from coopq.search.space import SearchSpace
 
@@ -172,7 +175,7 @@ class ActiveSearch(Search):
             return []
         surrogate, optimum = likely_optimum(self._space, capacity, prior, self.measured)
         gains, incumbents = surrogate.corrected_gains(), self.measured.best(capacity, _INCUMBENTS)
-        pools = [optimum[None], *(neighbours(program, q, gains, _POOL) for q in (optimum, *incumbents))]
+        pools = [optimum[None], *(exchanges(program, q, gains, _POOL) for q in (optimum, *incumbents))]
         pool = distinct_points(np.concatenate(pools))
         seen = {q.tobytes() for q in taken}
         pool = pool[[q not in self.measured and q.tobytes() not in seen for q in pool]]
@@ -227,14 +230,20 @@ def likely_optimum(
 
 
 def _filled(program: QuadraticProgram, gains: Floats) -> Steps:
-    """The point of lowest total of gains that a greedy fill and exchanges find, shape (n_steps,)."""
-    linear = QuadraticProgram(gains, program.K, program.step_bytes, program.capacity, program.player_of_step)
-    q, left = np.ones(len(gains), dtype=bool), program.capacity
+    """The point of lowest total of gains, shape (n_steps,); near the lowest if the bytes have no common unit."""
+    linear = replace(program, a=gains, K=np.zeros_like(program.K))
+    found = knapsack(linear)
+    return _greedily_filled(linear) if found is None else found
+
+
+def _greedily_filled(program: QuadraticProgram) -> Steps:
+    """The point that a greedy fill and exchanges find, shape (n_steps,)."""
+    q, left = np.ones(len(program.a), dtype=bool), program.capacity
     while True:
-        back = np.flatnonzero(linear.movable(q)[0] & (program.step_bytes <= left))
+        back = np.flatnonzero(program.movable(q)[0] & (program.step_bytes <= left))
         if not len(back):
-            return descend(linear, q)
-        step = back[np.argmax(gains[back] / program.step_bytes[back])]
+            return descend(program, q)
+        step = back[np.argmax(program.a[back] / program.step_bytes[back])]
         q[step] = False
         left -= int(program.step_bytes[step])
 
@@ -264,7 +273,7 @@ def _climb(program: QuadraticProgram, surrogate: InformedSurrogate, gains: Float
     means = surrogate.mean_log_loss(starts)
     current, lowest = starts[means.argmin()], float(means.min())
     for _ in range(_CLIMBS):
-        beside = neighbours(program, current, gains, _POOL)
+        beside = exchanges(program, current, gains, _POOL)
         if not len(beside):
             break
         means = surrogate.mean_log_loss(beside)
