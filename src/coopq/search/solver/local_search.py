@@ -102,13 +102,8 @@ def exchanges(program: QuadraticProgram, q: Steps, gains: npt.NDArray[np.float64
     Returns:
         Shape (n, n_steps), lowest first.
     """
-    # Each step stands for a width of its player: back to before the step, if it is taken, or down to after it.
-    steps = np.arange(len(q))
-    n_taken = np.bincount(program.player_of_step, q)
-    edge = (np.searchsorted(program.player_of_step, np.arange(len(n_taken))) + n_taken).astype(np.intp)
-    edge = edge[program.player_of_step]
-    begin, end = np.where(q, steps, edge), np.where(q, edge, steps + 1)
-    cost, size = (_sums(values, begin, end) for values in (gains, program.step_bytes))
+    begin, end = program.widths_beside(q)
+    cost, size = (range_sums(values, begin, end) for values in (gains, program.step_bytes))
     back, down = np.flatnonzero(q), np.flatnonzero(~q)
     slack = program.capacity - int(program.step_bytes[~q].sum())
     change = np.append(cost[down], 0.0) - cost[back][:, None]
@@ -128,7 +123,7 @@ def exchanges(program: QuadraticProgram, q: Steps, gains: npt.NDArray[np.float64
     return result
 
 
-def _sums(values: npt.NDArray[Any], begin: npt.NDArray[np.intp], end: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+def range_sums(values: npt.NDArray[Any], begin: npt.NDArray[np.intp], end: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
     """Sums of values[begin:end] for each begin and end."""
     totals = np.concatenate([[0], values.cumsum()])
     sums: npt.NDArray[Any] = totals[end] - totals[begin]

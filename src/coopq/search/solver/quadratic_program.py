@@ -62,6 +62,17 @@ class QuadraticProgram:
         down[1:] &= q[:-1] | ~self.needs_previous[1:]
         return back, down
 
+    def widths_beside(self, q: Steps) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """The steps that lead to each other width of a player, as ranges begin:end, both of shape (n_steps,).
+
+        Each step stands for a width. A step that is taken stands for the width above the step: all steps from it to the
+        player's last step taken go back. A step that is not taken stands for the width below: all steps down to it.
+        """
+        steps, player = np.arange(len(q)), self.player_of_step
+        first = np.searchsorted(player, np.arange(player[-1] + 1))
+        edge = (first + np.bincount(player, q).astype(np.intp))[player]
+        return np.where(q, steps, edge), np.where(q, edge, steps + 1)
+
 
 def paper_program(
     phi: npt.NDArray[np.float64],

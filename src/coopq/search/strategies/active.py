@@ -13,7 +13,14 @@ from coopq.search.measured import Known, Measured
 from coopq.search.prior import Floats, Prior, knapsacks
 from coopq.search.protocol import Search
 from coopq.search.solver.exact import knapsack
-from coopq.search.solver.local_search import descend, distinct_points, exchanges, local_optima, neighbours
+from coopq.search.solver.local_search import (
+    descend,
+    distinct_points,
+    exchanges,
+    local_optima,
+    neighbours,
+    range_sums,
+)
 from coopq.search.solver.quadratic_program import QuadraticProgram, Steps
 from coopq.search.space import SearchSpace
 
@@ -237,15 +244,17 @@ def _filled(program: QuadraticProgram, gains: Floats) -> Steps:
 
 
 def _greedily_filled(program: QuadraticProgram) -> Steps:
-    """The point that a greedy fill and exchanges find, shape (n_steps,)."""
+    """The point that a greedy fill and a descent find: again and again the width that gains most by the byte."""
     q, left = np.ones(len(program.a), dtype=bool), program.capacity
     while True:
-        back = np.flatnonzero(program.movable(q)[0] & (program.step_bytes <= left))
-        if not len(back):
+        begin, end = program.widths_beside(q)
+        gain, size = (range_sums(values, begin, end) for values in (program.a, program.step_bytes))
+        fits = np.flatnonzero(q & (size <= left))
+        if not len(fits):
             return descend(program, q)
-        step = back[np.argmax(program.a[back] / program.step_bytes[back])]
-        q[step] = False
-        left -= int(program.step_bytes[step])
+        step = fits[np.argmax(gain[fits] / size[fits])]
+        q[begin[step] : end[step]] = False
+        left -= int(size[step])
 
 
 def _groups_back(program: QuadraticProgram, prior: Prior, q: Steps) -> Steps:
