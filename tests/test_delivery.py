@@ -126,6 +126,17 @@ def test_a_memory_to_fit_in_holds_the_cache_too(stories: str, tmp_path: Path) ->
         Goal(fit="3bpw")
 
 
+def test_a_file_larger_than_the_widest_weights_holds_them(
+    stories: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["quantize", stories, "--size", "90MB", *QUICK, "--out", str(tmp_path / "out")]
+    code, _, err = command(*arguments)
+    assert code == 0, err
+    assert "budget 90MB holds all layers at their widest: there is nothing to choose" in caplog.messages
+    plan = Plan.load(tmp_path / "out" / "plan.json")
+    assert set(plan.assignment) == {4}
+
+
 def test_the_front_is_read_from_a_run(stories: str, tmp_path: Path) -> None:
     run = tmp_path / "out-run"
     with pytest.raises(CoopQError):

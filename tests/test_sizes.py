@@ -48,10 +48,17 @@ def test_limits_in_bytes(text: str, limit: int) -> None:
     assert SIZES.limit(Budget.parse(text), (2, 4)) == limit
 
 
-@pytest.mark.parametrize("text", ["1.9avg", "4.1avg", "2.4bpw", "1499B", "1MiB"])
+@pytest.mark.parametrize("text", ["1.9avg", "4.1avg", "2.4bpw", "4.6bpw", "1499B"])
 def test_an_infeasible_budget_names_the_feasible_ones(text: str) -> None:
     with pytest.raises(InfeasibleBudget, match=r"2avg = 2.5000bpw = 1500B, the largest 4avg = 4.5000bpw = 2700B"):
         SIZES.limit(Budget.parse(text), (2, 4))
+
+
+def test_a_file_may_be_larger_than_the_widest_weights() -> None:
+    widest = SIZES.limit(Budget.parse("4avg"), (2, 4))
+    for text, holds_all in (("1MiB", True), (f"{widest}B", True), (f"{widest - 1}B", False), ("4avg", False)):
+        assert SIZES.holds_all(Budget.parse(text), (2, 4)) == holds_all
+        assert SIZES.limit(Budget.parse(text), (2, 4)) <= widest
 
 
 def test_the_named_extremes_are_feasible() -> None:

@@ -126,13 +126,14 @@ class Sizes:
         """The budget in bytes, for assignments of some widths.
 
         A budget in average bits lies between all players at their lowest width and all at their highest: its bytes grow
-        evenly with its bits. If all players have the same lowest and highest width, this is B(b) of CoopQ (2026).
+        evenly with its bits. If all players have the same lowest and highest width, this is B(b) of CoopQ (2026). Of
+        more bytes than all players take at their highest width, those bytes are the limit.
 
         Args:
             budget: The budget.
             widths: Ascending.
         Raises:
-            InfeasibleBudget: If every assignment is larger than the budget, or if even the largest leaves room.
+            InfeasibleBudget: If every assignment is larger than the budget, or no assignment has so many bits.
         """
         own = self.player_widths(widths)
         lowest, highest = [each[0] for each in own], [each[-1] for each in own]
@@ -143,13 +144,19 @@ class Sizes:
         elif budget.unit == "bpw":
             limit = budget.value * sum(self.n_weights) / 8
         else:
-            limit = budget.value * _UNITS[budget.unit] - self.fixed - self.reserved
+            limit = min(budget.value * _UNITS[budget.unit] - self.fixed - self.reserved, Fraction(largest))
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {widths[0]} to {widths[-1]} bits; the smallest is "
                 f"{self._describe(lowest, math.ceil)}, the largest {self._describe(highest, math.floor)}"
             )
         return int(limit)
+
+    def holds_all(self, budget: Budget, widths: Sequence[Width]) -> bool:
+        """Whether the budget is bytes, and no fewer than all players at their highest width take."""
+        largest = self.total_bytes([own[-1] for own in self.player_widths(widths)])
+        n_bytes = budget.value * _UNITS.get(budget.unit, 0) - self.fixed - self.reserved
+        return n_bytes >= largest
 
     def capacity(self, budget: Budget, widths: Sequence[Width]) -> int:
         """The bytes of a budget that are left above the smallest assignment: what raising players may cost together.

@@ -46,8 +46,11 @@ class Prepared(SizedRequest):
         Raises:
             InfeasibleBudget: With the smallest and the largest feasible budget.
         """
+        bits = self.request.widths.bits
         for budget in budgets:
-            self.sizes.limit(budget, self.request.widths.bits)
+            self.sizes.limit(budget, bits)
+            if self.sizes.holds_all(budget, bits):
+                _log.warning("budget %s holds all layers at their widest: there is nothing to choose", budget.text)
 
     @property
     def footprint(self) -> Footprint:
