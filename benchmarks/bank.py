@@ -3,7 +3,7 @@
     python benchmarks/bank.py                    # a few minutes; writes docs/results/bank.md
     python benchmarks/bank.py --making BEFORE    # five minutes; writes docs/results/making.md
 
-Evaluations are of the same random assignments with each cache in turn, round after round. A cache of no size makes
+Evaluations are of the same random assignments with each cache in turn. A cache of no size makes
 every player's weights anew whenever they are set. Seconds are of the processor: whatever else the machine does adds
 nothing. `--making` compares this version of coopq with an earlier one, checked out in the folder BEFORE: what the bank
 of the demo model takes by ggml-gptq at all types that its rows allow.
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,8 +49,9 @@ CASES: dict[str, tuple[Width, ...]] = {"rtn": (2, 4), "hqq": (2, 4), "ggml": (4,
 TYPES = ("rtn", "hqq", "quanto", "ggml", "ggml-iq")
 """Backends of which every width is timed on one matrix."""
 SHAPE = (512, 1024)
-TOKENS, LENGTH, ASSIGNMENTS, ROUNDS = 64, 64, 20, 1
-"""Few tokens: the weights are made once whatever the tokens, so this is where making them costs most."""
+TEXTS = {64: (64, 20), 2048: (512, 4)}
+"""By calibration tokens: the length of a sequence, and assignments. Weights are made once whatever the tokens, so few
+tokens are where making weights costs most."""
 MAKING_ROUNDS = 3
 FACTORS = {"moments": 32, "rounding": 30}
 """How often the demo model's bank takes the steps of `_making.py`: for 32 pairs of sequences, and for 30 blocks."""
@@ -87,29 +89,28 @@ def seconds_to_read(bank: WeightBank, widths: tuple[Width, ...]) -> float:
     return cpu_seconds() - start
 
 
-def case(name: str, widths: tuple[Width, ...]) -> list[Any]:
+def case(name: str, n_tokens: int) -> list[Any]:
     """A row of the report."""
-    request = Request.from_options(model="demo", backend=name, bits=widths, tokens=TOKENS, sequence_length=LENGTH)
+    widths, (length, n_assignments) = CASES[name], TEXTS[n_tokens]
+    request = Request.from_options(model="demo", backend=name, bits=widths, tokens=n_tokens, sequence_length=length)
     prepared = prepare(request)
     with TemporaryDirectory() as folder:
         banks, engines = open_banks(prepared, Path(folder))
         on_disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         first, again = (seconds_to_read(banks["none"], widths) for _ in range(2))
-        points = np.random.default_rng(0).choice(widths, size=(ASSIGNMENTS, len(prepared.players))).astype(np.float32)
-        times: dict[str, list[float]] = {cache: [] for cache in engines}
+        points = np.random.default_rng(0).choice(widths, size=(n_assignments, len(prepared.players))).astype(np.float32)
         losses = {cache: [found for _, found, _ in engine.evaluate(points)] for cache, engine in engines.items()}
         assert all(np.array_equal(found, losses["full"]) for found in losses.values())
-        for _ in range(ROUNDS):
-            for cache, engine in engines.items():
-                start = cpu_seconds()
-                list(engine.evaluate(points))
-                times[cache].append((cpu_seconds() - start) / len(points))
-    full = np.array(times["full"])
-    cells = [f"{np.median(full):.3f}"]
-    cells += [f"{np.median(times[cache]):.3f} ({np.median(times[cache] / full):.2f})" for cache in list(SHARES)[1:]]
+        seconds = {}
+        for cache, engine in engines.items():
+            start = cpu_seconds()
+            list(engine.evaluate(points))
+            seconds[cache] = (cpu_seconds() - start) / len(points)
+    full = seconds.pop("full")
+    cells = [f"{full:.3f}", *(f"{each:.3f} ({each / full:.2f})" for each in seconds.values())]
     before = on_disk + prepared.footprint.dequantized
     sizes = [f"{before / 1e6:,.0f}", f"{on_disk / 1e6:,.0f}"]
-    found = [name, ", ".join(map(str, widths)), *sizes, f"{first:.2f}", f"{again:.2f}", *cells]
+    found = [name, ", ".join(map(str, widths)), f"{n_tokens:,}", *sizes, f"{first:.2f}", f"{again:.2f}", *cells]
     print(row(found), flush=True)
     return found
 
@@ -164,15 +165,18 @@ def main() -> None:
     if before is not None:
         write_report(RESULTS / "making.md", making(before))
         return
-    columns = ["backend", "widths", "MB before", "MB on disk", "s to read", "s to dequantize"]
+    columns = ["backend", "widths", "tokens", "MB before", "MB on disk", "s to read", "s to dequantize"]
     lines = [
         f"Written by `python benchmarks/bank.py` on {processor()}, threads: {torch.get_num_threads()}.",
         "SmolLM2-135M in float32; its 30 blocks are the players. Before, the bank had dequantized weights on disk too.",
         "Processor seconds are to make the weights of every player at every width, with and without reading and",
-        f"checking files, and for one of {ASSIGNMENTS} random assignments on {TOKENS} tokens, in brackets as a",
-        "multiple of those with a full cache. With more tokens, a loss takes longer and making weights does not.",
+        "checking files, and for one of several random assignments on the tokens, in brackets as a multiple of those",
+        "with a full cache. With more tokens a loss takes longer, and making weights does not.",
         "",
-        *table([*columns, *(f"s a loss, cache {cache}" for cache in SHARES)], [case(*each) for each in CASES.items()]),
+        *table(
+            [*columns, *(f"s a loss, cache {cache}" for cache in SHARES)],
+            [case(name, n_tokens) for name, n_tokens in product(CASES, TEXTS)],
+        ),
         "",
         "Milliseconds to dequantize a million weights, by width:",
         "",
