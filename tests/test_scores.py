@@ -22,6 +22,7 @@ from coopq.game.sensitivity import Sensitivity
 from coopq.model.load import LoadedModel
 from coopq.model.players import GRANULARITIES, find_players
 from coopq.plan.allocate import choose_by_gains, make_plan, search_space
+from coopq.plan.by_score import score
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import get_method, names
 from coopq.plan.plan import Plan
@@ -258,6 +259,19 @@ def test_hawq_by_exact_hessian_products(name: str, tmp_path: Path) -> None:
             errors = [float((by_name[linear.name] - weight).square().sum()) for by_name in quantized]
             exact[index] += eight_samples[linear.name] / weight.numel() * (errors[0] - errors[1])
     np.testing.assert_allclose(hawq.gains(sensitivity), exact, rtol=1e-4)
+
+
+def test_progress_of_a_score_expects_about_what_it_takes(tmp_path: Path) -> None:
+    loaded = LoadedModel(tiny_model("llama"), None, torch.float32)
+    bank = WeightBank(tmp_path, loaded, find_players(loaded.model), RTNBackend(group_size=16), {})
+    bank.build((2, 3, 4, 8))
+    blockwise = make_engine(loaded.model, bank, TOKENS).blockwise
+    at = [Sensitivity(blockwise, bank, low, high) for low, high in ((4, 8), (3, 4), (2, 3))]
+    told: list[tuple[int, int]] = []
+    spent = score(get_method("auto-quantize"), at, lambda _, done, total: told.append((done, total))).block_forwards
+    assert told[0] == (0, told[0][1])
+    assert spent <= told[0][1] <= 1.2 * spent
+    assert told[-1] == (spent, spent)
 
 
 def test_imatrix_is_how_far_outputs_move_if_inputs_are_not_correlated(tmp_path: Path) -> None:

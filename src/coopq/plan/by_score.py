@@ -77,7 +77,8 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
         progress: Told of every block forward, out of as many as the method's cost lets expect.
     """
     before = sum(sensitivity.block_forwards for sensitivity in measured_at)
-    expected = sum((method.cost or 0) * len(set(sensitivity.blocks)) for sensitivity in measured_at)
+    passes = measured_at[:1] if method.is_at_once else measured_at
+    expected = sum((method.cost or 0) * len(set(sensitivity.blocks)) for sensitivity in passes)
     stage, function = f"scoring by {method.name}, block forwards", method.load()
 
     def report() -> None:
