@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 import coopq
 from coopq import Goal, Request, pipeline
@@ -15,7 +16,7 @@ from coopq.core.types import UNTOUCHED
 from coopq.export.fitting import working_bytes
 from coopq.export.formats import TargetFile, get_form
 from coopq.export.kv_cache import cache_bytes
-from coopq.game.prepared import prepare
+from coopq.game.prepared import prepare, whole_group_size
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.quantizers import BACKENDS, get_backend
@@ -63,6 +64,20 @@ def test_widths_of_a_recipe_that_another_backend_lacks_are_left_out() -> None:
     assert pipeline.recipe_bits(request) == (2, 3, 4, 5, 6, 8)
     with pytest.raises(UnsupportedBits, match=r"backend 'ggml' has no 2\.5 bits"):
         prepare(request)  # widths that a user names
+
+
+def test_groups_that_divide_the_rows_are_chosen_where_an_engine_needs_them(tmp_path: Path) -> None:
+    def chosen(width: int, **options: Any) -> int | None:
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=3, vocab_size=99
+        )
+        config.save_pretrained(tmp_path)
+        given = recipe_options("vllm", "vllm", {}) | options
+        return whole_group_size(Request.from_options(model=str(tmp_path), **given))
+
+    assert [chosen(width) for width in (576, 96, 384, 48)] == [64, 32, None, None]
+    assert chosen(576, group_size=32) is None, "a size that the user names"
+    assert chosen(576, target=None) is None, "our own form pads rows"
 
 
 @pytest.mark.parametrize(("engine", "size"), [("vllm", "7bpw"), ("transformers", "5bpw")])

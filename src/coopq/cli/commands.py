@@ -34,6 +34,7 @@ def quantize(
 ) -> None:
     """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
     from coopq import pipeline
+    from coopq.game.prepared import whole_group_size
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
@@ -41,6 +42,9 @@ def quantize(
     quiet_libraries()
     if request.widths.bits == RECIPES[recipe].settings["bits"].value:
         request = request.replace(bits=pipeline.recipe_bits(request))
+    if (size := whole_group_size(request)) is not None:
+        request = request.replace(group_size=size)
+        note(f"group size {size}: rows of the model are no whole groups of the backend's size")
     options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
     for line in [] if as_json else reasons(recipe, options):
         note(line)

@@ -1,6 +1,7 @@
 """A request checked before any weight is loaded: the layers of the model, their sizes, the memory that a run takes."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from coopq.quantizers.backend import Backend
 from coopq.quantizers.sizes import OUR_FILE, Target, packed_bytes
 
 _log = logging.getLogger(__name__)
+_GROUP_SIZES = (64, 32)
+"""Group sizes that engines have kernels for, below the 128 of GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +145,16 @@ def usable_bits(request: Request, target: Target = OUR_FILE) -> tuple[Width, ...
     bits = tuple(width for width in request.widths.bits if width == UNTOUCHED or width in had)
     _, sizes = target.fit(request.replace(bits=bits), skeleton, players, backend)
     return sizes.usable_widths(bits)
+
+
+def whole_group_size(request: Request) -> int | None:
+    """The largest group size that divides all rows, if the backend's own does not and the target form packs rows.
+
+    None if the backend's own size is right, if a size was asked for, or if no size fits.
+    """
+    backend, _, players = _look(request, ())
+    own = backend.settings.get("group_size")
+    if request.target.form is None or request.quantizer.group_size is not None or not isinstance(own, int):
+        return None
+    columns = math.gcd(*(linear.shape[1] for player in players for linear in player.linears))
+    return None if columns % own == 0 else next((size for size in _GROUP_SIZES if columns % size == 0), None)
