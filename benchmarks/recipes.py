@@ -80,29 +80,26 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
-    """The report: a table for each model, engine and size."""
+    """The report: a table for each model, engine and size; with perplexities, if all of its records have losses."""
     lines = [*(__doc__ or "").splitlines()[5:8], ""]
     for case, variants in found.items():
-        recipe, loss = (np.array(variants["the recipe"][name]) for name in ("divergences", "losses"))
+        recipe = variants["the recipe"]
+        judges = all("losses" in one for one in variants.values())
         rows: list[list[object]] = []
         for name, one in sorted(variants.items(), key=lambda item: float(np.mean(item[1]["divergences"]))):
-            own, own_loss = np.array(one["divergences"]), np.array(one["losses"])
-            first = [name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}"]
-            differences = (
-                ["", ""] if name == "the recipe" else [mean_and_error(own - recipe), mean_and_error(own_loss - loss)]
-            )
-            rows.append([*first, differences[0], f"{(own / recipe).mean():.2f}", perplexity(own_loss), differences[1]])
-        header = [
-            "settings",
-            "bits per weight",
-            "divergence",
-            "less the recipe's",
-            "ratio",
-            "perplexity",
-            "loss less the recipe's",
-        ]
+            own, ratio = np.array(one["divergences"]), np.divide(one["divergences"], recipe["divergences"])
+            rows.append([name, f"{one['bits per weight']:.3f}", f"{own.mean():.5f}"])
+            rows[-1] += [_less_recipe(one, recipe, "divergences"), f"{ratio.mean():.2f}"]
+            if judges:
+                rows[-1] += [perplexity(np.array(one["losses"])), _less_recipe(one, recipe, "losses")]
+        header = ["settings", "bits per weight", "divergence", "less the recipe's", "ratio"]
+        header += ["perplexity", "loss less the recipe's"] if judges else []
         lines += [f"## {case}", "", *table(header, rows), ""]
     return lines
+
+
+def _less_recipe(one: Mapping[str, Any], recipe: Mapping[str, Any], what: str) -> str:
+    return "" if one is recipe else mean_and_error(np.subtract(one[what], recipe[what]))
 
 
 def main() -> None:
