@@ -31,7 +31,7 @@ from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
 from coopq.plan.by_score import cached_score, sensitivities
 from coopq.plan.methods import METHODS
-from coopq.plan.scores.prior import step_prior
+from coopq.plan.searches.step_prior import step_prior
 from coopq.search import ActiveSearch, OneShot, SearchSpace
 from coopq.search.informed import fit_informed
 from coopq.search.prior import Prior

@@ -152,9 +152,10 @@ def whole_group_size(request: Request) -> int | None:
 
     None if the backend's own size is right, if a size was asked for, or if no size fits.
     """
+    if request.target.form is None or request.quantizer.group_size is not None:
+        return None
     backend, _, players = _look(request, ())
-    own = backend.settings.get("group_size")
-    if request.target.form is None or request.quantizer.group_size is not None or not isinstance(own, int):
+    if not isinstance(own := backend.settings.get("group_size"), int):
         return None
     columns = math.gcd(*(linear.shape[1] for player in players for linear in player.linears))
     return None if columns % own == 0 else next((size for size in _GROUP_SIZES if columns % size == 0), None)

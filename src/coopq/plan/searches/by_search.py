@@ -22,9 +22,9 @@ from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
 from coopq.plan.rivals import compared
-from coopq.plan.scores.prior import step_prior
 from coopq.plan.searches.describe import describe
 from coopq.plan.searches.search_log import SearchLog
+from coopq.plan.searches.step_prior import step_prior
 from coopq.search import ActiveSearch, Known, Measured, Search, SearchSpace, run_search
 from coopq.search.prior import Prior
 
