@@ -19,6 +19,7 @@ from coopq.export.kv_cache import cache_bytes
 from coopq.game.prepared import prepare, whole_group_size
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
+from coopq.plan.searches.front import FrontPoint, _with_knee
 from coopq.quantizers import BACKENDS, get_backend
 from tests.command_line import command, refused
 
@@ -139,6 +140,16 @@ def test_a_memory_to_fit_in_holds_the_cache_too(stories: str, tmp_path: Path) ->
         coopq.quantize(request.replace(context=None), Goal(fit="1GiB"), tmp_path / "small")
     with pytest.raises(OptionError, match="is no number of bytes"):
         Goal(fit="3bpw")
+
+
+def test_a_front_has_a_knee_where_bytes_begin_to_gain_less() -> None:
+    def knees(*losses: float) -> list[bool]:
+        points = [FrontPoint(1000 * at, 2.0 + at, loss, None) for at, loss in enumerate(losses, 1)]
+        return [point.is_knee for point in _with_knee(points)]
+
+    assert knees(1.0, 0.2, 0.15, 0.12) == [False, True, False, False]
+    for straight in ((1.0, 0.5, 0.25, 0.125), (0.3, 0.3, 0.3), (0.3, 0.3, 0.3, 0.1)):
+        assert not any(knees(*straight)), "bytes gain nothing less than before"
 
 
 def test_a_file_larger_than_the_widest_weights_holds_them(

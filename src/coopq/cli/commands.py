@@ -44,7 +44,8 @@ def quantize(
         request = request.replace(bits=pipeline.recipe_bits(request))
     if (size := whole_group_size(request)) is not None:
         request = request.replace(group_size=size)
-        note(f"group size {size}: rows of the model are no whole groups of the backend's size")
+        if not as_json:
+            note(f"group size {size}: rows of the model are no whole groups of the backend's size")
     options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
     for line in [] if as_json else reasons(recipe, options):
         note(line)
