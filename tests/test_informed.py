@@ -8,7 +8,7 @@ import pytest
 
 from coopq.core.types import Assignments, Losses
 from coopq.search import ActiveSearch, SearchSpace, run
-from coopq.search.informed import fit_informed
+from coopq.search.informed import fit_informed, lowered_origin
 from coopq.search.prior import Floats, make_prior
 from coopq.search.solver.exact import allocate
 from coopq.search.solver.local_search import distinct_points, exchanges, random_fill
@@ -116,6 +116,35 @@ def test_the_mean_alone_is_the_mean_and_each_left_out_point_is_predicted_by_the_
         weights = np.linalg.solve(covariance[np.ix_(others, others)], distance[others])
         expected = np.log(losses[point]) - distance[point] + covariance[point, others] @ weights
         assert abs(found.left_out[point] - expected) < 1e-6
+
+
+def test_the_deviation_is_that_of_a_gaussian_process() -> None:
+    """Kernels written out: the deviation of a fitted point is that of the noise."""
+    space, score, costs = misjudged(0)
+    rng = np.random.default_rng(0)
+    prior = make_prior(space, score, 0.0, BLOCKS.tolist(), LAYERS)
+    q = np.array([random_fill(space.constraint(n), rng) for n in np.linspace(0, STEP_BYTES.sum(), 30).astype(int)])
+    losses = ORIGIN + (q @ costs) * (1 + 0.3 * (q @ costs))
+    found = fit_informed(prior, q[:20], losses[:20], float(np.median(losses)))
+    assert found.pairs > 0, "the pair terms are tried"
+    shares = prior.shares(q)
+    kernel = found.factor * shares @ prior.alike @ shares.T + found.pairs * prior.pair_kernel(shares, shares)
+    expected = np.diag(kernel) - np.einsum("ij,jk,ik->i", kernel[:, :20], found.inverse, kernel[:, :20])
+    deviation = found.log_loss(q)[1]
+    np.testing.assert_allclose(deviation**2, np.maximum(expected, 1e-10), rtol=1e-6, atol=1e-12)
+    assert deviation[:20].max() < deviation[20:].max()
+
+
+def test_losses_below_that_of_full_precision_are_told_apart() -> None:
+    losses = np.array([3.0, 3.001, 3.002, 3.01, 3.02, 3.04])
+    for origin in (2.0, 3.0, 3.005, 3.03):
+        lowered = lowered_origin(origin, losses)
+        assert lowered < losses.min()
+        logs = np.log(losses - lowered)
+        assert (np.diff(logs) > 0).all()
+        assert np.ptp(logs) < 6
+    assert lowered_origin(2.0, losses) == 2.0
+    assert lowered_origin(0.0, losses) == 0.0, "a divergence"
 
 
 def test_exchanges_are_all_pairs_of_a_higher_and_a_lower_width_the_lowest_totals_first() -> None:

@@ -3,7 +3,7 @@
 With S(q) what the prior says that the steps taken cost together, and s_i the share of step i in S(q)
 (`coopq.search.prior`), the surrogate is
 
-    log L(q) = c_0 + c_1 log S(q) + sum_i s_i d_i + sum_{i<j} sqrt(s_i s_j) e_ij + noise
+    log L(q) = c_0 + c_1 log S(q) + sum_i s_i d_i + 1/2 sum_{i,j} sqrt(s_i s_j) e_ij + noise
 
 with d_i and e_ij normal about zero: a step costs a factor more or less than the prior says, and two steps together cost
 more or less than both. Factors d are alike among steps of the same kind (the same projection and widths), of the same
@@ -29,6 +29,8 @@ _PAIRS = (0.0, 0.1, 0.5, 2.0)
 """Variances of e to choose from, in units of the variance of d."""
 _NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Variances of the noise to choose from."""
+_LEAST = 0.05
+"""Least distance of the lowest loss from the origin, as a share of its distance from the median loss. Chosen by hand."""
 _FAR = 1.0
 """Distance in log loss from a budget's best loss at which a point counts half."""
 
@@ -85,7 +87,7 @@ class InformedSurrogate:
         variance = self.factor * (alike * shares).sum(axis=1)
         if self.pairs:
             kernel += self.pairs * self.prior.pair_kernel(shares, self.shares)
-            variance += self.pairs * 0.5  # at most: shares add to one
+            variance += self.pairs * self.prior.pair_variance(shares)
         left = variance - ((kernel @ self.inverse) * kernel).sum(axis=1)
         return self._trend(q) + kernel @ self.weights, np.sqrt(np.maximum(left, 1e-10))
 
@@ -152,7 +154,7 @@ def fit_informed(prior: Prior, q: Steps, losses: Losses, near: float, *, pairs: 
         near: The loss near which the surrogate is to be right.
         pairs: Whether to fit pair terms.
     """
-    origin = _origin(prior.origin, losses)
+    origin = lowered_origin(prior.origin, losses)
     y = _logs(losses, origin)
     shares, x = prior.shares(q), np.log(prior.totals(q))
     distance = (y - float(_logs(np.array([near]), origin)[0])) / _FAR
@@ -203,11 +205,15 @@ def _solve(vectors: Floats, values: Floats, design: Floats, y: Floats) -> tuple[
     return surprise, mean, weights, errors
 
 
-def _origin(origin: float, losses: Losses) -> float:
-    """The loss that logarithms start from: that of full precision, and lower if losses come near or below it."""
-    above = losses - origin
-    smallest = 0.05 * float(np.median(above)) if origin else 0.0  # divergences are never negative
-    return origin - max(0.0, smallest - float(above.min()) if above.min() < smallest else 0.0)
+def lowered_origin(origin: float, losses: Losses) -> float:
+    """The loss that logarithms start from: that of full precision, or a lower one if losses come near or below it.
+
+    Rounding to 6 or 8 bits can lower the loss of a text below that of full precision. Divergences are never negative.
+    """
+    if not origin:
+        return 0.0
+    lowest = float(losses.min())
+    return min(origin, lowest - _LEAST * (float(np.median(losses)) - lowest))
 
 
 def _logs(losses: Losses, origin: float) -> Floats:

@@ -85,11 +85,21 @@ class Prior:
         """Covariance of the pair terms, with variance 1, of points by their shares, shape (n_first, n_second)."""
         roots = np.sqrt(first), np.sqrt(second)
         found = np.zeros((len(first), len(second)))
-        blocks = [np.flatnonzero(self.blocks == block) for block in range(len(self._nearness))]
-        by_block = np.stack([roots[0][:, steps] @ roots[1][:, steps].T for steps in blocks])
+        by_block = np.stack([roots[0][:, steps] @ roots[1][:, steps].T for steps in self._steps_by_block])
         for row, nearness in zip(by_block, self._nearness, strict=True):
             found += row * np.tensordot(nearness, by_block, axes=1)
         return found / 2
+
+    def pair_variance(self, shares: Floats) -> Floats:
+        """The diagonal of `pair_kernel(shares, shares)`, shape (n,)."""
+        by_block = np.stack([shares[:, steps].sum(axis=1) for steps in self._steps_by_block], axis=1)
+        found: Floats = ((by_block @ self._nearness) * by_block).sum(axis=1) / 2
+        return found
+
+    @cached_property
+    def _steps_by_block(self) -> list[npt.NDArray[np.intp]]:
+        """Indices of the steps of each block."""
+        return [np.flatnonzero(self.blocks == block) for block in range(len(self._nearness))]
 
 
 def make_prior(

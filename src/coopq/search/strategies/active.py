@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from coopq.core.types import Assignment, Assignments, Losses
-from coopq.search.informed import InformedSurrogate, fit_informed
+from coopq.search.informed import InformedSurrogate, fit_informed, lowered_origin
 from coopq.search.measured import Known, Measured
 from coopq.search.prior import Floats, Prior, knapsacks
 from coopq.search.protocol import Search
@@ -175,7 +175,8 @@ class ActiveSearch(Search):
         """The points of a budget that are worth a measurement, except measured points and points in `taken`."""
         program, lowest = self._space.constraint(capacity), self.measured.lowest(capacity)
         rounds, before = self._stale[capacity]
-        has_gained = lowest - prior.origin < (1 - _STALE * TOLERANCE) * (before - prior.origin)
+        origin = lowered_origin(prior.origin, self.measured.losses)
+        has_gained = lowest - origin < (1 - _STALE * TOLERANCE) * (before - origin)
         self._stale[capacity] = (0, lowest) if has_gained else (rounds + 1, before)
         if rounds + 1 > _STALE_ROUNDS and not has_gained:
             self._quiet[capacity] = _ROUNDS
