@@ -30,7 +30,7 @@ _PAIRS = (0.0, 0.1, 0.5, 2.0)
 _NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 """Variances of the noise to choose from."""
 _LEAST = 0.05
-"""Least distance of the lowest loss from the origin, in distances of the lowest loss from the median. Chosen by hand."""
+"""Least distance of the lowest loss from the origin, in distances of that loss from the median. Chosen by hand."""
 _FAR = 1.0
 """Distance in log loss from a budget's best loss at which a point counts half."""
 
