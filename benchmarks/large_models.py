@@ -2,8 +2,8 @@
 
     python benchmarks/large_models.py      # a minute; writes the tables of docs/large_models.md
 
-Bytes and numbers of forwards are those that `coopq estimate --dry-run` states. Minutes divide floating point operations
-by an assumed rate, and add the copies of blocks that stay on the host.
+Bytes are those that `coopq quantize --dry-run` states. Minutes divide the floating point operations of a search with
+`--forwards 150` by an assumed rate, and add the copies of blocks that stay on the host.
 """
 
 import json
@@ -14,10 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from _common import ROOT, command_line, table
+from coopq.core.recipes import recipe_options
 from coopq.core.specs import Request
-from coopq.game.prepared import Prepared, prepare
+from coopq.game.prepared import Prepared, prepare, usable_bits
 from coopq.model.memory import Footprint
-from coopq.plan.forecast import Work, forecast_active
+from coopq.plan.forecast import Work
 from coopq.quantizers.ggml.gptq import portions
 
 PAGE, START, END = ROOT / "docs" / "large_models.md", "<!-- large_models.py writes from here -->", "<!-- to here -->"
@@ -32,7 +33,10 @@ MODELS: Mapping[str, dict[str, Any]] = {
     "Llama-3 70B": LLAMA
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
-OPTIONS: Mapping[str, Any] = {"backend": "rtn", "bits": (2, 3, 4, 8), "dtype": "bfloat16", "device": "cpu"}
+OPTIONS: Mapping[str, Any] = {"dtype": "bfloat16", "device": "cpu"}
+RECIPES = ("coopq", "llama.cpp")
+FORWARDS, LOSSES = 150, 200
+"""What a search takes: 113 to 174 forwards on the models of benchmarks/informed.py. Prefixes are shared."""
 ROUND = 6
 """Assignments of a round of the active search, which workers measure at the same time."""
 
@@ -65,11 +69,15 @@ MACHINES = {
 }
 
 
-def prepared_from(config: Mapping[str, Any], **options: Any) -> Prepared:
-    """A request for a model of which there is a configuration alone."""
+def prepared_from(config: Mapping[str, Any], recipe: str = "coopq", **options: Any) -> Prepared:
+    """A request by a recipe for a model of which there is a configuration alone."""
+    given = recipe_options(recipe, recipe, {**OPTIONS, **options})
+    given.pop("target", None)
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return prepare(Request.from_options(model=folder, **{**OPTIONS, **options}))
+        request = Request.from_options(model=folder, **given)
+        bits = request.widths.quantized
+        return prepare(request.replace(bits=usable_bits(request.replace(bits=bits))))
 
 
 def gpu_footprint(prepared: Prepared) -> Footprint:
@@ -97,10 +105,12 @@ def minutes(prepared: Prepared, work: Work, machine: Machine, *, offloaded: bool
     return float(forwards * block + losses * head) / 60
 
 
-def rows_of(name: str, prepared: Prepared) -> list[list[str]]:
+def rows_of(name: str, by_recipe: Mapping[str, Prepared]) -> list[list[str]]:
     """The rows of a model, one for each machine."""
-    work, needed = forecast_active(prepared), gpu_footprint(prepared)
-    counts = [f"{needed.bank / 1e9:.1f}", f"{work.block_forwards:,}", f"{work.evaluations:,}"]
+    prepared = by_recipe[RECIPES[0]]
+    needed = gpu_footprint(prepared)
+    work = Work(FORWARDS * prepared.skeleton.config.num_hidden_layers, LOSSES)
+    counts = [str(len(prepared.players)), *(f"{each.footprint.bank / 1e9:.1f}" for each in by_recipe.values())]
     rows = []
     for machine_name, machine in MACHINES.items():
         offloaded = needed.must_offload(int(machine.free))
@@ -122,7 +132,8 @@ def names_of(prepared: Prepared) -> list[str]:
 def checks() -> list[list[str]]:
     """The same arithmetic where something was measured."""
     demo = prepare(Request.from_options(model="demo", backend="rtn", bits=(2, 4)))
-    gpu = prepared_from(MODELS["Llama-3 8B"], bits=(2, 4), tokens=16384, sequence_length=2048)
+    options: dict[str, Any] = {"bits": (2, 4), "granularity": "block", "tokens": 16384, "sequence_length": 2048}
+    gpu = prepared_from(MODELS["Llama-3 8B"], **options)
     bank, found = demo.footprint.bank / 1e6, minutes(gpu, Work(4949, 210), H100, offloaded=False)
     return [
         ["bank of SmolLM2-135M, `rtn` at 2 and 4 bits, MB", f"{bank:.0f}", "[88](results/bank.md)"],
@@ -133,10 +144,13 @@ def checks() -> list[list[str]]:
 def main() -> None:
     """Compute the tables, and write them into the page."""
     command_line(__doc__).parse_args()
-    prepared = {name: prepared_from(config) for name, config in MODELS.items()}
-    work = ("block forwards, up to", "losses, up to")
-    columns = ["model", "machine", "bank, GB", *work, "GPU, GB", "host, GB", "minutes"]
-    fitting = [[name, str(sum(1 for _ in portions(each.skeleton, names_of(each))))] for name, each in prepared.items()]
+    prepared = {name: {recipe: prepared_from(config, recipe) for recipe in RECIPES} for name, config in MODELS.items()}
+    banks = [f"disk, GB, recipe {recipe}" for recipe in RECIPES]
+    columns = ["model", "machine", "layers", *banks, "GPU, GB", "host, GB", "minutes"]
+    fitting = [
+        [name, str(sum(1 for _ in portions(each["llama.cpp"].skeleton, names_of(each["llama.cpp"]))))]
+        for name, each in prepared.items()
+    ]
     lines = [
         *table(columns, [row for name, each in prepared.items() for row in rows_of(name, each)]),
         "",

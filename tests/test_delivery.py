@@ -2,6 +2,7 @@
 
 import html
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 from transformers import LlamaConfig
 
 import coopq
-from coopq import Goal, Request, pipeline
+from coopq import Goal, Request
 from coopq.core.errors import CoopQError, InfeasibleBudget, OptionError, UnsupportedBits
 from coopq.core.recipes import RECIPES, recipe_options
 from coopq.core.types import UNTOUCHED
 from coopq.export.fitting import working_bytes
 from coopq.export.formats import TargetFile, get_form
 from coopq.export.kv_cache import cache_bytes
-from coopq.game.prepared import prepare, whole_group_size
+from coopq.export.request import fitted_to_model
+from coopq.game.prepared import prepare
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.plan.searches.front import FrontPoint, _with_knee
@@ -62,7 +64,9 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
 
 def test_widths_of_a_recipe_that_another_backend_lacks_are_left_out() -> None:
     request = Request.from_options(model=LLAMA, **recipe_options("llama.cpp", "llama.cpp", {"backend": "ggml"}))
-    assert pipeline.recipe_bits(request) == (2, 3, 4, 5, 6, 8)
+    assert fitted_to_model(request, keep_bits=False).widths.bits == (2, 3, 4, 5, 6, 8)
+    assert coopq.request_for("llama.cpp", model=LLAMA, backend="ggml").widths.bits == (2, 3, 4, 5, 6, 8)
+    assert fitted_to_model(request, keep_bits=True) == request
     with pytest.raises(UnsupportedBits, match=r"backend 'ggml' has no 2\.5 bits"):
         prepare(request)  # widths that a user names
 
@@ -74,10 +78,11 @@ def test_groups_that_divide_the_rows_are_chosen_where_an_engine_needs_them(tmp_p
         )
         config.save_pretrained(tmp_path)
         given = recipe_options("vllm", "vllm", {}) | options
-        return whole_group_size(Request.from_options(model=str(tmp_path), **given))
+        request = Request.from_options(model=str(tmp_path), **given)
+        return fitted_to_model(request, keep_bits=True).quantizer.group_size
 
     assert [chosen(width) for width in (576, 96, 384, 48)] == [64, 32, None, None]
-    assert chosen(576, group_size=32) is None, "a size that the user names"
+    assert chosen(576, group_size=32) == 32, "a size that the user names"
     assert chosen(576, target=None) is None, "our own form pads rows"
 
 
@@ -88,10 +93,10 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     code, text, err = command(*arguments)
     assert code == 0, err
     assert f"backend {RECIPES[engine].settings['backend'].value}" in err, "the settings are printed with their reasons"
-    assert f"run it: {RECIPES[engine].run.format(out=out)}" in text
+    assert f"run it: {RECIPES[engine].command(out)}" in text
     (report,) = (tmp_path / "out-run").glob("report-*.html")
     page = report.read_text(encoding="utf-8")
-    assert html.escape(RECIPES[engine].run.format(out=out.name)) in page
+    assert html.escape(RECIPES[engine].command(out.name)) in page
     assert "coopq export" not in page, "the output is there already"
     record = tmp_path / "out-run" / "saved" / "out.json"
     written = record.read_text()
@@ -114,6 +119,50 @@ def test_a_model_is_delivered_to_an_engine(engine: str, size: str, tmp_path: Pat
     code, text, err = command(*other, "--run", tmp_path / "out-run", "--json")
     assert code == 0, err
     assert json.loads(text)["file_bytes"] < sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    same_name = [{str(out): str(tmp_path / "else" / "out")}.get(word, word) for word in arguments]
+    assert "made out as" in refused(*same_name, "--run", tmp_path / "out-run")
+    whole = json.loads(written)
+    assert whole["is_whole"]
+    assert whole["out"] == "../out"
+
+
+def test_widths_that_a_user_names_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    named = refused("quantize", LLAMA, "--backend", "quanto", "--bits", "2,3,4,8", "--size", "3bpw", "--out", out)
+    assert "backend 'quanto' has no 3 bits" in named, "they are the widths of the default recipe too"
+
+
+def test_a_recipe_s_embeddings_can_be_left_out(tmp_path: Path) -> None:
+    out = str(tmp_path / "out.gguf")
+    arguments = ["quantize", LLAMA, "--for", "llama.cpp", "--size", "3.5bpw", "--out", out, "--dry-run", "--json"]
+    with_ends, without = (json.loads(command(*arguments, *more)[1])["n_players"] for more in ([], ["--no-embeddings"]))
+    assert with_ends == without + 1
+
+
+def test_a_dry_run_takes_the_recipe_and_leaves_nothing(tmp_path: Path) -> None:
+    code, text, err = command(
+        "quantize", LLAMA, "--for", "vllm", "--size", "7bpw", "--out", tmp_path / "out", "--dry-run"
+    )
+    assert code == 0, err
+    assert "active" in text
+    assert "backend gptq-static" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_to_run_is_quoted() -> None:
+    for name, recipe in RECIPES.items():
+        words = shlex.split(recipe.command("my 'own' model"))
+        assert len(words) == len(recipe.run), name
+        if words[1] == "-c":
+            compile(words[2], name, "exec")
+    assert shlex.split(RECIPES["vllm"].command("a b")) == ["vllm", "serve", "a b"]
+
+
+def test_wrong_targets_are_named_before_the_work(stories: str, tmp_path: Path) -> None:
+    request = Request.from_options(model=stories)
+    with pytest.raises(OptionError, match="target = None is loaded by no engine of a recipe; use one of auto-round, "):
+        coopq.deliver(request, Goal(budget="3avg"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_was_there_is_not_written_over(stories: str, tmp_path: Path) -> None:
@@ -121,6 +170,10 @@ def test_what_was_there_is_not_written_over(stories: str, tmp_path: Path) -> Non
     code, _, err = command("quantize", stories, "--for", "vllm", "--size", "7bpw", *QUICK, "--out", tmp_path / "out")
     assert code == 2
     assert "this command did not make it" in err
+    out, work = tmp_path / "other", tmp_path / "other" / "work"
+    within = refused("quantize", stories, "--for", "vllm", "--size", "7bpw", *QUICK, "--out", out, "--run", work)
+    assert "lies in, the output folder" in within
+    assert not work.exists()
 
 
 def test_a_memory_to_fit_in_holds_the_cache_too(stories: str, tmp_path: Path) -> None:
@@ -197,6 +250,6 @@ def test_a_recipe_has_only_widths_of_use_for_a_base_that_is_quantized(granularit
     settings = {name: setting.value for name, setting in RECIPES["llama.cpp"].settings.items()}
     options = {**settings, "granularity": granularity, "target": "gguf"}
     request = Request.from_options(model="demo", **options)
-    request = request.replace(bits=pipeline.recipe_bits(request))
+    request = fitted_to_model(request, keep_bits=False)
     assert request.widths.bits == (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "6 and 8 bits are larger than the base's Q4_1"
     assert prepare(request, target=TargetFile()).player_widths, "accepted"

@@ -117,8 +117,8 @@ def test_the_file_has_the_predicted_size_and_the_planned_types(demo: tuple[coopq
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
     for player, bits in enumerate(plan.assignment):
         # Rows of 576 have no K-quants; those of the down projection, 1,536, have.
-        assert types[f"blk.{player}.attn_q.weight"] == {4: "IQ4_NL", 8: "Q8_0"}[bits]
-        assert types[f"blk.{player}.ffn_down.weight"] == {4: "Q4_K", 8: "Q8_0"}[bits]
+        assert types[f"blk.{player}.attn_q.weight"] == {4: "IQ4_NL", 8: "Q8_0"}[int(bits)]
+        assert types[f"blk.{player}.ffn_down.weight"] == {4: "Q4_K", 8: "Q8_0"}[int(bits)]
     source = gguf_file("demo")
     assert source is not None
     before = {tensor.name: tensor.data for tensor in gguf.GGUFReader(source).tensors}

@@ -4,30 +4,31 @@ quantize = prepare -> open a session -> plans of the budget -> measure the plan 
 export -> check in the engine. Each stage keeps what it computes in the run folder, so that an interrupted job goes on.
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
+from msgspec.structs import replace
 
 from coopq.core.errors import EstimationError, Mismatch, OutputError, differing
-from coopq.core.files import as_plain, require_new_folder, require_no_input
+from coopq.core.files import as_plain, require_new_folder, require_no_input, require_writable
 from coopq.core.goal import Goal
-from coopq.core.recipes import RECIPES
+from coopq.core.recipes import RECIPES, engine_of
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request, SolverSpec
-from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
+from coopq.core.types import ProgressCallback, silent
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.deployment import deployed_request, resized
 from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
 from coopq.export.formats import TargetFile, export_model, predicted_bytes
-from coopq.game.prepared import prepare, usable_bits
+from coopq.game.prepared import prepare
 from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.game.session import open_session
 from coopq.game.weights_fingerprint import weights_fingerprint
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
-from coopq.model.load import gguf_file, max_positions
+from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.plan.allocate import allocate_run, measure_plan
@@ -76,7 +77,7 @@ def quantize(
     _check_places(request, out, run)
     prepared = prepare(request, target=TargetFile(progress))
     if goal.fit is not None:
-        goal = msgspec.structs.replace(goal, fit=None, budget=fitting_budget(goal.fit, prepared).text)
+        goal = replace(goal, fit=None, budget=fitting_budget(goal.fit, prepared).text)
     if SavedModel(out).exists:
         return finished_plan(request, goal, solver, out)
     require_new_folder(out)
@@ -95,7 +96,6 @@ def quantize(
 def deliver(
     request: Request,
     goal: Goal,
-    engine: str,
     out: Path,
     *,
     solver: SolverSpec = DEFAULT_SOLVER,
@@ -106,37 +106,45 @@ def deliver(
     """Do the main job, and write the result as an engine loads it.
 
     Args:
-        request: The model and how to measure it; `request.target.form` is the engine's form.
+        request: The model and how to measure it, as `coopq.request_for` makes it for an engine.
         goal: The size, or a limit on the loss, and the method.
-        engine: A name of `coopq.core.recipes.ENGINES`.
         out: The file or the folder to write.
         solver: How programs are solved.
         run: Folder of the work, "<out>-run" by default; an interrupted job goes on from there.
         progress: Told of every step.
         ray: Where the workers are that measure; None measures in this process.
     Raises:
+        OptionError: If no engine loads the request's target.
         OutputError: If `out` holds something else.
     """
     out = out.expanduser().resolve()
     run = default_run(out) if run is None else run.expanduser().resolve()
-    form, saved = request.target.form, run / "saved" / out.stem  # a run may serve several sizes
-    assert form is not None
-    record = saved.with_name(f"{out.stem}.json")
+    recipe = RECIPES[engine_of(request.target.form)]
+    form, name = str(recipe.form), out.name.removesuffix(".gguf")  # a run may serve several sizes
+    _check_places(request, out, run)
+    saved, record = run / "saved" / name, run / "saved" / f"{name}.json"
     made = Delivered.load(record) if record.exists() else None
-    if out.exists() and made is None:
+    place = os.path.relpath(out, run)
+    if made is not None and made.out != place:
+        raise OutputError(f"run folder {run} made {name} as {run / made.out}; name another file, or another --run")
+    if out.exists() and (made is None or not made.is_whole):
         raise OutputError(f"{out} exists, and this command did not make it; name another --out, or remove it")
+    if not out.exists():
+        require_writable(out.parent)
     plan = quantize(request, goal, saved, solver=solver, run=run, progress=progress, ray=ray)
-    if not out.exists() or made is None:
-        Delivered(form, plan.assignment).save(record)  # before the output: an interrupted job goes on
+    delivered = Delivered(place, form, plan.assignment)
+    if not out.exists():
+        delivered.save(record)
         export_model(saved, form, out, progress=progress)
-    elif made != Delivered(form, plan.assignment):
+        replace(delivered, is_whole=True).save(record)
+    elif made != replace(delivered, is_whole=True):
         raise OutputError(f"{out} was made of another plan; name another --out, or remove it")
     check = None
     if form == "gguf":
         from coopq.export.gguf.form import open_base
 
         check = check_in_llama_cpp(out, saved, open_base(BaseModel.find(request), progress).path, progress)
-    return Delivery(plan, out, saved, check, RECIPES[engine].run.format(out=out))
+    return Delivery(plan, out, saved, check, recipe.command(out))
 
 
 def estimate(
@@ -232,23 +240,6 @@ def _with_file_bytes(plan: Plan, place: str) -> Plan:
     return plan.replace(file_bytes=predicted_bytes(plan, form, model=place))
 
 
-def recipe_bits(request: Request) -> tuple[Width, ...]:
-    """The widths of a recipe that a model can use.
-
-    A recipe names more widths than every model has types for. Tensors of a GGUF file that is quantized already lose
-    nothing as they are; those of 16 bits are too large to be of use.
-    """
-    if request.target.form != "gguf":
-        return usable_bits(request)
-    from coopq.export.gguf.base import BaseFile
-
-    base = BaseModel.find(request)
-    file = base.path or gguf_file(base.source)
-    if file is not None and BaseFile.open(file).is_quantized:
-        return usable_bits(request, TargetFile())
-    return usable_bits(request.replace(bits=tuple(width for width in request.widths.bits if width != UNTOUCHED)))
-
-
 def front(run: Path) -> list[FrontPoint]:
     """Sizes against losses, from what a run folder knows; nothing is measured.
 
@@ -262,8 +253,9 @@ def front(run: Path) -> list[FrontPoint]:
 
 
 def plans_so_far(out: Path, run: Path | None) -> list[Path]:
-    """Files of the plans that a job has found in its run folder; an interrupted search leaves its best plan there."""
-    return list(RunFolder(default_run(out) if run is None else run.expanduser()).plans.glob("*.json"))
+    """Files of the plans that an interrupted search has left in its run folder; those of finished searches are not."""
+    folder = RunFolder(default_run(out) if run is None else run.expanduser())
+    return [file for file in sorted(folder.plans.glob("*.json")) if Plan.load(file).stopped_after is not None]
 
 
 def _check_places(request: Request, out: Path | None, run: Path | None) -> None:

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import click
 
-from coopq.cli.options import PLACE, SectionedCommand, as_json, converter, out_folder, ray_config, takes, takes_cluster
+from coopq.cli.options import (
+    PLACE,
+    SectionedCommand,
+    as_json,
+    converter,
+    is_named,
+    out_folder,
+    ray_config,
+    takes,
+    takes_cluster,
+)
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
 from coopq.core.errors import BackendError, ModelError, RunError
 from coopq.core.goal import Goal
@@ -17,6 +27,7 @@ from coopq.core.specs import QuantizerSpec, Request, SolverSpec
 @takes(Request, Goal, SolverSpec, recipes=True)
 @click.option("--out", type=PLACE, required=True, help="The file or the folder of the model, as its engine loads it.")
 @click.option("--run", type=PLACE, help="Folder of the work. Default: OUT-run.")
+@click.option("--dry-run", is_flag=True, help="Only say what the search will take; config.json is enough.")
 @converter
 @takes_cluster
 @as_json
@@ -28,41 +39,42 @@ def quantize(
     recipe: str,
     out: Path,
     run: Path | None,
+    dry_run: bool,
     ray_address: str | None,
     workers: int | None,
     as_json: bool,
 ) -> None:
     """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
     from coopq import pipeline
-    from coopq.game.prepared import whole_group_size
+    from coopq.export.request import fitted_to_model
+    from coopq.plan.methods import get_method
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
 
     quiet_libraries()
-    if request.widths.bits == RECIPES[recipe].settings["bits"].value:
-        request = request.replace(bits=pipeline.recipe_bits(request))
-    if (size := whole_group_size(request)) is not None:
-        request = request.replace(group_size=size)
-        if not as_json:
-            note(f"group size {size}: rows of the model are no whole groups of the backend's size")
+    asked, request = request, fitted_to_model(request, keep_bits=is_named("bits"))
     options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
-    for line in [] if as_json else reasons(recipe, options):
+    notes = reasons(recipe, options)
+    if (size := request.quantizer.group_size) != asked.quantizer.group_size:
+        notes.append(f"group size {size}: rows of the model are no whole groups of the backend's size")
+    for line in [] if as_json else notes:
         note(line)
+    if dry_run:
+        _show_forecast(request, as_json)
+        return
     try:
         with progress_bars() as progress:
             cluster = ray_config(ray_address, workers)
             if engine is not None and engine != OWN:
-                made = pipeline.deliver(
-                    request, goal, engine, out, solver=solver, run=run, progress=progress, ray=cluster
-                )
+                made = pipeline.deliver(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
                 report = write_report(made.plan, out, run)
                 data = delivery_data(made) | {"report": str(report)}
                 print_result(data, f"{delivery_summary(request, made)}\nreport: {report}", as_json)
                 return
             plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
     except KeyboardInterrupt:
-        for found in sorted(pipeline.plans_so_far(out, run)):
+        for found in pipeline.plans_so_far(out, run) if get_method(goal.method).is_anytime else []:
             note(f"the best plan so far is {found}; the same command with --minutes 0 finishes with the best plan")
         raise
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
@@ -70,35 +82,33 @@ def quantize(
     if request.target.form is not None:
         text += f"; {plan.file_bytes:,} bytes once exported to {request.target.form}"
         data["exported_bytes"] = plan.file_bytes
+    else:
+        text += f"\nrun it: {RECIPES[OWN].command(out)}"
     report = write_report(plan, out, run)
     print_result(data | {"report": str(report)}, f"{text}\n{how_to_judge(out)}\nreport: {report}", as_json)
 
 
 @click.command(cls=SectionedCommand)
 @takes(Request, without=("target", "base", "context", "screen_tokens"))
-@click.option("--run", type=PLACE, help="Folder of the work; not with --dry-run.")
-@click.option("--dry-run", is_flag=True, help="Only say what this and other methods would take; config.json is enough.")
+@click.option("--run", type=PLACE, help="Folder of the work. Needed without --dry-run.")
+@click.option("--dry-run", is_flag=True, help="Only say what the walks will take; config.json is enough.")
 @takes_cluster
 @as_json
 def estimate(
     request: Request, run: Path | None, dry_run: bool, ray_address: str | None, workers: int | None, as_json: bool
 ) -> None:
     """Measure the walks and estimate Shapley values and their covariance."""
-    from coopq.report.data import forecast_data, run_data
-    from coopq.report.tables import show_forecast, show_run
-
     if dry_run:
-        from coopq.plan.forecast import forecast
-
         quiet_libraries()
-        expected = forecast(request)
-        print_result(forecast_data(expected), show_forecast(expected), as_json)
+        _show_forecast(request, as_json)
         return
     if run is None:
         raise RunError("estimate keeps its work in a folder: name one with --run, or ask with --dry-run what it takes")
     from coopq import pipeline
     from coopq.game.journal import Journal
     from coopq.game.run_folder import RunFolder
+    from coopq.report.data import run_data
+    from coopq.report.tables import show_run
 
     quiet_libraries()
     with progress_bars() as progress:
@@ -106,6 +116,16 @@ def estimate(
     measured, forwards = Journal.peek(RunFolder(run).journal)
     spent = int(forwards.sum())
     print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
+
+
+def _show_forecast(request: Request, as_json: bool) -> None:
+    """Say what a search or the walks of a request will take."""
+    from coopq.plan.forecast import forecast
+    from coopq.report.data import forecast_data
+    from coopq.report.tables import show_forecast
+
+    expected = forecast(request)
+    print_result(forecast_data(expected), show_forecast(expected), as_json)
 
 
 @click.command(cls=SectionedCommand)

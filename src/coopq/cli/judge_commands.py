@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
-from coopq.cli.options import PLACE, SectionedCommand, as_json, takes
+from coopq.cli.options import PLACE, SectionedCommand, as_json, is_named, takes
 from coopq.cli.terminal import print_result, progress_bars, quiet_libraries
+from coopq.core.errors import OptionError
+from coopq.core.spec import spelled
 from coopq.core.specs import Request
 
 _WINDOW = "2048, or what the model has."
@@ -145,6 +147,11 @@ def evaluate(
     from coopq.report.page.saved import write_judged
 
     quiet_libraries()
+    of_texts = ("text", "tokens", "sequence_length", "reference", "comparison", "run")
+    if task and (named := [name for name in of_texts if is_named(name)]):
+        raise OptionError(f"--task measures accuracy, and {spelled(named[0])} is for texts; leave one of the two out")
+    if task_limit is not None and not task:
+        raise OptionError(f"--task-limit {task_limit} goes with --task; name a task")
     if task:
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return

@@ -12,7 +12,7 @@ from coopq.core.errors import CoopQError, hint
 
 _COMMANDS = {
     "quantize": ("coopq.cli.commands", "Search the widths of a budget, and save the quantized model."),
-    "estimate": ("coopq.cli.commands", "Measure permutation walks; or say what a run will take, with --dry-run."),
+    "estimate": ("coopq.cli.commands", "Measure the paper's permutation walks."),
     "front": ("coopq.cli.commands", "Show sizes against losses, from what a run folder knows."),
     "allocate": ("coopq.cli.commands", "Solve the paper's program for budgets of a finished estimation."),
     "apply": ("coopq.cli.commands", "Quantize the model of a plan and save it."),
@@ -23,7 +23,7 @@ _COMMANDS = {
     "targets": ("coopq.cli.commands", "List the engines and forms that models are exported to."),
     "compare": ("coopq.cli.judge_commands", "Compare methods at several budgets, judged on WikiText-2."),
     "bench": ("coopq.cli.judge_commands", "Compare methods over models, backends, budgets and seeds."),
-    "evaluate": ("coopq.cli.judge_commands", "Measure perplexity, or accuracy at tasks."),
+    "evaluate": ("coopq.cli.judge_commands", "Measure KL divergence and perplexity, or accuracy at tasks."),
 }
 """Module and summary of each command; a module is imported when its command is used, so that help is quick."""
 
@@ -77,7 +77,8 @@ def main() -> None:
     except OSError as error:
         place = f"{Path(error.filename)}: " if error.filename else ""
         fail(
-            f"{place}{error.strerror or error}; nothing computed is lost: solve it and run the same command again",
+            f"{place}{' '.join(str(error.strerror or error).split())}; what was computed is kept, and the same command "
+            "goes on from there",
             debug,
         )
 
@@ -85,7 +86,8 @@ def main() -> None:
 def _one_line(error: click.ClickException) -> str:
     """What click says, in one line, with the way out."""
     if isinstance(error, click.NoSuchOption):
-        known = [name for parameter in error.ctx.command.params for name in parameter.opts] if error.ctx else []
+        options = [one for one in error.ctx.command.params if isinstance(one, click.Option)] if error.ctx else []
+        known = [name for option in options for name in (*option.opts, *option.secondary_opts)]
         advice = hint(error.option_name, known)
         where = error.ctx.command_path if error.ctx else "coopq"
         lists_all = f"`{where} --help` lists all"

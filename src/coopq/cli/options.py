@@ -102,7 +102,7 @@ class _Place(click.Path):
 PLACE = _Place()
 
 
-class _Name(click.ParamType):  # type: ignore[type-arg]  # not generic at run time before click 8.2
+class _Name(click.ParamType):  # type: ignore[type-arg]  # generic at run time in new versions alone
     """A name that is checked elsewhere, with completion."""
 
     name = "text"
@@ -147,7 +147,8 @@ def takes(
         def with_specs(**values: Any) -> None:
             given: dict[str, Any] = {}
             if recipes:
-                named = {name: value for name, value in _named(values).items() if name not in ("engine", "recipe")}
+                named = {name: value for name, value in values.items() if is_named(name)}
+                named = {name: value for name, value in named.items() if name not in ("engine", "recipe")}
                 values["recipe"] = values["recipe"] or values["engine"] or OWN
                 values |= recipe_options(values["recipe"], values["engine"] or OWN, named)
             for kind in kinds:
@@ -179,11 +180,10 @@ _RECIPE = click.option(
 )
 
 
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that the user wrote, by name."""
-    context = click.get_current_context()
-    written = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
-    return {name: value for name, value in values.items() if context.get_parameter_source(name) in written}
+def is_named(name: str) -> bool:
+    """Whether the user wrote an option of the running command."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 
 
 _KEYWORDS: dict[type[Any], str] = {Request: "request", Goal: "goal", SolverSpec: "solver"}
@@ -207,11 +207,14 @@ def _parameter(spec: type[Spec], field: FieldInfo, recipes: bool) -> Callable[[C
     name = field.encode_name
     flag = "--" + name.replace("_", "-")
     settings: dict[str, Any] = {"default": field.default, "help": _help(name, meta), "section": _SECTIONS[spec]}
+    is_of_recipe = recipes and any(name in recipe.settings for recipe in RECIPES.values())
     if kind is bool:
         switches = meta.extra["flags"] if meta.extra else f"{flag}/--no-{flag[2:]}"
-        return click.option(switches if field.default is None else flag, name, cls=SpecOption, is_flag=True, **settings)
+        both = field.default is None or is_of_recipe
+        settings |= {"is_flag": True, "show_default": "the recipe's" if is_of_recipe else None}
+        return click.option(switches if both else flag, name, cls=SpecOption, **settings)
     settings |= {"type": _click_type(name, kind), "show_default": field.default is not None}
-    if recipes and any(name in recipe.settings for recipe in RECIPES.values()):
+    if is_of_recipe:
         settings["show_default"] = "the recipe's"
     elif name == "bits":
         settings["show_default"] = ",".join(map(str, field.default))

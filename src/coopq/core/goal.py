@@ -93,8 +93,8 @@ class Goal(Spec, frozen=True):
     minutes: Annotated[
         float | None,
         Meta(
-            description="End the search after so many minutes, with the best plan measured by then; 0 takes what an "
-            "interrupted command measured. Without it the same command goes on later."
+            description="End the search so many minutes after the command starts, with the best plan measured by "
+            "then; loading the model and quantizing the weights count. 0 takes what an interrupted command measured."
         ),
     ] = None
 

@@ -3,7 +3,10 @@
 A recipe is a choice of options. Every option that a user names goes before the recipe's.
 """
 
+import json
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from coopq.core.errors import OptionError, hint
@@ -23,14 +26,24 @@ class Recipe(NamedTuple):
     Attributes:
         form: Form of the export, a name of `coopq.export.formats.FORMS`; None for what coopq itself saves.
         settings: Settings by the name of the option.
-        run: How to run the result: a command with the place {out}.
+        run: How to run the result: the words of a command, with {out} for the path, or {text} for the path in quotes.
     """
 
     form: str | None
     settings: Mapping[str, Setting]
-    run: str
+    run: tuple[str, ...]
+
+    def command(self, out: str | Path) -> str:
+        """The command that runs a result, for a shell."""
+        return shlex.join(word.format(out=out, text=json.dumps(str(out))) for word in self.run)
 
 
+_OWN_RUN = (
+    "python",
+    "-c",
+    'import coopq, transformers; print(transformers.pipeline("text-generation", coopq.load({text}), tokenizer={text})'
+    '("Once", max_new_tokens=20))',
+)
 _LINEAR = Setting("linear", "finest players: each layer has its own width")
 _KL = Setting("kl", "divergence is less noisy than the text's loss, so fewer tokens are enough")
 _TOKENS = Setting(4096, "enough for a divergence")
@@ -46,6 +59,7 @@ _LLAMA_CPP: dict[str, Setting] = {
     ),
     "embeddings": _EMBEDDINGS,
 }
+_LLAMA_CPP_RUN = ("llama-cli", "-m", "{out}")
 
 RECIPES: dict[str, Recipe] = {
     "coopq": Recipe(
@@ -55,12 +69,12 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("rtn", "needs no other library"),
             "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
         },
-        "python -c 'import coopq; model = coopq.load(\"{out}\")'",
+        _OWN_RUN,
     ),
     "llama.cpp": Recipe(
         "gguf",
         _LLAMA_CPP,
-        "llama-cli -m {out}",
+        _LLAMA_CPP_RUN,
     ),
     "vllm": Recipe(
         "compressed-tensors",
@@ -70,7 +84,7 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((4, 8, 16), "vLLM has kernels for 4 and 8 bits (Ampere and newer), and for 16"),
         },
-        "vllm serve {out}",
+        ("vllm", "serve", "{out}"),
     ),
     "transformers": Recipe(
         "auto-round",
@@ -79,8 +93,11 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("gptq-static", "what is measured is what is saved"),
             "bits": Setting((2, 4, 8), "the widths of GPTQ's kernels"),
         },
-        "python -c 'from transformers import pipeline; "
-        'print(pipeline("text-generation", "{out}")("Once", max_new_tokens=20))\'',
+        (
+            "python",
+            "-c",
+            'from transformers import pipeline; print(pipeline("text-generation", {text})("Once", max_new_tokens=20))',
+        ),
     ),
     "openvino": Recipe(
         "openvino",
@@ -89,8 +106,11 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
             "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
         },
-        "python -c 'import openvino_genai as ov; "
-        'print(ov.LLMPipeline("{out}", "CPU").generate("Once", max_new_tokens=20))\'',
+        (
+            "python",
+            "-c",
+            'import openvino_genai as ov; print(ov.LLMPipeline({text}, "CPU").generate("Once", max_new_tokens=20))',
+        ),
     ),
     "mlx": Recipe(
         "mlx",
@@ -99,7 +119,7 @@ RECIPES: dict[str, Recipe] = {
             "backend": Setting("rtn", "its integers are mlx's own form, so the file holds what was measured"),
             "bits": Setting((2, 3, 4, 8), "the widths that mlx-lm and the backend share"),
         },
-        "mlx_lm.generate --model {out} --prompt 'Once upon a time'",
+        ("mlx_lm.generate", "--model", "{out}", "--prompt", "Once upon a time"),
     ),
     "speed": Recipe(
         "gguf",
@@ -107,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
             **_LLAMA_CPP,
             "bits": Setting((2.5, 3.5, 4, 4.5, 5, 6, 8, 16), "without I-quants of 2 and 3 bits, slow on CPUs"),
         },
-        "llama-cli -m {out}",
+        _LLAMA_CPP_RUN,
     ),
     "paper": Recipe(
         None,
@@ -120,7 +140,7 @@ RECIPES: dict[str, Recipe] = {
             "permutations": Setting(100, "the paper's M"),
             "alpha": Setting(0.5, "the paper's shrinkage"),
         },
-        "python -c 'import coopq; model = coopq.load(\"{out}\")'",
+        _OWN_RUN,
     ),
 }
 """Recipes by name: of engines, llama.cpp's for speed, and the paper's. Why these: docs/decisions/0047-recipes.md."""
@@ -129,6 +149,19 @@ RECIPES: dict[str, Recipe] = {
 OWN = "coopq"
 """The recipe of the form that coopq itself saves."""
 ENGINES = tuple(name for name in RECIPES if name not in ("paper", "speed"))
+
+
+def engine_of(form: str | None) -> str:
+    """The engine that loads a form.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    engines = {RECIPES[name].form: name for name in ENGINES if name != OWN}
+    if form not in engines:
+        known = ", ".join(sorted(map(str, engines)))
+        raise OptionError(f"target = {form} is loaded by no engine of a recipe; use one of {known}")
+    return engines[form]
 
 
 def get_recipe(name: str) -> Recipe:

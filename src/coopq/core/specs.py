@@ -214,7 +214,8 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             OptionError: If an option is unknown, or a value does not fit.
         """
-        return cls(**{group: build(kind, options) for group, kind in _SPECS.items()}, **_unknown(options))
+        _check_known(options)
+        return cls(**{group: build(kind, options) for group, kind in _SPECS.items()})
 
     def replace(self, **options: Any) -> "Request":
         """The same request with other values of some options."""
@@ -261,8 +262,8 @@ def option_fields(*kinds: type[Spec]) -> Iterator[FieldInfo]:
         yield from fields(kind)
 
 
-def _unknown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Nothing, if all options are known.
+def _check_known(options: Mapping[str, Any]) -> None:
+    """Check that all options are known.
 
     Raises:
         OptionError: If one is not.
@@ -271,4 +272,3 @@ def _unknown(options: Mapping[str, Any]) -> dict[str, Any]:
     for name in options:
         if name not in known:
             raise OptionError(f"option {spelled(name)!r} is unknown; {hint(spelled(name), map(spelled, known))}")
-    return {}

@@ -48,12 +48,16 @@ class Delivered(Struct, frozen=True):
     """What an engine's file was made of: saved/NAME.json, beside the model that was saved on the way.
 
     Attributes:
+        out: Path of the output, relative to the run folder.
         form: Form of the export.
         bits: The plan's widths, one for each player.
+        is_whole: Whether the output was written to its end.
     """
 
+    out: str
     form: str
     bits: list[Width]
+    is_whole: bool = False
 
     def save(self, file: Path) -> None:
         """Write the record."""

@@ -134,12 +134,12 @@ def _commands(record: RunRecord, out: str) -> str:
     """How to run what the job made."""
     target = record.plan.request.target
     if record.engine is not None:
-        return RECIPES[record.engine].run.format(out=out)
+        return RECIPES[record.engine].command(out)
     if target.form is None:
         return f"import coopq\nmodel = coopq.load({out!r})  # a transformers model"
     name = f"{out}.gguf" if target.form == "gguf" else f"{out}-{target.form}"
     words = ["coopq", "export", out, "--to", target.form, "--out", name]
-    run = [RECIPES[engine].run.format(out=name) for engine in ENGINES if RECIPES[engine].form == target.form]
+    run = [RECIPES[engine].command(name) for engine in ENGINES if RECIPES[engine].form == target.form]
     return "\n".join([shlex.join([*words, "--base", target.base] if target.base else words), *run])
 
 
