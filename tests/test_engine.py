@@ -303,6 +303,20 @@ def test_losses_do_not_depend_on_the_portions_of_the_head(tmp_path: Path, monkey
     np.testing.assert_allclose(parts, whole, rtol=1e-6)
 
 
+def test_a_tied_head_in_portions_needs_no_row_of_the_padding_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gemma2")
+    model.get_input_embeddings().padding_idx = 96  # the last row, as transformers sets it by pad_token_id
+    engine = make_engine(model, build(model, tmp_path), TOKENS)
+    point = np.array([[2, 4, 2]], dtype=np.float32)
+    ((_, whole, _),) = engine.evaluate(point)
+    monkeypatch.setitem(blockwise.LOGIT_BYTES, "cpu", 4 * 12 * 39 * 7)  # 7 words at a time
+    ((_, parts, _),) = engine.evaluate(point)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    assert model.get_input_embeddings().padding_idx == 96
+
+
 def test_the_model_is_whole_between_portions_of_the_head() -> None:
     model = tiny_model("gemma2")
     pieces = Blockwise(model, TOKENS)

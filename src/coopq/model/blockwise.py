@@ -222,13 +222,17 @@ class Blockwise:
     @contextmanager
     def _head_rows(self, start: int, stop: int) -> Iterator[None]:
         """Let the head have only some rows of its weight inside the `with` block."""
-        head = self._model.get_output_embeddings()
+        head, embedding = self._model.get_output_embeddings(), self._model.get_input_embeddings()
+        padding = getattr(embedding, "padding_idx", None)
         whole = [(tensor, tensor.data) for tensor in (head.weight, head.bias) if tensor is not None]
         try:
             for tensor, data in whole:
                 tensor.data = data[start:stop]
+            # The embedding may be the head, without the padding token's row now. Only gradients need the row.
+            embedding.padding_idx = None
             yield
         finally:
+            embedding.padding_idx = padding
             for tensor, data in whole:
                 tensor.data = data
 
@@ -286,11 +290,7 @@ def _shared_dictionaries(calls: Sequence[_Call]) -> list[MutableMapping[Any, Any
 
 
 def _pass_on(rest: tuple[Any, ...] | None) -> Forward:
-    """The forward of a block that is left out: it returns the states that it gets.
-
-    Args:
-        rest: What the block returns beside the states; None if it returns the states alone.
-    """
+    """The forward of a block that is left out: it returns the states that it gets, and `rest` if there is any."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         states = args[0] if args else kwargs["hidden_states"]
