@@ -22,12 +22,19 @@ from transformers import GenerationConfig
 from coopq.core.errors import ModelError
 from coopq.core.versions import check_version
 from coopq.model.sources.classes import make_model, model_class
-from coopq.model.sources.folder import find_folder, read_config, read_tokenizer, weights_bytes, with_weights
+from coopq.model.sources.folder import (
+    find_folder,
+    read_config,
+    read_tokenizer,
+    stored_dtype,
+    weights_bytes,
+    with_weights,
+)
 from coopq.model.sources.gguf import DEMO, gguf_dtype, gguf_file
 from coopq.model.sources.gguf import TRIED as _TRIED
 from coopq.model.sources.report import check_report
 from coopq.model.sources.scaled import Packing, find_packing, lazy_tensors
-from coopq.model.sources.stored import LazyTensor, ReadLog, one_line, stored_entries
+from coopq.model.sources.stored import LazyTensor, ReadLog, has_weights, one_line, stored_entries
 from coopq.model.sources.tied import holds_another_head, ties, untie
 
 __all__ = [
@@ -206,7 +213,7 @@ def _describe(source: str, dtype: str, device: torch.device) -> _Described:
     folder = find_folder(source)
     config, settings = read_config(folder)
     packing = find_packing(source, settings, folder)
-    computes = torch.bfloat16 if packing.kind is not None else _config_dtype(config)
+    computes = torch.bfloat16 if packing.kind is not None else stored_dtype(source, folder, config)
     file = gguf_file(source)
     checkpoint = computes if file is None else gguf_dtype(file)
     model_class(config)
@@ -223,9 +230,8 @@ def _settle(described: _Described, *, with_tensors: bool) -> Any:
     """
     skeleton = _on_meta(described)
     is_tied = ties(described.config)
-    is_here = any(described.folder.glob("*.safetensors*"))
     is_on_hub = not Path(described.source).expanduser().is_dir()
-    if with_tensors or is_here or (is_tied and is_on_hub):
+    if with_tensors or has_weights(described.folder) or (is_tied and is_on_hub):
         described.folder = with_weights(described.source, described.folder)
         entries = stored_entries(described.folder)
         described.tensors = lazy_tensors(described.source, entries, described.packing, described.log)
@@ -249,18 +255,13 @@ def max_positions(model: Any) -> int | None:
 
 
 def checkpoint_dtype(source: str) -> torch.dtype:
-    """The dtype of a model's checkpoint, as `LoadedModel.checkpoint_dtype`; the weights are not read.
+    """The dtype of a model's checkpoint, as `LoadedModel.checkpoint_dtype`; no weight is read.
 
     Raises:
         ModelError: As `load_model`.
     """
     with _naming(source):
         return _describe(source, "auto", torch.device("cpu")).checkpoint
-
-
-def _config_dtype(config: Any) -> torch.dtype:
-    dtype: torch.dtype = config.get_text_config().dtype or config.dtype or torch.float32
-    return dtype
 
 
 @contextmanager

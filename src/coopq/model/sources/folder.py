@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
 from coopq.core.errors import ModelError
 from coopq.model.sources.gguf import convert_gguf, gguf_file, gguf_shards
-from coopq.model.sources.stored import one_line
+from coopq.model.sources.stored import has_weights, one_line, stored_entries, usual_dtype, weight_files
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "tokenizer*"]
 """What is read of a model on the hub."""
@@ -59,7 +60,7 @@ def weights_bytes(source: str, folder: Path) -> int:
         folder: The folder that the model is read from; a GGUF file counts as it is, not as it was converted.
     """
     file = gguf_file(source)
-    files = folder.glob("*.safetensors") if file is None else gguf_shards(file)
+    files = weight_files(folder) if file is None else gguf_shards(file)
     return sum(path.stat().st_size for path in files)
 
 
@@ -86,6 +87,17 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     for part in (config, config.get_text_config()):
         part.__dict__.pop("quantization_config", None)
     return config, settings
+
+
+def stored_dtype(source: str, folder: Path, config: Any) -> torch.dtype:
+    """The dtype that a configuration names; without a name, the dtype of most weights of the files.
+
+    A folder that has neither is taken for float32. Weights on the hub are downloaded if the configuration names none.
+    """
+    named: torch.dtype | None = config.get_text_config().dtype or config.dtype
+    if named is None and has_weights(folder := with_weights(source, folder)):
+        named = usual_dtype(stored_entries(folder))
+    return named or torch.float32
 
 
 def read_tokenizer(folder: Path, rows: int | None) -> Any:

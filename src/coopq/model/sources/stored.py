@@ -41,7 +41,7 @@ def stored_entries(folder: Path) -> dict[str, Entry]:
     """
     return {
         name: Entry(path, *_dtype_and_shape(about, path, name))
-        for path in _files(folder)
+        for path in weight_files(folder)
         for name, about in _header(path).items()
         if name != "__metadata__"
     }
@@ -110,8 +110,13 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """The files that the weights are in.
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has the file of weights, or the index of several files, that models are read from."""
+    return (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
+
+
+def weight_files(folder: Path) -> Iterator[Path]:
+    """The files that the weights are in; other safetensors files of a folder are not read.
 
     Raises:
         ModelError: If there are none, or one is missing.
