@@ -123,6 +123,13 @@ def test_a_hub_data_set(tmp_path: Path, tokenizer: Any) -> None:
     assert calibration_set(text, tokenizer).tokens.shape == (4, 16)
 
 
+def test_a_hub_data_set_whose_text_is_no_text_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": ["a turn", "another"]}) + "\n")
+    text = TextSpec(f"hub:{tmp_path}", tokens=4 * 16, sequence_length=16)
+    with pytest.raises(CalibrationError, match="column 'text' holds list, not strings"):
+        calibration_set(text, tokenizer)
+
+
 @pytest.mark.parametrize(
     "options", [{"tokens": 0}, {"tokens": 4, "sequence_length": 1}, {"tokens": 100}, {"fit_tokens": 0}]
 )

@@ -1,17 +1,22 @@
 """Mistakes and mishaps: each gets one line that names the thing and the way out, and loses nothing."""
 
+import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import re
 import resource
 import shutil
+import socket
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.command_line import FAST, PAPER, command, in_new_process, refused
+from tests.command_line import FAST, PAPER, command, in_new_process, interruptible, refused
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/prctl.h, linux/capability.h
 
@@ -20,6 +25,40 @@ _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 24, 1, 2  # linux/pr
 def test_an_unknown_model(model: str, tmp_path: Path) -> None:
     line = refused("quantize", model, "--budget", "3avg", "--out", tmp_path / "out", *FAST)
     assert model.removeprefix("./") in line
+
+
+@pytest.fixture
+def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A proxy that refuses everything, and that new processes ask for the hub."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the server is closed
+                while True:
+                    with server.accept()[0] as caller:
+                        caller.recv(4096)
+                        caller.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        for name in ("HTTPS_PROXY", "HTTP_PROXY", "https_proxy", "http_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        yield
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_hub_behind_a_proxy_that_refuses(tmp_path: Path, stories: str) -> None:
+    def refusal(*arguments: str) -> str:
+        return refused(
+            "quantize", *arguments, "--budget", "3avg", "--out", tmp_path / "out", *FAST, setup=interruptible
+        )
+
+    assert "cannot reach the hub for model 'nobody/nothing' (403 Forbidden)" in refusal("nobody/nothing")
+    if importlib.util.find_spec("datasets") is not None:
+        message = refusal(stories, "--calibration", "hub:nobody/nothing")
+        assert "cannot read data set 'nobody/nothing' (ProxyError: 403 Forbidden)" in message
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -95,6 +134,8 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--device", "warp"], "device 'warp' is not available"),
         (["--dtype", "int3"], "dtype = 'int3' does not fit: choose from auto, float32, bfloat16, float16"),
         (["--calibration", "hub:/nowhere/at/all"], "cannot read data set"),
+        (["--calibration", "hub:"], "'hub:' names no data set; write hub:NAME or hub:NAME:CONFIGURATION"),
+        (["--calibration", "hub:a:b:c:d"], "'hub:a:b:c:d' names no data set"),
     ],
 )
 def test_bad_options(options: list[str], message: str, tmp_path: Path, stories: str) -> None:

@@ -1,11 +1,14 @@
 """The folder that a model is read from, and its configuration and tokenizer."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
@@ -42,14 +45,32 @@ def find_folder(source: str) -> Path:
         raise ModelError(f"model {source!r} is a file; give its folder, or a .gguf file")
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ModelError(f"there is no folder {source!r}; check the path, or give a hub id")
-    return Path(str(cached_file(source, "config.json"))).parent
+    with _on_hub(source):
+        return Path(str(cached_file(source, "config.json"))).parent
 
 
 def with_weights(source: str, folder: Path) -> Path:
-    """The folder of a model with its weights, downloaded if the model is on the hub."""
+    """The folder of a model with its weights, downloaded if the model is on the hub.
+
+    Raises:
+        ModelError: If the hub cannot be reached.
+    """
     if gguf_file(source) is not None or Path(source).expanduser().is_dir():
         return folder
-    return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    with _on_hub(source):
+        return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+
+
+@contextmanager
+def _on_hub(source: str) -> Iterator[None]:
+    """Turn what stands between this machine and the hub into an error of one line: a proxy's errors are no OSErrors."""
+    try:
+        yield
+    except HTTPError as error:
+        raise ModelError(
+            f"cannot reach the hub for model {source!r} ({one_line(error)}); check the network and its proxy, or give "
+            "a local folder"
+        ) from error
 
 
 def weights_bytes(source: str, folder: Path) -> int:

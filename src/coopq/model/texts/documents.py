@@ -5,6 +5,7 @@ from importlib import resources
 from pathlib import Path
 
 import msgspec
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
 
 from coopq.core.errors import CalibrationError
 
@@ -24,7 +25,7 @@ class _Document(msgspec.Struct):
 def documents(source: str) -> list[str]:
     """Documents of a text."""
     if source.startswith("hub:"):
-        return _hub_documents(source.removeprefix("hub:"))
+        return _hub_documents(*hub_name(source))
     if source == "c4":
         with resources.as_file(_DATA / "c4_sample.jsonl") as path:
             return _jsonl_documents(path)
@@ -35,17 +36,35 @@ def documents(source: str) -> list[str]:
     return _jsonl_documents(path) if path.suffix == ".jsonl" else [_read_text(path)]
 
 
-def _hub_documents(name: str) -> list[str]:
+def hub_name(source: str) -> list[str]:
+    """The name of a data set of the hub, and its configuration if one is named.
+
+    Raises:
+        CalibrationError: If there is no name, or more than a name and a configuration.
+    """
+    parts = source.removeprefix("hub:").split(":")
+    if len(parts) > 2 or not all(parts):
+        raise CalibrationError(f"text {source!r} names no data set; write hub:NAME or hub:NAME:CONFIGURATION")
+    return parts
+
+
+def _hub_documents(*name: str) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(*name.split(":"), split="train", streaming=True)
-        return [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
-    except (OSError, ValueError, KeyError) as error:
+        rows = load_dataset(*name, split="train", streaming=True)
+        texts = [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
+    except (OSError, ValueError, KeyError, HTTPError) as error:
         raise CalibrationError(
-            f"cannot read data set {name!r} ({type(error).__name__}: {error}); give a local folder, or a data set on a "
-            "hub that can be reached, with a split 'train' and a column 'text'"
+            f"cannot read data set {':'.join(name)!r} ({type(error).__name__}: {error}); give a local folder, or a "
+            "data set on a hub that can be reached, with a split 'train' and a column 'text'"
         ) from error
+    if others := sorted({type(text).__name__ for text in texts if not isinstance(text, str)}):
+        raise CalibrationError(
+            f"data set {':'.join(name)!r}: its column 'text' holds {', '.join(others)}, not strings; give a data set "
+            "of plain text, or a .jsonl file"
+        )
+    return texts
 
 
 def _jsonl_documents(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from coopq.core.errors import BackendError, CalibrationError
 from coopq.core.specs import TextSpec
-from coopq.model.texts.documents import WIKITEXT2, check_file, documents, text_name
+from coopq.model.texts.documents import WIKITEXT2, check_file, documents, hub_name, text_name
 
 _FIT_TOKENS = 32_768
 """Tokens that weights are fitted to if a user does not say how many."""
@@ -123,10 +123,11 @@ def check_text(text: TextSpec) -> None:
     """Check that a text can be read, before a model is loaded; data sets of the hub are read later.
 
     Raises:
-        CalibrationError: If the file is missing, empty or of another kind.
+        CalibrationError: If the file is missing, empty or of another kind, or the name of the data set is none.
         BackendError: If the text is a data set of the hub, and the package datasets is not installed.
     """
     if text.source.startswith("hub:"):
+        hub_name(text.source)
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
     elif text.source != "c4":
@@ -158,7 +159,7 @@ class HeldOut:
                 f"windows of {self.length} tokens out of {self.max_tokens or 'all'} cannot be scored; use at least 2"
             )
         if self.source != WIKITEXT2:
-            check_file(Path(self.source))
+            check_file(Path(self.source).expanduser())
 
     def windows(self, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
         """The tokens.
