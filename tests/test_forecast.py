@@ -140,12 +140,47 @@ def test_a_model_of_70_billion_weights_is_sized_without_memory_for_it(
     assert found.block_seconds is None
 
 
-def test_free_memory_is_that_of_the_machine_or_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def write(folder: Path, **files: object) -> None:
+    """Files with `_` for `.` in their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("memory_", "memory.")).write_text(f"{content}\n")
+
+
+def test_free_memory_is_that_of_the_machine_or_of_its_groups(tmp_path: Path) -> None:
     free = free_memory("cpu")
     assert free is None or free > 2**20
-    if free is not None:
-        monkeypatch.setattr(memory, "_left_to_group", lambda: [12345])
-        assert free_memory("cpu") == 12345
+    write(tmp_path / "proc", meminfo="MemTotal: 9000 kB\nMemAvailable: 8000 kB")
+    assert free_memory("cpu", tmp_path) == 8000 * 1024, "no groups"
+    write(tmp_path / "proc" / "self", cgroup="0::/slurm/job")
+    top = tmp_path / "sys" / "fs" / "cgroup"
+    write(top / "slurm" / "job", memory_max="max", memory_current=100, memory_stat="anon 70\nfile 30\nshmem 10")
+    assert free_memory("cpu", tmp_path) == 8000 * 1024, "no limit"
+    write(top / "slurm", memory_max=5000, memory_current=1000, memory_stat="anon 700\nfile 300\nshmem 100")
+    assert free_memory("cpu", tmp_path) == 5000 - 1000 + 300 - 100, "the limit of the group around it"
+    write(top / "slurm" / "job", memory_max=200)
+    assert free_memory("cpu", tmp_path) == 200 - 100 + 30 - 10
+    write(top, memory_max=90, memory_current=10, memory_stat="anon 7\nfile 3\nshmem 1")
+    write(tmp_path / "proc" / "self", cgroup="0::/elsewhere/on/the/host")
+    assert free_memory("cpu", tmp_path) == 90 - 10 + 3 - 1, "a container sees its own group as the top"
+
+
+def test_free_memory_by_control_groups_of_version_1(tmp_path: Path) -> None:
+    write(tmp_path / "proc", meminfo="MemAvailable: 8000 kB")
+    write(tmp_path / "proc" / "self", cgroup="5:cpu,cpuacct:/other\n4:memory:/job\n0::/")
+    group = tmp_path / "sys" / "fs" / "cgroup" / "memory" / "job"
+    write(group, memory_limit_in_bytes=5000, memory_usage_in_bytes=900, memory_stat="total_cache 30\ntotal_shmem 10")
+    assert free_memory("cpu", tmp_path) == 5000 - 900 + 30 - 10
+
+
+def test_what_does_not_fit_even_with_blocks_on_the_host_says_that_size() -> None:
+    skeleton = load_skeleton(str(STORIES))
+    footprint = Footprint.estimate(skeleton, find_players(skeleton), REQUEST.text, "cuda")
+    assert footprint.needed_offloaded < footprint.needed
+    with pytest.raises(OutOfMemory, match="needs at least .* with its blocks on the host") as caught:
+        footprint.check(footprint.needed_offloaded - 1)
+    assert memory.gib(footprint.needed_offloaded) in str(caught.value)
+    footprint.check(footprint.needed_offloaded)
 
 
 @pytest.mark.parametrize("granularity", ["block", pytest.param("fused", marks=pytest.mark.slow)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,6 +25,15 @@ _INNER_COPIES = 3
 """Arrays as wide as the widest linear layer that a block holds for one batch."""
 _MARGIN = 1.1
 """How much more than was forecast a run may take before dequantized weights get the rest."""
+_GROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "file", "shmem"),
+    "memory": (
+        "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem",
+    ),
+}  # fmt: skip
+"""Control groups of version 2 and of version 1, by their controller in /proc/self/cgroup: folder, files of the limit
+and of the usage, entries of memory.stat for cached files and for shared memory. Source: Linux, cgroup-v2.rst and
+cgroup-v1/memory.rst."""
 _SCRATCH = 2**25
 """Bytes that libraries keep whatever the model: compiled kernels, their scratchpads, arenas of their threads."""
 
@@ -145,7 +154,13 @@ class Footprint:
         Raises:
             OutOfMemory: If the run cannot fit, with the setting that would fit.
         """
-        least = self.needed if self.device_type == "cpu" else min(self.needed, self.needed_offloaded)
+        least, needs = self.needed, str(self)
+        if self.device_type != "cpu" and self.needed_offloaded < least:
+            least = self.needed_offloaded
+            needs = (
+                f"the run needs at least {gib(least)} of memory with its blocks on the host: hidden states "
+                f"{gib(self.states)}, one batch {gib(self.working)}, the rest for weights"
+            )
         if free is None or least <= free:
             return
         n_tokens = max(0, free - (least - self.states)) // self.bytes_per_sequence * self.sequence_length
@@ -154,7 +169,7 @@ class Footprint:
             if n_tokens
             else "compute in --dtype bfloat16 if that is not the dtype already, or use a device with more memory"
         )
-        raise OutOfMemory(f"{self}, and {gib(free)} are free on the {self.device_type}; {way_out}")
+        raise OutOfMemory(f"{needs}, and {gib(free)} are free on the {self.device_type}; {way_out}")
 
     def __str__(self) -> str:
         return (
@@ -186,8 +201,13 @@ def _width(model: Any) -> int:
     return int(width or model.get_input_embeddings().weight.shape[-1])
 
 
-def free_memory(name: str) -> int | None:
-    """Free bytes of a device, by its name as in `pick_device`; None if the system does not say."""
+def free_memory(name: str, root: Path = Path("/")) -> int | None:
+    """Free bytes of a device; None if the system does not say.
+
+    Args:
+        name: The device's name, as in `pick_device`.
+        root: The folder that holds proc/ and sys/.
+    """
     device = pick_device(name)
     if name == SHARDED:
         return sum(int(torch.cuda.mem_get_info(gpu)[0]) for gpu in range(torch.cuda.device_count()))
@@ -198,11 +218,11 @@ def free_memory(name: str) -> int | None:
     if device.type != "cpu":
         return None
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
-    return min([available, *_left_to_group()])
+    return min([available, *_left_to_groups(root)])
 
 
 def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bool:
@@ -213,20 +233,37 @@ def weights_fit(source: str, *, dtype: str = "auto", device: str = "auto") -> bo
     return sum(tensor.nbytes for tensor in load_skeleton(source, dtype=dtype, device=device).parameters()) <= free
 
 
-def _left_to_group() -> list[int]:
-    """Bytes that the memory limit of a container's control group leaves; empty without a limit."""
-    group = Path("/sys/fs/cgroup")
+def _left_to_groups(root: Path) -> list[int]:
+    """Bytes that the memory limits of this process's control groups leave; empty without a limit.
+
+    A limit can be that of the group (a Slurm job, a systemd unit) or that of any group around it. In a container the
+    group's path may be the host's, and the limit lies in the top folder.
+    """
     try:
-        most = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        cached = next(
-            int(line.split()[1])
-            for line in (group / "memory.stat").read_text(encoding="ascii").splitlines()
-            if line.startswith("file ")
-        )
-    except (OSError, StopIteration, ValueError):
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text("utf-8").splitlines()]
+    except OSError:
         return []
-    return [most - used + cached]
+    found = []
+    for _, controllers, path in groups:
+        for version in (each for each in controllers.split(",") if each in _GROUPS):
+            top, *names = _GROUPS[version]
+            inner = PurePosixPath(path.lstrip("/"))
+            found += [_left_to_group(root / top / place, *names) for place in (inner, *inner.parents)]
+    return [left for left in found if left is not None]
+
+
+def _left_to_group(group: Path, limit: str, usage: str, cached: str, shared: str) -> int | None:
+    """Bytes that the memory limit of a control group leaves; None without a limit.
+
+    Cached files leave when memory is wanted, but shared memory, which is counted with them, stays.
+    """
+    try:
+        most, used = (int((group / name).read_text("ascii")) for name in (limit, usage))
+        lines = (line.split() for line in (group / "memory.stat").read_text("ascii").splitlines())
+        stat = {name: int(value) for name, value in lines}
+        return most - used + stat[cached] - stat[shared]
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def gib(n_bytes: int | None) -> str:
