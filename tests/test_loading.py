@@ -298,6 +298,17 @@ def test_fp8_scales_that_do_not_fit_are_refused() -> None:
         dequantize_fp8(torch.ones(300, 128).to(torch.float8_e4m3fn), torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("columns", [128, 48])
+def test_fp8_weights_may_be_one_block_wide(columns: int) -> None:
+    scale = torch.tensor([[2.0], [3.0]])
+    weight = dequantize_fp8(torch.ones(256, columns).to(torch.float8_e4m3fn), scale)
+    assert torch.equal(weight, scale.repeat_interleave(128, 0).expand(256, columns).bfloat16())
+    per_row, per_expert = torch.rand(2, 256, 1), torch.rand(2, 1, 1)
+    for factors in (per_row, per_expert):
+        weights = dequantize_fp8(torch.ones(2, 256, columns).to(torch.float8_e4m3fn), factors)
+        assert torch.equal(weights, factors.expand(2, 256, columns).bfloat16())
+
+
 def test_mxfp4_has_the_values_of_transformers() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -369,6 +380,8 @@ def test_cut_weights_are_refused(llama: Path, size: int) -> None:
 def test_pickles_are_refused(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
     assert "pickle" in refusal(llama)
+    (llama / "pytorch_model.bin").unlink()  # as it is for a model on the hub: such files are not downloaded
+    assert "or convert its .bin files" in refusal(llama)
 
 
 def test_names_of_folders(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +410,7 @@ def test_parts_of_a_gguf_file_are_joined(tmp_path: Path) -> None:
     paths = [tmp_path / f"m-{index:05}-of-00002.gguf" for index in (1, 2)]
     for part, path in enumerate(paths):
         writer = gguf.GGUFWriter(path, "llama")
+        writer.add_custom_alignment(64)
         if part == 0:
             writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
             writer.add_float32("llama.rope.freq_base", 5.0)

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coopq.model.load import checkpoint_dtype, load_model, load_skeleton
+from coopq.core.errors import ModelError, OutOfMemory
+from coopq.model.load import _naming, checkpoint_dtype, load_model, load_skeleton
+from coopq.model.sources import gguf
 from tests.test_loading import change_config, saved, settings
 
 
@@ -32,3 +35,34 @@ def test_the_bytes_of_a_model_are_those_of_the_files_that_are_read(narrow: Path)
     assert load_model(str(narrow), device="cpu").source_bytes == weights.stat().st_size
     weights.unlink()
     load_skeleton(str(narrow), device="cpu")  # a configuration alone: the other file is not read
+
+
+def test_a_gguf_file_is_hashed_once_and_converted_again_by_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gguf, "_write_converted", lambda path, shards, folder: folder.mkdir())
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"one")
+    gguf._digest.cache_clear()
+    first = gguf.convert_gguf(file)
+    assert gguf.convert_gguf(file) == first
+    assert (gguf._digest.cache_info().misses, gguf._digest.cache_info().hits) == (1, 1)
+    file.write_bytes(b"another")
+    assert gguf.convert_gguf(file) != first
+    file.write_bytes(b"one")
+    assert gguf.convert_gguf(file) == first
+    for name in ("_CONVERSION", "transformers.__version__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"coopq.model.sources.gguf.{name}", 99)
+            assert gguf.convert_gguf(file) != first
+
+
+def test_too_little_memory_and_a_full_disk_have_ways_out_of_their_own() -> None:
+    with pytest.raises(OutOfMemory, match="use --dtype bfloat16"), _naming("demo"):
+        torch.empty(2**55, dtype=torch.uint8)
+    with pytest.raises(OutOfMemory, match="CUDA out of memory"), _naming("demo"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    with pytest.raises(ModelError, match="free disk space"), _naming("demo"), open("/dev/full", "wb", 0) as full:
+        full.write(b"weights")

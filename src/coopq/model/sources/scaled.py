@@ -1,6 +1,6 @@
 """Quantized checkpoints that can be read without loss: FP8 weights with scales, and MXFP4 experts, become bfloat16.
 
-All other quantized checkpoints are refused: their models are not the ones that people mean to quantize.
+All other quantized checkpoints are refused: the user should give the checkpoint that they were made from.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coopq.core.errors import ModelError
-from coopq.model.sources.stored import Entry, LazyTensor, ReadLog, read_tensor
+from coopq.model.sources.stored import Entry, LazyTensor, ReadLog, first_names, read_tensor
 
 _SCALES = ("_scale_inv", "_scale")
 """What follows the name of an FP8 weight in the name of the weight's scale."""
@@ -98,7 +98,7 @@ def check_unpacked(source: str, entries: Mapping[str, Entry]) -> None:
     ]
     if odd:
         raise ModelError(
-            f"model {source!r} holds {len(odd)} tensors of quantized weights ({_some(odd)}), and its config.json has "
+            f"model {source!r} holds {len(odd)} tensors of quantized weights ({first_names(odd)}), and its config.json has "
             "no quantization_config that says how to read them; give the checkpoint in 16 or 32 bits"
         )
 
@@ -162,7 +162,7 @@ def dequantize_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] = _DEFA
 
     Args:
         weight: Shape (..., rows, columns).
-        scale: One scale, one for each row, or a grid with one scale for each block.
+        scale: One scale (of each expert, if there are several), one for each row, or a grid with one for each block.
         block: Rows and columns of a block.
     Returns:
         The weights in bfloat16, in the shape of `weight`.
@@ -174,7 +174,7 @@ def dequantize_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] = _DEFA
         factors = factors.reshape(())
     elif factors.ndim == 1 and weight.ndim == 2:
         factors = factors[:, None]
-    elif factors.shape[-1] != 1:
+    elif tuple(factors.shape[-2:]) not in ((weight.shape[-2], 1), (1, 1)):  # a grid may be one block wide
         rows, columns = weight.shape[-2:]
         if (-(-rows // block[0]), -(-columns // block[1])) != tuple(factors.shape[-2:]):
             raise RuntimeError(
@@ -236,8 +236,3 @@ def _base_model(folder: Path) -> str | None:
         r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?([\w./-]+)", card.read_text("utf-8", errors="replace"), re.M
     )
     return found[1] if found else None
-
-
-def _some(names: list[str]) -> str:
-    """The first names of many."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

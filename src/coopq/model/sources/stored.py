@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,10 @@ def weight_files(folder: Path) -> Iterator[Path]:
                 f"folder {folder} holds its weights as {others[0]}, a pickle, which can run code when it is read; "
                 "convert the weights to safetensors with save_pretrained of transformers"
             )
-        raise ModelError(f"folder {folder} holds no {_SINGLE} and no {_INDEX}; download the model again")
+        raise ModelError(
+            f"folder {folder} holds no {_SINGLE} and no {_INDEX}; download the model again, or convert its .bin files "
+            "to safetensors with save_pretrained of transformers"
+        )
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
@@ -144,7 +147,7 @@ def weight_files(folder: Path) -> Iterator[Path]:
     if missing or not paths:
         raise ModelError(
             f"folder {folder} lacks {len(missing)} of the {len(paths)} files of weights that {_INDEX} names "
-            f"({', '.join(missing[:3]) or 'it names none'}); download the model again"
+            f"({first_names(missing) or 'it names none'}); download the model again"
         )
     yield from paths
 
@@ -171,6 +174,11 @@ def _dtype_and_shape(about: Any, path: Path, name: str) -> tuple[str, tuple[int,
         return str(about["dtype"]), tuple(int(size) for size in about["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is damaged (tensor {name}); download the model again") from error
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three names of many, with commas between."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def one_line(error: BaseException) -> str:
