@@ -138,6 +138,14 @@ def test_nothing_to_score_is_refused(options: dict[str, Any]) -> None:
         TextSpec(**options)
 
 
+def test_a_held_out_text_may_lie_in_the_home_folder(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "text.txt").write_text("Lily went to the park. " * 20)
+    assert len(HeldOut(16, source="~/text.txt").windows(tokenizer).tokens) > 1
+
+
 def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:
     whole = HeldOut(256).windows(tokenizer)
     few = HeldOut(256, max_tokens=1100).windows(tokenizer)

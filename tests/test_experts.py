@@ -17,8 +17,8 @@ from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import predicted_bytes
 from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
-from coopq.model.matrices import round_untouched
-from coopq.model.players import find_players, weight_of
+from coopq.model.matrices import matrix_of, round_untouched
+from coopq.model.players import find_players
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.ggml.gptq import GGMLGPTQ, elimination_order, second_order
@@ -154,7 +154,7 @@ def test_experts_are_rounded_by_their_own_importance() -> None:
 def test_experts_are_rounded_by_their_own_moments(name: str) -> None:
     model, tokens = tiny(name), np.random.default_rng(2).integers(3, 97, size=(2, 32))
     of, backend = "model.layers.1.mlp.experts.down_proj", GGMLGPTQ()
-    experts, moments = weight_of(model, of).data, second_moments(model, [of], tokens)[of]
+    experts, moments = matrix_of(model, of).parameter.data, second_moments(model, [of], tokens)[of]
     ((_, packed),) = backend.quantize_model(model, None, {of: 4}, tokens)
     kind = backend.format.tensor_type(experts.shape[2], 4)
     for blocks, weight, of_expert in zip(packed["blocks"].chunk(len(experts)), experts, moments, strict=True):

@@ -177,7 +177,7 @@ def test_what_does_not_fit_even_with_blocks_on_the_host_says_that_size() -> None
     skeleton = load_skeleton(str(STORIES))
     footprint = Footprint.estimate(skeleton, find_players(skeleton), REQUEST.text, "cuda")
     assert footprint.needed_offloaded < footprint.needed
-    with pytest.raises(OutOfMemory, match="needs at least .* with its blocks on the host") as caught:
+    with pytest.raises(OutOfMemory, match=r"needs at least .* with its blocks on the host") as caught:
         footprint.check(footprint.needed_offloaded - 1)
     assert memory.gib(footprint.needed_offloaded) in str(caught.value)
     footprint.check(footprint.needed_offloaded)

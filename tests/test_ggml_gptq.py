@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coopq.quantizers.ggml.gptq as ggml_gptq
-from coopq.model.players import find_players, weight_of
+from coopq.model.matrices import matrix_of
+from coopq.model.players import find_players
 from coopq.quantizers.ggml.codes import code_layout
 from coopq.quantizers.ggml.gptq import GGMLGPTQ, elimination_order, second_order
 from coopq.quantizers.ggml.library import from_blocks, to_blocks
@@ -188,5 +189,5 @@ def test_layers_are_the_same_at_once_and_alone(monkeypatch: pytest.MonkeyPatch) 
     moments = second_moments(model, names, tokens)
     for name, packed in found:
         assert torch.equal(packed["blocks"], together[name, mixed[name]])
-        rounded = backend.quantize(weight_of(model, name).data, mixed[name], moments[name].diagonal())
+        rounded = backend.quantize(matrix_of(model, name).parameter.data, mixed[name], moments[name].diagonal())
         assert not torch.equal(packed["blocks"], rounded["blocks"])

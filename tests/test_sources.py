@@ -1,15 +1,16 @@
 """What the files of a model are: their dtype, their bytes, and the folders that GGUF files are converted to."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from coopq.core.errors import ModelError, OutOfMemory
 from coopq.model.load import _naming, checkpoint_dtype, load_model, load_skeleton
+from coopq.model.safetensors_io import save_tensors
 from coopq.model.sources import gguf
 from tests.test_loading import change_config, saved, settings
 
@@ -64,5 +65,16 @@ def test_too_little_memory_and_a_full_disk_have_ways_out_of_their_own() -> None:
         torch.empty(2**55, dtype=torch.uint8)
     with pytest.raises(OutOfMemory, match="CUDA out of memory"), _naming("demo"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    with pytest.raises(ModelError, match="free disk space"), _naming("demo"), open("/dev/full", "wb", 0) as full:
+    with pytest.raises(ModelError, match="free disk space"), _naming("demo"), Path("/dev/full").open("wb", 0) as full:
         full.write(b"weights")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_written_weights_have_the_mode_that_the_user_chose(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode

@@ -28,7 +28,9 @@ class ModelSpec(Spec, frozen=True):
     )
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="Compute in this dtype. auto: float32 on CPUs, the checkpoint's dtype on GPUs."),
+        Meta(
+            description="Compute in this dtype. auto: float32 on CPUs and for .gguf files, else the checkpoint's dtype."
+        ),
     ] = "auto"
     device: Annotated[
         str, Meta(description="auto, cpu, cuda, mps, ..., or 'sharded': blocks divided between GPUs.")

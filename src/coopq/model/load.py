@@ -114,7 +114,7 @@ def pick_dtype(name: str, device: torch.device, checkpoint: torch.dtype) -> torc
     Args:
         name: Name of a dtype, or "auto": float32 on CPUs, where that is fastest, and the checkpoint's dtype elsewhere.
         device: The device to compute on.
-        checkpoint: The checkpoint's dtype.
+        checkpoint: The checkpoint's dtype; float32 for a GGUF file.
     Raises:
         ModelError: If the name is unknown.
     """
@@ -195,6 +195,7 @@ def _describe(source: str, dtype: str, device: torch.device) -> _Described:
     config, settings = read_config(folder)
     packing = find_packing(source, settings, folder)
     computes = torch.bfloat16 if packing.kind is not None else stored_dtype(source, folder, config)
+    # A dequantized weight of a GGUF file has more digits than float16, so that computing stays in float32 everywhere.
     file = gguf_file(source)
     checkpoint = computes if file is None else gguf_dtype(file)
     model_class(config)

@@ -1,6 +1,7 @@
 """Reading and writing tensors as safetensors files, with errors that say what to do."""
 
 import json
+import os
 import signal
 import threading
 import zlib
@@ -95,7 +96,9 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, 
         raise OutputError(
             f"cannot write {path} ({error}); free disk space and run the same command again: nothing computed is lost"
         ) from error
-    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    umask = os.umask(0o077)  # there is no other way to ask, and files of other threads are only too strict meanwhile
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)  # safetensors makes files that only their owner can read
 
 
 def _sort_metadata(path: Path) -> None:

@@ -98,8 +98,8 @@ def check_unpacked(source: str, entries: Mapping[str, Entry]) -> None:
     ]
     if odd:
         raise ModelError(
-            f"model {source!r} holds {len(odd)} tensors of quantized weights ({first_names(odd)}), and its config.json has "
-            "no quantization_config that says how to read them; give the checkpoint in 16 or 32 bits"
+            f"model {source!r} holds {len(odd)} tensors of quantized weights ({first_names(odd)}), and its config.json "
+            "has no quantization_config that says how to read them; give the checkpoint in 16 or 32 bits"
         )
 
 
