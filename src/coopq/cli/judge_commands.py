@@ -48,23 +48,16 @@ def compare(
     from coopq.report.plots import save_comparison
 
     quiet_libraries()
-    if judge_length is None:
-        judge_length = window_length(request.model.source)
+    length = window_length(request.model.source) if judge_length is None else judge_length
+    held_out = HeldOut(length, judge_tokens)
     with progress_bars() as progress:
-        rows = work.compare(
-            request,
-            budget,
-            run,
-            HeldOut(judge_length, judge_tokens),
-            methods=method or work.COMPARED,
-            progress=progress,
-        )
-    text = f"WikiText-2 test, {'all' if judge_tokens is None else f'first {judge_tokens}'} tokens by {judge_length}"
-    file = SavedComparison(request, text, rows).save(run)
+        rows = work.compare(request, budget, run, held_out, methods=method or work.COMPARED, progress=progress)
+    text = held_out.text
+    file = SavedComparison(request, held_out, rows).save(run)
     widths = request.widths
     title = f"{request.model.source}, {request.quantizer.backend}, {widths.text} bits by {widths.granularity}: {text}"
     files = save_comparison(rows, title, run / "comparison")
-    page = save_comparison_page(request, text, rows, run / COMPARISON)
+    page = save_comparison_page(request, held_out, rows, run / COMPARISON)
     saved = ", ".join(map(str, [file, *files, page]))
     print_result(
         comparison_data(request, text, rows), Group(comparison_table(rows, text), Text(f"saved in {saved}")), as_json

@@ -7,7 +7,7 @@ import numpy as np
 from coopq.core.sizes import Sizes
 from coopq.core.types import Assignment, Assignments, Width, next_width
 
-ORIGINAL, UNIFORM, RANDOM, MIX = REFERENCES = ("original", "uniform", "random", "llama.cpp's mix")
+ORIGINAL, UNIFORM, RANDOM, MIX = REFERENCES = ("original", "uniform", "random", "llama.cpp mix")
 """Names of the references, in tables and saved files."""
 N_RANDOM = 5
 """Random assignments of each budget; losses are averaged over them."""

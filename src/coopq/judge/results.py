@@ -127,8 +127,12 @@ class Comparison:
         """Method and budget for people, or the width of a uniform row."""
         if self.width is not None:
             return uniform_name(self.width, self.average_bits)
-        mean = f" (mean of {self.n})" if self.n > 1 else ""
-        return self.method + (f" {self.budget}" if self.budget else "") + mean
+        return self.method + (f" {self.budget}" if self.budget else "") + self.draws
+
+    @property
+    def draws(self) -> str:
+        """How many assignments the row is the mean of, for people."""
+        return f", {self.n} draws" if self.n > 1 else ""
 
 
 def uniform_name(width: Width, average_bits: float) -> str:

@@ -148,6 +148,12 @@ class HeldOut:
     max_tokens: int | None = None
     source: str = WIKITEXT2
 
+    @property
+    def text(self) -> str:
+        """The text for people: which, how many tokens, and how long a window is."""
+        amount = "all" if self.max_tokens is None else f"first {self.max_tokens}"
+        return f"{text_name(self.source)}, {amount} tokens by {self.length}"
+
     def check(self) -> None:
         """Check that the text can be read and scored, before a model is loaded.
 

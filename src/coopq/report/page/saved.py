@@ -10,6 +10,7 @@ from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.specs import Request
 from coopq.game.run_folder import RunFolder, default_run
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
+from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, load_plans
 from coopq.report.page.ranking.page import save_bench_page, save_comparison_page
 from coopq.report.page.run.page import save_run_page
@@ -22,7 +23,7 @@ class SavedComparison(Struct, frozen=True):
     """A comparison: what was asked for, the judging text, and the rows."""
 
     request: Request
-    text: str
+    held_out: HeldOut
     comparison: list[Comparison]
 
     def save(self, run: Path) -> Path:
@@ -126,7 +127,7 @@ def _run_pages(run: Path) -> Iterator[Path]:
     folder.request()  # says what else the folder is
     if comparison.is_file():
         found = SavedComparison.load(run)
-        yield save_comparison_page(found.request, found.text, found.comparison, run / COMPARISON)
+        yield save_comparison_page(found.request, found.held_out, found.comparison, run / COMPARISON)
     files = sorted(folder.plans.glob("*.json"))
     if not files and not comparison.is_file():
         raise RunError(f"{run} holds no plan yet; repeat the command that it was started with")

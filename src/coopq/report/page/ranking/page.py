@@ -9,10 +9,11 @@ from coopq.core.specs import Request
 from coopq.core.versions import installed
 from coopq.judge.references import REFERENCES
 from coopq.judge.results import Comparison
+from coopq.model.texts import HeldOut
 from coopq.report.page.document import Figure, Section, code, details, paragraph, save_page, table
 from coopq.report.page.provenance import request_words
 from coopq.report.page.ranking.figures import line_colours, lines_figure, rank_figure
-from coopq.report.page.ranking.rank import Cell, Rank, bench_cells, comparison_cells, rank
+from coopq.report.page.ranking.rank import Cell, Rank, bench_cells, comparison_cells, not_compared, rank
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.judge.bench.results import Result
@@ -27,15 +28,16 @@ _LINES = (
 )
 
 
-def save_comparison_page(request: Request, text: str, rows: Sequence[Comparison], path: Path) -> Path:
+def save_comparison_page(request: Request, held_out: HeldOut, rows: Sequence[Comparison], path: Path) -> Path:
     """Write the page of a comparison.
 
     Args:
         request: What was asked for.
-        text: The judging text.
+        held_out: The judging text.
         rows: The comparison.
         path: The HTML file.
     """
+    text = held_out.text
     cells = comparison_cells(rows)
     ranks = rank(cells)
     budgets = dict.fromkeys(row.budget for row in rows if row.budget is not None)
@@ -43,8 +45,10 @@ def save_comparison_page(request: Request, text: str, rows: Sequence[Comparison]
     words = ["coopq", "compare", *request_words(request)]
     words += [word for budget in budgets for word in ("--budget", budget)]
     words += [word for method in methods for word in ("--method", method)]
+    words += ["--judge-length", str(held_out.length)]
+    words += [] if held_out.max_tokens is None else ["--judge-tokens", str(held_out.max_tokens)]
     sections = [
-        *_ranked(ranks, text),
+        *_ranked(cells, ranks, text),
         *_case("Which loss does each method have at each size?", "lines", cells, ranks),
         Section(
             "How can this be repeated?", [code(shlex.join([*words, "--run", path.parent.name])), _versions(request)]
@@ -65,14 +69,14 @@ def save_bench_page(title: str, results: "Sequence[Result]", path: Path) -> Path
     cases = list(dict.fromkeys(cell.case for cell in cells))
     text = "WikiText-2"
     ranks = rank(cells)
-    sections = list(_ranked(ranks, text))
+    sections = list(_ranked(cells, ranks, text))
     for number, case in enumerate(cases):
         own = [cell for cell in cells if cell.case == case]
         sections += _case(case, f"lines-{number}", own, ranks)
     requests: dict[str, Request] = {}
     for result in results:  # the first seed's
         requests.setdefault(result.case, result.request)
-    commands = [f"{case}: {' '.join(request_words(request))}" for case, request in requests.items()]
+    commands = [f"{case}: {shlex.join(request_words(request))}" for case, request in requests.items()]
     how = paragraph("The options of each case; the TOML file of the bench lists methods, budgets and seeds.")
     sections.append(Section("How can this be repeated?", [how, code("\n".join(commands)), _versions(None)]))
     n_seeds = len({result.seed for result in results})
@@ -80,15 +84,15 @@ def save_bench_page(title: str, results: "Sequence[Result]", path: Path) -> Path
     return save_page(path, title, subtitle, sections)
 
 
-def _ranked(ranks: Sequence[Rank], text: str) -> Iterator[Section]:
+def _ranked(cells: Sequence[Cell], ranks: Sequence[Rank], text: str) -> Iterator[Section]:
     """The answer: which method is best, and which methods cannot be told from it."""
     if len(ranks) < 2:
         return
-    best, *others = ranks
-    close = [one.method for one in others if one.half is not None and abs(one.above) <= one.half]
-    told = f"Not to be told apart from it: {', '.join(close)}." if close else "All other methods are clearly worse."
+    best, others = ranks[0], ranks[1:]
     where = "at the one budget" if best.n_cells == 1 else f"averaged over {best.n_cells} budgets"
-    answer = f"{best.method} has the lowest loss on {text}, {where}. {told}"
+    answer = f"{best.method} has the lowest loss on {text}, {where}. {_told(others)}"
+    if left_out := not_compared(cells, ranks):
+        answer += f" Not compared, because they share no budget with {best.method}: {', '.join(left_out)}."
     rows = [
         (str(place), one.method, f"{one.above:+.4f}", "" if one.half is None else f"± {one.half:.4f}", str(one.n_cells))
         for place, one in enumerate(ranks, start=1)
@@ -102,6 +106,20 @@ def _ranked(ranks: Sequence[Rank], text: str) -> Iterator[Section]:
             details("As a table", table(head, rows)),
         ],
     )
+
+
+def _told(others: Sequence[Rank]) -> str:
+    """What the intervals of the other methods say."""
+    if any(one.half is None for one in others):
+        return "The judging text is a single window, so differences have no interval."
+    close = [one.method for one in others if one.half is not None and abs(one.above) <= one.half]
+    better = [one.method for one in others if one.half is not None and one.above < -one.half]
+    parts = []
+    if close:
+        parts.append(f"Not to be told apart from it: {', '.join(close)}.")
+    if better:
+        parts.append(f"Better at the budgets that they have: {', '.join(better)}.")
+    return " ".join(parts) or "All other methods are clearly worse."
 
 
 def _case(title: str, name: str, cells: Sequence[Cell], ranks: Sequence[Rank]) -> Iterator[Section]:

@@ -72,7 +72,7 @@ def comparison_cells(rows: Sequence[Comparison]) -> list[Cell]:
             method=row.method,
             budget=row.budget,
             bits_per_weight=row.bits_per_weight,
-            label=row.name if row.budget is None else row.method + (f" (mean of {row.n})" if row.n > 1 else ""),
+            label=row.name if row.budget is None else row.method + row.draws,
             calibration_loss=row.calibration_loss,
             windows=np.array(row.windows),
             perplexity=row.perplexity,
@@ -110,13 +110,11 @@ def _label(row: "Row") -> str:
 def rank(cells: Sequence[Cell]) -> list[Rank]:
     """The methods with budgets, best first, each against the best on the budgets that both have.
 
-    Methods are ordered by their mean distance from the lowest loss at the same budget of the same case. Intervals are
-    paired: they are those of differences on the same windows.
+    The best method has the smallest mean distance from the lowest loss at the same budget of the same case, among
+    methods with the most budgets. Methods that share no budget with the best are left out; `not_compared` names them.
+    Intervals are paired: they are those of differences on the same windows.
     """
-    by_method: dict[str, dict[tuple[str, str], Cell]] = {}
-    for cell in cells:
-        if cell.budget is not None:
-            by_method.setdefault(cell.method, {})[cell.case, cell.budget] = cell
+    by_method = _by_method(cells)
     if not by_method:
         return []
     places = {place for own in by_method.values() for place in own}
@@ -125,10 +123,23 @@ def rank(cells: Sequence[Cell]) -> list[Rank]:
         method: float(np.mean([cell.nll - lowest[place] for place, cell in own.items()]))
         for method, own in by_method.items()
     }
-    order = sorted(by_method, key=lambda method: (distance[method], method))
-    best = next((method for method in order if method not in REFERENCES), order[0])
+    order = sorted(by_method, key=lambda method: (method in REFERENCES, -len(by_method[method]), distance[method]))
+    best = order[0]
     ranks = [_against(method, by_method[method], by_method[best]) for method in order]
-    return sorted((one for one in ranks if one is not None), key=lambda one: (one.above, one.method != best))
+    return sorted((one for one in ranks if one is not None), key=lambda one: (one.method != best, one.above))
+
+
+def not_compared(cells: Sequence[Cell], ranks: Sequence[Rank]) -> list[str]:
+    """Methods with budgets that share no budget with the best-ranked method."""
+    return [method for method in _by_method(cells) if method not in {one.method for one in ranks}]
+
+
+def _by_method(cells: Sequence[Cell]) -> dict[str, dict[tuple[str, str], Cell]]:
+    found: dict[str, dict[tuple[str, str], Cell]] = {}
+    for cell in cells:
+        if cell.budget is not None:
+            found.setdefault(cell.method, {})[cell.case, cell.budget] = cell
+    return found
 
 
 def _against(method: str, own: Mapping[tuple[str, str], Cell], best: Mapping[tuple[str, str], Cell]) -> Rank | None:
