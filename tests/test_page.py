@@ -5,23 +5,20 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from coopq import Request
 from coopq.game.journal import Journal
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan
+from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, PlayerPlan
 from coopq.report.page.colours import WIDTH_COLOURS
 from coopq.report.page.document import Section, paragraph, render, save_page, table
 from coopq.report.page.provenance import command as command_of
 from coopq.report.page.ranking.page import save_comparison_page
-from coopq.report.page.ranking.rank import Cell, comparison_cells, rank
 from coopq.report.page.run.figures import size_figure
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
@@ -34,51 +31,10 @@ from coopq.search.surrogate import fidelity_of
 from tests.browser import Page, find_chromium, opened
 from tests.command_line import command, refused
 from tests.conftest import STORIES
+from tests.pages import Parsed, checked, many_methods
 
 CHROMIUM = find_chromium()
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the path or named by COOPQ_CHROMIUM")
-MOST_BYTES = 2_000_000
-
-
-class Parsed(HTMLParser):
-    """What a page loads, and its specifications."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.loaded: list[str] = []
-        self.specs: dict[str, dict[str, Any]] = {}
-        self.open: list[str] = []
-        self._spec: str | None = None
-        self.text = path.read_text(encoding="utf-8")
-        self.feed(self.text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.loaded += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
-        self.open += [tag] if tag not in ("meta", "link", "br") else []
-        self._spec = given.get("data-chart")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self._spec = None
-
-    def handle_data(self, data: str) -> None:
-        if self._spec is not None:
-            self.specs[self._spec] = json.loads(data)
-
-
-def checked(path: Path) -> Parsed:
-    """A page that is whole, small, and loads nothing."""
-    page = Parsed(path)
-    assert page.open == []
-    assert page.loaded == []
-    style = page.text[page.text.index("<style>") : page.text.index("</style>")]
-    assert "url(" not in style
-    assert "@import" not in style
-    assert path.stat().st_size < MOST_BYTES
-    assert page.specs
-    return page
 
 
 def page_of(out: Path) -> Path:
@@ -252,7 +208,7 @@ def test_what_has_no_page_is_one_line(tmp_path: Path, searched: Path) -> None:
     run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "run"))
     shutil.rmtree(run / "plans")
     assert "holds no plan yet" in refused("show", run, "--page")
-    (run / "comparison.json").write_text('{"request": {}, "text": "", "comparison": []}')
+    (run / "comparison.json").write_text('{"request": {}, "held_out": {}, "comparison": []}')
     assert "run coopq compare again" in refused("show", run, "--page")
     (tmp_path / "bench" / "results").mkdir(parents=True)
     assert "holds no result of a bench" in refused("show", tmp_path / "bench", "--page")
@@ -317,72 +273,11 @@ def test_pair_terms_are_what_the_prediction_adds() -> None:
     assert fitted.pair_terms(point).sum() / 2 + alone == pytest.approx(whole)
 
 
-def many_methods(n: int) -> list[Comparison]:
-    """A comparison of n methods at three budgets; method 0 is the best by far, method 1 as good as method 2."""
-    rng = np.random.default_rng(0)
-    windows = 3 + rng.normal(size=40) / 3
-    rows: list[tuple[str, str | None, float, npt.NDArray[np.float64]]] = []
-    for number in range(n):
-        for size in (2.5, 3.0, 3.5):
-            own = (
-                windows + 1 / size + (0 if number == 0 else 0.1 + 0.02 * (number // 2 * 2)) + rng.normal(size=40) / 100
-            )
-            name = "active" if number == 0 else f"method-{number}"
-            rows.append((name, f"{size}avg", size, own))
-    rows += [("uniform", None, width, windows + 1 / width + 0.2) for width in (2.0, 4.0)]
-    rows.append(("original", None, 16.0, windows))
-    return [
-        Comparison(
-            method=name,
-            budget=budget,
-            n=1,
-            average_bits=size,
-            bits_per_weight=size + 0.25,
-            loss="kl",
-            calibration_loss=float(own.mean()) - 3,
-            nll=float(own.mean()),
-            perplexity=float(np.exp(own.mean())),
-            windows=tuple(own.tolist()),
-        )
-        for name, budget, size, own in rows
-    ]
-
-
-def test_methods_are_ranked_with_paired_intervals() -> None:
-    ranks = rank(comparison_cells(many_methods(20)))
-    assert len(ranks) == 20
-    assert ranks[0].method == "active"
-    assert ranks[0].above == 0
-    assert {one.method for one in ranks[1:2]} == {"method-1"}
-    assert all(0.09 < one.above < 0.5 and one.half is not None and one.half < 0.01 for one in ranks[1:])
-
-
-def test_cells_that_few_methods_have_do_not_decide() -> None:
-    def cell(method: str, budget: str, nll: float) -> Cell:
-        return Cell("", method, budget, 3.0, method, 0.0, np.array([nll, nll + 1]), 1.0)
-
-    ranks = rank([cell("a", "1", 1.0), cell("a", "2", 9.0), cell("b", "1", 2.0)])
-    assert [(one.method, one.above, one.n_cells) for one in ranks] == [("a", 0.0, 2), ("b", 1.0, 1)]
-    assert rank([]) == []
-
-
 @pytest.fixture
 def comparison(tmp_path: Path) -> Path:
     """The page of a comparison of twenty methods."""
-    return save_comparison_page(
-        Request.from_options(model="demo"), "a text", many_methods(20), tmp_path / "comparison.html"
-    )
-
-
-def test_a_comparison_of_twenty_methods_is_readable(comparison: Path) -> None:
-    page = checked(comparison)
-    assert set(page.specs) == {"ranks", "lines"}
-    assert len(page.specs["ranks"]["data"]["values"]) == 20
-    labels = page.specs["lines"]["layer"][2]["data"]["values"]
-    assert len(labels) <= 6
-    heights = sorted(label["at"] for label in labels)
-    assert min(np.diff(heights)) > 0.01
-    assert "active has the lowest loss" in page.text
+    request = Request.from_options(model="demo")
+    return save_comparison_page(request, HeldOut(64), many_methods(20), tmp_path / "comparison.html")
 
 
 def large_record(model: str = "demo") -> RunRecord:
@@ -479,11 +374,3 @@ def test_a_report_without_a_run_folder_is_shorter(searched: Path, tmp_path: Path
     page = checked(save_run_page(plan, None, "out", tmp_path / "x.html"))
     assert set(page.specs) == {"widths", "sensitivity"}
     assert render("a", "b", []).startswith("<!DOCTYPE html>")
-
-
-def test_uniform_rows_are_called_by_their_width() -> None:
-    def row(method: str, width: float | None, average: float) -> Comparison:
-        return Comparison(method, None, 1, average, average, "kl", 0.1, 2.0, 7.4, (2.0, 2.0), width=width)
-
-    cells = comparison_cells([row("original", None, 16.0), row("uniform", 5, 7.6), row("uniform", 4, 4.0)])
-    assert [cell.label for cell in cells] == ["original", "uniform 5 and wider", "uniform 4"]
