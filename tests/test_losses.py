@@ -88,7 +88,7 @@ def test_a_run_on_the_divergence_keeps_it_apart(tmp_path: Path) -> None:
     arguments += ["--tokens", "256", "--sequence-length", "64"]
     code, shown, err = command(*arguments, "--loss", "kl")
     assert code == 0, err
-    assert "divergence from the original" in shown
+    assert "calibration KL divergence" in shown
     plan = coopq.Plan.load(out / "plan.json")
     assert plan.fingerprint["loss"] == "kl"
     (assignments, losses), _ = Journal.peek(tmp_path / "out-run" / "journal.jsonl")

@@ -15,6 +15,7 @@ from coopq.plan.allocate import measure_plan
 from coopq.plan.confidence import Confidence, confidence
 from coopq.plan.methods import METHODS, get_method, make_plans
 from coopq.plan.searches.by_search import make_search
+from coopq.report.words import score_text
 from coopq.search import SearchSpace, run
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused
@@ -154,3 +155,13 @@ def test_confidence_by_hand() -> None:
     assert split.interval == (-1.0, 1.0)
     assert split.probability == pytest.approx(0.5, abs=0.02)
     assert confidence(chosen[:1], None) == Confidence(None, None, None, None)
+
+
+def test_each_kind_of_score_says_what_it_is() -> None:
+    said = {name: score_text(name) for name in METHODS}
+    assert said["active"].startswith("rise of the loss if the layer alone goes")
+    for name in ("greedy-down", "evopress", "regression", "one-shot-high", "exact", "interactions"):
+        assert "a quadratic fitted to the losses" in said[name], name
+    assert said["coopq"] == said["shapley"] == "Shapley value: rise of the loss by lowering the layer, nats per token"
+    assert "by removing the block" in said["pruning"]
+    assert "a unit of its own" in said["hawq"]

@@ -23,13 +23,14 @@ from coopq.report.page.run.figures import size_figure
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
 from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
+from coopq.report.tables import plan_summary
 from coopq.search.informed import fit_informed
 from coopq.search.measured import Measured
 from coopq.search.prior import make_prior
 from coopq.search.space import SearchSpace
 from coopq.search.surrogate import fidelity_of
 from tests.browser import Page, find_chromium, opened
-from tests.command_line import command, refused
+from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
 from tests.pages import Parsed, checked, many_methods
 
@@ -192,15 +193,39 @@ def test_show_writes_the_page_of_whatever_a_path_holds(searched: Path, tmp_path:
     run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
     page_of(out).unlink()
     (plan,) = run.glob("plans/*.json")
-    for path in (out, run, plan):
+    for path in (out, run, plan, out / "plan.json"):
         code, text, err = command("show", path, "--page", "--json")
         assert code == 0, err
         assert json.loads(text)["pages"] == [str(page_of(out))]
-        checked(page_of(out))
+        assert "coopq.load(&#x27;out&#x27;)" in checked(page_of(out)).text, path
+    moved = out.rename(tmp_path / "elsewhere")
+    command("show", plan, "--page")
+    page = page_of(out).read_text()
+    assert "coopq.load(" not in page
+    assert f"coopq apply out-run/plans/{plan.name} --out OUT" in page
+    moved.rename(out)
     shutil.rmtree(run)
     assert json.loads(command("show", out, "--page", "--json")[1])["pages"] == [str(tmp_path / "out-report.html")]
     assert set(checked(tmp_path / "out-report.html").specs) == {"widths", "sensitivity"}
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in searched.iterdir())
+
+
+def test_an_estimation_without_plans_has_a_front_and_no_page(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, err = command("estimate", STORIES, "--run", run, *FAST, "--bits", "2,4", "--granularity", "block")
+    assert code == 0, err
+    code, _, err = command("front", run)
+    assert code == 0, err
+    assert not list(run.glob("*.html"))
+    code, _, err = command("allocate", run, "--budget", "3avg")
+    assert code == 0, err
+    code, text, err = command("show", run, "--page", "--json")
+    assert code == 0, err
+    page = Path(json.loads(text)["pages"][0]).read_text()
+    assert "coopq apply run/plans/" in page
+    assert "The loss of this plan is not measured" in page
+    assert "there is no runner-up" not in page
+    assert "Shapley value: rise of the loss by lowering the layer" in page
 
 
 def test_what_has_no_page_is_one_line(tmp_path: Path, searched: Path) -> None:
@@ -255,6 +280,14 @@ def test_the_command_repeats_the_request(searched: Path) -> None:
         "coopq quantize 'a b' --backend rtn --asymmetric --bits 2,3,4,8 --granularity fused --embeddings --tokens 128 "
         "--sequence-length 64 --calibration-seed 3 --loss kl --budget 3.2bpw --method coopq --alpha 0.3 --out out"
     )
+
+
+def test_the_page_of_an_interrupted_search_names_no_limit(searched: Path) -> None:
+    record = read_run(Plan.load(searched / "plan.json").replace(stopped_after="12 losses"), None)
+    text = "".join(str(part) for section in run_sections(record, "out") for part in section.parts)
+    assert "The search was interrupted after 12 losses; the same command goes on." in text
+    assert "--losses" not in text
+    assert "the search was interrupted after 12 losses; the same command goes on" in plan_summary(record.plan)
 
 
 def test_pair_terms_are_what_the_prediction_adds() -> None:

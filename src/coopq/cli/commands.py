@@ -205,13 +205,13 @@ def front(run: Path, as_json: bool) -> None:
 
     from coopq import pipeline
     from coopq.game.run_folder import RunFolder
-    from coopq.report.page.saved import write_pages
+    from coopq.report.page.saved import write_run_pages
     from coopq.report.tables import front_table
 
     quiet_libraries()
     points = pipeline.front(run)
     table = front_table(points, RunFolder(run).request().search.loss)
-    pages = Text("\n".join(f"report: {page}" for page in write_pages(run)))
+    pages = Text("\n".join(f"report: {page}" for page in write_run_pages(run)))
     print_result([asdict(point) for point in points], Group(table, pages), as_json)
 
 

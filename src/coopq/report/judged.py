@@ -7,8 +7,8 @@ from rich.table import Table
 
 from coopq.judge.references import REFERENCES
 from coopq.judge.results import Accuracy, Comparison, Estimate, Evaluation
-from coopq.report.sizes import size_text
 from coopq.report.tables import empty_table
+from coopq.report.words import size_text
 
 _LEADS_FROM = 3
 """Average bits from which divergence leads. Below, many models are ruined, and perplexity says how far."""

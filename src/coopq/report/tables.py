@@ -17,7 +17,7 @@ from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.data import covariance_correlation
-from coopq.report.sizes import size_text
+from coopq.report.words import LOSS_NAMES, score_text, size_text, stop_options
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
@@ -26,13 +26,6 @@ if TYPE_CHECKING:  # these import torch
     from coopq.plan.searches.front import FrontPoint
 
 _MOST_COLUMNS = 8
-_LOSSES = {"nll": "calibration loss", "kl": "divergence from the original on the calibration text"}
-_SCORES = {
-    "search": "score: what lowering the player costs, nats per token",
-    "walks": "score: Shapley value, what lowering the player costs, nats per token",
-    "score": "score: what the method says that lowering the player costs, in a unit of its own",
-}
-_SHAPLEY = "Shapley value: loss increase by lowering the player, nats per token, ± standard error"
 
 
 def plan_summary(plan: Plan) -> str:
@@ -51,7 +44,7 @@ def plan_summary(plan: Plan) -> str:
     return (
         f"budget {plan.budget} by {plan.method}: {_size(plan)}, {average}"
         f"{plan.bits_per_weight:.3f} bits per weight{covered}\n"
-        f"{_LOSSES[loss]} {predicted}{measured} ({unit})"
+        f"{LOSS_NAMES[loss]} {predicted}{measured} ({unit})"
         f"{_proof(plan)}{deployed}{_confidence(plan)}{_fidelity(plan)}{_stopped(plan)}{notes}{_growth(plan)}"
     )
 
@@ -112,6 +105,8 @@ def _stopped(plan: Plan) -> str:
     """What ended the search before its own end, in a line of its own."""
     if plan.stopped_after is None:
         return ""
+    if not stop_options(plan):
+        return f"\nthe search was interrupted after {plan.stopped_after}; the same command goes on"
     return f"\nthe search stopped after {plan.stopped_after}; without a limit, it goes on in the same run folder"
 
 
@@ -159,13 +154,9 @@ def provenance(request: Request, fingerprint: Mapping[str, Any], method: str = "
 
 def show_plan(plan: Plan) -> RenderableType:
     """A plan."""
-    scores = [player.score for player in plan.players]
-    columns = {"score": scores}
-    if plan.method == "coopq":
-        columns = {"Shapley value": scores, "±": [player.stderr or 0.0 for player in plan.players]}
-    names = [player.name for player in plan.players]
-    title = _SHAPLEY if plan.method == "coopq" else _SCORES[METHODS[plan.method].kind]
-    table = _players_table(title, names, {"bits": plan.assignment}, columns)
+    names, scores = zip(*((player.name, player.score) for player in plan.players), strict=True)
+    errors = [player.stderr for player in plan.players if player.stderr is not None]
+    table = _players_table(plan.method, names, {"bits": plan.assignment}, scores, errors)
     head = provenance(plan.request, plan.fingerprint, plan.method)
     return Group(
         Text(head), Text(plan_summary(plan)), table, Text(_cost(plan.block_forwards, plan.block_forwards_unshared))
@@ -177,15 +168,15 @@ def show_run(
 ) -> RenderableType:
     """A run; arguments as of `coopq.report.data.run_data`."""
     parts: list[RenderableType] = []
-    scores: dict[str, Sequence[float]] = {}
+    scores: list[float] = []
+    errors: list[float] = []
     if estimation is not None:
         parts.append(Text(provenance(estimation.request, estimation.fingerprint)))
-        estimate = estimation.estimate
-        scores = {"Shapley value": estimate.shapley.tolist(), "±": estimate.stderr.tolist()}
+        scores, errors = estimation.estimate.shapley.tolist(), estimation.estimate.stderr.tolist()
     parts += [Text(plan_summary(plan)) for plan in plans]
     players = plans[0].players if estimation is None else estimation.players
     bits = {plan.label: plan.assignment for plan in plans} if len(plans) <= _MOST_COLUMNS else {}
-    parts.append(_players_table(_SHAPLEY if scores else "", [player.name for player in players], bits, scores))
+    parts.append(_players_table("coopq", [player.name for player in players], bits, scores, errors))
     if len(plans) > _MOST_COLUMNS:
         parts.append(Text(f"{len(plans)} plans are too many to show side by side; show one plan to see its bits"))
     if estimation is not None:
@@ -198,13 +189,19 @@ def show_run(
 
 
 def _players_table(
-    title: str, names: Sequence[str], bits: Mapping[str, Sequence[Width]], scores: Mapping[str, Sequence[float]]
+    method: str,
+    names: Sequence[str],
+    bits: Mapping[str, Sequence[Width]],
+    scores: Sequence[float],
+    errors: Sequence[float],
 ) -> Table:
-    """A row for each player: its bits under each plan, then its scores."""
-    table = empty_table(title, "player", *bits, *scores)
+    """A row for each player: its bits under each plan, then its score by a method with the standard error, if any."""
+    columns = {name: values for name, values in (("score", scores), ("±", errors)) if values}
+    title = f"score: {score_text(method)}" + (", ± standard error" if errors else "")
+    table = empty_table(title if columns else "", "player", *bits, *columns)
     for row, name in enumerate(names):
         widths = [str(assignment[row]) for assignment in bits.values()]
-        table.add_row(name, *widths, *(f"{values[row]:.5g}" for values in scores.values()))
+        table.add_row(name, *widths, *(f"{values[row]:.5g}" for values in columns.values()))
     return table
 
 
@@ -244,7 +241,7 @@ def show_forecast(expected: "Forecast") -> RenderableType:
 def front_table(points: "Sequence[FrontPoint]", loss: str) -> Table:
     """Sizes against losses."""
     table = empty_table(
-        f"Size against {_LOSSES[loss]}, nats per token", "MB", "bits per weight", "measured", "predicted", ""
+        f"Size against {LOSS_NAMES[loss]}, nats per token", "MB", "bits per weight", "measured", "predicted", ""
     )
     for point in points:
         losses = ["" if value is None else f"{value:.4f}" for value in (point.measured, point.predicted)]

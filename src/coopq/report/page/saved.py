@@ -1,6 +1,6 @@
 """Pages of what lies on disk: a plan, a saved model, a run folder, a comparison, the folder of a bench."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from msgspec import Struct
@@ -54,16 +54,37 @@ def write_pages(path: Path) -> list[Path]:
         CoopQError: If nothing is found, or a file is damaged.
     """
     path = path.expanduser().resolve()
+    if path.name == "plan.json":
+        path = path.parent
     if path.is_file():
         return [_plan_page(path, path.parent.parent)]
     if (path / "plan.json").is_file():
-        run = default_run(path)
-        return [_plan_page(path / "plan.json", run, _output(path, run).name)]
+        return [_plan_page(path / "plan.json", default_run(path), path)]
     if (path / "results").is_dir():
         from coopq.judge.bench.results import load_results
 
         return [save_bench_page(path.name, load_results(path), path / REPORT)]
-    return list(_run_pages(path))
+    pages = write_run_pages(path)
+    if not pages:
+        raise RunError(f"{path} holds no plan yet; repeat the command that it was started with")
+    return pages
+
+
+def write_run_pages(run: Path) -> list[Path]:
+    """Write the page of a run folder's comparison, and one for each plan; none if the folder holds neither.
+
+    Raises:
+        CoopQError: If the path is no run folder, or a file is damaged.
+    """
+    run = run.expanduser().resolve()
+    folder, pages = RunFolder(run), []
+    folder.request()  # says what else the folder is
+    if (run / _COMPARISON).is_file():
+        found = SavedComparison.load(run)
+        pages.append(save_comparison_page(found.request, found.held_out, found.comparison, run / COMPARISON))
+    for plan in load_plans(sorted(folder.plans.glob("*.json"))):
+        pages.append(save_run_page(plan, run, _made(plan, run), run / _page_name(plan)))
+    return pages
 
 
 def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
@@ -72,10 +93,10 @@ def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
     Args:
         plan: The plan.
         out: What the job made.
-        run: The run folder; None stands for "<out>-run".
+        run: The run folder; None stands for the default.
     """
     out = out.expanduser().resolve()
-    run = out.with_name(f"{out.name}-run") if run is None else run.expanduser().resolve()
+    run = default_run(out) if run is None else run.expanduser().resolve()
     if run.is_dir():
         return save_run_page(plan, run, out.name, run / _page_name(plan))
     return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
@@ -112,24 +133,19 @@ def _output(saved: Path, run: Path) -> Path:
     return run.with_name(run.name.removesuffix("-run")) if run in saved.parents else saved
 
 
-def _plan_page(file: Path, run: Path, out: str = "OUT") -> Path:
-    """The page of one plan; `run` is used if it is a run folder."""
+def _made(plan: Plan, run: Path) -> str | None:
+    """Name of what a job with this default run folder made of a plan; None if nothing of the plan is there."""
+    out = run.with_name(run.name.removesuffix("-run"))
+    saved = (folder / "plan.json" for folder in (out, run / "saved" / out.stem))
+    is_made = out.exists() and any(Plan.load(file).assignment == plan.assignment for file in saved if file.is_file())
+    return out.name if is_made else None
+
+
+def _plan_page(file: Path, run: Path, saved: Path | None = None) -> Path:
+    """The page of one plan; `run` is used if it is a run folder, and `saved` is the model if the path names one."""
     plan = Plan.load(file)
     if (run / "run.json").is_file():
+        out = _made(plan, run) if saved is None else _output(saved, run).name
         return save_run_page(plan, run, out, run / _page_name(plan))
-    beside = file.parent if file.name == "plan.json" else file.with_suffix("")  # a saved model's folder stays as it is
-    return save_run_page(plan, None, out, beside.with_name(f"{beside.name}-{REPORT}"))
-
-
-def _run_pages(run: Path) -> Iterator[Path]:
-    """The page of a run folder's comparison, and one for each plan; a plan's own path gives the plan's page."""
-    folder, comparison = RunFolder(run), run / _COMPARISON
-    folder.request()  # says what else the folder is
-    if comparison.is_file():
-        found = SavedComparison.load(run)
-        yield save_comparison_page(found.request, found.held_out, found.comparison, run / COMPARISON)
-    files = sorted(folder.plans.glob("*.json"))
-    if not files and not comparison.is_file():
-        raise RunError(f"{run} holds no plan yet; repeat the command that it was started with")
-    for plan in load_plans(files):
-        yield save_run_page(plan, run, run.name.removesuffix("-run"), run / _page_name(plan))
+    beside = file.with_suffix("") if saved is None else saved  # a saved model's folder stays as it is
+    return save_run_page(plan, None, saved and saved.name, beside.with_name(f"{beside.name}-{REPORT}"))

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from coopq.core.types import UNTOUCHED
 from coopq.judge.references import MIX
@@ -11,8 +10,7 @@ from coopq.report.page.axes import FIT, labelled, loss_axis, number_axis, tip
 from coopq.report.page.colours import CHOICE, FAINT, FRONT
 from coopq.report.page.document import Spec
 from coopq.report.page.run.record import RunRecord
-
-LOSS_NAMES = {"nll": "calibration loss", "kl": "KL divergence from the original"}
+from coopq.report.words import LOSS_NAMES
 
 
 def size_figure(record: RunRecord) -> Spec:
@@ -26,16 +24,13 @@ def size_figure(record: RunRecord) -> Spec:
             "size": round(float(bits[i]), 4),
             "loss": float(losses[i]),
             "order": int(i) + 1,
-            "MB": _megabytes(points.n_bytes[i]),
         }
         for i in np.flatnonzero(~is_full)
     ]
     order = sorted(rows, key=lambda row: (row["size"], row["loss"]))
     lowest = np.minimum.accumulate([row["loss"] for row in order]) if order else np.zeros(0)
     front = [row for i, row in enumerate(order) if i == 0 or row["loss"] < lowest[i - 1]]
-    marks: list[dict[str, Any]] = [
-        {"size": plan.bits_per_weight, "loss": plan.measured_loss, "label": "chosen", "MB": _megabytes(plan.bytes)}
-    ]
+    marks: list[dict[str, Any]] = [{"size": plan.bits_per_weight, "loss": plan.measured_loss, "label": "chosen"}]
     uniform: list[dict[str, Any]] = [
         {"size": round(float(bits[i]), 4), "loss": float(losses[i]), "label": f"uniform {points.assignments[i][0]:g}"}
         for i in np.flatnonzero((points.assignments == points.assignments[:, :1]).all(axis=1) & ~is_full)
@@ -182,7 +177,3 @@ def search_figure(record: RunRecord) -> Spec:
             labelled(marks, x, y, {"shape": "diamond", "color": CHOICE, "size": 110}, tips),
         ],
     }
-
-
-def _megabytes(n_bytes: int | npt.NDArray[Any]) -> float:
-    return float(n_bytes) / 1e6

@@ -15,25 +15,21 @@ from coopq.plan.plan import Plan
 from coopq.report.judged import evaluation_lines, judged_cells
 from coopq.report.page.document import Figure, Section, code, details, facts, paragraph, save_page, table
 from coopq.report.page.provenance import provenance
-from coopq.report.page.run.figures import LOSS_NAMES, predicted_figure, search_figure, size_figure
+from coopq.report.page.run.figures import predicted_figure, search_figure, size_figure
 from coopq.report.page.run.maps import pair_map, sensitivity_map, width_map
 from coopq.report.page.run.record import RunRecord, read_run
+from coopq.report.words import LOSS_NAMES, megabytes, score_text, stop_options
 
 _MOST_PAIRS = 12
-_COSTS = {
-    "search": "rise of the loss if the layer alone goes to its lowest width, nats per token",
-    "walks": "Shapley value: rise of the loss by lowering the layer, nats per token",
-    "score": "the method's score: what lowering the layer costs, in a unit of its own",
-}
 
 
-def save_run_page(plan: Plan, run: Path | None, out: str, path: Path) -> Path:
+def save_run_page(plan: Plan, run: Path | None, out: str | None, path: Path) -> Path:
     """Write the page of a plan.
 
     Args:
         plan: The plan.
         run: The run folder; None if it is gone, then what was measured on the way is missing.
-        out: Name of the saved model's folder, for commands.
+        out: Name of what was made of the plan, for commands; None if nothing was.
         path: The HTML file.
     Returns:
         The path.
@@ -48,8 +44,8 @@ def save_run_page(plan: Plan, run: Path | None, out: str, path: Path) -> Path:
     return save_page(path, title, subtitle, run_sections(record, out))
 
 
-def run_sections(record: RunRecord, out: str) -> Iterator[Section]:
-    """The sections of the page; those without data are left out."""
+def run_sections(record: RunRecord, out: str | None) -> Iterator[Section]:
+    """The sections of the page; those without data are left out. Arguments as of `save_run_page`."""
     plan = record.plan
     yield Section("The answer", _answer(record, out))
     if record.judged:
@@ -61,10 +57,10 @@ def run_sections(record: RunRecord, out: str) -> Iterator[Section]:
     if record.pairs is not None:
         yield Section("Which layers act together?", _interactions(record))
     yield Section("What did the search do?", _search(record))
-    yield Section("How can this be repeated?", provenance(plan, out, record.engine))
+    yield Section("How can this be repeated?", provenance(plan, out or "OUT", record.engine))
 
 
-def _answer(record: RunRecord, out: str) -> list[str]:
+def _answer(record: RunRecord, out: str | None) -> list[str]:
     plan = record.plan
     loss, unit = LOSS_NAMES[plan.request.search.loss], "nats per token"
     sure, n = plan.confidence, plan.request.text.n_sequences
@@ -74,8 +70,8 @@ def _answer(record: RunRecord, out: str) -> list[str]:
         ("model", plan.request.model.source, f"backend {plan.quantizer.backend}"),
         (
             "size of the file",
-            _megabytes(plan.file_bytes),
-            f"asked for {plan.budget}; quantized {_megabytes(plan.bytes)} of at most {_megabytes(plan.budget_bytes)}",
+            megabytes(plan.file_bytes),
+            f"asked for {plan.budget}; quantized {megabytes(plan.bytes)} of at most {megabytes(plan.budget_bytes)}",
         ),
         (
             "bits per weight",
@@ -99,9 +95,15 @@ def _answer(record: RunRecord, out: str) -> list[str]:
             paragraph(f"The saved model's own negative log-likelihood is {plan.saved_loss:.4f} nats per token.")
         )
     if plan.stopped_after is not None:
-        parts.append(
-            paragraph(f"The search was stopped after {plan.stopped_after}. Without the limit the same command goes on.")
+        stopped = (
+            f"The search was stopped after {plan.stopped_after}. Without the limit the same command goes on."
+            if stop_options(plan)
+            else f"The search was interrupted after {plan.stopped_after}; the same command goes on."
         )
+        parts.append(paragraph(stopped))
+    if out is None:
+        made = shlex.join(["coopq", "apply", record.file, "--out", "OUT"])
+        return [*parts, paragraph("No model is saved of this plan; this command makes one:"), code(made)]
     return [*parts, paragraph("Run the model:"), code(_commands(record, out))]
 
 
@@ -115,7 +117,7 @@ def _judged_box(record: RunRecord) -> Iterator[tuple[str, str, str]]:
             value = f"{divergence.mean.value:.2g}"
             if divergence.mean.interval is not None:
                 value += f" ± {np.ptp(divergence.mean.interval) / 2:.1g}"
-            yield ("the same on unseen text", value, f"perplexity {evaluation.perplexity:.2f}{beside}")
+            yield ("KL divergence on unseen text", value, f"perplexity {evaluation.perplexity:.2f}{beside}")
 
 
 def _judged(record: RunRecord) -> Iterator[str]:
@@ -186,10 +188,9 @@ def _layers(record: RunRecord) -> list[str | Figure]:
     parts: list[str | Figure] = [
         Figure("widths", width_map(record), f"Width of each layer. Hover or tap for the layer's name.{runner_up}")
     ]
-    cost = _COSTS[METHODS[plan.method].kind]
-    scores = [player.score for player in plan.players]
+    scores, meaning = [player.score for player in plan.players], score_text(plan.method)
     if max(scores) > min(scores):
-        caption = f"Cost of lowering each layer: {cost}. Dark layers are sensitive and should have more bits."
+        caption = f"Cost of lowering each layer: {meaning}. Dark layers are sensitive and should have more bits."
         parts.append(Figure("sensitivity", sensitivity_map(record, "cost of lowering"), caption))
     rows = [
         (
@@ -209,7 +210,9 @@ def _layers(record: RunRecord) -> list[str | Figure]:
 def _confidence(record: RunRecord) -> list[str | Figure]:
     plan, sure = record.plan, record.plan.confidence
     parts: list[str | Figure] = []
-    if sure is None or sure.difference is None or sure.interval is None or sure.probability is None:
+    if plan.measured_loss is None:
+        parts.append(paragraph("The loss of this plan is not measured, so nothing says how sure the choice is."))
+    elif sure is None or sure.difference is None or sure.interval is None or sure.probability is None:
         parts.append(
             paragraph("No other measured assignment of this size differs in 5 % of the weights: there is no runner-up.")
         )
@@ -292,8 +295,3 @@ def _search(record: RunRecord) -> list[str | Figure]:
         )
         parts.append(Figure("search", search_figure(record), caption))
     return parts
-
-
-def _megabytes(n_bytes: int) -> str:
-    """Bytes in millions, as disks and hubs count."""
-    return f"{n_bytes / 1e6:,.2f} MB"

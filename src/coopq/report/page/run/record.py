@@ -72,6 +72,7 @@ class RunRecord:
         pairs: Pair terms; None where nothing fitted has any.
         engine: The engine that the job wrote its output for; None for a model as coopq itself saves it.
         judged: What `coopq evaluate` found out about the model, one for each text.
+        file: The plan's file, for commands.
     """
 
     plan: Plan
@@ -83,6 +84,7 @@ class RunRecord:
     pairs: PairTerms | None
     engine: str | None = None
     judged: Sequence[JudgedPlan] = ()
+    file: str = "PLAN"
 
     @property
     def n_weights(self) -> int:
@@ -105,10 +107,12 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
         CoopQError: If a file of the folder is damaged.
     """
     nothing = np.zeros((0, len(plan.players)), np.float32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0)
-    empty = RunRecord(plan, name_players(plan.players), Points(*nothing), Points(*nothing), 0.0, None, None)
+    none = Points(*nothing)
+    empty = RunRecord(plan, name_players(plan.players), none, none, 0.0, None, None, file=plan.file_name)
     if run is None:
         return empty
     folder, text = RunFolder(run), plan.request.text
+    empty = replace(empty, file=f"{run.name}/{folder.plans.name}/{plan.file_name}")
     for file in run.glob("saved/*.json"):  # what `deliver` wrote of each output
         made = Delivered.load(file)
         if made.bits == plan.assignment:
