@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from coopq.core.specs import Request
 from coopq.judge.bench.aggregate import average_over_seeds, tidy
 from coopq.judge.bench.config import Bench, Case, read_bench
 from coopq.judge.bench.results import Result, Row
-from coopq.judge.bench.run import run_bench
+from coopq.judge.bench.run import pair_terms, run_bench
 from coopq.judge.results import Comparison
 from coopq.report.bench_plots import name_players
 from coopq.report.bench_tables import markdown, save_report
 from coopq.report.plot_style import method_lines
 from coopq.report.plots import save_comparison
+from coopq.search import Measured, SearchSpace
 from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
 
@@ -110,6 +112,19 @@ def test_a_bench_ends_in_tables_and_figures_and_is_not_repeated(config: Path) ->
     again = run_bench(read_bench(config), out)
     assert tidy(again)["nll"].tolist() == [float(row["nll"]) for row in rows]
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("journal.jsonl")}, "nothing was opened"
+
+
+def test_interactions_are_what_two_players_lose_beyond_their_sum() -> None:
+    space = SearchSpace.uniform((2, 4), np.full(5, 10))
+    q = np.array(list(product((False, True), repeat=5)))
+    measured = Measured(space)
+    together = 0.2 * (q[:, 0] & q[:, 1]) - 0.1 * (q[:, 2] & q[:, 3])
+    measured.add(space.assignments(q), 3 + q @ np.arange(1.0, 6) / 10 + together)
+    found = pair_terms(space, measured)
+    expected = np.zeros((5, 5))
+    expected[0, 1] = expected[1, 0] = 0.2
+    expected[2, 3] = expected[3, 2] = -0.1
+    np.testing.assert_allclose(found, expected, atol=0.02)
 
 
 def test_figures_name_players_by_block_and_projection() -> None:

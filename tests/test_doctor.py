@@ -55,6 +55,28 @@ def test_what_does_not_work_is_no_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert told[-1] == ("importing libraries", 5, 5)
 
 
+def test_an_import_has_its_own_time_and_what_lacks_a_library_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {f"slow_{name}": "import time; time.sleep(3)" for name in "abc"}
+    modules |= {"stuck": "import time; time.sleep(600)", "there/__init__": "", "needs": "import not_installed"}
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text(text)
+    paths = [*(name for name in modules if "/" not in name), "there", "there.not_installed"]
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(doctor, "EXTRAS", tuple(doctor.Part(path, "", (path,), path) for path in paths))
+    monkeypatch.setattr(doctor, "ENGINES", ())
+    monkeypatch.setattr(doctor, "_SECONDS", 7.0)
+    found = {extra["name"]: extra["problem"] for extra in doctor.examine()["extras"]}
+    assert found == {
+        **dict.fromkeys(("slow_a", "slow_b", "slow_c", "there")),
+        "stuck": "the import took longer than 7 s",
+        "needs": "ModuleNotFoundError: No module named 'not_installed'",
+        "there.not_installed": "",
+    }
+
+
 @pytest.mark.slow
 def test_every_extra_works_here(stories: str) -> None:
     code, out, err = in_new_process("doctor", stories, "--json")

@@ -28,7 +28,7 @@ from coopq.game.prepared import prepare
 from coopq.model.memory import free_memory, gib
 
 _SECONDS = 300.0
-"""How long the imports of one process may take. Some libraries compile when they are imported first."""
+"""How long an import may take. Some libraries compile when they are imported first."""
 _GGML = "coopq.report.doctor_worker:quantize_by_ggml"
 
 
@@ -162,26 +162,43 @@ def _try_imports(paths: Sequence[str], progress: ProgressCallback) -> Iterator[t
     """Version and problem of each path, see `try_import`; a new process goes on where one ends."""
     done = 0
     while done < len(paths):
-        command = [sys.executable, "-m", "coopq.report.doctor_worker", *paths[done:]]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
-        ) as process:
-            timer = threading.Timer(_SECONDS, process.kill)
-            timer.start()
-            try:
-                assert process.stdout is not None
-                for line in process.stdout:
-                    progress("importing libraries", done, len(paths))
-                    done += 1
-                    found, problem = json.loads(line)
-                    yield found, problem
-            finally:
-                timer.cancel()
-                process.kill()
-        if done < len(paths):
+        for answer in _import_in_one_process(paths[done:]):
+            progress("importing libraries", done, len(paths))
             done += 1
-            yield None, f"the import ends with code {process.returncode}"
+            yield answer
     progress("importing libraries", done, len(paths))
+
+
+def _import_in_one_process(paths: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
+    """Version and problem of each path, up to the first path whose import ends the process or takes too long."""
+    command = [sys.executable, "-m", "coopq.report.doctor_worker", *paths]
+    is_late = threading.Event()
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+    ) as process:
+
+        def stop() -> None:
+            is_late.set()
+            process.kill()
+
+        assert process.stdout is not None
+        try:
+            for _ in paths:
+                timer = threading.Timer(_SECONDS, stop)
+                timer.start()
+                line = process.stdout.readline()
+                timer.cancel()
+                if not line:
+                    break
+                found, problem = json.loads(line)
+                yield found, problem
+            else:
+                return
+        finally:
+            timer.cancel()
+            process.kill()
+    late = f"the import took longer than {_SECONDS:g} s"
+    yield None, late if is_late.is_set() else f"the import ends with code {process.returncode}"
 
 
 def _disk() -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Imports libraries for `coopq doctor` in a process of its own: an import may print, hang, or end the process."""
 
-import importlib.util
+import importlib
 import json
 import os
 import sys
@@ -18,7 +18,8 @@ def try_import(path: str) -> tuple[str | None, str | None]:
         if function:
             getattr(module, function)()
     except BaseException as error:  # noqa: BLE001  # a library may raise anything when it is imported
-        is_missing = isinstance(error, ModuleNotFoundError) and importlib.util.find_spec(name.partition(".")[0]) is None
+        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+        is_missing = lacks is not None and f"{name}.".startswith(f"{lacks}.")  # the module, or a package around it
         return None, "" if is_missing else f"{type(error).__name__}: {' '.join(str(error).split())}"
     version = getattr(module, "__version__", None)
     return version.partition("-")[0] if isinstance(version, str) else None, None

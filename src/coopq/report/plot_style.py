@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from coopq.core.files import atomic_file
 from coopq.judge.references import RANDOM
 from coopq.report.page.colours import FAINT, METHOD_COLOURS, method_colours
 
@@ -181,8 +182,9 @@ def save_figure(figure: Any, path: Path) -> list[Path]:
 
     files = [path.with_name(path.name + suffix) for suffix in _SUFFIXES]
     for file in files:
-        with rc_context(_STYLE):
-            figure.savefig(file, dpi=_DPI, metadata={"Date": None} if file.suffix == ".svg" else None)
+        form = file.suffix[1:]
+        with rc_context(_STYLE), atomic_file(file) as temporary:
+            figure.savefig(temporary, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else None)
     return files
 
 

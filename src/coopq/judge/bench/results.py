@@ -64,8 +64,9 @@ class Result(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             None without a method that walks.
         covariance: Covariance of the walks' marginal contributions, which the paper takes for interactions, shape
             (n_players, n_players); None likewise.
-        interactions: Pair terms of the surrogate fitted to everything measured, for the budget halfway between the
-            lowest and the highest width, shape (n_players, n_players).
+        interactions: What two players lose together beyond their sum, by a quadratic fitted to everything measured,
+            for the budget halfway between the lowest and the highest width, shape (n_players, n_players), nats per
+            token.
     """
 
     case: str

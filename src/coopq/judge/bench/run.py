@@ -24,8 +24,7 @@ from coopq.plan.allocate import search_space
 from coopq.plan.estimation import is_estimated, load_estimation
 from coopq.plan.methods import check_methods, get_method
 from coopq.plan.searches.by_search import begin_with_nothing
-from coopq.search import Measured
-from coopq.search.surrogate import best_surrogate
+from coopq.search import Measured, SearchSpace
 
 
 def check_bench(bench: Bench) -> None:
@@ -156,13 +155,24 @@ def _row(judged: Judged) -> Row:
 
 
 def _interactions(session: Session) -> npt.NDArray[np.float64]:
-    """Pair terms of players in a surrogate fitted to everything measured, shape (n_players, n_players)."""
+    """Pair terms of players in a surrogate fitted to everything measured, as `pair_terms` has them."""
     space = search_space(session)
     measured = Measured(space)
     with Journal(session.folder.journal, session.fingerprint) as journal:
         measured.add(*journal.first(len(journal)))
-    K = best_surrogate(measured.surrogates(int(space.step_bytes.sum()) // 2)).K
-    return space.sum_by_player(space.sum_by_player(K), axis=1)
+    return pair_terms(space, measured)
+
+
+def pair_terms(space: SearchSpace, measured: Measured) -> npt.NDArray[np.float64]:
+    """What two players lose together beyond their sum, by a quadratic fitted to losses, halfway between the widths.
+
+    Returns:
+        Symmetric, shape (n_players, n_players), nats per token.
+    """
+    raw = measured.surrogates(int(space.step_bytes.sum()) // 2)[0]  # the quadratic of the loss itself
+    terms = space.sum_by_player(space.sum_by_player(2 * raw.K), axis=1)  # q'Kq holds each pair twice
+    np.fill_diagonal(terms, 0.0)  # steps of one player
+    return terms
 
 
 def _as_tuples(matrix: npt.NDArray[np.float64]) -> tuple[tuple[float, ...], ...]:
