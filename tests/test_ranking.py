@@ -14,6 +14,7 @@ from coopq.cli.judge_commands import compare
 from coopq.judge.bench.results import Result, Row
 from coopq.judge.results import Comparison
 from coopq.model.texts import HeldOut
+from coopq.report.page.ranking.figures import lines_figure
 from coopq.report.page.ranking.page import save_bench_page, save_comparison_page
 from coopq.report.page.ranking.rank import Cell, comparison_cells, rank
 from tests.pages import checked, many_methods
@@ -124,3 +125,21 @@ def test_uniform_rows_are_called_by_their_width() -> None:
 
     cells = comparison_cells([row("original", None, 16.0), row("uniform", 5, 7.6), row("uniform", 4, 4.0)])
     assert [cell.label for cell in cells] == ["original", "uniform 5 and wider", "uniform 4"]
+
+
+def a_cell(method: str, budget: str | None, nll: float) -> Cell:
+    """A cell of one case; without a budget it is a reference."""
+    return Cell("", method, budget, 3.0, method, 0.0, np.array([nll]), 1.0)
+
+
+def test_labels_stand_at_their_lines_where_the_axis_is_logarithmic() -> None:
+    losses = {"a": 0.1, "b": 0.11, "c": 10.0}
+    figure = lines_figure([a_cell(name, "3avg", nll) for name, nll in losses.items()], dict.fromkeys(losses, "#000000"))
+    at = {label["method"]: label["at"] for label in figure["layer"][1]["data"]["values"]}
+    assert at["a"] == 0.1
+    assert 0.11 < at["b"] < 0.15, "apart from a, and not far from its own line"
+    assert at["c"] == pytest.approx(10.0)
+
+
+def test_references_alone_are_a_figure() -> None:
+    assert lines_figure([a_cell("uniform", None, 2.0), a_cell("original", None, 1.0)], {})["layer"]

@@ -1,10 +1,11 @@
 """The figures of a comparison's page, as Vega-Lite specifications."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coopq.judge.references import ORIGINAL, UNIFORM
-from coopq.report.page.axes import FIT, loss_axis, number_axis, tip
+from coopq.report.page.axes import FIT, is_wide, loss_axis, number_axis, tip
 from coopq.report.page.colours import FAINT, method_colours
 from coopq.report.page.document import Spec
 from coopq.report.page.ranking.rank import Cell, Rank
@@ -12,6 +13,8 @@ from coopq.report.page.ranking.rank import Cell, Rank
 _MOST_LINES = 6
 _ROW = 22
 """Height of a row of the dot plot, in pixels."""
+_APART = 0.055
+"""Distance of two labels, as a share of the axis."""
 _ROOM, _LESS_ROOM = 110, 30
 """Room for labels at the right of lines, and where uniform widths reach further than the lines, in pixels."""
 
@@ -104,7 +107,7 @@ def lines_figure(cells: Sequence[Cell], named: Mapping[str, str]) -> Spec:
             "encoding": base,
         },
         {
-            "data": {"values": _spread_labels(rows, named, 0.055 * (max(losses) - min(losses)))},
+            "data": {"values": _spread_labels(rows, named, losses)},
             "mark": {"type": "text", "align": "left", "dx": 8, "fontWeight": "bold"},
             "encoding": {"x": x, "y": {**y, "field": "at"}, "text": {"field": "method"}, "color": colours},
         },
@@ -134,6 +137,8 @@ def lines_figure(cells: Sequence[Cell], named: Mapping[str, str]) -> Spec:
 def _room(rows: Sequence[dict[str, Any]], uniform: Sequence[dict[str, Any]]) -> int:
     """Room at the right of the axes for names of lines."""
     sizes, ends = [row["size"] for row in (*rows, *uniform)], [row["size"] for row in rows]
+    if not ends:
+        return _LESS_ROOM
     return _LESS_ROOM if max(sizes) - max(ends) > 0.25 * (max(sizes) - min(sizes)) else _ROOM
 
 
@@ -143,14 +148,18 @@ def _colours(methods: Sequence[str], named: Mapping[str, str]) -> dict[str, Any]
     return {"field": "method", "type": "nominal", "legend": None, "scale": {"domain": list(methods), "range": colours}}
 
 
-def _spread_labels(rows: Sequence[dict[str, Any]], named: Mapping[str, str], apart: float) -> list[dict[str, Any]]:
-    """Where the label of each named method stands: at its largest size, and `apart` nats from the next label."""
+def _spread_labels(
+    rows: Sequence[dict[str, Any]], named: Mapping[str, str], losses: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Where the label of each named method stands: at its largest size, apart from the next label on the axis."""
+    on_axis, back = (math.log, math.exp) if is_wide(losses) else (float, float)
+    apart = _APART * (on_axis(max(losses)) - on_axis(min(losses)))
     ends: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["method"] in named and row["size"] >= ends.get(row["method"], row)["size"]:
             ends[row["method"]] = row
     found: list[dict[str, Any]] = []
     for row in sorted(ends.values(), key=lambda row: row["nll"]):
-        at = row["nll"] if not found else max(row["nll"], found[-1]["at"] + apart)
+        at = row["nll"] if not found else max(row["nll"], back(on_axis(found[-1]["at"]) + apart))
         found.append({"method": row["method"], "size": row["size"], "at": at})
     return found
