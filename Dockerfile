@@ -1,6 +1,8 @@
 # CoopQ with the engines for CPUs: llama.cpp, OpenVINO, transformers, mlx-lm.
 #   docker build -t coopq .
-#   docker run --rm -v "$PWD:/work" coopq quantize demo --for llama.cpp --size 80MB --out smollm2.gguf
+#   docker run --rm -v "$PWD:/work" --user "$(id -u):$(id -g)" -e HOME=/tmp -e USER=coopq \
+#       coopq quantize demo --for llama.cpp --size 80MB --out smollm2.gguf
+# The options make the container write into the mounted folder as you; torch needs a name of the user.
 FROM python:3.12-slim
 
 # quanto compiles its kernels when they are first used.

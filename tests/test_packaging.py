@@ -80,7 +80,7 @@ def test_a_shell_completes(line: str, expected: str) -> None:
 
 
 def test_a_distribution_holds_what_it_needs(tmp_path: Path) -> None:
-    """The data of the package in the wheel, and the tests in the sdist."""
+    """The data of the package in the wheel, and the package with its pages in the sdist."""
     done = subprocess.run(
         [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)],
         capture_output=True,
@@ -100,7 +100,8 @@ def test_a_distribution_holds_what_it_needs(tmp_path: Path) -> None:
     assert "Paper, https://" in metadata
     with tarfile.open(source) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"README.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "tests/documents.py"} <= held
+    assert {"README.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md", "src/coopq/__init__.py"} <= held
+    assert not any(name.startswith("tests") for name in held), "tests need the rest of the checkout"
 
 
 def _is_data(file: Path) -> bool:
