@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,9 @@ def test_cases_that_share_budgets_in_bytes_stand_side_by_side() -> None:
     assert f"| m-rtn-2-4 | lim | {np.exp(2):.2f} | 30 |" in shown
     assert f"| m-rtn-2-4-fused | coopq | **{np.exp(1.5):.2f}** | 30 |" in shown
     assert "equal bytes" not in markdown(Bench("Toy", cases[:1], None, 64), results[:1]), "there is nothing beside it"
+    cases = (cases[0], replace(cases[1], request=cases[1].request.replace(embeddings=True)))
+    results[1] = msgspec.structs.replace(results[1], case=cases[1].name)
+    assert "equal bytes" not in markdown(Bench("Toy", cases, None, 64), results), "bits of more weights are more bytes"
 
 
 @pytest.mark.parametrize(

@@ -197,11 +197,10 @@ def _equal_bytes(bench: Bench, cells: "pd.DataFrame") -> Iterator[str]:
     sources = [(case.request.model.source, case.request.quantizer.backend) for case in bench.cases]
     for source in dict.fromkeys(sources):
         cases = [case for case, found in zip(bench.cases, sources, strict=True) if found == source]
-        shared = [
-            budget
-            for budget in cases[0].budgets
-            if not budget.endswith("avg") and all(budget in case.budgets for case in cases)
-        ]
+        layers = {(case.request.widths.embeddings, case.request.widths.routers) for case in cases}
+        relative = "avg" if len(layers) == 1 else ("avg", "bpw")  # bits of other weights are other bytes
+        in_all = [budget for budget in cases[0].budgets if all(budget in case.budgets for case in cases)]
+        shared = [budget for budget in in_all if not budget.endswith(relative)]
         if len(cases) < 2 or not shared:
             continue
         names_of_cases = [case.name for case in cases]

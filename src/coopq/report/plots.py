@@ -12,6 +12,7 @@ import numpy.typing as npt
 from coopq.core.types import Width
 from coopq.judge.references import ORIGINAL, RANDOM, UNIFORM
 from coopq.judge.results import Comparison
+from coopq.report.page.axes import is_wide
 from coopq.report.page.colours import CHOICE, FAINT, FRONT, is_light, width_colour
 from coopq.report.page.ranking.rank import comparison_cells, rank
 from coopq.report.plot_style import (
@@ -29,10 +30,6 @@ from coopq.report.plot_style import (
 
 _MOST_NAMES = 40
 """Players that are named one by one; of more, the first of each block is."""
-_WIDE = 8.0
-"""Ratio of the largest to the smallest perplexity from which the axis is logarithmic."""
-
-
 _LETTERS = 100
 """Letters of a line below a figure."""
 _OWN = ("active", "coopq")
@@ -84,7 +81,7 @@ def save_comparison(rows: Sequence[Comparison], title: str, path: Path) -> list[
         axes.axhline(full[0], color=INK, linestyle=":", linewidth=1.2, label=f"original, {full[0]:,.1f}")
     axes.set(xlabel="average bits of the weights", ylabel="perplexity")
     losses = [row.perplexity for row in rows]
-    if max(losses) > _WIDE * min(losses):
+    if is_wide(losses):
         axes.set_yscale("log")
         low, high = min(losses) * 0.8, max(losses) * 1.3
         axes.set_ylim(low, high)

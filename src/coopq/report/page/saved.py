@@ -148,4 +148,5 @@ def _plan_page(file: Path, run: Path, saved: Path | None = None) -> Path:
         out = _made(plan, run) if saved is None else _output(saved, run).name
         return save_run_page(plan, run, out, run / _page_name(plan))
     beside = file.with_suffix("") if saved is None else saved  # a saved model's folder stays as it is
-    return save_run_page(plan, None, saved and saved.name, beside.with_name(f"{beside.name}-{REPORT}"))
+    name = None if saved is None else saved.name
+    return save_run_page(plan, None, name, beside.with_name(f"{beside.name}-{REPORT}"))
