@@ -8,7 +8,7 @@ from msgspec import Struct
 from coopq.core.errors import RunError
 from coopq.core.files import as_plain, read_record, write_record
 from coopq.core.specs import Request
-from coopq.game.run_folder import RunFolder, default_run
+from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
 from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, load_plans
@@ -130,15 +130,18 @@ def _page_name(plan: Plan) -> str:
 
 def _output(saved: Path, run: Path) -> Path:
     """What a job made: the saved model, or what an engine loads if the model was saved on the way to that."""
-    return run.with_name(run.name.removesuffix("-run")) if run in saved.parents else saved
+    record = saved.with_name(f"{saved.name}.json")
+    return (run / Delivered.load(record).out).resolve() if run in saved.parents and record.is_file() else saved
 
 
 def _made(plan: Plan, run: Path) -> str | None:
-    """Name of what a job with this default run folder made of a plan; None if nothing of the plan is there."""
-    out = run.with_name(run.name.removesuffix("-run"))
-    saved = (folder / "plan.json" for folder in (out, run / "saved" / out.stem))
-    is_made = out.exists() and any(Plan.load(file).assignment == plan.assignment for file in saved if file.is_file())
-    return out.name if is_made else None
+    """Name of what was made of a plan in its run folder; None if nothing of the plan is there."""
+    records = [Delivered.load(file) for file in sorted(run.glob("saved/*.json"))]
+    made = [(run / record.out).resolve() for record in records if record.bits == plan.assignment and record.is_whole]
+    own = run.with_name(run.name.removesuffix("-run"))
+    if (own / "plan.json").is_file() and Plan.load(own / "plan.json").assignment == plan.assignment:
+        made.append(own)
+    return next((out.name for out in made if out.exists()), None)
 
 
 def _plan_page(file: Path, run: Path, saved: Path | None = None) -> Path:
