@@ -187,8 +187,11 @@ def test_an_interrupted_converter_ends_and_leaves_nothing(
     assert [file.name for file in cache.iterdir()] == ["convert.lock"]
 
 
-def test_no_code_of_the_model_is_run(tmp_path: Path) -> None:
-    """The converter trusts the code of a model, here to read a tokenizer, so it must not see the code."""
+def test_no_code_of_the_model_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The converter trusts the code of a model, here to read a tokenizer, so it must not see the code.
+
+    Nor does Python import a module from the folder where the user is.
+    """
     config = hf.Glm4Config(**{**GROUPED, "vocab_size": 520})
     hf.Glm4ForCausalLM(config).save_pretrained(tmp_path / "evil")
     hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "evil")
@@ -196,6 +199,8 @@ def test_no_code_of_the_model_is_run(tmp_path: Path) -> None:
     (tmp_path / "evil" / "evil.py").write_text(
         f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Evil\n"
     )
+    (tmp_path / "evil" / "conversion.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path / "evil")
     content = json.loads(settings.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     settings.write_text(json.dumps(content))
     with pytest.raises(ExportError, match="BPE pre-tokenizer was not recognized"):  # which is said after it was read

@@ -124,6 +124,18 @@ def test_folders_and_files_are_small() -> None:
     assert {module: n for module, n in lengths.items() if n > MOST_LINES} == {}
 
 
+def test_no_process_imports_modules_from_the_current_folder() -> None:
+    """Python looks for modules there first, and it may be a stranger's model; -P turns that off.
+
+    The converter that a user names is a script, and a script imports from the script's own folder.
+    """
+    for path in MODULES.values():
+        for options in re.findall(r"sys\.executable, (.*)", path.read_text(encoding="utf-8")):
+            assert options.startswith(('"-P", ', "converter]")), (
+                f"{path}: {options}"
+            )  # a script has a folder of its own
+
+
 @pytest.mark.parametrize(("function", "folder"), [("find_players", "model"), ("get_backend", "quantizers")])
 def test_a_request_is_turned_into_players_and_backend_in_one_place(function: str, folder: str) -> None:
     """Outside the function's own folder."""

@@ -171,7 +171,7 @@ def _try_imports(paths: Sequence[str], progress: ProgressCallback) -> Iterator[t
 
 def _import_in_one_process(paths: Sequence[str]) -> Iterator[tuple[str | None, str | None]]:
     """Version and problem of each path, up to the first path whose import ends the process or takes too long."""
-    command = [sys.executable, "-m", "coopq.report.doctor_worker", *paths]
+    command = [sys.executable, "-P", "-m", "coopq.report.doctor_worker", *paths]
     is_late = threading.Event()
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"

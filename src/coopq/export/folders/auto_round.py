@@ -4,9 +4,6 @@ transformers reads GPTQ's own configuration as if all modules had one width.
 """
 
 import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,18 +15,8 @@ from torch import Tensor
 
 from coopq.core.types import Losses, Width
 from coopq.export.folders.hf_folder import GPTQFolder, commonest_width
+from coopq.export.folders.library_process import answer_of
 from coopq.quantizers.backend import Backend, Packed
-
-_LOSSES = """
-import json, sys
-import numpy, torch
-from transformers import AutoModelForCausalLM
-from coopq.export.verification import token_losses
-asked = json.load(sys.stdin)
-model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float16).eval()
-print(json.dumps(token_losses(model, numpy.array(asked["tokens"]), "the exported model").tolist()))
-"""
-"""What the other process runs."""
 
 
 class AutoRound(GPTQFolder):
@@ -78,8 +65,5 @@ class AutoRound(GPTQFolder):
         Raises:
             RuntimeError: With the last line of the process, if it fails.
         """
-        asked = json.dumps({"folder": str(folder), "tokens": tokens.tolist()})
-        done = subprocess.run([sys.executable, "-c", _LOSSES], input=asked, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["its process died"])[-1])
-        return np.array(json.loads(done.stdout.splitlines()[-1]))
+        request = {"folder": str(folder), "tokens": tokens.tolist()}
+        return np.array(answer_of("coopq.export.folders.auto_round_process", request))

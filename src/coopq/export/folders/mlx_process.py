@@ -5,7 +5,6 @@ python -m coopq.export.folders.mlx_process < REQUEST
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from coopq.core.errors import ExportError
 from coopq.core.types import Losses
+from coopq.export.folders.library_process import answer_of
 
 
 def is_installed() -> bool:
@@ -30,13 +30,11 @@ def mlx_losses(folder: Path, tokens: npt.NDArray[np.int64] | None) -> Losses:
     Raises:
         ExportError: If mlx-lm cannot load the model, or cannot compute.
     """
-    request = json.dumps({"folder": str(folder), "tokens": None if tokens is None else tokens.tolist()})
-    command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["its process died"])[-1]
-        raise ExportError(f"mlx-lm cannot load the exported model ({reason}); choose another --target")
-    return np.array(json.loads(done.stdout.splitlines()[-1]), dtype=np.float64)
+    request = {"folder": str(folder), "tokens": None if tokens is None else tokens.tolist()}
+    try:
+        return np.array(answer_of(__name__, request), dtype=np.float64)
+    except RuntimeError as error:
+        raise ExportError(f"mlx-lm cannot load the exported model ({error}); choose another --target") from error
 
 
 def main() -> None:

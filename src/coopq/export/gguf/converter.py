@@ -147,7 +147,8 @@ def _run(converter: Path, source: str, model: Path, out: Path, kind: str, progre
     """
     command: list[str | Path] = [sys.executable, converter] if converter.suffix == ".py" else [converter]
     if str(converter) == _packaged():
-        command = [sys.executable, "-m", "coopq.export.gguf.converter_worker"]
+        # -P: Python imports nothing from the current folder, which may be a stranger's model.
+        command = [sys.executable, "-P", "-m", "coopq.export.gguf.converter_worker"]
     said = "it prints nothing"
     progress(_STAGE, 0, 100)
     try:

@@ -77,7 +77,7 @@ def running_job(
         request = {"tokens": tokens.tolist(), "dtype": str(model.dtype).removeprefix("torch."), **job}
         request |= {"device": model.device.type}
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", worker, place]
+        command = [sys.executable, "-P", "-m", worker, place]
         with (
             (folder / "log").open("w+", encoding="utf-8", errors="replace") as log,
             subprocess.Popen(
