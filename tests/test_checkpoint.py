@@ -179,6 +179,17 @@ def test_the_main_job_gives_a_model_that_generates(backend: str, stories: str, t
     ]
 
 
+def test_a_loaded_model_generates_by_the_settings_of_the_source(stories: str, tmp_path: Path) -> None:
+    """Chat models end their answers with more tokens than config.json names."""
+    loaded = load_model(stories, device="cpu")
+    loaded.model.generation_config.eos_token_id = [2, 7]
+    save(loaded, plan_for(loaded.model, "rtn", 64, [2] * 5), tmp_path / "saved")
+    assert coopq.load(tmp_path / "saved", device="cpu").generation_config.eos_token_id == [2, 7]
+    (tmp_path / "saved" / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"does not fit its plan .*generation_config\.json.*; save the model again"):
+        coopq.load(tmp_path / "saved", device="cpu")
+
+
 def test_a_folder_without_a_model_and_weights_that_do_not_fit_are_refused(stories: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds no model saved by coopq"):
         coopq.load(tmp_path)

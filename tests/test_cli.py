@@ -145,7 +145,7 @@ def test_deployment_keeps_the_budget_and_says_what_it_ignores(job: Path) -> None
     run, out = job.with_name("out-run"), job.with_name("deployed")
     assert command("allocate", run, "--budget", "3.19bpw")[0] == 0
     plan = run / "plans" / "3.19bpw.json"
-    assert "its budget 3.19bpw is" in refused("apply", plan, "--out", out, "--backend", "hqq")
+    assert "but the budget 3.19bpw allows" in refused("apply", plan, "--out", out, "--backend", "hqq")
     assert "goes with a backend" in refused("apply", plan, "--out", out, "--group-size", "32")
     same = command("apply", job / "plan.json", "--out", out, "--backend", "rtn", "--json")
     assert json.loads(same[1])["deployment"] is None

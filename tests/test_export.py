@@ -112,9 +112,13 @@ def test_exports_refuse_what_they_cannot_hold(stories: str, tmp_path: Path) -> N
             {"backend": "gptq", "bits": (2, 4), "group_size": 32, "act_order": True},
             "not what backend 'gptq' makes",
         ),
-        ("openvino", {}, "no whole groups of 64, as openvino needs"),
+        ("openvino", {}, "not a multiple of the group size 64; openvino needs"),
         ("compressed-tensors", {"backend": "gptq", "bits": (2, 4), "group_size": 32}, "--granularity fused, or block"),
-        ("compressed-tensors", {"backend": "gptq", "bits": (2, 4), "granularity": "block"}, "no whole groups of 128"),
+        (
+            "compressed-tensors",
+            {"backend": "gptq", "bits": (2, 4), "granularity": "block"},
+            "not a multiple of the group size 128",
+        ),
     ]
     for target, changes, message in cases:
         other = request.replace(**{"granularity": "linear", **changes}, target=target)
@@ -163,7 +167,22 @@ def test_transformers_loads_compressed_tensors_with_the_same_weights(
 ) -> None:
     plan, saved = gptq
     out = tmp_path / "out"
+    (saved / ".git").mkdir()
+    (saved / "notes.txt").write_text("a user's own")
+    (saved / "README.md").chmod(0o444)
+    (saved / "LICENSE").write_text("as you like")
     assert export_model(saved, "compressed-tensors", out) == (out / "model.safetensors").stat().st_size
+    assert sorted(path.name for path in out.iterdir()) == [
+        "LICENSE",
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert (out / "README.md").stat().st_mode & 0o200, "a file that can be written again"
+    assert "--to compressed-tensors" in (out / "README.md").read_text()
     # Its option to dequantize at once reads every group at the first one's width; a first forward does it rightly.
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     ours = coopq.load(saved, device="cpu")

@@ -199,7 +199,7 @@ def test_models_that_mlx_lm_does_not_load_are_refused_before_a_search(
     [
         ({"group_size": 16}, "in groups of 32, 64 or 128 .*'group_size': 16"),
         ({"backend": "quanto", "bits": (2, 4)}, "not what backend 'quanto' makes"),
-        ({"group_size": 32}, "no whole groups of 32, as mlx needs"),
+        ({"group_size": 32}, "not a multiple of the group size 32; mlx needs"),
     ],
 )
 def test_groups_that_mlx_does_not_have_are_refused(

@@ -1,11 +1,13 @@
 """What is saved is true: it computes what was chosen, answers only the request it was made for, harms no input."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,11 @@ from torch import nn
 
 import coopq
 from coopq import Goal, Request
+from coopq.cli.main import app
 from coopq.core.errors import ModelError, OutputError
 from coopq.core.files import require_no_input
 from coopq.core.types import UNTOUCHED
-from coopq.export.folders.folder_files import SOURCE_CARD, copy_source_files
+from coopq.export.folders.folder_files import SOURCE_CARD, copy_source_files, write_model_card
 from coopq.export.formats import export_model
 from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import LoadedModel
@@ -240,7 +243,7 @@ def test_the_sources_licence_and_processors_are_saved_with_a_card(stories: str, 
     kept = ("LICENSE", "LICENSE.md", "NOTICE.txt", "preprocessor_config.json", "video_preprocessor_config.json")
     for name in (*kept, "chat_template.jinja", "merges.txt", "modeling_own.py", "tokenizer.py", "pytorch_model.bin"):
         (source / name).write_text("{}")
-    (source / "README.md").write_text("---\nlicense: apache-2.0\ntags:\n- stories\n---\n# Stories\n")
+    (source / "README.md").write_bytes(b"---\nlicense: apache-2.0\ntags:\n- stories\n---\n# Stories of Andr\xe9\n")
     plan = coopq.quantize(request_of(source), GOAL, tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {*kept, "chat_template.jinja", "merges.txt", SOURCE_CARD, "README.md"} <= names
@@ -250,6 +253,42 @@ def test_the_sources_licence_and_processors_are_saved_with_a_card(stories: str, 
     assert "library_name: coopq" in card
     assert f"{plan.measured_loss:.5f} nats per token on 64 calibration tokens of c4" in card
     assert str(tmp_path) not in card, "no folder of this machine"
+
+
+def test_the_commands_of_a_card_make_the_model_again(tmp_path: Path) -> None:
+    text = str(tmp_path / "my notes.txt")
+    options = {"symmetric": False, "loss": "kl", "calibration": text, "tokens": 4096, "sequence_length": 64}
+    plan = plan_for(tiny_model("llama"), "gptq", 16, [4, 8, 8])
+    request = plan.request.replace(**options, model="somebody/tiny-1B", device="cuda", bits=(4, 8))
+    plan = plan.replace(request=request, alpha=0.25, stopped_after="60 forwards or 5 minutes")
+    write_model_card(plan, tmp_path, "coopq", 1000)
+    (quantized,) = _commands(tmp_path)
+    goal = {"budget": "3avg", "method": "coopq", "alpha": 0.25, "forwards": 60, "minutes": 5.0}
+    assert {name: quantized[name] for name in goal} == goal
+    made = Request.from_options(**{name: quantized[name] for name in request.options() if name in quantized})
+    assert made == request.replace(calibration="my notes.txt", device="auto")
+    assert 'coopq.load("FOLDER")' in (tmp_path / "README.md").read_text(), "how to run it"
+    deployed = plan.replace(deployment=coopq.QuantizerSpec("rtn", group_size=32), max_loss=2.5)
+    write_model_card(deployed, tmp_path, "mlx", 1000, "mlx")
+    quantized, applied, exported = _commands(tmp_path)
+    assert (quantized["backend"], quantized["max_loss"]) == ("gptq", 2.5)
+    assert "budget" not in quantized
+    assert (applied["backend"], applied["group_size"], applied["plan"]) == ("rtn", 32, quantized["out"] / "plan.json")
+    assert (exported["saved"], exported["to"]) == (applied["out"], "mlx")
+    assert "mlx_lm.generate --model FOLDER" in (tmp_path / "README.md").read_text()
+
+
+def _commands(folder: Path) -> list[dict[str, Any]]:
+    """The options of each command of a model card, as the command line reads them."""
+    found = []
+    for line in (folder / "README.md").read_text().splitlines():
+        if line.startswith("coopq "):
+            _, name, *words = shlex.split(line)
+            command = app.get_command(click.Context(app), name)
+            assert command is not None
+            given = command.make_context(name, words).params
+            found.append({option: value for option, value in given.items() if value is not None})
+    return found
 
 
 def test_files_that_the_tokenizer_wrote_are_not_written_over(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ list of options says which spec each belongs to:
 (3, 4)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -262,6 +262,28 @@ def option_fields(*kinds: type[Spec]) -> Iterator[FieldInfo]:
     """The fields of specs; `encode_name` is the option's name. Without kinds, those of a whole request."""
     for kind in kinds or _SPECS.values():
         yield from fields(kind)
+
+
+def request_words(request: Request, always: Collection[str] = ()) -> list[str]:
+    """The model and the options of a request, as words of a command line.
+
+    Args:
+        request: The request.
+        always: Names of options that are written even at their defaults.
+    """
+    given = request.options()
+    usual = Request.from_options(model=given["model"]).options()
+    changed = [name for name in given if given[name] != usual[name] or (name in always and given[name] is not None)]
+    return [str(given["model"]), *(word for name in changed for word in _option_words(name, given[name]))]
+
+
+def _option_words(name: str, value: Any) -> Iterator[str]:
+    if isinstance(value, bool):
+        names = {("symmetric", False): "asymmetric"}
+        yield "--" + names.get((name, value), spelled(name) if value else f"no-{spelled(name)}")
+    else:
+        yield f"--{spelled(name)}"
+        yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_known(options: Mapping[str, Any]) -> None:

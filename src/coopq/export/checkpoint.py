@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from coopq.core.errors import ModelError, PlanError
 from coopq.core.files import atomic_folder, read_json, write_json
@@ -27,6 +27,7 @@ from coopq.export.folders.folder_files import copy_source_files, require_unchang
 from coopq.export.folders.stored_tensors import load_stored, saved_config, stored_tensors
 from coopq.export.verification import (
     assigned_weights,
+    last_line,
     loss_of,
     measured_weights,
     probe_tokens,
@@ -79,7 +80,7 @@ class SavedModel:
         """The backend that packed the weights."""
         return PackedWeights(self.plan.quantizer).backend
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The configuration of the model; a ModelError if it, or the tokenizer, was changed."""
         require_unchanged(self.folder)
@@ -205,10 +206,11 @@ def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = No
         model.to(target)
         if not wrong:
             install(model, packed, plan.quantized, target, dtype, dequantize=dequantize)
-    except (RuntimeError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        if (folder / "generation_config.json").is_file() and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{folder} does not fit its plan and configuration ({reason}); save the model again"
+            f"{folder} does not fit its plan and configuration ({last_line(error)}); save the model again"
         ) from error
     if wrong:
         file = folder / saved.backend.weights_file
@@ -260,8 +262,9 @@ def _write(source: Source, plan: Plan, tensors: Mapping[str, Tensor], folder: Pa
         model.generation_config.save_pretrained(folder)
     source.loaded.tokenizer.save_pretrained(folder)
     save_tensors(tensors, folder / backend.weights_file, ABOUT)
-    native = backend.native_config(plan.modules)
-    if native is not None:  # the library's own loader recognises the folder by these
+    if (
+        native := backend.native_config(plan.modules)
+    ) is not None:  # the library's own loader recognises the folder by these
         write_json(folder / "quantize_config.json", native)
         write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": native})
     copy_source_files(source.loaded.folder, folder)

@@ -1,4 +1,4 @@
-"""A plan whose weights another quantizer makes than the one that was measured."""
+"""Deploys a plan with another quantizer than the one it was measured with."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def resized(plan: Plan, deployed: SizedRequest) -> Plan:
     """The plan with the sizes of the backend that deploys it.
 
     Raises:
-        InfeasibleBudget: If they do not keep the plan's budget.
+        InfeasibleBudget: If the deployed weights exceed the plan's budget.
     """
     sizes, limit = deployed.sizes, plan.budget_bytes
     n_bytes = sizes.total_bytes(plan.assignment)
@@ -34,8 +34,8 @@ def resized(plan: Plan, deployed: SizedRequest) -> Plan:
         limit = sizes.limit(Budget.parse(plan.budget), deployed.request.widths.bits)
     if n_bytes > limit:
         raise InfeasibleBudget(
-            f"by backend {plan.quantizer.backend!r} the plan takes {n_bytes} bytes, and its budget {plan.budget} is "
-            f"{limit}; allocate a smaller budget, or estimate with that backend"
+            f"with backend {plan.quantizer.backend!r} the weights take {n_bytes} bytes, but the budget {plan.budget} "
+            f"allows {limit} bytes; allocate a smaller budget, or search with that backend"
         )
     players = [replace(player, n_bytes=sizes.bytes_by_width(index)) for index, player in enumerate(plan.players)]
     return plan.replace(

@@ -28,6 +28,12 @@ _FORWARD_ERRORS = (RuntimeError, AttributeError, TypeError, ValueError, LookupEr
 """What a model's own code raises if it meets a module that it does not expect."""
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's message, where torch and OpenVINO give the reason; or else the error's kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
 def probe_tokens(model: Any, calibration: TokenSet | None = None) -> npt.NDArray[np.int64]:
     """A short sequence that models are compared on, shape (1, length).
 
@@ -94,10 +100,9 @@ def _named(model: Any, what: str) -> Iterator[None]:
     except EstimationError as error:
         raise ModelError(f"{what} ({type(model).__name__}) gives no finite loss; choose another --backend") from error
     except _FORWARD_ERRORS as error:
-        reason = (str(error).strip().splitlines() or [""])[-1]
         raise ModelError(
             f"{what}: the forward of {type(model).__name__} fails in {_failing_module(model, error.__traceback__)} "
-            f"({type(error).__name__}: {reason}); models of this class cannot be quantized so"
+            f"({type(error).__name__}: {last_line(error)}); choose another --backend, and report the model's class"
         ) from error
 
 
@@ -183,8 +188,9 @@ def graph_losses(model_file: Any, tokens: npt.NDArray[np.int64]) -> Losses:
             raise ValueError(f"unknown inputs {[port.any_name for port in compiled.inputs]}")
         logits = compiled([values[name or "input_ids"] for name in names])[0]
     except (RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[-1]
-        raise ExportError(f"OpenVINO cannot run the exported model ({reason}); name another --base") from error
+        raise ExportError(
+            f"OpenVINO cannot run the exported model ({last_line(error)}); name another --base"
+        ) from error
     return _nll(torch.from_numpy(logits), torch.from_numpy(tokens))
 
 

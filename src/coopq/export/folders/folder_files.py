@@ -3,24 +3,27 @@
 import hashlib
 import importlib.metadata
 import re
+import shlex
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from coopq.core.errors import ModelError
-from coopq.core.files import as_plain, read_record, write_record
+from coopq.core.files import read_record, write_record
+from coopq.core.recipes import OWN, RECIPES
 from coopq.core.sizes import Budget
-from coopq.core.spec import spelled
-from coopq.core.specs import Request
+from coopq.core.specs import DEFAULT_SOLVER, request_words
 from coopq.core.types import UNTOUCHED
+from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 
 SOURCE_CARD = "SOURCE_README.md"
 """Name of the source's README.md in the folder of a quantized model."""
 _COPIED = (
+    SOURCE_CARD,
     "LICEN[CS]E*",
     "COPYING*",
     "NOTICE*",
@@ -42,9 +45,10 @@ _COPIED = (
     "spiece*",
     "vocab*",
     "merges.txt",
+    "emoji.json",
     "generation_config.json",
 )
-"""Files of the source that are no weights and no code, by pattern."""
+"""Files beside the weights that are copied, by pattern."""
 _HASHED = (
     "config.json",
     "quantize_config.json",
@@ -59,7 +63,7 @@ _HASHED = (
 _HASHES = "hashes.json"
 _FORMAT_VERSION = 1
 _SUFFIXES = ("", ".md", ".txt", ".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".pdf", ".rst")
-"""Kinds of these files. Code and pickles are never copied."""
+"""File name endings that are copied. Code and pickles are never copied."""
 
 
 def copy_source_files(source: Path, out: Path) -> None:
@@ -71,14 +75,19 @@ def copy_source_files(source: Path, out: Path) -> None:
     """
     if source == Path():
         return
-    for pattern in _COPIED:
-        for file in sorted(source.glob(pattern)):
-            target = out / file.relative_to(source)
-            if file.is_file() and file.suffix.lower() in _SUFFIXES and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)  # the hub's cache holds links
+    copy_files_beside_weights(source, out)
     if (source / "README.md").is_file():
         shutil.copyfile(source / "README.md", out / SOURCE_CARD)
+
+
+def copy_files_beside_weights(folder: Path, out: Path) -> None:
+    """Copy the licence, notices and the files of tokenizer and processors; existing files stay as they are."""
+    for pattern in _COPIED:
+        for file in sorted(folder.glob(pattern)):
+            target = out / file.relative_to(folder)
+            if file.is_file() and file.suffix.lower() in _SUFFIXES and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)  # the hub's cache holds links, and files that nobody may write to
 
 
 class _Hashes(msgspec.Struct):
@@ -118,7 +127,7 @@ def _hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in sorted(files)}
 
 
-def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:
+def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int, form: str | None = None) -> None:
     """Write README.md, with the front matter that the hub reads.
 
     Args:
@@ -126,15 +135,17 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:
         out: The folder of the model; the source's card lies there, if there is one.
         library: Name of what loads the folder.
         n_bytes: Bytes of the file that holds the weights.
+        form: Form of the folder, a name of `coopq.export.formats.FORMS`; None for what coopq itself saves.
     """
-    source, request = plan.request.model.source, plan.request
+    source, card = plan.request.model.source, out / SOURCE_CARD
     base = _hub_name(source)
-    source_card = (out / SOURCE_CARD).read_text(encoding="utf-8") if (out / SOURCE_CARD).is_file() else ""
+    source_card = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = [f"base_model: {base}"] if base else []
     front += [f"library_name: {library}", *_license(source_card)]
     front += ["tags:", *(f"- {tag}" for tag in ("quantized", "mixed-precision", "coopq"))]
     name = base or Path(source).name or source
-    counts = Counter(bits for player in plan.players for bits in [player.bits] for _ in player.modules)
+    counts = Counter(plan.modules.values())
+    recipe = next(recipe for recipe in RECIPES.values() if recipe.form == form)
     lines = [
         "---",
         *front,
@@ -142,8 +153,8 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:
         "",
         f"# {name}, quantized by coopq",
         "",
-        f"The layers of this model have widths of their own, chosen by method `{plan.method}` of coopq "
-        f"{importlib.metadata.version('coopq')}.",
+        f"Each layer has its own bit width, chosen by CoopQ {importlib.metadata.version('coopq')} with the method "
+        f"`{plan.method}`.",
         "",
         "| | |",
         "| --- | --- |",
@@ -158,10 +169,16 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:
         "| --- | --- |",
         *(f"| {_width(bits)} | {counts[bits]} |" for bits in sorted(counts)),
         "",
+        "Run it:",
+        "",
+        "```",
+        recipe.run.format(out="FOLDER"),
+        "```",
+        "",
         "Made by:",
         "",
         "```",
-        _command(plan, request, name),
+        *map(shlex.join, _commands(plan, name, form)),
         "```",
         "",
     ]
@@ -171,8 +188,7 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int) -> None:
 def _losses(plan: Plan) -> list[str]:
     """Rows of the card: the losses that the plan holds, each with its name and its tokens."""
     text = plan.request.text
-    calibration = text.source if text.source == "c4" or text.source.startswith("hub:") else Path(text.source).name
-    tokens = f"nats per token on {text.tokens} calibration tokens of {calibration}"
+    tokens = f"nats per token on {text.tokens} calibration tokens of {_without_folder(text.source)}"
     name = "divergence from the original (KL)" if plan.request.search.loss == "kl" else "loss (NLL)"
     rows = []
     if plan.measured_loss is not None:
@@ -182,31 +198,37 @@ def _losses(plan: Plan) -> list[str]:
     return rows
 
 
-def _command(plan: Plan, request: Request, name: str) -> str:
-    """The command that makes the plan, without the folders of this machine."""
-    usual = Request.from_options(model=request.model.source).options()
-    words = ["coopq", "quantize", name]
-    for option, value in as_plain(msgspec.to_builtins(request.options())).items():
-        if option in ("model", "device", "base") or value is None or value == as_plain(usual.get(option)):
-            continue
-        words += _words(option, value)
-    words += ["--max-loss", str(plan.max_loss)] if plan.max_loss is not None else ["--budget", _budget(plan)]
-    return " ".join([*words, "--method", plan.method, "--out", "OUT"])
+def _commands(plan: Plan, model: str, form: str | None) -> Iterator[list[str]]:
+    """The words of the commands that make a folder, without the folders of this machine."""
+    given = plan.request
+    request = given.replace(
+        model=model,
+        device="auto",
+        base=None,
+        calibration=_without_folder(given.text.source),
+        imatrix=given.quantizer.imatrix and Path(given.quantizer.imatrix).name,
+    )
+    saved = "MEASURED" if plan.deployment is not None else "SAVED"
+    words = ["coopq", "quantize", *request_words(request, RECIPES[OWN].settings), "--method", plan.method]
+    if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha:
+        words += ["--alpha", str(plan.alpha)]
+    for limit in (plan.stopped_after or "").split(" or "):
+        amount, _, unit = limit.partition(" ")
+        words += [f"--{unit}", amount] if unit in ("forwards", "minutes") else []
+    most = plan.max_loss
+    words += ["--budget", Budget.parse(plan.budget).text] if most is None else ["--max-loss", str(most)]
+    yield [*words, "--out", saved]
+    if plan.deployment is not None:
+        spec = plan.deployment
+        size = [] if spec.group_size is None else ["--group-size", str(spec.group_size)]
+        yield ["coopq", "apply", f"{saved}/plan.json", "--backend", spec.backend, *size, "--out", "SAVED"]
+    if form is not None:
+        yield ["coopq", "export", "SAVED", "--to", form, "--out", "FOLDER"]
 
 
-def _words(option: str, value: Any) -> list[str]:
-    flag = f"--{spelled(option)}"
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{spelled(option)}"]
-    if isinstance(value, list):
-        return [flag, ",".join(map(str, value))]
-    if option == "calibration" and not str(value).startswith("hub:"):
-        return [flag, Path(str(value)).name]
-    return [flag, str(value)]
-
-
-def _budget(plan: Plan) -> str:
-    return Budget.parse(plan.budget).text
+def _without_folder(text: str) -> str:
+    """The name of a calibration text; the folder of a file is left out."""
+    return text if text.startswith("hub:") else Path(text).name
 
 
 def _hub_name(source: str) -> str:

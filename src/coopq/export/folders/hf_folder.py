@@ -1,6 +1,5 @@
 """What forms of safetensors have in common: the folder of a saved model with other tensors."""
 
-import shutil
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,10 +20,10 @@ from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
 from coopq.export.base_model import BaseModel
 from coopq.export.checkpoint import SavedModel, load
-from coopq.export.folders.folder_files import write_model_card
+from coopq.export.folders.folder_files import copy_files_beside_weights, write_model_card
 from coopq.export.folders.stored_tensors import skeleton_of, stored_tensors
 from coopq.export.formats import Form
-from coopq.export.verification import probe_tokens, require_equal, token_losses
+from coopq.export.verification import last_line, probe_tokens, require_equal, token_losses
 from coopq.model.load import checkpoint_dtype, load_skeleton
 from coopq.model.matrices import matrix_of
 from coopq.model.safetensors_io import require_finite, save_tensors, saved_size
@@ -35,7 +34,6 @@ from coopq.quantizers.gptq.format import GPTQFormat
 
 WEIGHTS = "model.safetensors"
 """The file of weights in a folder."""
-_NOT_COPIED = ("plan.json", "hashes.json", "quantize_config.json", "quantized.safetensors", WEIGHTS)
 _OFFSET_DIGITS = 4
 """Digits that the two offsets of a tensor may have more in the file's header where players stay untouched: two each."""
 
@@ -139,17 +137,13 @@ class HFFolder(Form):
         progress("packing", len(plan.quantized), len(plan.quantized))
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
-            for file in saved.folder.iterdir():
-                if file.is_dir():
-                    shutil.copytree(file, folder / file.name)
-                elif file.name not in _NOT_COPIED:
-                    shutil.copy(file, folder)
+            copy_files_beside_weights(saved.folder, folder)
             config = read_json(saved.folder / "config.json")
             write_json(folder / "config.json", {**config, **self.config_entries(config, plan.modules, backend)})
             require_finite(tensors.items(), f"the model in the form {self.name}", "quantize with another --backend")
             save_tensors(tensors, folder / WEIGHTS)
             n_bytes = (folder / WEIGHTS).stat().st_size
-            write_model_card(plan, folder, self.engine, n_bytes)
+            write_model_card(plan, folder, self.engine, n_bytes, self.name)
             self._check_written(saved, folder, progress)
         return n_bytes
 
@@ -210,9 +204,8 @@ class HFFolder(Form):
         try:
             found = self.losses(folder, tokens, ours.dtype)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, ModelError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ExportError(
-                f"{self.engine} cannot compute with the exported model ({reason}); export to another form"
+                f"{self.engine} cannot compute with the exported model ({last_line(error)}); export to another form"
             ) from error
         require_equal(
             found, expected, self.rounds_to(ours.dtype, saved.config.dtype), "the exported model", ExportError
@@ -253,8 +246,8 @@ def check_columns(name: str, columns: int, group_size: int | str, form: str) -> 
     """
     if isinstance(group_size, int) and columns % group_size:
         raise ExportError(
-            f"rows of {name} hold {columns} weights, no whole groups of {group_size}, as {form} needs; "
-            "search with a --group-size that divides them"
+            f"rows of {name} have {columns} weights, which is not a multiple of the group size {group_size}; {form} "
+            f"needs whole groups: search with a --group-size that divides {columns}"
         )
 
 

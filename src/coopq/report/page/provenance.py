@@ -2,12 +2,10 @@
 
 import json
 import shlex
-from collections.abc import Collection, Iterator
 from typing import Any
 
 from coopq.core.recipes import OWN, RECIPES
-from coopq.core.spec import spelled
-from coopq.core.specs import DEFAULT_SOLVER, Request
+from coopq.core.specs import DEFAULT_SOLVER, request_words
 from coopq.core.versions import installed
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
@@ -25,14 +23,6 @@ def command(plan: Plan, out: str, engine: str | None = None) -> str:
     goal |= stop_options(plan)
     words += [word for name, value in goal.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join([*words, "--out", out])
-
-
-def request_words(request: Request, always: Collection[str] = ()) -> list[str]:
-    """The model, and the options of a request that are not at their defaults, or always named."""
-    given = request.options()
-    usual = Request.from_options(model=given["model"]).options()
-    changed = [name for name in given if given[name] != usual[name] or (name in always and given[name] is not None)]
-    return [str(given["model"]), *(word for name in changed for word in _option(name, given[name]))]
 
 
 def provenance(plan: Plan, out: str, engine: str | None) -> list[str]:
@@ -53,15 +43,6 @@ def provenance(plan: Plan, out: str, engine: str | None) -> list[str]:
         code(command(plan, out, engine)),
         table(("what", "value"), rows),
     ]
-
-
-def _option(name: str, value: Any) -> Iterator[str]:
-    if isinstance(value, bool):
-        names = {("symmetric", False): "asymmetric"}
-        yield "--" + names.get((name, value), spelled(name) if value else f"no-{spelled(name)}")
-    else:
-        yield f"--{spelled(name)}"
-        yield ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _plain(value: Any) -> str:

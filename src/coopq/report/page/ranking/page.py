@@ -5,13 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coopq.core.specs import Request
+from coopq.core.specs import Request, request_words
 from coopq.core.versions import installed
 from coopq.judge.references import REFERENCES
 from coopq.judge.results import Comparison
 from coopq.model.texts import HeldOut
 from coopq.report.page.document import Figure, Section, code, details, paragraph, save_page, table
-from coopq.report.page.provenance import request_words
 from coopq.report.page.ranking.figures import line_colours, lines_figure, rank_figure
 from coopq.report.page.ranking.rank import Cell, Rank, bench_cells, comparison_cells, not_compared, rank
 
