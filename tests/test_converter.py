@@ -131,6 +131,22 @@ def test_the_file_is_made_again_when_the_model_changes(
     assert sorted(cache.glob("*/model.gguf")) == sorted([first, second])
 
 
+def test_the_file_is_made_again_when_the_converter_changes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script of llama.cpp is thin: modules beside it do the work."""
+    body = 'open(sys.argv[sys.argv.index("--outfile") + 1], "w").close()\nsys.exit()'
+    place = script(tmp_path / "llama.cpp" / "convert_hf_to_gguf.py", body).parent
+    monkeypatch.setenv(VARIABLE, str(place))
+    made = {converted(str(model), silent)}
+    for module in ("conversion/llama.py", "gguf-py/gguf/constants.py"):
+        (place / module).parent.mkdir(parents=True)
+        (place / module).write_text("")
+        made.add(converted(str(model), silent))
+    monkeypatch.setattr("coopq.export.gguf.converter.version", lambda package: f"another {package}")
+    assert len({*made, converted(str(model), silent)}) == 4
+
+
 def test_without_a_converter_a_line_says_what_installs_one(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

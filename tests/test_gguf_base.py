@@ -13,7 +13,7 @@ import transformers as hf
 from coopq.core.errors import CoopQError, ExportError, Mismatch, ModelError, OutputError
 from coopq.core.specs import Request
 from coopq.export.formats import export_model, predicted_bytes, target_sizes
-from coopq.export.gguf.base import BaseFile
+from coopq.export.gguf.base import BaseFile, BaseTensor
 from coopq.export.gguf.names import require_settings
 from coopq.model.load import fingerprint_weights, load_model
 from coopq.model.players import find_players
@@ -199,6 +199,25 @@ def test_a_split_base_is_read_whole(source: Path, tmp_path: Path) -> None:
         BaseFile.open(first.rename(tmp_path / "alone.gguf"))
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    missing = tmp_path / "missing.gguf"
+    with pytest.raises(OutputError, match=r"output .*folder is a folder; name a file"):
+        export_model(source / "saved", "gguf", tmp_path / "folder", base=missing)
+    with pytest.raises(OutputError, match=r"cannot write to .*file: .*; choose another folder"):
+        export_model(source / "saved", "gguf", tmp_path / "file" / "out.gguf", base=missing)
+
+
+def test_an_output_whose_numbers_are_not_finite_does_not_appear(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseTensor, "is_finite", lambda tensor: tensor.name != "blk.1.attn_q.weight")
+    with pytest.raises(ExportError, match=r"blk\.1\.attn_q\.weight would hold numbers that are not finite at 8 bits"):
+        export_model(source / "saved", "gguf", tmp_path / "out.gguf", base=source / "base.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_output_is_an_input(source: Path, tmp_path: Path) -> None:
     before = (source / "base.gguf").read_bytes()
     (tmp_path / "link.gguf").symlink_to(source / "base.gguf")
@@ -209,12 +228,14 @@ def test_no_output_is_an_input(source: Path, tmp_path: Path) -> None:
     assert (source / "base.gguf").read_bytes() == before
 
 
-def test_large_weights_of_bfloat16_stay_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 1e6), ("float32", 1e-8)])
+def test_large_and_small_weights_of_bfloat16_stay_as_they_are(dtype: str, value: float, tmp_path: Path) -> None:
+    """Whatever is computed in: float16 has neither of these values."""
     model = tiny_model().bfloat16()
     with torch.no_grad():
-        model.model.layers[2].self_attn.q_proj.weight[0, 0] = 1e6
+        model.model.layers[2].self_attn.q_proj.weight[0, 0] = value
     save_tiny(model, tmp_path / "model")
-    loaded = load_model(str(tmp_path / "model"), dtype="bfloat16", device="cpu")
+    loaded = load_model(str(tmp_path / "model"), dtype=dtype, device="cpu")
     plan = plan_for(loaded.model, "ggml", None, [8, 8, 16])
     plan = plan.replace(
         request=plan.request.replace(model=str(tmp_path / "model")),

@@ -209,9 +209,7 @@ def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = No
         if (folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"{folder} does not fit its plan and configuration ({last_line(error)}); save the model again"
-        ) from error
+        raise ModelError(f"{folder} does not fit its plan ({last_line(error)}); save the model again") from error
     if wrong:
         file = folder / saved.backend.weights_file
         raise ModelError(f"{file} lacks, or should not hold, {', '.join(wrong)}; save the model again")
@@ -262,9 +260,7 @@ def _write(source: Source, plan: Plan, tensors: Mapping[str, Tensor], folder: Pa
         model.generation_config.save_pretrained(folder)
     source.loaded.tokenizer.save_pretrained(folder)
     save_tensors(tensors, folder / backend.weights_file, ABOUT)
-    if (
-        native := backend.native_config(plan.modules)
-    ) is not None:  # the library's own loader recognises the folder by these
+    if (native := backend.native_config(plan.modules)) is not None:  # the library's own loader reads these
         write_json(folder / "quantize_config.json", native)
         write_json(folder / "config.json", read_json(folder / "config.json") | {"quantization_config": native})
     copy_source_files(source.loaded.folder, folder)

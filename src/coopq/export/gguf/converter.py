@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ def converted(source: str, progress: ProgressCallback) -> Path:
     folder, name = with_weights(source, find_folder(source)), Path(source).expanduser().resolve().name
     files = sorted(file for file in folder.iterdir() if file.suffix in _DATA and file.is_file())
     kind = "bf16" if checkpoint_dtype(source) == torch.bfloat16 else "f16"
-    contents = [(file.name, _content(file, file.stat().st_mtime_ns)) for file in (converter, *files)]
-    digest = hashlib.sha256(json.dumps([str(converter), contents]).encode()).hexdigest()
+    programs = (converter, *_modules(converter.parent))
+    contents = [(file.name, _content(file, file.stat().st_mtime_ns)) for file in (*programs, *files)]
+    digest = hashlib.sha256(json.dumps([str(converter), version("gguf"), contents]).encode()).hexdigest()
     place = cache_folder() / f"{name}-{kind}-{digest[:16]}"
     with FileLock(cache_folder() / "convert.lock"):  # a second process waits, and finds the file
         if not place.is_dir():
@@ -104,6 +106,11 @@ def converted(source: str, progress: ProgressCallback) -> Path:
             size = (place / _FILE).stat().st_size / 1e9
             _log.warning("made %s (%.2f GB); delete the folder when the model is no longer needed", place, size)
     return place / _FILE
+
+
+def _modules(folder: Path) -> list[Path]:
+    """The modules beside the converter: the converter itself is thin, in llama.cpp and in the package."""
+    return sorted(file for package in ("conversion", "gguf-py/gguf") for file in (folder / package).rglob("*.py"))
 
 
 @cache

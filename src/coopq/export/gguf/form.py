@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.core.errors import ExportError
-from coopq.core.files import atomic_file, require_no_input, require_space
+from coopq.core.errors import ExportError, OutputError
+from coopq.core.files import atomic_file, require_no_input, require_space, require_writable
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Player, ProgressCallback, Width, silent
@@ -27,8 +27,8 @@ from coopq.export.gguf.compare import row_orders
 from coopq.export.gguf.converter import converted
 from coopq.export.gguf.names import TensorNames, module_tensors, require_complete, require_settings, require_shapes
 from coopq.export.gguf.writer import PlannedType, bytes_beside, padded, write_file
-from coopq.model.load import gguf_file
-from coopq.model.matrices import matrix_of
+from coopq.model.load import LoadedModel, gguf_file
+from coopq.model.matrices import matrix_of, sixteen_bit_dtype
 from coopq.model.players import without_layers
 from coopq.model.sources.gguf import gguf_shards
 from coopq.plan.plan import Plan
@@ -94,17 +94,23 @@ class GGUF(Form):
         return _file_bytes(plan, backend, open_base(base))
 
     def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
-        """See `Form.write`; `out` is a file, and an older file is replaced."""
+        """See `Form.write`; `out` is a file, and an older file is replaced.
+
+        Raises:
+            OutputError: If `out` is a folder or an input, or cannot be written.
+        """
+        if out.is_dir():
+            raise OutputError(f"output {out} is a folder; name a file that ends in .gguf")
+        require_writable(out.parent)
         plan, file = saved.plan, open_base(base, progress)
         require_no_input(out, [saved.folder, *gguf_shards(file.path), Path(base.source)])
         size = _file_bytes(plan, saved.backend, file)
-        out.parent.mkdir(parents=True, exist_ok=True)
         require_space(out.parent, size, str(out))
-        model = base.load(plan, progress).model
-        require_complete(file, model)
-        require_settings(file, model.config)
-        orders = row_orders(file, model, plan.modules, progress)
-        tensors = _PlannedTensors(plan, file, saved.backend, model, saved.read()[0], orders)
+        loaded = base.load(plan, progress)
+        require_complete(file, loaded.model)
+        require_settings(file, loaded.model.config)
+        orders = row_orders(file, loaded.model, plan.modules, progress)
+        tensors = _PlannedTensors(plan, file, saved.backend, loaded, saved.read()[0], orders)
         with atomic_file(out) as temporary:
             write_file(temporary, file, tensors.types, tensors.data(progress))
             written = temporary.stat().st_size
@@ -119,11 +125,9 @@ class _PlannedTensors:
         plan: The plan.
         base: The base.
         backend: What packed the weights.
-        model: The plan's model in full precision.
+        loaded: The plan's model in full precision.
         packed: The packed weights by module.
         orders: Which row of a module each row of a tensor is.
-    Raises:
-        ExportError: If a number that would be written is not finite.
     """
 
     def __init__(
@@ -131,12 +135,12 @@ class _PlannedTensors:
         plan: Plan,
         base: BaseFile,
         backend: Backend,
-        model: Any,
+        loaded: LoadedModel,
         packed: PackedWeights,
         orders: Mapping[str, npt.NDArray[np.intp]],
     ) -> None:
         self._widths, self._backend = plan.modules, backend
-        self._base, self._model, self._packed = base, model, packed
+        self._base, self._loaded, self._packed = base, loaded, packed
         self.modules = {tensor.name: module for tensor, module in module_tensors(base, plan.modules)}
         self._orders = orders
         self.types: dict[str, PlannedType] = {}
@@ -147,29 +151,35 @@ class _PlannedTensors:
                 continue
             kind = self._kind(tensor, module)
             self.types[tensor.name] = PlannedType(kind, _n_bytes(tensor, backend, self._widths[module]))
-            written = BaseTensor(tensor.name, tensor.shape, kind, self._content(tensor))
-            if not written.is_finite():
+
+    def data(self, progress: ProgressCallback) -> Iterator[npt.NDArray[np.uint8]]:
+        """Bytes of every tensor, in the order of the base.
+
+        Raises:
+            ExportError: If a number that would be written is not finite.
+        """
+        for done, tensor in enumerate(self._base.tensors.values()):
+            progress("writing", done, len(self._base.tensors))
+            module = self.modules.get(tensor.name)
+            if module is None or _stays(tensor, self._widths[module]):
+                yield tensor.data
+                continue
+            content = self._content(tensor)
+            if not BaseTensor(tensor.name, tensor.shape, self.types[tensor.name].kind, content).is_finite():
                 raise ExportError(
                     f"{tensor.name} would hold numbers that are not finite at {self._widths[module]} bits; give "
                     f"{module} another width"
                 )
-
-    def data(self, progress: ProgressCallback) -> Iterator[npt.NDArray[np.uint8]]:
-        """Bytes of every tensor, in the order of the base."""
-        for done, tensor in enumerate(self._base.tensors.values()):
-            progress("writing", done, len(self._base.tensors))
-            module = self.modules.get(tensor.name)
-            stays = module is None or _stays(tensor, self._widths[module])
-            yield tensor.data if stays else self._content(tensor)
+            yield content
         progress("writing", len(self._base.tensors), len(self._base.tensors))
 
     def _kind(self, tensor: BaseTensor, module: str) -> Any:
         """The type that a player's tensor is written in."""
         import gguf
 
-        width, rows = self._widths[module], matrix_of(self._model, module).rows()
-        if width == UNTOUCHED and (rows.dtype == torch.bfloat16 or not rows.half().isfinite().all()):
-            return gguf.GGMLQuantizationType.BF16  # float16 has fewer exponents, and loses what is large or small
+        width, rows = self._widths[module], matrix_of(self._loaded.model, module).rows()
+        if width == UNTOUCHED and sixteen_bit_dtype(rows, self._loaded.checkpoint_dtype) == torch.bfloat16:
+            return gguf.GGMLQuantizationType.BF16
         return _tensor_format(self._backend).tensor_type(tensor.shape[0], width)
 
     def _content(self, tensor: BaseTensor) -> npt.NDArray[np.uint8]:
@@ -179,7 +189,7 @@ class _PlannedTensors:
             rows = self._packed[module]["blocks"].cpu()
         else:
             dtype = torch.bfloat16 if kind.name == "BF16" else torch.float16
-            rows = matrix_of(self._model, module).rows().to(dtype).contiguous().view(torch.uint8)
+            rows = matrix_of(self._loaded.model, module).rows().to(dtype).contiguous().view(torch.uint8)
         content: npt.NDArray[np.uint8] = rows.numpy()[self._orders[tensor.name]]
         return content.reshape(*tensor.data.shape[:-1], -1)
 
