@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import coopq
 import openvino
-from coopq.core.errors import ExportError
+from coopq import Goal, Request
+from coopq.core.errors import ExportError, OutputError
 from coopq.core.specs import TextSpec
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.game.engines.prefix_engine import model_nll
@@ -17,6 +20,7 @@ from coopq.model.players import find_players
 from coopq.model.texts import calibration_set
 from tests.checkpoints import plan_for, save
 from tests.command_line import command
+from tests.conftest import STORIES
 from tests.openvino import EXACT, openvino_nll, save_openvino
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -103,3 +107,47 @@ def test_an_openvino_file_of_linear_layers_has_the_predicted_size_within_the_bud
     tokens = calibration_set(TextSpec(tokens=64, sequence_length=64), llama[0].tokenizer).tokens
     ours = np.concatenate(list(model_nll(coopq.load(tmp_path / "saved", device="cpu"), tokens)))
     np.testing.assert_allclose(openvino_nll(tmp_path / "out", tokens, **EXACT), ours, atol=1e-4)
+
+
+@pytest.fixture
+def request_of_tiny(tmp_path: Path) -> Request:
+    """A request for a small random model, with a base of it."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    (tmp_path / "base").mkdir()
+    save_openvino(model, tmp_path / "base")
+    options = {"group_size": 32, "bits": (2, 4, 16), "device": "cpu", "tokens": 32, "sequence_length": 32}
+    return Request.from_options(
+        model=str(tmp_path / "model"), target="openvino", base=str(tmp_path / "base"), **options
+    )
+
+
+def test_a_base_of_other_weights_is_refused_before_a_search(request_of_tiny: Request, tmp_path: Path) -> None:
+    model = load_model(request_of_tiny.model.source, device="cpu").model
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1.0
+    save_openvino(model, tmp_path / "base")
+    with pytest.raises(ExportError, match=r"has no constant with the weights of model\.layers\.1\.mlp\.up_proj;"):
+        coopq.quantize(request_of_tiny, Goal(budget="3avg", method="first-last"), tmp_path / "out")
+    assert not (tmp_path / "out-run" / "journal.jsonl").exists()
+
+
+def test_a_damaged_base_is_one_line(request_of_tiny: Request, tmp_path: Path) -> None:
+    for name in ("openvino_model.bin", "openvino_model.xml"):
+        file = tmp_path / "base" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ExportError, match=r"OpenVINO cannot read base .*base \(.*\); export the base again"
+        ) as error:
+            coopq.quantize(request_of_tiny, Goal(budget="3avg", method="first-last"), tmp_path / "out")
+        assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    plan = coopq.quantize(request_of_tiny, Goal(budget="3avg", method="first-last"), tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+        with pytest.raises(OutputError, match=r"theirs needs .* are free"):
+            export_model(tmp_path / "out", "openvino", tmp_path / "theirs")
+    assert export_model(tmp_path / "out", "openvino", tmp_path / "theirs") == plan.file_bytes

@@ -112,6 +112,7 @@ class Form(Protocol):
             players: The players that the form holds.
             progress: Told of every step.
         Raises:
+            ExportError: If the base lacks a weight of the model.
             Mismatch: If the base is of another model.
         """
 

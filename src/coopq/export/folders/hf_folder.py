@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from coopq.core.errors import ExportError, ModelError
-from coopq.core.files import atomic_folder, read_json, require_new_folder, write_json
+from coopq.core.files import atomic_folder, read_json, require_new_folder, require_space, write_json
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
@@ -127,6 +127,7 @@ class HFFolder(Form):
         require_new_folder(out)
         skeleton = skeleton_of(saved.config, dtype)
         self.check_layers(skeleton, plan.modules)
+        require_space(out.parent, saved_size(self.expected(skeleton, dtype, plan.modules, backend)), str(out))
         packed, tensors = saved.read()
         for done, (name, bits) in enumerate(plan.quantized.items()):
             progress("packing", done, len(plan.quantized))
@@ -135,7 +136,6 @@ class HFFolder(Form):
             parts = self.pack(packed.pop(name), shape, int(bits), backend, dtype)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         progress("packing", len(plan.quantized), len(plan.quantized))
-        out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as folder:
             copy_files_beside_weights(saved.folder, folder)
             config = read_json(saved.folder / "config.json")
