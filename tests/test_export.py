@@ -246,6 +246,14 @@ def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], 
     np.testing.assert_allclose(openvino_nll(tmp_path / "out", tokens, **EXACT), ours, atol=1e-4)
 
 
+def test_a_folder_that_cannot_be_tested_is_written_with_a_warning(
+    gptq: tuple[coopq.Plan, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "auto_round", None)  # what Python itself takes for "not installed"
+    export_model(gptq[1], "auto-round", tmp_path / "out")
+    assert "the folder is not tested: auto-round is missing; run: pip install 'coopq[autoround]'" in caplog.messages
+
+
 def test_layers_that_vllm_fuses_need_one_width(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     shutil.copytree(gptq[1], tmp_path / "saved")
     file = tmp_path / "saved" / "plan.json"

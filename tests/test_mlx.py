@@ -221,7 +221,13 @@ def test_an_exported_folder_that_computes_something_else_is_not_written(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(is_installed(), reason="mlx-lm is installed")
-def test_an_export_names_the_package_that_is_missing(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"needs the package mlx-lm; run: pip install 'coopq\[mlx\]'"):
+def test_a_missing_package_is_named_before_a_search(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)  # what Python itself takes for "not installed"
+    message = r"needs the package mlx-lm; run: pip install 'coopq\[mlx\]'"
+    with pytest.raises(ExportError, match=message):
         export_model(finished, "mlx", tmp_path / "out")
+    request = Request.from_options(model=str(tmp_path / "not looked at"), target="mlx")
+    with pytest.raises(ExportError, match=message):
+        coopq.deliver(request, Goal(budget="3avg"), "mlx", tmp_path / "out")

@@ -22,7 +22,7 @@ from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.deployment import deployed_request, resized
 from coopq.export.finished import finished_plan
 from coopq.export.fitting import fitting_budget
-from coopq.export.formats import TargetFile, export_model, predicted_bytes
+from coopq.export.formats import TargetFile, export_model, get_form, predicted_bytes
 from coopq.game.prepared import prepare
 from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.game.session import open_session
@@ -115,12 +115,14 @@ def deliver(
         ray: Where the workers are that measure; None measures in this process.
     Raises:
         OptionError: If no engine loads the request's target.
+        ExportError: If a package is missing that the engine's form needs.
         OutputError: If `out` holds something else.
     """
     out = out.expanduser().resolve()
     run = default_run(out) if run is None else run.expanduser().resolve()
     recipe = RECIPES[engine_of(request.target.form)]
     form, name = str(recipe.form), out.name.removesuffix(".gguf")  # a run may serve several sizes
+    get_form(form).require_engine()
     _check_places(request, out, run)
     saved, record = run / "saved" / name, run / "saved" / f"{name}.json"
     made = Delivered.load(record) if record.exists() else None
@@ -200,10 +202,8 @@ def apply(
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
     backend, text = prepared.backend, request.text
-    fitting = calibration = None
-    positions = max_positions(loaded.model)
-    if backend.calibrated:
-        fitting = fitting_set(text, loaded.tokenizer, positions)
+    calibration, positions = None, max_positions(loaded.model)
+    fitting = fitting_set(text, loaded.tokenizer, positions) if backend.calibrated else None
     if backend.calibrated or not text.source.startswith("hub:"):  # a text of the hub is not fetched for the check alone
         calibration = calibration_set(text, loaded.tokenizer, positions)
     found = as_plain(weights_fingerprint(prepared, loaded, fitting))

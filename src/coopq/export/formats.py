@@ -91,6 +91,13 @@ class Form(Protocol):
         """
         ...
 
+    def require_engine(self) -> None:
+        """Check that the packages which writing needs are installed: none, unless a form says otherwise.
+
+        Raises:
+            ExportError: If not, with the command that installs them.
+        """
+
     def held_players(self, request: Request, players: Sequence[Player], progress: ProgressCallback) -> Sequence[Player]:
         """The players, without layers that the form cannot hold quantized: all of them, unless a form says otherwise.
 
@@ -209,6 +216,7 @@ def export_model(
         takers = " and ".join(name for name, entry in FORMS.items() if entry.takes_base)
         raise ExportError(f"--base and --model are for {takers}; {form} needs the saved model only")
     chosen.check(source.backend)
+    chosen.require_engine()
     start = BaseModel.find(source.plan.request, base, model)
     require_no_input(out, [saved, Path(start.source).expanduser(), *([] if start.path is None else [start.path])])
     return chosen.write(source, out, start, progress)

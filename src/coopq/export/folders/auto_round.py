@@ -4,6 +4,7 @@ transformers reads GPTQ's own configuration as if all modules had one width.
 """
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +18,8 @@ from coopq.core.types import Losses, Width
 from coopq.export.folders.hf_folder import GPTQFolder, commonest_width
 from coopq.export.folders.library_process import answer_of
 from coopq.quantizers.backend import Backend, Packed
+
+_log = logging.getLogger("coopq")
 
 
 class AutoRound(GPTQFolder):
@@ -52,8 +55,11 @@ class AutoRound(GPTQFolder):
         return {"quantization_config": {"quant_method": self.name, **form, "extra_config": exceptions}}
 
     def is_loadable(self) -> bool:
-        """See `HFFolder.is_loadable`."""
-        return importlib.util.find_spec("auto_round") is not None
+        """See `HFFolder.is_loadable`; says so if the library is missing."""
+        is_installed = importlib.util.find_spec("auto_round") is not None
+        if not is_installed:
+            _log.warning("the folder is not tested: auto-round is missing; run: pip install 'coopq[autoround]'")
+        return is_installed
 
     def rounds_to(self, measured: torch.dtype, checkpoint: torch.dtype) -> torch.dtype:
         """See `HFFolder.rounds_to`: the library computes in float16 only."""

@@ -19,9 +19,7 @@ from coopq.core.errors import ExportError
 from coopq.core.files import read_json, write_json
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
-from coopq.core.types import UNTOUCHED, Losses, Player, ProgressCallback, Width
-from coopq.export.base_model import BaseModel
-from coopq.export.checkpoint import SavedModel
+from coopq.core.types import UNTOUCHED, Losses, Player, Width
 from coopq.export.folders.hf_folder import WEIGHTS, HFFolder, commonest_width
 from coopq.export.folders.mlx_process import is_installed, mlx_losses
 from coopq.export.folders.stored_tensors import saved_config
@@ -50,6 +48,11 @@ class MLX(HFFolder):
                 f"{backend.name!r} makes with {backend.settings}; search with --backend rtn, hqq, autoround, or gptq "
                 "--no-act-order, and a --group-size that is a multiple of 32"
             )
+
+    def require_engine(self) -> None:
+        """See `Form.require_engine`: mlx-lm writes its models down anew, so only what mlx-lm loads is written."""
+        if not is_installed():
+            raise ExportError(f"{self.name} needs the package mlx-lm; run: pip install 'coopq[mlx]'")
 
     def check_layers(self, model: Any, widths: Mapping[str, Width]) -> None:
         """See `HFFolder.check_layers`: the matrix of a layer has to be the layer's own, with a row for each output."""
@@ -110,16 +113,6 @@ class MLX(HFFolder):
                 save_zeros(self.expected(skeleton, dtype, widths, backend), folder / WEIGHTS)
                 mlx_losses(folder, None)
         return sizes
-
-    def write(self, saved: SavedModel, out: Path, base: BaseModel, progress: ProgressCallback) -> int:
-        """See `HFFolder.write`. mlx-lm writes its models down anew, so only a folder that mlx-lm loads is written.
-
-        Raises:
-            ExportError: If mlx-lm is not installed.
-        """
-        if not is_installed():
-            raise ExportError(f"{self.name} needs the package mlx-lm; run: pip install 'coopq[mlx]'")
-        return super().write(saved, out, base, progress)
 
     def rounds_to(self, measured: torch.dtype, checkpoint: torch.dtype) -> torch.dtype:
         """See `HFFolder.rounds_to`: scales and biases have the checkpoint's dtype."""

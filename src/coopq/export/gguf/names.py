@@ -11,7 +11,7 @@ from coopq.quantizers.ggml.names import IN_PARTS, spellings
 _ELSEWHERE = {"attn_kv_b.weight": ("attn_k_b.weight", "attn_v_b.weight")}
 """Tensors that llama.cpp stores in another form under other names."""
 _HEADS_IN_TURN = ("qwen35", "qwen35moe")
-"""Architectures whose heads of values llama.cpp keeps in the order of the first of each group, then the second.
+"""Architectures whose value heads llama.cpp reorders: the first head of each group, then the second of each group.
 
 Source: _LinearAttentionVReorderBase in convert_hf_to_gguf.py.
 """
@@ -67,7 +67,7 @@ class TensorNames:
         own = self.expected(f"{module}.weight")
         if own is None:
             return False
-        if own.endswith("ssm_out.weight"):  # the columns are in the order of the heads of values, which is another
+        if own.endswith("ssm_out.weight"):  # its columns are in the order of the value heads
             architecture = self._base.architecture
             groups, heads = (self._base.value(f"{architecture}.ssm.{key}") for key in ("group_count", "time_step_rank"))
             return architecture in _HEADS_IN_TURN and groups != heads
