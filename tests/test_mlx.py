@@ -230,4 +230,4 @@ def test_a_missing_package_is_named_before_a_search(
         export_model(finished, "mlx", tmp_path / "out")
     request = Request.from_options(model=str(tmp_path / "not looked at"), target="mlx")
     with pytest.raises(ExportError, match=message):
-        coopq.deliver(request, Goal(budget="3avg"), "mlx", tmp_path / "out")
+        coopq.deliver(request, Goal(budget="3avg"), tmp_path / "out")

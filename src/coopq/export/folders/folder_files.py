@@ -172,7 +172,7 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int, form: st
         "Run it:",
         "",
         "```",
-        recipe.run.format(out="FOLDER"),
+        recipe.command("FOLDER"),
         "```",
         "",
         "Made by:",
