@@ -5,7 +5,7 @@ journal.jsonl  every loss measured on the calibration set
 screening-*    losses on the first calibration sequences, the same way
 bank/          quantized weights of every player at every width
 scores/        one-layer scores
-searches.json  what searches knew when they began
+searches.json  which recorded losses each search may reuse; frozen when the search first starts
 estimate.json  Shapley values, covariance and sizes: all that an allocation needs
 plans/         one plan for each budget and method
 evaluation/    losses on text that judges
@@ -15,9 +15,8 @@ report-*.html  the report page of each plan; comparison.html is that of the late
 run.lock       held while a process works in the folder
 """
 
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from msgspec import Struct
@@ -109,27 +108,51 @@ class RunFolder:
             OutputError: If the folder cannot be written.
             RunError: If another process holds it.
         """
-        is_new = not self.path.is_dir() or not any(self.path.iterdir())
-        has_record = (self.path / "run.json").exists()
+        was_missing = not self.path.exists()
         require_writable(self.path)
         try:
             with locked(self.path):
-                self.check(request)
-                yield
+                before = self._records()
+                try:
+                    self.check(request)
+                    yield
+                except CoopQError:
+                    if not self._has_results():
+                        self._remove(self._records() - before, and_lock=was_missing)
+                    raise
         except CoopQError:
-            if is_new and not self._has_work():
-                shutil.rmtree(self.path, ignore_errors=True)
-            elif not has_record and not self._has_losses():
-                (self.path / "run.json").unlink(missing_ok=True)
+            if was_missing:
+                with suppress(OSError):  # it holds something, maybe of another process
+                    self.path.rmdir()
             raise
 
-    def _has_losses(self) -> bool:
-        """Whether a journal holds more than its header."""
-        return any(journal.read_bytes().count(b"\n") > 1 for journal in self.path.rglob("*.jsonl"))
+    def _has_results(self) -> bool:
+        """Whether the folder holds losses, scores or plans; a journal alone has but a header."""
+        results = (*self.scores.glob("*"), *self.plans.glob("*"))
+        return bool(results) or any(file.read_bytes().count(b"\n") > 1 for file in self.path.rglob("*.jsonl"))
 
-    def _has_work(self) -> bool:
-        """Whether the folder holds weights or losses."""
-        return self._has_losses() or any(self.path.rglob("*.safetensors"))
+    def _records(self) -> set[Path]:
+        """The files that say what the folder is for, and hold nothing that took work if there are no results."""
+        bank = self.path / "bank"
+        files = {
+            self.path / "run.json",
+            self.path / "searches.json",
+            self.journal,
+            *self.path.glob("screening-*.jsonl"),
+        }
+        if not any(bank.glob("*.safetensors")):
+            files.add(bank / "bank.json")
+        return {file for file in files if file.exists()}
+
+    def _remove(self, records: set[Path], and_lock: bool) -> None:
+        """Remove records that this process made under its lock."""
+        for file in records:
+            file.unlink()
+        with suppress(OSError):  # it holds weights, or there is none
+            (self.path / "bank").rmdir()
+        if and_lock:
+            with suppress(OSError):  # Windows keeps a file that is open
+                (self.path / "run.lock").unlink()
 
     def check(self, request: Request) -> None:
         """Check that a request goes on with the one recorded, if there is one.
@@ -164,7 +187,7 @@ class RunFolder:
             dict[str, Request],
             _FORMAT_VERSION,
             what="record of a run",
-            missing=f"{self.path} is not a run folder; `coopq estimate` makes one",
+            missing=f"{self.path} is not a run folder; `coopq quantize` or `coopq estimate` makes one",
             way_out="use another run folder",
             error=RunError,
         )["request"]
