@@ -37,10 +37,15 @@ def test_a_folder_that_another_process_takes_first_is_left_alone(
 @pytest.mark.parametrize("made", ["scores/gradient.json", "plans/active.json", "evaluation/judging.jsonl"])
 def test_results_stay_though_the_weights_are_elsewhere(made: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(EstimationError), open_session(prepare(REQUEST), run, bank=tmp_path / "bank"):
-        (run / made).parent.mkdir()
-        (run / made).write_text("header\nresult\n")
-        raise EstimationError("too late")
+
+    def work() -> None:
+        with open_session(prepare(REQUEST), run, bank=tmp_path / "bank"):
+            (run / made).parent.mkdir()
+            (run / made).write_text("header\nresult\n")
+            raise EstimationError("too late")
+
+    with pytest.raises(EstimationError):
+        work()
     assert (run / made).exists()
     assert RunFolder(run).request() == REQUEST
     assert any((tmp_path / "bank").glob("*.safetensors"))
