@@ -261,6 +261,13 @@ def test_hawq_by_exact_hessian_products(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(hawq.gains(sensitivity), exact, rtol=1e-4)
 
 
+def test_hawq_refuses_a_dtype_that_swallows_its_steps(tmp_path: Path) -> None:
+    sensitivity = make_sensitivity(tiny_model("llama").bfloat16(), tmp_path)
+    with pytest.raises(EstimationError, match="hawq needs --dtype float32 or float16"):
+        hawq.gains(sensitivity)
+    assert sensitivity.block_forwards == 0
+
+
 def test_progress_of_a_score_expects_about_what_it_takes(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, torch.float32)
     bank = WeightBank(tmp_path, loaded, find_players(loaded.model), RTNBackend(group_size=16), {})

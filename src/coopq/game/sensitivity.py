@@ -1,4 +1,7 @@
-"""Activations and gradients of the full-precision model, streamed block by block without a second copy of the model."""
+"""Activations and gradients of the full-precision model, streamed block by block without a second copy of the model.
+
+`traces` is the exception: it moves all weights of the players at the same time, which takes a second copy of them.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from coopq.core.errors import EstimationError
 from coopq.core.types import UNTOUCHED, Player, Width, next_width
 from coopq.core.weight_cache import Weights
 from coopq.game.engines.assigned_model import players_of_blocks
@@ -171,7 +175,11 @@ class Sensitivity:
         Args:
             n_samples: Draws of the signs.
             seed: Seed of the draws.
+        Raises:
+            EstimationError: If the model computes in bfloat16, whose 8 bits of mantissa swallow most of the steps.
         """
+        if self.bank.model.dtype == torch.bfloat16:
+            raise EstimationError("hawq needs --dtype float32 or float16: its steps are lost in bfloat16")
         owners = {linear.name: index for index, player in enumerate(self.players) for linear in player.linears}
         originals = {name: self.weights(player)[name] for name, player in owners.items()}
         squares = [weight.float().square().mean().cpu() for weight in originals.values()]
