@@ -1,6 +1,5 @@
 """The game on a Ray cluster of two workers: the same numbers, whatever happens to a worker."""
 
-import importlib.machinery
 import os
 import signal
 import sys
@@ -18,7 +17,8 @@ import transformers as hf
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments
-from coopq.game.engines.ray_cluster import Cluster, RayConfig, Worker, _slowest
+from coopq.game.engines.ray_cluster import Cluster, RayConfig, _slowest
+from coopq.game.engines.ray_worker import Worker
 from coopq.game.prepared import prepare
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import Session, open_session
@@ -130,10 +130,7 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
             return made[-1]
 
     ray = types.ModuleType("ray")
-    ray.__spec__ = importlib.machinery.ModuleSpec("ray", None)
     replacements: dict[str, Any] = {
-        "init": lambda **_: None,
-        "shutdown": lambda: None,
         "kill": lambda _: None,
         "put": lambda value: value,
         "cluster_resources": lambda: {"CPU": torch.get_num_threads()},
@@ -142,31 +139,31 @@ def test_a_worker_without_the_drivers_disk_fits_the_same_weights(
     }
     vars(ray).update(replacements)
     monkeypatch.setitem(sys.modules, "ray", ray)
-    folders = iter([tmp_path / "worker", tmp_path / "astray"])
-    monkeypatch.setattr("coopq.game.engines.ray_cluster.mkdtemp", lambda prefix: str(next(folders)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "worker"))
     far = replace(fitted, folder=RunFolder(fitted.folder.path, bank=tmp_path / "nowhere"))
     weights = weights_of_bank(fitted)
     with Cluster(RayConfig("local", 1), far, weights):
         (worker,) = made
     assert not (tmp_path / "nowhere").exists()
-    assert (tmp_path / "worker" / "bank.json").is_file(), "quantized for itself"
+    assert len([*tmp_path.glob("worker/coopq/bank-*/bank.json")]) == 1, "quantized for its machine"
     assert largest_difference(worker, fitted) == 0
     nowhere, threads = str(tmp_path / "nowhere"), torch.get_num_threads()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "astray"))
     request = fitted.request.replace(calibration="nowhere.txt")  # the text lies on the driver's disk alone
     astray = Worker(request, fitted.players, weights, nowhere, fitted.calibration.tokens, fitted.player_widths, threads)
     assert largest_difference(astray, fitted) > 0, "the tokens that weights are fitted to matter"
 
 
-def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(fitted: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    def not_again(*_: object, **__: object) -> None:
-        raise AssertionError("the weights are there")
-
-    monkeypatch.setattr("coopq.game.engines.ray_cluster.mkdtemp", not_again)
+def test_a_worker_that_sees_the_drivers_disk_uses_its_bank(
+    fitted: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokens, threads = fitted.fitting, torch.get_num_threads()
     assert tokens is not None
     bank, weights = str(fitted.folder.bank), weights_of_bank(fitted)
     worker = Worker(fitted.request, fitted.players, weights, bank, tokens.tokens, fitted.player_widths, threads)
     assert largest_difference(worker, fitted) == 0
+    assert not any(tmp_path.iterdir()), "the weights are there"
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from coopq.export.formats import TargetFile, export_model, get_form, predicted_b
 from coopq.game.prepared import prepare
 from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.game.session import open_session
-from coopq.game.weights_fingerprint import weights_fingerprint
+from coopq.game.weights_fingerprint import fingerprint_and_round
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
@@ -206,7 +206,7 @@ def apply(
     fitting = fitting_set(text, loaded.tokenizer, positions) if backend.calibrated else None
     if backend.calibrated or not text.source.startswith("hub:"):  # a text of the hub is not fetched for the check alone
         calibration = calibration_set(text, loaded.tokenizer, positions)
-    found = as_plain(weights_fingerprint(prepared, loaded, fitting))
+    found = as_plain(fingerprint_and_round(prepared, loaded, fitting))
     compared = ("weights",) if plan.deployment is not None else ("weights", "backend", "fitted to")
     ours, theirs = ({key: record.get(key) for key in compared} for record in (found, as_plain(plan.fingerprint)))
     if differing(ours, theirs):

@@ -78,10 +78,17 @@ class OptionError(CoopQError):
 
 
 class Mismatch(CoopQError):
-    """Two things that do not belong together; the message lists the fields that differ."""
+    """Two things that do not belong together; the message lists the fields that differ.
+
+    The arguments are kept as they are, so that the error can be pickled on its way from a worker.
+    """
 
     def __init__(self, what: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], way_out: str) -> None:
+        super().__init__(what, ours, theirs, way_out)
+
+    def __str__(self) -> str:
+        what, ours, theirs, way_out = self.args
         differences = "; ".join(
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing(ours, theirs)
         )
-        super().__init__(f"{what} ({differences}); {way_out}")
+        return f"{what} ({differences}); {way_out}"

@@ -89,20 +89,11 @@ class Prepared(SizedRequest):
         return loaded
 
     def load_to_measure(
-        self, progress: ProgressCallback = silent
-    ) -> tuple[LoadedModel, OffloadedBlocks | None, Footprint, int | None]:
-        """Load the weights where they fit; blocks that do not fit on the device stay on the host.
-
-        Returns:
-            The model, its offloaded blocks if there are any, what the run takes, and what was free before.
-        Raises:
-            OutOfMemory: As `fit`.
-        """
-        needed, free = self.fit()
-        _log.info("%s; %s free on the %s", needed, gib(free), self.device.type)
-        must_offload = needed.must_offload(free)
+        self, must_offload: bool, progress: ProgressCallback = silent
+    ) -> tuple[LoadedModel, OffloadedBlocks | None]:
+        """Load the weights, and the blocks that stay on the host if they must."""
         loaded = self.load(progress, on_host=must_offload)
-        return loaded, OffloadedBlocks(loaded.model, self.device) if must_offload else None, needed, free
+        return loaded, OffloadedBlocks(loaded.model, self.device) if must_offload else None
 
 
 def prepare(request: Request, *, target: Target = OUR_FILE, judge_length: int = 0) -> Prepared:

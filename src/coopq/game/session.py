@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 from coopq.core.errors import OutOfMemory
 from coopq.core.goal import Limit
@@ -21,7 +22,7 @@ from coopq.game.game import Engine, QuantizationGame, Workers
 from coopq.game.journal import Journal
 from coopq.game.prepared import Prepared
 from coopq.game.run_folder import RunFolder
-from coopq.game.weights_fingerprint import weights_fingerprint
+from coopq.game.weights_fingerprint import fingerprint_and_round
 from coopq.model.load import LoadedModel, max_positions
 from coopq.model.memory import free_memory, gib
 from coopq.model.offload import OffloadedBlocks
@@ -66,7 +67,9 @@ class Session(Subject):
         return make_engine(self.loaded.model, self.bank, tokens.tokens, loss, self.offloaded)
 
     def check_blocks(self) -> None:
-        """Refuse a model that cannot be measured, before its weights are quantized: the first sequences tell.
+        """Check on the first two calibration sequences that the model can be measured block by block.
+
+        The check comes before the weights are quantized.
 
         Blocks that are compiled are checked by the first losses, since compiling for these sequences would take longer.
 
@@ -121,7 +124,11 @@ class Session(Subject):
 class ClusterConfig(Protocol):
     """Where workers are, as `coopq.game.engines.ray_cluster.RayConfig`."""
 
-    def connect(self, session: Session, weights: Mapping[str, Any]) -> AbstractContextManager[Workers]:
+    def connected(self, device: str) -> AbstractContextManager[None]:
+        """A connection to the cluster, whose workers compute on `device`, "cpu" or "cuda"."""
+        ...
+
+    def start(self, session: Session, weights: Mapping[str, Any]) -> AbstractContextManager[Workers]:
         """The workers of a session; `weights` is what the bank's weights depend on."""
         ...
 
@@ -148,18 +155,25 @@ def open_session(
         OutOfMemory: If the run does not fit.
     """
     folder = RunFolder(run.expanduser(), bank)
-    with folder.opened(prepared.request):
+    with ExitStack() as stack:
+        stack.enter_context(folder.opened(prepared.request))
+        stack.enter_context(_out_of_memory_told())
         host_free = free_memory("cpu")
-        loaded, offloaded, needed, free = prepared.load_to_measure(progress)
+        needed, free = prepared.fit()
+        _log.info("%s; %s free on the %s", needed, gib(free), prepared.device.type)
+        must_offload = needed.must_offload(free)
+        if ray is not None:
+            if must_offload:
+                raise OutOfMemory(f"{needed}, and {gib(free)} are free: workers need a GPU each that holds the model")
+            stack.enter_context(ray.connected(prepared.device.type))
+        loaded, offloaded = prepared.load_to_measure(must_offload, progress)
         prepared.target.check(prepared.request, loaded.model, prepared.players, progress)
-        if offloaded is not None and ray is not None:
-            raise OutOfMemory(f"{needed}, and {gib(free)} are free: workers need a GPU each that holds the model")
         text = prepared.request.text
         calibration = calibration_set(text, loaded.tokenizer, max_positions(loaded.model))
         fitting = None
         if prepared.backend.calibrated:
             fitting = fitting_set(text, loaded.tokenizer, max_positions(loaded.model))
-        weights = weights_fingerprint(prepared, loaded, fitting)
+        weights = fingerprint_and_round(prepared, loaded, fitting)
         fingerprint = {
             **weights,
             "tokens": calibration.fingerprint,
@@ -190,7 +204,18 @@ def open_session(
         fit_to = None if fitting is None else fitting.tokens
         weight_bank.build(prepared.request.widths.bits, fit_to, progress, session.player_widths)
         folder.start(prepared.request)
-        with ExitStack() as stack:
-            if ray is not None:
-                session = replace(session, cluster=stack.enter_context(ray.connect(session, weights)))
-            yield session
+        if ray is not None:
+            session = replace(session, cluster=stack.enter_context(ray.start(session, weights)))
+        yield session
+
+
+@contextmanager
+def _out_of_memory_told() -> Iterator[None]:
+    """Turn a device's lack of memory, wherever it shows, into an error with the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            "the device ran out of memory; end other programs on it, or use a shorter --sequence-length, then run "
+            "again: nothing computed is lost"
+        ) from error

@@ -13,8 +13,11 @@ if TYPE_CHECKING:  # the session imports this module
     from coopq.game.prepared import Prepared
 
 
-def weights_fingerprint(prepared: "Prepared", loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
-    """What quantized weights depend on; weights that stay untouched are rounded to 16 bits here."""
+def fingerprint_and_round(prepared: "Prepared", loaded: LoadedModel, fitting: TokenSet | None) -> dict[str, Any]:
+    """Round weights that stay untouched to 16 bits, in place; returns what quantized weights depend on.
+
+    The hash of the weights is that of the checkpoint, so it is taken before they are rounded.
+    """
     widths = prepared.request.widths
     weights = {
         "weights": fingerprint_weights(loaded.model),

@@ -1,36 +1,25 @@
 """The same game on a Ray cluster: workers hold the model and the bank, the driver owns proposals and the journal."""
 
 import importlib.util
-import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.core.errors import EstimationError, Mismatch
-from coopq.core.specs import Request
-from coopq.core.types import Assignment, Assignments, Player, Width
-from coopq.game.engines.prefix_engine import PrefixEngine, make_engine
-from coopq.game.prepared import prepare
+from coopq.core.errors import CoopQError, EstimationError
+from coopq.core.types import Assignments
+from coopq.game.engines.ray_worker import Measurement, Worker
 from coopq.game.session import Session
-from coopq.model.load import fingerprint_weights
-from coopq.model.matrices import round_untouched
-from coopq.model.memory import free_memory
-from coopq.quantizers.bank import WeightBank
 
 _CHUNKS_PER_WORKER = 4
 """Chunks of one call for each worker: small, so that a worker that is slow or lost holds up little; large, so that the
 assignments of a chunk share prefixes."""
 _MIN_CHUNK = 8
-
-Measurement = tuple[Assignment, npt.NDArray[np.float64], int]
-"""An assignment, the loss on each sequence, and the block forwards that the loss took."""
 
 
 @dataclass(frozen=True)
@@ -39,75 +28,52 @@ class RayConfig:
 
     Attributes:
         address: Address of a running cluster; "auto" for the one of this machine, "local" to start one here.
-        workers: Number of workers; None takes one for each GPU, or for each CPU core of a cluster without GPUs.
+        workers: Number of workers; None takes one for each GPU, or for each CPU core if the driver computes on a CPU.
     """
 
     address: str
     workers: int | None = None
 
-    def connect(self, session: Session, weights: Mapping[str, Any]) -> "Cluster":
+    @contextmanager
+    def connected(self, device: str) -> Iterator[None]:
+        """Hold a connection to the cluster.
+
+        Args:
+            device: Type of the driver's device, on which the workers compute too.
+        Raises:
+            EstimationError: If Ray is not installed, there is no such cluster, or a worker would have no GPU.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise EstimationError("a cluster needs Ray; run: pip install 'coopq[ray]'")
+        import ray
+
+        try:
+            _knock(self.address)
+            ray.init(
+                address=self.address,
+                namespace="coopq",
+                log_to_driver=False,
+                include_dashboard=False if self.address == "local" else None,
+            )
+        except OSError as error:
+            raise EstimationError(
+                f"no Ray cluster at {self.address!r} ({error}); start one with `ray start --head`, "
+                "or take --ray-address local"
+            ) from error
+        try:
+            n_gpus = int(ray.cluster_resources().get("GPU", 0))
+            if device == "cuda" and n_gpus < (self.workers or 1):
+                raise EstimationError(
+                    f"the cluster has {n_gpus} GPUs for {self.workers or 1} workers, which need one each as the "
+                    "driver has; use fewer --workers, or --device cpu"
+                )
+            yield
+        finally:
+            ray.shutdown()
+
+    def start(self, session: Session, weights: Mapping[str, Any]) -> "Cluster":
         """The workers of a session; see `Cluster`."""
         return Cluster(self, session, weights)
-
-
-class Worker:
-    """A model and its bank in a process of their own; Ray makes an actor of a worker.
-
-    Args:
-        request: What is measured.
-        players: The driver's players.
-        weights: What the bank's weights depend on, as the driver has it.
-        bank: The driver's bank, for workers that see its disk; other workers quantize the model themselves.
-        fitting: Tokens that weights are fitted to, shape (n_sequences, length); None for backends that fit none.
-        player_widths: The widths of each player.
-        n_threads: Threads that the worker computes with.
-        n_sharing: Workers that share the memory of a device.
-    """
-
-    def __init__(
-        self,
-        request: Request,
-        players: Sequence[Player],
-        weights: Mapping[str, Any],
-        bank: str,
-        fitting: npt.NDArray[np.int64] | None,
-        player_widths: Sequence[Sequence[Width]],
-        n_threads: int,
-        n_sharing: int = 1,
-    ) -> None:
-        torch.set_num_threads(n_threads)
-        # The target's base file and the calibration text may lie on the driver's disk alone; a worker needs neither.
-        prepared = prepare(request.replace(target=None, base=None, calibration="c4"))
-        free = free_memory(request.model.device)
-        room = prepared.footprint.room(None if free is None else free // n_sharing)
-        loaded = prepared.load()
-        if (found := fingerprint_weights(loaded.model)) != weights["weights"]:
-            raise Mismatch(
-                f"a worker found another model under {request.model.source!r}",
-                {"weights": weights["weights"]},
-                {"weights": found},
-                "give workers the driver's files and versions",
-            )
-        round_untouched(loaded, players, request.widths.bits)
-        shared = Path(bank)
-        folder = shared if (shared / "bank.json").is_file() else Path(mkdtemp(prefix="coopq-bank-"))
-        self.bank = WeightBank(folder, loaded, players, prepared.backend, weights, room=room)
-        if folder != shared:
-            self.bank.build(request.widths.bits, fitting, player_widths=player_widths)
-        self._model = loaded.model
-        self._engines: dict[tuple[str, str], PrefixEngine] = {}
-
-    def evaluate(
-        self, name: str, tokens: npt.NDArray[np.int64], assignments: Assignments, loss: str
-    ) -> list[Measurement]:
-        """Losses of assignments on the tokens called `name`."""
-        if (name, loss) not in self._engines:
-            self._engines[name, loss] = make_engine(self._model, self.bank, tokens, loss)
-        return list(self._engines[name, loss].evaluate(assignments))
-
-    def process(self) -> int:
-        """The number of the worker's process."""
-        return os.getpid()
 
 
 class Cluster:
@@ -117,31 +83,15 @@ class Cluster:
         where: Where the workers are.
         session: The driver's session.
         weights: What the bank's weights depend on.
-    Raises:
-        EstimationError: If Ray is not installed, or there is no such cluster.
     """
 
     def __init__(self, where: RayConfig, session: Session, weights: Mapping[str, Any]) -> None:
-        if importlib.util.find_spec("ray") is None:
-            raise EstimationError("a cluster needs Ray; run: pip install 'coopq[ray]'")
         import ray
 
         self._ray = ray
-        try:
-            _knock(where.address)
-            ray.init(
-                address=where.address,
-                namespace="coopq",
-                log_to_driver=False,
-                include_dashboard=False if where.address == "local" else None,
-            )
-        except OSError as error:
-            raise EstimationError(
-                f"no Ray cluster at {where.address!r} ({error}); start one with `ray start --head`, "
-                "or take --ray-address local"
-            ) from error
         resources = ray.cluster_resources()
-        n_gpus, n_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        device, n_cpus = weights["device"], int(resources.get("CPU", 1))
+        n_gpus = int(resources.get("GPU", 0)) if device == "cuda" else 0
         self.n_workers = where.workers or n_gpus or n_cpus
         per_gpu = 1 if n_gpus >= self.n_workers else 0
         n_threads = max(1, n_cpus // self.n_workers)
@@ -152,9 +102,11 @@ class Cluster:
         n_hosts = sum(node["Alive"] for node in ray.nodes())
         n_sharing = 1 if per_gpu else -(-self.n_workers // n_hosts)
         bank = str(session.folder.bank)
+        # The journal says what the driver computes with, so its workers compute with the same.
+        request = session.request.replace(device=device, dtype=weights["dtype"])
         self.workers = [
             actor.remote(
-                session.request,
+                request,
                 session.players,
                 weights,
                 bank,
@@ -173,7 +125,6 @@ class Cluster:
         """Let the workers go; a cluster that was there before stays."""
         for worker in self.workers:
             self._ray.kill(worker)
-        self._ray.shutdown()
 
     def engine(self, name: str, tokens: npt.NDArray[np.int64], loss: str) -> "ClusterEngine":
         """What a game asks for losses on some tokens.
@@ -210,9 +161,27 @@ class Cluster:
                 idle.append(worker)
                 if chunk.tobytes() not in done:
                     done.add(chunk.tobytes())
-                    yield from self._ray.get(answer)
+                    yield from self._measured(answer)
             if not waiting and all(chunk.tobytes() in done for _, chunk in running.values()):
                 break  # only copies are left
+
+    def _measured(self, answer: Any) -> list[Measurement]:
+        """What a worker measured.
+
+        Raises:
+            CoopQError: What the worker raised, or that the worker failed, in one line.
+        """
+        try:
+            measured: list[Measurement] = self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, CoopQError | torch.OutOfMemoryError):
+                raise error.cause from error
+            reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
+            raise EstimationError(f"a worker failed ({type(error.cause).__name__}: {reason})") from error
+        except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise EstimationError(f"a worker is lost ({reason}); run the same command again to go on") from error
+        return measured
 
 
 class ClusterEngine:
