@@ -10,6 +10,7 @@ together, prefixes shared, in forwards of the whole model. Writes docs/results/r
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +33,8 @@ from coopq.search import (
     run_search,
 )
 from coopq.search.solver.exact import allocate
-from coopq.search.solver.local_search import local_optima, random_fill
-from coopq.search.solver.quadratic_program import paper_program
+from coopq.search.solver.local_search import local_optima, neighbours, random_fill
+from coopq.search.solver.quadratic_program import Steps, paper_program
 from coopq.search.strategies.evolution import SHARES
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 
@@ -41,6 +42,9 @@ AVERAGES = (2.25, 2.5, 3.0, 3.5)
 SIZES, SEEDS = (24, 32, 36), range(3)
 CHECKPOINTS = (60, 100, 150, 200, 250)
 """Costs at which the report looks at the active search, in forwards of the whole model."""
+
+SWAPS = 10
+"""Exchanges measured at a time at each budget."""
 
 Choose = Callable[[int], Assignment]
 """The assignment for a capacity."""
@@ -162,6 +166,45 @@ def by_evolution(space: SearchSpace, game: Counted) -> Choose:
     return run_search(Evolution(space), {share: game.part(share) for share in SHARES}.__getitem__).choose
 
 
+class GreedyWithSwaps(Greedy):
+    """Improves the best assignment of each budget after the path.
+
+    Every step is flipped alone, and the exchanges that these flips promise most of are measured, as long as one
+    exchange helps.
+    """
+
+    def __init__(self, space: SearchSpace, **options: Any) -> None:
+        super().__init__(space, **options)
+        self._exchanged: dict[int, bytes] = {}
+
+    def propose(self) -> Assignments:
+        """The path; then flips and exchanges at the budgets."""
+        path = super().propose()
+        if len(path):
+            return path
+        found = [q for capacity in self._space.capacities for q in self._exchanges(capacity)]
+        return self._space.assignments(np.array(found, dtype=bool).reshape(-1, self._space.n_steps))
+
+    def _exchanges(self, capacity: int) -> list[Steps]:
+        """Flips of single steps at a budget's best point if the point is new, then the most promising exchanges."""
+        best = self.measured.best(capacity)[0]
+        free = np.flatnonzero(np.logical_or(*self._space.constraint(0).movable(best)))
+        flips = best ^ np.eye(len(best), dtype=bool)[free]
+        unknown = [q for q in flips if q not in self.measured]
+        if unknown:
+            return unknown
+        if self._exchanged.get(capacity) == best.tobytes():  # no exchange at this point was better
+            return []
+        self._exchanged[capacity] = best.tobytes()
+        origin = self.measured.loss(best)
+        change = np.zeros(len(best))
+        change[free] = np.array([self.measured.loss(q) for q in flips]) - origin
+        exchanges = neighbours(self._space.constraint(capacity), best)
+        promise = ((exchanges ^ best) * change).sum(axis=1)
+        fresh = [q for q in exchanges[np.argsort(promise, kind="stable")] if q not in self.measured]
+        return fresh[:SWAPS]
+
+
 METHODS: dict[str, Callable[[SearchSpace, Counted], Choose]] = {
     "coopq, M = 10": partial(by_paper, walks=10),
     "coopq, M = 50": partial(by_paper, walks=50),
@@ -179,8 +222,8 @@ METHODS: dict[str, Callable[[SearchSpace, Counted], Choose]] = {
     "greedy down, 4 a move": partial(by_search, make=partial(Greedy, per_move=4)),
     "greedy up, 4 a move": partial(by_search, make=partial(Greedy, direction="up", per_move=4)),
     "greedy down, 12 candidates": partial(by_search, make=partial(Greedy, candidates=12)),
-    "greedy up, 4 a move, 10 swaps": partial(by_search, make=partial(Greedy, direction="up", per_move=4, swaps=10)),
-    "greedy down, 12 candidates, 10 swaps": partial(by_search, make=partial(Greedy, candidates=12, swaps=10)),
+    "greedy up, 4 a move, 10 swaps": partial(by_search, make=partial(GreedyWithSwaps, direction="up", per_move=4)),
+    "greedy down, 12 candidates, 10 swaps": partial(by_search, make=partial(GreedyWithSwaps, candidates=12)),
     "active": partial(by_search, make=ActiveSearch),
 }
 

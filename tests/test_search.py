@@ -30,7 +30,6 @@ SEARCHES: dict[str, Callable[[SearchSpace], Search]] = {
     "up": lambda space: Greedy(space, direction="up"),
     "batched": lambda space: Greedy(space, per_move=3, candidates=5),
     "batched up": lambda space: Greedy(space, direction="up", per_move=3, candidates=5),
-    "swaps": lambda space: Greedy(space, per_move=2, swaps=4),
     "regression": lambda space: Regression(space, n_points=30),
     "one-shot high": lambda space: OneShot(space, "high"),
     "one-shot low": lambda space: OneShot(space, "low"),

@@ -157,7 +157,7 @@ class _Line(NamedTuple):
 
 
 def _intact_lines(path: Path) -> Iterator[_Line]:
-    """The lines of a journal, each checked; a last line that was not written whole ends them.
+    """The lines of a journal, each checked; a last line that is broken ends them.
 
     The checksum of a line depends on all lines before it, so a line that is changed, moved or missing is noticed.
 
@@ -185,7 +185,7 @@ def _intact_lines(path: Path) -> Iterator[_Line]:
                     f"{path}, line {number} is broken ({error}); restore the file from a copy, "
                     + ("or use another run folder" if number == 1 else _DELETE)
                 ) from error
-            _log.warning("%s: dropped the last line, which was not written whole", path)
+            _log.warning("%s: dropped the last line (%s); its loss is measured again", path, error)
             return
         yield _Line(number, record, check, len(line))
 

@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from coopq.search.solver.quadratic_program import Steps
+from coopq.search.solver.quadratic_program import Floats, Steps, terms_by_steps
 
 _PAIR_RATIOS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Prior variances of all pair terms together to choose from, in units of half the variance of all single terms. Chosen
 by hand."""
 _NOISES = 10.0 ** np.arange(-7, 1)
 """Variances of what a quadratic cannot say to choose from, in the same unit. Chosen by hand."""
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,7 @@ class Ridge:
         n_steps = self.z.shape[1]
         single = self.z.T @ self.dual.weights / n_steps
         pair = self.pair_ratio * (self.z.T * self.dual.weights) @ self.z / n_steps / max(1, n_steps - 1)
-        np.fill_diagonal(pair, 0.0)
-        constant = float(self.dual.mean - single.sum() + pair.sum() / 2)
-        return constant, 2 * single - 2 * pair.sum(axis=1), 2 * pair
+        return terms_by_steps(self.dual.mean, single, pair)
 
     def deviation(self, q: Steps) -> Floats:
         """Standard deviation of y about its prediction, of points of shape (n, n_steps), shape (n,)."""

@@ -11,16 +11,13 @@ problem, 2007; Jaggi, Revisiting Frank-Wolfe, 2013.
 """
 
 import numpy as np
-import numpy.typing as npt
 
-from coopq.search.solver.quadratic_program import QuadraticProgram
+from coopq.search.solver.quadratic_program import Floats, QuadraticProgram
 
 _OUTER, _INNER = 30, 150
 """Supergradient steps, and gradient steps within each. Chosen by hand; docs/results/solver.md has gaps and seconds."""
 _STEP = 1.4
 """First supergradient step, as a share of the mean of u. Chosen by hand."""
-
-Floats = npt.NDArray[np.float64]
 
 
 def lower_bound(program: QuadraticProgram) -> float:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 Steps = npt.NDArray[np.bool_]
 """q: True where a step down is taken, shape (n_points, n_steps), or (n_steps,) for one point."""
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -94,3 +95,17 @@ def paper_program(
     K = (1 - alpha) * C + alpha * np.diag(np.diag(C))
     a = phi - (K.sum(axis=1) - np.diag(K))
     return QuadraticProgram.two_widths(a, K, step_bytes, capacity)
+
+
+def terms_by_steps(mean: float, single: Floats, pairs: Floats) -> tuple[float, Floats, Floats]:
+    """The quadratic mean + sum_i b_i z_i + sum_{i<j} w_ij z_i z_j, where z = 2 q - 1, as c + a'q + q'Kq.
+
+    Args:
+        mean: The constant term.
+        single: b, shape (n_steps,).
+        pairs: w, symmetric, shape (n_steps, n_steps); the diagonal is left out.
+    Returns:
+        c; a, shape (n_steps,); K, symmetric with a zero diagonal, shape (n_steps, n_steps).
+    """
+    pairs = pairs - np.diag(np.diag(pairs))
+    return float(mean - single.sum() + pairs.sum() / 2), 2 * single - 2 * pairs.sum(axis=1), 2 * pairs

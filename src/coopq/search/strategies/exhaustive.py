@@ -11,6 +11,7 @@ from coopq.core.errors import EstimationError
 from coopq.core.types import Assignment, Assignments, Losses, Width
 from coopq.search.measured import Measured
 from coopq.search.protocol import Search
+from coopq.search.solver.quadratic_program import terms_by_steps
 from coopq.search.space import SearchSpace
 
 MOST_PLAYERS = 14
@@ -99,9 +100,7 @@ def best_quadratic(table: Table) -> tuple[float, npt.NDArray[np.float64], npt.ND
     z = 2.0 * _members(len(table).bit_length() - 1) - 1  # orthogonal terms: least squares is a projection
     single = z.T @ table / len(table)
     pairs = (z.T * table) @ z / len(table)
-    np.fill_diagonal(pairs, 0.0)
-    constant = float(table.mean() - single.sum() + pairs.sum() / 2)
-    return constant, 2 * single - 2 * pairs.sum(axis=1), 2 * pairs
+    return terms_by_steps(float(table.mean()), single, pairs)
 
 
 def _members(n_players: int) -> npt.NDArray[np.int64]:

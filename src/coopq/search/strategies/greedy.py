@@ -5,8 +5,6 @@ import numpy as np
 from coopq.core.types import Assignment, Assignments, Losses
 from coopq.search.measured import Measured
 from coopq.search.protocol import Search
-from coopq.search.solver.local_search import neighbours
-from coopq.search.solver.quadratic_program import Steps
 from coopq.search.space import SearchSpace
 
 _PACED_MOVES = 32
@@ -20,15 +18,13 @@ class Greedy(Search):
     """Takes a few steps down, or back, in each move: the steps of lowest loss change per byte.
 
     One path serves all budgets, and moves stop at each budget. With players of unequal size, what a budget gets depends
-    on the larger budgets before. With `swaps`, the best assignment of each budget is then improved: every step is
-    flipped alone, and the exchanges that these flips promise most of are measured, as long as one exchange helps.
+    on the larger budgets before.
 
     Args:
         space: Players, widths, budgets.
         direction: "down" from the highest widths, or "up" from the lowest widths.
         per_move: Steps that change in a move.
         candidates: Steps measured before each move after the first, the best when last measured; None measures all.
-        swaps: Exchanges measured at a time at each budget after the path.
     """
 
     def __init__(
@@ -38,18 +34,15 @@ class Greedy(Search):
         direction: str = "down",
         per_move: int = 1,
         candidates: int | None = None,
-        swaps: int = 0,
     ) -> None:
         self._space = space
         self._down = direction == "down"
         self._per_move = per_move
         self._n_candidates = space.n_steps if candidates is None else candidates
-        self._swaps = swaps
         self._q = np.full(space.n_steps, not self._down)
         self._change_per_byte = np.full(space.n_steps, -np.inf)  # a step that was never measured is a candidate
         self._candidates: list[int] = []
         self._arrived = False
-        self._exchanged: dict[int, bytes] = {}
         self.measured = Measured(space)
 
     @classmethod
@@ -60,7 +53,7 @@ class Greedy(Search):
         return cls(space, direction=direction, per_move=per_move, candidates=candidates)
 
     def propose(self) -> Assignments:
-        """Where the path stands, and each candidate step from there; then flips and exchanges at the budgets."""
+        """Where the path stands, and each candidate step from there."""
         if not self._arrived:
             is_past = self._down and self._bytes_above_min() <= min(self._space.capacities)
             self._candidates = [] if is_past else self._next()
@@ -69,8 +62,7 @@ class Greedy(Search):
             if self._candidates or self._q not in self.measured:
                 return self._space.assignments(points)
             self._arrived = True
-        found = [q for capacity in self._space.capacities for q in self._exchanges(capacity)]
-        return self._space.assignments(np.array(found, dtype=bool).reshape(-1, self._space.n_steps))
+        return self._space.assignments(np.empty((0, self._space.n_steps), dtype=bool))
 
     def learn(self, assignments: Assignments, losses: Losses) -> None:
         """Take the losses and, on the path, make the move."""
@@ -109,27 +101,6 @@ class Greedy(Search):
         most = max(self._n_candidates, self._per_move) if len(self.measured) else len(free)
         best = free[np.argsort(self._change_per_byte[free], kind="stable")][:most]
         return [int(step) for step in np.sort(best)]
-
-    def _exchanges(self, capacity: int) -> list[Steps]:
-        """Flips of single steps at a budget's best point if the point is new, then the most promising exchanges."""
-        if not self._swaps:
-            return []
-        best = self.measured.best(capacity)[0]
-        free = np.flatnonzero(np.logical_or(*self._space.constraint(0).movable(best)))
-        flips = best ^ np.eye(len(best), dtype=bool)[free]
-        unknown = [q for q in flips if q not in self.measured]
-        if unknown:
-            return unknown
-        if self._exchanged.get(capacity) == best.tobytes():  # no exchange at this point was better
-            return []
-        self._exchanged[capacity] = best.tobytes()
-        origin = self.measured.loss(best)
-        change = np.zeros(len(best))
-        change[free] = np.array([self.measured.loss(q) for q in flips]) - origin
-        exchanges = neighbours(self._space.constraint(capacity), best)
-        promise = ((exchanges ^ best) * change).sum(axis=1)
-        fresh = [q for q in exchanges[np.argsort(promise, kind="stable")] if q not in self.measured]
-        return fresh[: self._swaps]
 
     def _bytes_above_min(self) -> int:
         """Bytes of the current point above all players at their lowest width."""
