@@ -141,6 +141,36 @@ def test_each_expert_has_the_importance_of_its_own_inputs(name: str) -> None:
         torch.testing.assert_close(found[of], wanted.diagonal(dim1=1, dim2=2), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_whose_block_visits_a_gpu_have_their_importance(name: str) -> None:
+    """A block's tensors are exchanged for copies when the block arrives."""
+    model, tokens = tiny(name), np.random.default_rng(2).integers(3, 97, size=(2, 32))
+    names = [linear.name for player in find_players(model) for linear in player.linears]
+    wanted = column_importance(model, names, tokens)
+
+    def arrive(block: torch.nn.Module, _: Any) -> None:
+        for parameter in block.parameters():
+            parameter.data = parameter.data.clone()
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(arrive)
+    found = column_importance(model, names, tokens)
+    assert {*found} == {*wanted} == {*names}
+    assert all(torch.equal(found[of], wanted[of]) for of in names)
+
+
+def test_a_layer_that_no_token_reaches_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokens = tiny("mixtral"), np.random.default_rng(2).integers(3, 97, size=(2, 32))
+    linears = [linear.name for player in find_players(model) for linear in player.linears]
+    model.model.layers[1].mlp.experts.forward = lambda hidden, *_: hidden
+    found = column_importance(model, ["model.embed_tokens", *linears], tokens)
+    missing = [f"model.layers.1.mlp.experts.{part}_proj" for part in ("gate_up", "down")]
+    assert sorted({*linears} - {*found}) == sorted(missing)
+    (line,) = (line for line in caplog.messages if "no token" in line)
+    assert "embed" not in line
+    assert all(name in line for name in missing)
+
+
 def test_experts_are_rounded_by_their_own_importance() -> None:
     backend, weight = GGMLBackend(), torch.randn(3 * 24, 256)
     importance = torch.rand(3, 256) ** 8

@@ -1,4 +1,4 @@
-"""Statistics of the inputs that calibration tokens bring to layers of the full-precision model."""
+"""Statistics of the inputs that tokens bring to layers of the full-precision model."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.i
         model: A model of transformers.
         names: Names of linear layers, of tensors that hold experts, and of embeddings. The inputs of an embedding are
             those of the head, if the head is tied to the embedding.
-        tokens: Calibration tokens, shape (n_sequences, length).
+        tokens: Tokens, shape (n_sequences, length).
     Returns:
         By name: shape (in,) for a linear layer, (n_experts, in) for experts. An expert that no token reaches gets the
         mean of the other experts. Layers that no token reaches are left out.
@@ -143,6 +143,14 @@ def _input_means(
                     matrix.n_experts,
                     name,
                 )
+    unreached = [name for name in names if (name in linears or name in experts) and name not in found]
+    if unreached:
+        _log.warning(
+            "%d layers were reached by no token (%s); they are quantized as if all their inputs were alike, so use more "
+            "tokens to fit weights to",
+            len(unreached),
+            ", ".join(unreached),
+        )
     return found
 
 
@@ -167,22 +175,26 @@ class _ExpertInputs(TorchFunctionMode):
 
     def __init__(self, experts: Mapping[str, Matrix], keep: _Keep) -> None:
         super().__init__()
-        self._places = {
-            part.data_ptr(): (name, expert)
-            for name, matrix in experts.items()
-            for expert, part in enumerate(matrix.parameter.data.view(matrix.n_experts, -1))
-        }
-        self._n_experts = {name: matrix.n_experts for name, matrix in experts.items()}
+        self._experts = experts
         self._keep = keep
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in _PRODUCTS and len(args) > 1 and args[1].data_ptr() in self._places:
-            name, expert = self._places[args[1].data_ptr()]
+        if function in _PRODUCTS and len(args) > 1 and (place := self._place(args[1].data_ptr())):
+            name, expert = place
             if args[1].dim() == 3:  # all experts at once, each with its own inputs
-                for index in range(self._n_experts[name]):
+                for index in range(self._experts[name].n_experts):
                     self._keep(name, index, args[0][index])
             else:
                 self._keep(name, expert, args[0])
         return function(*args, **(kwargs or {}))
+
+    def _place(self, pointer: int) -> tuple[str, int] | None:
+        """The tensor that holds an expert, and the expert's number; looked up anew, as offloaded tensors move."""
+        for name, matrix in self._experts.items():
+            parameter = matrix.parameter
+            expert, rest = divmod(pointer - parameter.data_ptr(), parameter.nbytes // matrix.n_experts)
+            if not rest and 0 <= expert < matrix.n_experts:
+                return name, expert
+        return None
