@@ -22,6 +22,7 @@ from coopq.export.checkpoint import SavedModel
 from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set, fitting_set
+from coopq.quantizers.gptq.subprocess_job import DONE, only_gpu, running_job
 from tests.quantizers import backend as make
 
 PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
@@ -172,11 +173,41 @@ def test_a_full_temporary_folder_is_noticed_before_the_work(stories: str, monkey
         next(quantized)
 
 
-def test_a_worker_ends_when_its_parent_is_killed() -> None:
-    worker = """
-import multiprocessing, time
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("os.kill(os.getpid(), 9)", r"the library was ended by signal 9, probably because memory ran out; use a device"),
+        ("sys.exit('torch.OutOfMemoryError: 2 GiB')", r"out of memory \(torch.OutOfMemoryError: 2 GiB\); use a device"),
+        ("sys.exit('KeyError: 7')", r"the library failed \(KeyError: 7\); it may not support this architecture"),
+    ],
+)
+def test_an_error_of_a_worker_says_what_to_do(
+    end: str, message: str, stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ending_worker.py").write_text(f"import os, sys\nprint('INFO 37 of 224', flush=True)\n{end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    loaded = load_model(stories, device="cpu")
+    job = running_job("the library", "ending_worker", loaded.model, loaded.tokenizer, np.zeros((1, 4), np.int64), {})
+    with job as wait_for, pytest.raises(BackendError, match=message):
+        wait_for(DONE)
+
+
+def test_a_worker_sees_only_the_gpu_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert only_gpu(torch.device("cpu")) == {}
+    assert only_gpu(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert only_gpu(torch.device("cuda:1")) == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "copy of the model"
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    worker = f"""
+import multiprocessing, pathlib, time
 from coopq.quantizers.gptq.subprocess_job import end_with_parent
-end_with_parent()
+end_with_parent(pathlib.Path({str(folder)!r}))
 time.sleep(1)
 child = multiprocessing.get_context("fork").Process(target=int)  # libraries have such
 child.start()
@@ -197,3 +228,4 @@ subprocess.Popen([sys.executable, "-c", {worker!r}], stdin=subprocess.PIPE).wait
         killed = time.monotonic()
         process.stdout.read()  # the worker holds it open too
         assert time.monotonic() - killed < 30, "it went on alone"
+    assert not folder.exists()

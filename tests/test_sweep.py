@@ -152,6 +152,14 @@ def test_a_search_with_offloaded_blocks_ends_with_the_same_plan(
     assert plans[0] == plans[1]
 
 
+def test_libraries_of_whole_models_need_the_whole_model_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Request.from_options(model=str(STORIES), tokens=256, sequence_length=64, bits=(2, 4), backend="gptq-static")
+    prepared = prepare(asked)
+    monkeypatch.setattr(Footprint, "must_offload", lambda self, free: True)
+    with pytest.raises(OutOfMemory, match=r"backend 'gptq-static' needs the whole model on the GPU; use rtn, hqq or gg"):
+        prepared.fit()
+
+
 def test_a_model_larger_than_a_gpu_is_offloaded_and_refused_when_not_even_that_fits() -> None:
     model, text = tiny_model("llama"), TextSpec(tokens=256, sequence_length=64)
     footprint = Footprint.estimate(model, find_players(model), text, "cuda")

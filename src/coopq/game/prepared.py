@@ -19,7 +19,7 @@ from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import find_players, warn_of_weights_outside
 from coopq.model.texts import check_length, check_text
 from coopq.quantizers import get_backend
-from coopq.quantizers.backend import Backend
+from coopq.quantizers.backend import Backend, ModelQuantizer
 from coopq.quantizers.sizes import OUR_FILE, Target, packed_bytes
 
 _log = logging.getLogger(__name__)
@@ -73,10 +73,14 @@ class Prepared(SizedRequest):
         """
         needed, free = self.footprint, free_memory(self.request.model.device)
         needed.check(free)
-        if needed.must_offload(free) and self.request.widths.embeddings:
+        if not needed.must_offload(free):
+            return needed, free
+        must = f"{needed}, and {gib(free)} are free: blocks must stay on the host"
+        if self.request.widths.embeddings:
+            raise OutOfMemory(f"{must}, and then the embedding is no player; leave --embeddings out")
+        if isinstance(self.backend, ModelQuantizer):
             raise OutOfMemory(
-                f"{needed}, and {gib(free)} are free: blocks must stay on the host, and then the embedding is no "
-                "player; leave --embeddings out"
+                f"{must}, and backend {self.backend.name!r} needs the whole model on the GPU; use rtn, hqq or ggml"
             )
         return needed, free
 

@@ -76,7 +76,7 @@ class AutoRoundBackend(GPTQTensors):
                 file = folder / f"{name}.safetensors"
                 if not file.exists():
                     raise BackendError(f"AutoRound left {name} unquantized; choose another backend for this model")
-                solved = load_tensors(file, model.device.type, way_out="run the same command again")
+                solved = load_tensors(file, str(model.device), way_out="run the same command again")
                 yield name, pack_weight(solved, width)
 
     def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:

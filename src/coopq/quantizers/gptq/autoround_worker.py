@@ -76,5 +76,5 @@ def _solved(module: Any, group_size: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    end_with_parent(Path(sys.argv[1]))
     main(Path(sys.argv[1]))

@@ -115,7 +115,7 @@ class GPTQBackend(_ByGPTQModel):
         tensors: dict[str, Tensor] = {}
         with running_job("GPTQModel", _WORKER, model, tokenizer, tokens, job) as wait_for:
             for file in sorted(wait_for(DONE).parent.glob("*.safetensors")):
-                tensors |= load_tensors(file, model.device.type, way_out="run the same command again")
+                tensors |= load_tensors(file, str(model.device), way_out="run the same command again")
         for name in bits:
             if f"{name}.qweight" not in tensors:
                 raise BackendError(f"GPTQModel left {name} unquantized; choose another backend for this model")
@@ -160,6 +160,6 @@ class GPTQStatic(_ByGPTQModel):
             for name in order:  # in the worker's order, so that an interrupted run keeps every layer that was made
                 for width in (width for width, names in layers.items() if name in names):
                     file = wait_for(f"{name}-{width}.safetensors")
-                    solved = load_tensors(file, model.device.type, way_out="run the same command again")
+                    solved = load_tensors(file, str(model.device), way_out="run the same command again")
                     file.unlink()
                     yield width, name, pack_weight(solved, width)

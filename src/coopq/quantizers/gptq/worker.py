@@ -126,5 +126,5 @@ def _portions(columns: dict[str, int]) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    end_with_parent()
+    end_with_parent(Path(sys.argv[1]))
     main(Path(sys.argv[1]))
