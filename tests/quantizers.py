@@ -6,6 +6,9 @@ from coopq.core.specs import QuantizerSpec
 from coopq.quantizers import get_backend
 from coopq.quantizers.backend import Backend, WeightQuantizer
 
+WEIGHT_ONLY = ("rtn", "quanto", "hqq")
+"""Backends that quantize one weight at a time, fitted to no tokens."""
+
 
 def backend(name: str, **options: Any) -> Backend:
     """A backend by name and options."""

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from coopq.core.errors import BackendError, UnsupportedBits
 from coopq.core.specs import QuantizerSpec
+from coopq.core.types import Width
 from coopq.quantizers import BACKENDS, get_backend
-from coopq.quantizers.backend import Backend
-from coopq.quantizers.contract import WEIGHT_ONLY, check_backend
-from coopq.quantizers.rtn import pack_bits, unpack_bits
+from coopq.quantizers.backend import AffineForm, Backend
+from coopq.quantizers.contract import check_backend
+from coopq.quantizers.rtn import RTNBackend, pack_bits, unpack_bits
+from tests.quantizers import WEIGHT_ONLY, weight_quantizer
 from tests.quantizers import backend as make
-from tests.quantizers import weight_quantizer
 
 WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in make(name).bits]
 
@@ -25,6 +26,15 @@ WIDTHS = [(name, bits) for name in WEIGHT_ONLY for bits in make(name).bits]
 @pytest.mark.parametrize("shape", [(64, 64), (64, 172), (192, 576), (64, 1536)])
 def test_backends_keep_the_contract(name: str, bits: int, shape: tuple[int, int]) -> None:
     check_backend(make(name), torch.randn(shape) * torch.rand(shape[0], 1), bits)
+
+
+def test_the_contract_covers_the_form_of_integers() -> None:
+    class Wrong(RTNBackend):
+        def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
+            return super().affine_form(shape, bits)._replace(zeros=torch.float16)
+
+    with pytest.raises(AssertionError, match=r"torch\.float16"):
+        check_backend(Wrong(), torch.randn(64, 64), 4)
 
 
 @pytest.mark.parametrize(("name", "group_size"), [("rtn", 1), ("rtn", 48), ("rtn", 1000), ("hqq", 8), ("hqq", 128)])
@@ -51,6 +61,16 @@ def test_16_bit_models_run_in_their_dtype(name: str, dtype: torch.dtype) -> None
     assert restored.dtype == layer(inputs).dtype == dtype
     torch.testing.assert_close(layer(inputs), inputs @ restored.T, atol=0.15, rtol=0.02)
     assert sum(t.nbytes for t in packed.values()) == backend.storage_bytes((128, 256), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hqq_loses_no_precision_on_16_bit_models(dtype: torch.dtype) -> None:
+    backend, weight = weight_quantizer("hqq"), (torch.randn(128, 256) / 50).bfloat16().float()
+    for bits in backend.bits:
+        exact, own = backend.quantize(weight, bits), backend.quantize(weight.to(dtype), bits)
+        assert all(torch.equal(own[part], exact[part]) for part in exact)
+        wanted = backend.dequantize(exact, (128, 256), bits, torch.float32).to(dtype)
+        assert torch.equal(backend.dequantize(own, (128, 256), bits, dtype), wanted)
 
 
 @given(bits=st.integers(1, 8), n=st.integers(1, 70), seed=st.integers(0, 1000))

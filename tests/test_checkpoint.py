@@ -30,9 +30,9 @@ from coopq.plan.methods import make_plans
 from coopq.plan.plan import Plan
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
-from coopq.quantizers.contract import WEIGHT_ONLY
 from tests.architectures import CONFIGS, tiny_model
 from tests.checkpoints import plan_for, save
+from tests.quantizers import WEIGHT_ONLY
 
 
 def bank_and_saved_nll(loaded: LoadedModel, plan: Plan, tmp_path: Path, tokens: Any) -> tuple[Any, Any]:

@@ -176,7 +176,10 @@ def test_a_full_temporary_folder_is_noticed_before_the_work(stories: str, monkey
 @pytest.mark.parametrize(
     ("end", "message"),
     [
-        ("os.kill(os.getpid(), 9)", r"the library was ended by signal 9, probably because memory ran out; use a device"),
+        (
+            "os.kill(os.getpid(), 9)",
+            r"the library was ended by signal 9, probably because memory ran out; use a device",
+        ),
         ("sys.exit('torch.OutOfMemoryError: 2 GiB')", r"out of memory \(torch.OutOfMemoryError: 2 GiB\); use a device"),
         ("sys.exit('KeyError: 7')", r"the library failed \(KeyError: 7\); it may not support this architecture"),
     ],

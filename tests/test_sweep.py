@@ -156,7 +156,9 @@ def test_libraries_of_whole_models_need_the_whole_model_on_the_gpu(monkeypatch: 
     asked = Request.from_options(model=str(STORIES), tokens=256, sequence_length=64, bits=(2, 4), backend="gptq-static")
     prepared = prepare(asked)
     monkeypatch.setattr(Footprint, "must_offload", lambda self, free: True)
-    with pytest.raises(OutOfMemory, match=r"backend 'gptq-static' needs the whole model on the GPU; use rtn, hqq or gg"):
+    with pytest.raises(
+        OutOfMemory, match=r"backend 'gptq-static' needs the whole model on the GPU; use rtn, hqq or gg"
+    ):
         prepared.fit()
 
 

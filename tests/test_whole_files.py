@@ -18,13 +18,13 @@ from coopq.model.matrices import round_untouched
 from coopq.model.players import find_players
 from coopq.model.sources.gguf import gguf_dtype, gguf_file
 from coopq.plan.plan import Plan
-from coopq.quantizers.contract import WEIGHT_ONLY
 from coopq.report.tables import plan_summary
 from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import refused
 from tests.conftest import STORIES
 from tests.gguf_files import write_gguf
+from tests.quantizers import WEIGHT_ONLY
 
 TEXT = {"tokens": 64, "sequence_length": 32, "device": "cpu"}
 

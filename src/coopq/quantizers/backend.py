@@ -175,7 +175,10 @@ class Backend(ABC):
     def linear(
         self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
-        """A linear layer that keeps its weight packed and computes in `dtype`."""
+        """A linear layer that keeps its weight packed and computes in `dtype`.
+
+        Its attribute `weight` is the weight, as some models look at the weight of a layer.
+        """
 
     def widths_of(self, shape: tuple[int, int]) -> tuple[Width, ...]:
         """Widths of a weight of shape (out, in): all of `bits`, unless a backend has fewer for some shapes.

@@ -10,9 +10,10 @@ from coopq.core.errors import BackendError
 from coopq.core.types import Width
 from coopq.core.versions import check_version
 from coopq.quantizers.backend import Affine, AffineForm, Packed, WeightQuantizer, check_group_size
+from coopq.quantizers.packed_modules import PackedLinear
 
 _TRIED = "0.2.8"
-"""Version of hqq whose private parts are in use: its tables of packings, and the dictionary "meta" of a layer."""
+"""Version of hqq whose private parts are in use: its quantizer and the quantizer's tables of packings."""
 _DEFAULT_GROUP_SIZE = 64
 _AXIS = 1
 """Groups lie along a row, which the library's fast kernels need."""
@@ -23,10 +24,10 @@ _PER_INT32 = 10
 
 
 class HQQBackend(WeightQuantizer):
-    """hqq's quantizer, without calibration tokens.
+    """hqq's quantizer, fitted to no tokens.
 
-    The library quantizes in float32. Scales and zeros are stored in float16, or in the model's dtype if that has 16
-    bits.
+    The library quantizes in float32. Scales and zeros are stored in float16: at 8 bits, zeros near 127 would lose
+    precision in bfloat16.
 
     Args:
         group_size: Weights that share a scale, a multiple of 8; None is 64.
@@ -38,13 +39,13 @@ class HQQBackend(WeightQuantizer):
 
     def __init__(self, group_size: int | None = None) -> None:
         try:
-            from hqq.core.quantize import BaseQuantizeConfig, HQQLinear, Quantizer
+            from hqq.core.quantize import Quantizer
         except ImportError as error:
             raise BackendError(
                 f"backend 'hqq' needs the package hqq ({error}); run: pip install 'coopq[hqq]'"
             ) from error
         check_version("hqq", _TRIED, "backend 'hqq'")
-        self._linear, self._quantizer, self._config = HQQLinear, Quantizer, BaseQuantizeConfig
+        self._quantizer = Quantizer
         self.group_size = check_group_size(group_size, _DEFAULT_GROUP_SIZE)
         if self.group_size % 8:
             raise BackendError(f"backend 'hqq' needs a group size that is a multiple of 8, and {group_size} is not")
@@ -64,23 +65,18 @@ class HQQBackend(WeightQuantizer):
         codes, meta = self._quantizer.quantize(
             weight.float(), nbits=bits, group_size=self.group_size, axis=_AXIS, device=str(weight.device)
         )
-        stored = weight.dtype if weight.dtype.itemsize == 2 else torch.float16
-        return {"W_q": codes, "scale": meta["scale"].to(stored), "zero": meta["zero"].to(stored)}
+        return {"W_q": codes, "scale": meta["scale"].half(), "zero": meta["zero"].half()}
 
     def dequantize(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> Tensor:
         """See `Backend.dequantize`."""
-        return self._quantizer.dequantize(packed["W_q"], self._meta(packed, shape, bits, dtype))
+        weight = self._codes(packed, shape, bits).float().sub_(packed["zero"].float()).mul_(packed["scale"].float())
+        return weight.reshape(shape).to(dtype)
 
     def affine(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Affine:
         """See `Backend.affine`."""
-        packing = self._quantizer.bit_to_packing[bits]
-        words = packed["W_q"].view(self._quantizer.unpack_view_dtype[packing])
-        n_groups = shape[0] * shape[1] // self.group_size  # codes of 3 bits are padded
-        codes = self._quantizer.unpack[packing](words, dtype=torch.uint8)[:n_groups]
         by_row = (shape[0], -1, 1)
-        return Affine(
-            codes.reshape(shape[0], -1, self.group_size), packed["zero"].view(by_row), packed["scale"].view(by_row)
-        )
+        codes = self._codes(packed, shape, bits).reshape(shape[0], -1, self.group_size)
+        return Affine(codes, packed["zero"].view(by_row), packed["scale"].view(by_row))
 
     def affine_form(self, shape: tuple[int, int], bits: Width) -> AffineForm:
         """See `Backend.affine_form`."""
@@ -90,17 +86,7 @@ class HQQBackend(WeightQuantizer):
         self, packed: Packed, shape: tuple[int, int], bits: Width, bias: Tensor | None, dtype: torch.dtype
     ) -> nn.Module:
         """See `Backend.linear`."""
-        device = packed["W_q"].device
-        config = self._config(nbits=bits, group_size=self.group_size, axis=_AXIS)
-        layer: nn.Module = self._linear(None, config, compute_dtype=dtype, device=str(device), initialize=False)
-        layer.load_state_dict(
-            {
-                "W_q": nn.Parameter(packed["W_q"], requires_grad=False),
-                "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
-                "meta": self._meta(packed, shape, bits, dtype),
-            }
-        )
-        return layer
+        return PackedLinear(self, packed, shape, bits, bias, dtype)
 
     def storage_bytes(self, shape: tuple[int, int], bits: Width) -> int:
         """See `Backend.storage_bytes`."""
@@ -116,20 +102,8 @@ class HQQBackend(WeightQuantizer):
             codes = groups // _PER_BYTE[int(bits)] * self.group_size
         return codes + 4 * groups
 
-    def _meta(self, packed: Packed, shape: tuple[int, int], bits: Width, dtype: torch.dtype) -> dict[str, Any]:
-        """The library's description of a packed weight."""
-        packing = self._quantizer.bit_to_packing[bits]
-        return {
-            "nbits": bits,
-            "group_size": self.group_size,
-            "shape": torch.Size(shape),
-            "scale": packed["scale"].to(dtype),
-            "zero": packed["zero"].to(dtype),
-            "axis": _AXIS,
-            "packing": packing,
-            "unpack_view_dtype": self._quantizer.unpack_view_dtype[packing],
-            "view_as_float": False,
-            "quant_scale": False,
-            "quant_zero": False,
-            "compute_dtype": dtype,
-        }
+    def _codes(self, packed: Packed, shape: tuple[int, int], bits: Width) -> Tensor:
+        """The codes of a packed weight, uint8, shape (n_groups, group_size); a group may go on in the next row."""
+        unpack = self._quantizer.unpack[self._quantizer.bit_to_packing[bits]]
+        codes: Tensor = unpack(packed["W_q"], dtype=torch.uint8)
+        return codes[: shape[0] * shape[1] // self.group_size]  # codes of 3 bits are padded

@@ -146,8 +146,8 @@ def _input_means(
     unreached = [name for name in names if (name in linears or name in experts) and name not in found]
     if unreached:
         _log.warning(
-            "%d layers were reached by no token (%s); they are quantized as if all their inputs were alike, so use more "
-            "tokens to fit weights to",
+            "%d layers were reached by no token (%s); they are quantized as if all their inputs were alike, so use "
+            "more tokens to fit weights to",
             len(unreached),
             ", ".join(unreached),
         )

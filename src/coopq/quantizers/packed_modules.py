@@ -117,10 +117,7 @@ def install(
                 model.set_output_embeddings(backend.linear(packed, shape, bits, head.bias, dtype))
             _replace(model, module, PackedEmbedding(module, backend, packed, bits, dtype))
         elif is_linear(module):
-            linear = backend.linear(packed, shape, bits, module.bias, dtype)
-            if not hasattr(linear, "weight"):  # some models look at the weight of a layer
-                linear = PackedLinear(backend, packed, shape, bits, module.bias, dtype)
-            _replace(model, module, linear)
+            _replace(model, module, backend.linear(packed, shape, bits, module.bias, dtype))
         else:
             raise AttributeError(f"{name} is no linear layer")
 
