@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coopq.core.errors import Mismatch, ModelError, OutputError
+from coopq.core.errors import Mismatch, ModelError, OutputError, RunError
+from coopq.core.files import locked
 from coopq.core.types import UNTOUCHED, Width
 from coopq.core.weight_cache import WeightCache, bytes_at_once, ranks
 from coopq.game.engines.prefix_engine import make_engine, model_nll
@@ -37,13 +38,13 @@ def test_the_bank_is_built_once(tmp_path: Path) -> None:
     weight = model.model.layers[1].mlp.up_proj.weight
     original = weight.detach().clone()
     bank(tmp_path, model).build((2, 4))
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(stamps) == 7  # three players at two widths
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert len(stamps) == 6  # three players at two widths
     seen: list[str] = []
     again = bank(tmp_path, model)
     again.build((2, 4), progress=lambda stage, *_: seen.append(stage))
     assert not seen
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == stamps
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")} == stamps
     backend = weight_quantizer("rtn")
     again.set_player(1, 4)
     expected = backend.dequantize(backend.quantize(original, 4), (64, 32), 4, torch.float32)
@@ -71,6 +72,13 @@ def test_the_bank_keeps_packed_weights_alone_and_makes_what_is_lacking(tmp_path:
         file = load_file(tmp_path / f"player{player:03d}-{width}bit.safetensors")
         n_bytes = sum(make("rtn").storage_bytes(linear.shape, width) for linear in linears)
         assert sum(tensor.nbytes for tensor in file.values()) == n_bytes
+
+
+def test_a_bank_is_built_by_one_process_at_a_time(tmp_path: Path) -> None:
+    shared = bank(tmp_path, tiny_model("llama"))
+    with locked(tmp_path), pytest.raises(RunError, match=r"weight bank .* is in use by another process; wait for it"):
+        shared.build((2,))
+    shared.build((2,))
 
 
 def test_a_bank_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -183,6 +191,26 @@ def test_the_model_holds_no_more_than_one_block_and_the_cache(tmp_path: Path) ->
         changed = [key for key, tensor in model.named_parameters() if tensor.data_ptr() != originals[key]]
         assert changed
         assert all(key.startswith(f"model.layers.{player}.") for key in changed)
+
+
+def test_weights_that_gave_way_are_given_again(tmp_path: Path) -> None:
+    """A player whose weights were let go, kept by the cache and evicted has the model's own weights."""
+    model = tiny_model("llama")
+    players, loaded = find_players(model, "linear"), LoadedModel(model, None, torch.float32)
+    names = [player.linears[0].name for player in players]
+    gate, up, later = (names.index(f"model.layers.{of}_proj") for of in ("0.mlp.gate", "0.mlp.up", "1.mlp.gate"))
+    room = bytes_at_once(players, 4, shared=False) + 4 * players[gate].n_weights  # the cache keeps one player
+    small = WeightBank(tmp_path, loaded, players, make("rtn"), {}, room=room)
+    small.build((2,))
+    small.weights(later, 2)
+    small.set_player(gate, 2)  # not kept: a block before the one in the cache
+    small.set_player(later, 2)  # the gate gets its own weights back
+    for kept in (gate, up):  # asked for until what is in the cache is stale
+        for _ in range(21 * len(players)):
+            small.weights(kept, 2)
+    small.set_player(gate, 2)
+    given = model.get_submodule(names[gate]).weight.data
+    assert torch.equal(given, small.weights(gate, 2)[names[gate]])
 
 
 def test_a_walk_longer_than_the_cache_finds_the_last_blocks_there() -> None:

@@ -215,9 +215,12 @@ def require_space(folder: Path, n_bytes: int, what: str, way_out: str = "choose 
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, what: str = "run folder") -> Iterator[None]:
     """Hold `folder` for this process; the system frees it when the process ends, however it ends.
 
+    Args:
+        folder: The folder.
+        what: What the folder is, for the message.
     Raises:
         RunError: If another process holds it.
     """
@@ -225,6 +228,4 @@ def locked(folder: Path) -> Iterator[None]:
         with FileLock(folder / "run.lock", timeout=0):
             yield
     except Timeout as error:
-        raise RunError(
-            f"run folder {folder} is in use by another process; wait for it, or use another folder"
-        ) from error
+        raise RunError(f"{what} {folder} is in use by another process; wait for it, or use another folder") from error

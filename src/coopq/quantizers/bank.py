@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from coopq.core.errors import Mismatch, ModelError
-from coopq.core.files import as_plain, atomic_file, read_json, require_space, write_json
+from coopq.core.files import as_plain, atomic_file, locked, read_json, require_space, write_json
 from coopq.core.types import REMOVED, UNTOUCHED, Player, ProgressCallback, Width, as_width, silent
 from coopq.core.weight_cache import Key, WeightCache, Weights, bytes_at_once, ranks
 from coopq.model.load import LoadedModel
@@ -39,8 +39,8 @@ class WeightBank:
         players: The players of the model.
         backend: The backend that quantizes.
         fingerprint: What the weights depend on; a folder with another fingerprint is refused.
-        room: Bytes that dequantized weights may take besides the model's own; None has room for all. With less than
-            `bytes_at_once`, packed weights stay in the host's memory, and otherwise on the model's device.
+        room: Bytes that dequantized weights may take besides the model's own; None has room for all. If there is room
+            only for `bytes_at_once`, packed weights stay in the host's memory, and otherwise on the model's device.
 
     Raises:
         Mismatch: If the folder belongs to something else.
@@ -62,8 +62,7 @@ class WeightBank:
         self._backend = backend
         self._tokenizer = loaded.tokenizer
         self.matrices = {each.name: matrix_of(loaded.model, each.name) for player in players for each in player.linears}
-        self._parameters = {name: matrix.parameter for name, matrix in self.matrices.items()}
-        self._originals: Weights = {name: weight.data for name, weight in self._parameters.items()}
+        self._originals: Weights = {name: matrix.parameter.data for name, matrix in self.matrices.items()}
         shared = blocks_share_weights(loaded.model)
         at_once = bytes_at_once(players, loaded.model.dtype.itemsize, shared)
         self._ranks = ranks(players, shared)
@@ -102,22 +101,25 @@ class WeightBank:
         Raises:
             OutputError: If the disk has no room for the weights.
             ModelError: If a weight is not finite.
+            RunError: If another process builds in the folder.
         """
-        missing = self._missing(widths, player_widths)
-        total = sum(map(len, missing.values()))
-        n_bytes = [packed_bytes(self._backend, self.players[p], width) for width in missing for p in missing[width]]
-        require_space(self._folder, sum(n_bytes), "the weight bank")
-        if not total:
-            return
-        done = 0
-        progress("quantizing", done, total)  # before the first player, which may take long
-        for player, width, packed in self._quantize(missing, tokens):
-            tensors = {f"{name}.{key}": part.contiguous() for name, own in packed.items() for key, part in own.items()}
-            with atomic_file(self._path(player, width)) as temporary:
-                save_tensors(tensors, temporary, self._about(player, width))
-            done += 1
-            progress("quantizing", done, total)
-        assert done == total, (done, total)
+        with locked(self._folder, "weight bank"):
+            missing = self._missing(widths, player_widths)
+            total = sum(map(len, missing.values()))
+            n_bytes = [packed_bytes(self._backend, self.players[p], width) for width in missing for p in missing[width]]
+            require_space(self._folder, sum(n_bytes), "the weight bank")
+            if not total:
+                return
+            done = 0
+            progress("quantizing", done, total)  # before the first player, which may take long
+            for done, (player, width, packed) in enumerate(self._quantize(missing, tokens), 1):
+                tensors = {
+                    f"{name}.{key}": part.contiguous() for name, own in packed.items() for key, part in own.items()
+                }
+                with atomic_file(self._path(player, width)) as temporary:
+                    save_tensors(tensors, temporary, self._about(player, width))
+                progress("quantizing", done, total)
+            assert done == total, (done, total)
 
     def set_player(self, player: int, bits: Width) -> None:
         """Give the model a player's weights at a width; pointers move, nothing is copied.
@@ -190,7 +192,7 @@ class WeightBank:
 
     def parameters(self, player: int) -> dict[str, nn.Parameter]:
         """The model's parameters that hold a player's weights, by name."""
-        return {linear.name: self._parameters[linear.name] for linear in self.players[player].linears}
+        return {linear.name: self.matrices[linear.name].parameter for linear in self.players[player].linears}
 
     def restore(self) -> None:
         """Give the model its own weights back."""
@@ -275,7 +277,7 @@ class WeightBank:
 
     def _point(self, player: int, weights: Weights) -> None:
         for linear in self.players[player].linears:
-            self._parameters[linear.name].data = weights[linear.name]
+            self.matrices[linear.name].parameter.data = weights[linear.name]
 
     def _let_go(self, player: int) -> None:
         """Give this player, and players of other blocks, their own weights back if the cache does not keep theirs.
@@ -287,6 +289,7 @@ class WeightBank:
             if other == player or not (has_end or self._ranks[other] == self._ranks[player]):
                 self._loose.remove(other)
                 self._point(other, self.weights(other, UNTOUCHED))
+                self._bits[other] = UNTOUCHED
 
     def _about(self, player: int, bits: Width) -> dict[str, str]:
         """What a file of the bank says that it holds."""
