@@ -139,6 +139,17 @@ def test_shapes_that_hqq_cannot_pack_are_refused_from_the_shape_alone() -> None:
         make("hqq").storage_bytes((3, 100), 4)
 
 
+def test_a_failed_compilation_without_words_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum.quanto.library.extensions.cpp import ext
+
+    def fail(_: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(type(ext), "lib", property(fail))
+    with pytest.raises(BackendError, match=r"could not compile its CPU kernels \(ImportError\)"):
+        make("quanto")
+
+
 def test_a_lock_of_a_killed_compilation_stops_nobody() -> None:
     """torch waits for ever for a file that only its maker removes."""
     code = (

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import tracemalloc
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import transformers as hf
 
 import coopq
+from coopq.core.errors import BackendError
 from coopq.core.specs import QuantizerSpec
 from coopq.model.players import find_players
 from coopq.quantizers import get_backend
@@ -158,6 +160,21 @@ def test_a_file_that_does_not_fit_is_refused_before_any_work(
     line = refused("quantize", model, *FAST, "--out", tmp_path / "out", "--imatrix", file)
     assert message in line
     assert not (tmp_path / "out-run").exists()
+
+
+def test_a_model_named_as_imatrix_is_refused_without_reading_it(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", np.zeros((4, 2**20), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tracemalloc.start()
+    with pytest.raises(BackendError, match="it holds no sums of squares"):
+        ImportanceMatrix.read(tmp_path / "model.gguf")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**22
 
 
 def test_other_backends_take_no_imatrix(model: Path, tmp_path: Path) -> None:

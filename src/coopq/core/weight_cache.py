@@ -15,7 +15,7 @@ Key: TypeAlias = tuple[int, Width]
 """A player and a width."""
 
 _STALE = 20
-"""Weights that no one asked for while the whole model was asked for this often give way to all others."""
+"""Weights are stale, and give way to all others, once every player was asked for this often on average without them."""
 
 
 def bytes_at_once(players: Sequence[Player], itemsize: int, shared: bool) -> int:
@@ -46,9 +46,9 @@ def ranks(players: Sequence[Player], shared: bool) -> list[int]:
 class WeightCache:
     """Weights of players by width, within a number of bytes.
 
-    An engine goes through the blocks from first to last, time and again, and starts anew at the last blocks most often.
-    The least recently used weights would be those that come next. So weights give way to those of later blocks only,
-    or to all once they are stale; other weights are made, used and forgotten.
+    An engine goes through the blocks from first to last, time and again, and most often starts at one of the last
+    blocks. A cache that dropped the least recently used weights would drop those that are needed next. So weights give
+    way to weights of later blocks only, or to all weights once they are stale. Weights without room are not kept.
 
     Args:
         ranks: How late each player computes, shape (n_players,).

@@ -39,7 +39,7 @@ BACKENDS = {
     ),
     "quanto": BackendEntry("coopq.quantizers.quanto:QuantoBackend", "min-max of optimum-quanto, as in the paper"),
     "hqq": BackendEntry(
-        "coopq.quantizers.hqq:HQQBackend", "half-quadratic quantization, without calibration tokens", ("group_size",)
+        "coopq.quantizers.hqq:HQQBackend", "half-quadratic quantization, fitted to no tokens", ("group_size",)
     ),
     "gptq": BackendEntry(
         "coopq.quantizers.gptq.backend:GPTQBackend",

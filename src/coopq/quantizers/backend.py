@@ -184,7 +184,7 @@ class Backend(ABC):
         """Widths of a weight of shape (out, in): all of `bits`, unless a backend has fewer for some shapes.
 
         A weight may share its player with a weight that has other widths. So all other functions take any width of
-        `bits`, and give a weight without the width its next wider one.
+        `bits`. If a weight lacks the width, they use its next wider width.
 
         Raises:
             BackendError: If a weight of this shape cannot be quantized.
@@ -228,7 +228,7 @@ class WeightQuantizer(Backend):
 
 
 class ModelQuantizer(Backend):
-    """A backend whose library quantizes the layers of a whole model, fitted to calibration tokens."""
+    """A backend whose library quantizes the layers of a whole model, fitted to tokens."""
 
     calibrated = True
     only_plain: ClassVar[bool] = True

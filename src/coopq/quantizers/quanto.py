@@ -163,9 +163,14 @@ def _build_extension() -> None:
                 _ = ext.lib
         except (OSError, RuntimeError, ImportError) as error:
             raise BackendError(
-                f"backend 'quanto' could not compile its CPU kernels ({str(error).strip().splitlines()[0]}); "
+                f"backend 'quanto' could not compile its CPU kernels ({_first_line(error)}); "
                 "install a C++ compiler (g++) and the package ninja, or choose another backend"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text; the error's type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,7 +75,7 @@ def packed_bytes(backend: "Backend", player: Player, width: Width) -> int:
 
 
 def announce_large_layers(layers: Mapping[Width, Sequence[str]], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Say which layers will hold progress up for long: the embedding of a small model, for example.
+    """Log the layers that hold a large share of the weights to quantize; progress pauses at them.
 
     Args:
         layers: Names of the layers to quantize, for each width.
@@ -87,6 +87,24 @@ def announce_large_layers(layers: Mapping[Width, Sequence[str]], shapes: Mapping
         share = number / sum(n_weights.values())
         if share >= _LARGE_SHARE and len(n_weights) > 1:
             _log.info("%s takes about %.0f %% of the time to quantize; progress waits for it", name, 100 * share)
+
+
+def in_portions(n_bytes: Mapping[str, int], room: int) -> Iterator[list[str]]:
+    """Names in order, in portions that have room in memory together; what has no room alone is a portion.
+
+    Args:
+        n_bytes: Bytes by name.
+        room: Bytes of the memory.
+    """
+    portion, left = list[str](), room
+    for name, needed in n_bytes.items():
+        if portion and needed > left:
+            yield portion
+            portion, left = [], room
+        portion.append(name)
+        left -= needed
+    if portion:
+        yield portion
 
 
 def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence[Width]) -> Sizes:
@@ -125,4 +143,4 @@ def _player_bytes(player: Player, backend: "Backend", width: Width) -> int | Non
         return 2 * player.n_weights
     if not any(width in backend.widths_of(linear.shape) for linear in player.linears):
         return None
-    return sum(backend.storage_bytes(linear.shape, width) for linear in player.linears)
+    return packed_bytes(backend, player, width)

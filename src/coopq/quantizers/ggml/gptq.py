@@ -15,7 +15,10 @@ from coopq.quantizers.backend import Packed
 from coopq.quantizers.ggml.codes import CodeLayout, code_layout
 from coopq.quantizers.ggml.types import GGMLBackend, IQuants
 from coopq.quantizers.input_statistics import second_moments
+from coopq.quantizers.sizes import in_portions
 
+_ROUNDING = 1
+"""Version of the second-order rounding; raise it when the same inputs would give a weight other codes."""
 _DAMPING = 0.01
 """Share of the mean second moment of a layer's inputs that is added to each second moment."""
 _COLUMNS_AT_ONCE = 128
@@ -44,8 +47,8 @@ class GGMLGPTQ(GGMLBackend):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """See `GGMLBackend.settings`; and the damping of second moments."""
-        return {**super().settings, "damping": _DAMPING}
+        """See `GGMLBackend.settings`; and the version of the rounding, and the damping of second moments."""
+        return {**super().settings, "rounding": _ROUNDING, "damping": _DAMPING}
 
     def _quantize_layers(
         self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
@@ -102,18 +105,9 @@ def _by_expert(rows: Tensor, n_experts: int) -> Tensor:
 
 def portions(model: Any, names: Sequence[str]) -> Iterator[list[str]]:
     """Names of layers, in order, in portions whose second moments have room in memory together."""
-    portion: list[str] = []
-    left = _MOMENTS_BYTES
-    for name in names:
-        matrix = matrix_of(model, name)
-        needed = 4 * max(1, matrix.n_experts) * matrix.shape[1] ** 2
-        if portion and needed > left:
-            yield portion
-            portion, left = [], _MOMENTS_BYTES
-        portion.append(name)
-        left -= needed
-    if portion:
-        yield portion
+    matrices = {name: matrix_of(model, name) for name in names}
+    n_bytes = {name: 4 * max(1, own.n_experts) * own.shape[1] ** 2 for name, own in matrices.items()}
+    return in_portions(n_bytes, _MOMENTS_BYTES)
 
 
 class Elimination(NamedTuple):

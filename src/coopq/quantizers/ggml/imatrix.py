@@ -47,8 +47,11 @@ class ImportanceMatrix:
             BackendError: If the file cannot be read, or holds numbers that are negative or not finite.
         """
         try:
-            content = path.read_bytes()
-            entries = _read_gguf(path) if content.startswith(b"GGUF") else _read_legacy(content)
+            with path.open("rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
+                entries = _read_gguf(path) if is_gguf else _read_legacy(path.read_bytes())
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
         except OSError as error:
             raise BackendError(f"cannot read imatrix {path} ({error.strerror}); {_WAY_OUT}") from error
         except (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, struct.error) as error:
@@ -57,7 +60,7 @@ class ImportanceMatrix:
         for name, values in entries.items():
             if not (np.isfinite(values).all() and (values >= 0).all()):
                 raise BackendError(f"imatrix {path} holds negative or non-finite numbers for {name}; {_WAY_OUT}")
-        return cls(path, hashlib.sha256(content).hexdigest()[:32], entries)
+        return cls(path, digest, entries)
 
     def importance(self, layer: LinearLayer) -> Tensor | None:
         """Importance of the columns of a layer.
@@ -88,12 +91,12 @@ def _read_gguf(path: Path) -> dict[str, Numbers]:
     """Entries of the form GGUF: sums of squares, and numbers of tokens for each expert."""
     from gguf import GGUFReader
 
-    tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}  # not yet read: it may be a model
     entries = dict[str, Numbers]()
-    for key, sums in tensors.items():
+    for key, data in tensors.items():
         if key.endswith(".in_sum2"):
-            counts = tensors[f"{key.removesuffix('.in_sum2')}.counts"].reshape(-1, 1)
-            sums = sums.reshape(len(counts), -1)
+            counts = np.array(tensors[f"{key.removesuffix('.in_sum2')}.counts"], np.float32).reshape(-1, 1)
+            sums = np.array(data, np.float32).reshape(len(counts), -1)
             # As in llama.cpp, all columns of an expert that no token reached weigh alike.
             means = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
             entries[key.removesuffix(".in_sum2")] = means.astype(np.float32).reshape(-1)

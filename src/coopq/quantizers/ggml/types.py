@@ -22,6 +22,9 @@ from coopq.quantizers.ggml.library import from_blocks, to_blocks
 from coopq.quantizers.input_statistics import column_importance
 from coopq.quantizers.packed_modules import PackedLinear
 
+_STATISTICS = 1
+"""Version of the statistics of inputs; raise it when the same tokens would give a column another importance."""
+
 
 @dataclass(frozen=True)
 class GGMLFormat:
@@ -74,11 +77,12 @@ class GGMLFormat:
 
 
 class GGMLBackend(WeightQuantizer):
-    """ggml's quantizers, with an importance matrix of calibration tokens, or of an imatrix file.
+    """ggml's quantizers, with an importance matrix of tokens, or of an imatrix file.
 
-    The importance of a column of a weight is the mean square of that input over the calibration tokens in the
-    full-precision model, as in llama.cpp's imatrix. An embedding that is tied to the head has the importance of the
-    head's inputs. In coopq, weights are dequantized to compute; in llama.cpp, packed weights compute (`coopq export`).
+    The importance of a column of a weight is the mean square of that input over the tokens that weights are fitted to,
+    in the full-precision model, as in llama.cpp's imatrix. An embedding that is tied to the head has the importance of
+    the head's inputs. In coopq, weights are dequantized to compute; in llama.cpp, packed weights compute
+    (`coopq export`).
 
     Attributes:
         long_rows: See `GGMLFormat`.
@@ -120,8 +124,9 @@ class GGMLBackend(WeightQuantizer):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Types by width, and the layers whose columns have an importance."""
+        """Types by width, the layers whose columns have an importance, and the version of its statistics."""
         return {
+            "statistics": _STATISTICS,
             "long_rows": _with_text_keys(self.long_rows),
             "short_rows": _with_text_keys(self.short_rows),
             "importance": (
@@ -163,7 +168,7 @@ class GGMLBackend(WeightQuantizer):
         Args:
             model: A model of transformers.
             names: Names as for `coopq.quantizers.input_statistics.column_importance`.
-            tokens: Calibration tokens, shape (n_sequences, length); None weighs all columns alike.
+            tokens: Tokens that weights are fitted to, shape (n_sequences, length); None weighs all columns alike.
         """
         if self._imatrix is not None:
             matrices = {name: matrix_of(model, name) for name in names}

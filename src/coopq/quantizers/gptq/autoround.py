@@ -14,7 +14,7 @@ from coopq.model.players import linear_layers
 from coopq.model.safetensors_io import load_tensors
 from coopq.quantizers.backend import Packed, require_library
 from coopq.quantizers.gptq.backend import GPTQTensors
-from coopq.quantizers.gptq.format import GPTQFormat, pack_weight
+from coopq.quantizers.gptq.format import PACKING, GPTQFormat, pack_weight
 from coopq.quantizers.gptq.subprocess_job import DONE, running_job
 
 _TRIED = "0.16"
@@ -52,9 +52,10 @@ class AutoRoundBackend(GPTQTensors):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Group size, symmetry and steps."""
+        """Group size, symmetry, steps, and the version of the packing."""
         form = self.format
-        return {"group_size": form.group_size, "symmetric": form.symmetric, "iterations": _ITERATIONS}
+        own = {"group_size": form.group_size, "symmetric": form.symmetric, "iterations": _ITERATIONS}
+        return {**own, "packing": PACKING}
 
     def quantize_model(
         self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None

@@ -16,7 +16,7 @@ from coopq.core.versions import check_version
 from coopq.model.players import linear_layers
 from coopq.model.safetensors_io import load_tensors
 from coopq.quantizers.backend import Affine, AffineForm, ModelQuantizer, Packed, require_library
-from coopq.quantizers.gptq.format import PARTS, GPTQFormat, pack_weight
+from coopq.quantizers.gptq.format import PACKING, PARTS, GPTQFormat, pack_weight
 from coopq.quantizers.gptq.subprocess_job import DONE, running_job
 from coopq.quantizers.packed_modules import PackedLinear
 
@@ -64,7 +64,7 @@ class GPTQTensors(ModelQuantizer):
 
 
 class _ByGPTQModel(GPTQTensors):
-    """GPTQ by GPTQModel: second-order rounding with Hessians of the calibration tokens.
+    """GPTQ by GPTQModel: second-order rounding with Hessians of the tokens that weights are fitted to.
 
     Args:
         group_size: Weights along a row that share a scale; None is 128.
@@ -132,6 +132,11 @@ class GPTQStatic(_ByGPTQModel):
     """
 
     name: ClassVar[str] = "gptq-static"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `GPTQBackend.settings`; and the version of the packing, which is coopq's own here."""
+        return {**super().settings, "packing": PACKING}
 
     def quantize_model(
         self, model: Any, tokenizer: Any, bits: Mapping[str, Width], tokens: npt.NDArray[np.int64] | None

@@ -21,6 +21,8 @@ _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 """Group sizes that GPTQModel's layers take."""
 _WORD = 32
 """Bits of the words that codes are packed into."""
+PACKING = 1
+"""Version of `pack_weight`; raise it when it would make other tensors of the same weight."""
 
 
 @dataclass(frozen=True)

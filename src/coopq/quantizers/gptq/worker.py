@@ -8,11 +8,12 @@ python -m coopq.quantizers.gptq.worker FOLDER
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from coopq.quantizers.gptq.subprocess_job import DONE, end_with_parent
+from coopq.quantizers.sizes import in_portions
 
 _HESSIAN_BYTES = 4 * 2**30
 """Memory for Hessians; the model runs once for as many layers as have room."""
@@ -67,7 +68,7 @@ def quantize_static(request: dict[str, Any], source: Path, out: Path) -> None:
     layers = {name: model.get_submodule(name) for names in request["layers"].values() for name in names}
     widths = {name: [int(width) for width, names in request["layers"].items() if name in names] for name in layers}
     with torch.no_grad():
-        for names in _portions({name: layer.in_features for name, layer in layers.items()}):
+        for names in in_portions({name: 4 * layer.in_features**2 for name, layer in layers.items()}, _HESSIAN_BYTES):
             observers = {name: solvers.make(layers[name], widths[name][0]) for name in names}
             handles = [layers[name].register_forward_hook(solvers.hook(observers[name])) for name in names]
             for sequence in request["tokens"]:
@@ -110,19 +111,6 @@ class _Solvers:
         solver.adopt_hessian_from(observer)
         weight, scales, zeros, g_idx, *_ = solver.quantize()
         return {"weight": weight, "scales": scales, "zeros": zeros, "g_idx": g_idx}
-
-
-def _portions(columns: dict[str, int]) -> Iterator[list[str]]:
-    """Names of layers in portions whose Hessians have room in memory together."""
-    portion: list[str] = []
-    n_bytes = 0
-    for name, n_columns in columns.items():
-        if portion and n_bytes + 4 * n_columns**2 > _HESSIAN_BYTES:
-            yield portion
-            portion, n_bytes = [], 0
-        portion.append(name)
-        n_bytes += 4 * n_columns**2
-    yield portion
 
 
 if __name__ == "__main__":
