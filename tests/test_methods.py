@@ -8,18 +8,20 @@ import pytest
 
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
+from coopq.core.types import Assignments
 from coopq.export.checkpoint import SavedModel
 from coopq.game.prepared import prepare
 from coopq.game.session import open_session
 from coopq.plan.allocate import measure_plan
 from coopq.plan.confidence import Confidence, confidence
-from coopq.plan.methods import METHODS, get_method, make_plans
+from coopq.plan.methods import METHODS, Method, get_method, make_plans
 from coopq.plan.searches.by_search import make_search
 from coopq.report.words import score_text
 from coopq.search import SearchSpace, run
 from coopq.search.synthetic import HIGH, LOW, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
+from tests.toys import ToySearch
 
 REQUEST = Request.from_options(model=str(STORIES), permutations=4, tokens=256, sequence_length=64)
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
@@ -110,6 +112,30 @@ def test_the_smallest_size_that_keeps_a_loss(tmp_path: Path) -> None:
     assert plan["measured_loss"] <= limit
     assert plan["bytes"] == SavedModel(out).n_bytes() == front[3].bytes, "the next smaller size is over the limit"
     assert command(*arguments, "--out", out)[1] == text, "finished, and known to be"
+
+
+class Around(ToySearch):
+    """All layers at the highest width, then some with one attention layer lowered, then all at the lowest."""
+
+    n_lowered = 0
+
+    def propose(self) -> Assignments:
+        n = self._space.n_steps
+        attention = [at for at in range(n) if at % 7 < 4][: self.n_lowered]
+        rows = np.concatenate([np.zeros((1, n), dtype=bool), np.eye(n, dtype=bool)[attention], np.ones((1, n), bool)])
+        return self._space.assignments(rows[: 0 if len(self.measured) else None])
+
+
+@pytest.mark.parametrize(("n_lowered", "screen_tokens"), [(12, None), (4, 64)])
+def test_the_runner_up_is_found_below_many_that_hardly_differ(
+    n_lowered: int, screen_tokens: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "around", Method("around", "search", "around", 1, "tests.test_methods:Around"))
+    monkeypatch.setattr(Around, "n_lowered", n_lowered)
+    request = REQUEST.replace(granularity="linear", screen_tokens=screen_tokens)
+    with open_session(prepare(request), tmp_path / "run") as session:
+        (plan,) = make_plans(session, "around", [Budget.parse("4avg")], SolverSpec())
+    assert plan.runner_up == (2,) * 35, "the others differ from the choice in one or two layers of attention"
 
 
 def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Path) -> None:

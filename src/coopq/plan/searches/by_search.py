@@ -210,20 +210,20 @@ class _Keeper:
 def _rank(space: SearchSpace, search: Search, capacity: int) -> Assignments:
     """What a search chooses for a budget, then the best others that the search measured, shape (n, n_players)."""
     chosen = search.choose(capacity)
-    best = space.assignments(search.measured.best(capacity, _N_FINALISTS))
+    best = space.assignments(search.measured.best(capacity, _N_RIVALS))
     return np.concatenate([chosen[None], best[(best != chosen).any(axis=1)]])
 
 
 def _decide(
     session: Session, space: SearchSpace, method: Method, ranked: dict[int, Assignments]
 ) -> tuple[dict[int, Assignments], Spent]:
-    """The two best finalists of each budget on all calibration sequences, and what measuring the finalists takes."""
+    """The finalists of each budget, best first on all calibration sequences, and what measuring the finalists takes."""
     n_finalists = 1 if method.trusts_surrogate else _N_FINALISTS
     finalists = np.unique(np.concatenate([best[:n_finalists] for best in ranked.values()]), axis=0)
     with session.game("deciding") as game:
         deciding = Measured(space)
         deciding.add(finalists, game(finalists))
-    decided = {capacity: space.assignments(deciding.best(capacity, 2)) for capacity in space.capacities}
+    decided = {capacity: space.assignments(deciding.best(capacity, len(finalists))) for capacity in space.capacities}
     unshared = len(finalists) * len(set(session.blocks))
     return decided, Spent(prefix_tree_size(finalists, session.blocks), unshared)
 
