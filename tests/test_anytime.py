@@ -11,6 +11,7 @@ import coopq
 from coopq import Goal, Request
 from coopq.core.errors import EstimationError, OptionError, OutputError
 from coopq.core.goal import Limit, Stopped
+from coopq.core.types import ProgressCallback
 from coopq.game.journal import Journal
 from coopq.plan.confidence import confidence, selected_confidence
 from coopq.plan.plan import Plan
@@ -24,6 +25,18 @@ def request_(stories: str) -> Request:
     return Request.from_options(
         model=stories, granularity="fused", tokens=256, sequence_length=128, bits=(2, 3, 4, 8), loss="kl"
     )
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(n: int) -> ProgressCallback:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage.startswith("searching") and done >= n:
+            raise Interrupted
+
+    return interrupt
 
 
 def test_a_limit_counts_from_its_beginning() -> None:
@@ -62,16 +75,9 @@ def test_a_stopped_search_has_a_plan_and_goes_on_later(limited: Goal, request_: 
 
 
 def test_an_interrupted_search_is_finished_with_what_it_measured(request_: Request, tmp_path: Path) -> None:
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage.startswith("searching") and done >= 12:
-            raise Interrupted
-
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        coopq.quantize(request_, GOAL, tmp_path / "out", run=run, progress=interrupt)
+        coopq.quantize(request_, GOAL, tmp_path / "out", run=run, progress=interrupt_after(12))
     (so_far,) = (run / "plans").glob("*.json")
     (assignments, losses), _ = Journal.peek(run / "journal.jsonl")
     finished = coopq.quantize(request_, replace(GOAL, minutes=0), tmp_path / "out", run=run)
@@ -96,6 +102,19 @@ def test_the_smallest_size_can_be_stopped_too(request_: Request, tmp_path: Path)
     assert plan.stopped_after == "20 forwards"
     assert plan.measured_loss is not None
     assert plan.measured_loss <= 0.5
+
+
+def test_a_stopped_search_of_the_smallest_size_uses_its_last_round_too(request_: Request, tmp_path: Path) -> None:
+    run, goal = tmp_path / "run", Goal(max_loss=0.2)
+    with pytest.raises(Interrupted):
+        coopq.quantize(request_, goal, tmp_path / "out", run=run, progress=interrupt_after(6))
+    (assignments, losses), _ = Journal.peek(run / "journal.jsonl")
+    finished = coopq.quantize(request_, replace(goal, minutes=0), tmp_path / "out", run=run)
+    sizes = [
+        sum(player.n_bytes[str(round(bits))] for player, bits in zip(finished.players, row, strict=True))
+        for row in assignments[losses <= 0.2]
+    ]
+    assert finished.bytes == min(sizes)
 
 
 def test_the_command_says_that_it_stopped(stories: str, tmp_path: Path) -> None:

@@ -116,10 +116,12 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
             middle = (low + high) // 2
             search = ActiveSearch(replace(whole, capacities=(middle,)), measured.known(), prior)
             measured = run_search(search, lambda _: meter, limit).measured
+            if limit is not None and limit.is_reached:
+                measured.add(*game.journal.first(len(game.journal)))  # of the last round, too
+                high = int(measured.bytes_above_min[measured.losses <= max_loss].min())
+                break
             if measured.lowest(middle) <= max_loss:
                 high = int(measured.bytes_above_min[measured.losses <= max_loss].min())
-            elif limit is not None and limit.is_reached:
-                break
             else:
                 low = middle
     best = whole.assignments(measured.best(high, _N_RIVALS))
