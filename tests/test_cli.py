@@ -14,7 +14,6 @@ from coopq.core.specs import QuantizerSpec, SolverSpec, TargetSpec, option_field
 from coopq.export.checkpoint import SavedModel
 from coopq.export.formats import FORMS
 from coopq.game.journal import Journal
-from coopq.game.run_folder import RunFolder
 from coopq.plan.methods import METHODS, names
 from coopq.plan.plan import Plan
 from tests.command_line import FAST, PAPER, command, in_new_process, refused
@@ -225,8 +224,13 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     )
     assert more[0] == 0, more[2]
     assert (run / "journal.jsonl").read_text().startswith(before)
-    RunFolder(run).start(RunFolder(run).request().replace(permutations=9))
+    nine = ["--tokens", "128", "--sequence-length", "64", "--permutations", "9", "--method", "zd"]
+    code, _, err = command("quantize", stories, "--budget", "3avg", "--run", run, "--out", tmp_path / "out", *nine)
+    assert code == 0, err
     assert "is not finished" in refused("allocate", run, "--budget", "3avg"), "nine walks were asked for, six are done"
+    code, shown, err = command("show", run)
+    assert code == 0, err
+    assert "zd" in shown
 
 
 def test_a_folder_named_by_a_dot(finished: Path) -> None:

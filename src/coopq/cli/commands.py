@@ -243,7 +243,7 @@ def _show_run(path: Path, as_json: bool) -> None:
     from coopq.game.journal import Journal
     from coopq.game.run_folder import RunFolder
     from coopq.plan.allocate import has_other_walks
-    from coopq.plan.estimation import is_estimated, load_estimation
+    from coopq.plan.estimation import find_estimation, load_estimation
     from coopq.plan.plan import load_plans
     from coopq.report.data import run_data
     from coopq.report.tables import show_run
@@ -256,10 +256,11 @@ def _show_run(path: Path, as_json: bool) -> None:
     plans = [plan for plan in saved if not has_other_walks(plan, request)]
     if len(plans) < len(saved):
         note(f"{len(saved) - len(plans)} plans of other walks are left out; allocate them again")
-    if not plans and not is_estimated(folder):
+    estimation = find_estimation(path)
+    if not plans and estimation is None:
         n = len(measured[1]) + sum(len(Journal.peek(file)[0][1]) for file in path.glob("screening-*.jsonl"))
         note(f"{path}: {n} losses measured so far; repeat the command to go on")
-    estimation = load_estimation(path) if is_estimated(folder) or not plans else None
+        load_estimation(path)  # says how to go on
     what = (estimation, plans, spent, measured)
     print_result(run_data(*what), show_run(*what), as_json)
 

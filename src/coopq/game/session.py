@@ -81,6 +81,12 @@ class Session(Subject):
             for _ in engine.evaluate(np.full((1, len(self.players)), UNTOUCHED, dtype=np.float32)):
                 pass
 
+    def journal(self, n_sequences: int | None = None) -> Path:
+        """The file of losses on the first calibration sequences; None means on all of them."""
+        if n_sequences is None or n_sequences >= self.request.text.n_sequences:
+            return self.folder.journal
+        return self.folder.screening(n_sequences)
+
     @contextmanager
     def game(
         self, stage: str, n_sequences: int | None = None, limit: Limit | None = None
@@ -92,11 +98,8 @@ class Session(Subject):
             n_sequences: Only the first calibration sequences, with a journal of their own; None takes all.
             limit: When to end early.
         """
-        tokens, journal = self.calibration, self.folder.journal
-        if n_sequences is not None and n_sequences < self.request.text.n_sequences:
-            tokens = replace(tokens, tokens=tokens.tokens[:n_sequences])
-            journal = self.folder.screening(n_sequences)
-        with self.game_on(tokens, journal, stage, self.request.search.loss, limit) as game:
+        tokens = replace(self.calibration, tokens=self.calibration.tokens[:n_sequences])
+        with self.game_on(tokens, self.journal(n_sequences), stage, self.request.search.loss, limit) as game:
             yield game
 
     @contextmanager

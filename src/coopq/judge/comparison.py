@@ -29,6 +29,7 @@ from coopq.model.texts import HeldOut
 from coopq.plan.allocate import measure_plan
 from coopq.plan.methods import check_methods, get_method, make_plans, names
 from coopq.plan.plan import Plan
+from coopq.plan.searches.by_search import begin_with_nothing
 
 COMPARED = names(is_compared=True)
 """Methods that `compare` takes if none is named: those that take little beside the walks. "shapley" and "interactions"
@@ -161,7 +162,11 @@ def _row(judged: Judged, loss: str) -> Comparison:
 
 
 def make_measured_plans(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> list[Plan]:
-    """The plans of all budgets by each method, their losses on the calibration set measured."""
+    """The plans of all budgets by each method, their losses on the calibration set measured.
+
+    A search learns nothing from the losses of the other methods, whose order makes no difference.
+    """
+    begin_with_nothing(session, methods, budgets)
     return [
         measure_plan(session, plan) for method in methods for plan in make_plans(session, method, budgets, SolverSpec())
     ]

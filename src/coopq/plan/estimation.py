@@ -89,11 +89,6 @@ class _Record(Struct, forbid_unknown_fields=True):
             raise ValueError("a module belongs to two players, or has no weights")
 
 
-def is_estimated(folder: RunFolder) -> bool:
-    """Whether a run folder holds a finished estimation."""
-    return folder.estimate.is_file()
-
-
 def save_estimation(folder: RunFolder, estimation: Estimation) -> None:
     """Write an estimation into its run folder."""
     plain = {
@@ -117,26 +112,38 @@ def load_estimation(path: Path) -> Estimation:
     """The estimation of a run folder.
 
     Raises:
-        RunError: If the folder is no run folder, or the estimation is not finished.
+        RunError: As `find_estimation`, or if the estimation is not finished.
+    """
+    if (found := find_estimation(path)) is None:
+        raise RunError(
+            f"the work in {path} is not finished; repeat the command it was started with, or estimate with: "
+            f"coopq estimate {RunFolder(path).request().model.source} --run {path}"
+        )
+    return found
+
+
+def find_estimation(path: Path) -> Estimation | None:
+    """The estimation of a run folder; None if the walks that the folder was asked for last are not finished.
+
+    Raises:
+        RunError: If the folder is no run folder, or the file is damaged.
     """
     folder = RunFolder(path)
     request = folder.request()
-    unfinished = (
-        f"the work in {path} is not finished; repeat the command it was started with, or estimate with: "
-        f"coopq estimate {request.model.source} --run {path}"
-    )
+    if not folder.estimate.is_file():
+        return None
     record = read_record(
         folder.estimate,
         _Record,
         _FORMAT_VERSION,
         what="record of an estimation",
-        missing=unfinished,
+        missing=f"{folder.estimate} is gone; estimate again",
         way_out="use another run folder",
         error=RunError,
     )
     ours, theirs = record.request.search, request.search
     if (ours.permutations, ours.seed) != (theirs.permutations, theirs.seed):
-        raise RunError(unfinished)
+        return None
     estimate = record.estimate
     return Estimation(
         request=record.request,

@@ -21,9 +21,8 @@ from coopq.judge.bench.results import Result, Row, load_result, save_result
 from coopq.judge.comparison import Judged, beside_references, make_measured_plans
 from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
-from coopq.plan.estimation import is_estimated, load_estimation
+from coopq.plan.estimation import find_estimation
 from coopq.plan.methods import check_methods, get_method
-from coopq.plan.searches.by_search import begin_with_nothing
 from coopq.search import Measured, SearchSpace
 
 
@@ -122,11 +121,12 @@ def _run(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallb
 def _compare(session: Session, bench: Bench, case: Case, seed: int) -> Result:
     """All methods of a case in an open session."""
     budgets = [Budget.parse(budget) for budget in case.budgets]
-    begin_with_nothing(session, case.methods, budgets)
     plans = make_measured_plans(session, case.methods, budgets)
     text = HeldOut(bench.judge_length, bench.judge_tokens)
     judged = beside_references(session, plans, session.request.search.seed, text)
-    estimate = load_estimation(session.folder.path).estimate if is_estimated(session.folder) else None
+    walks = any(get_method(method).kind == "walks" for method in case.methods)
+    estimation = find_estimation(session.folder.path) if walks else None
+    estimate = None if estimation is None else estimation.estimate
     return Result(
         case=case.name,
         seed=seed,

@@ -13,11 +13,11 @@ from coopq.core.errors import InfeasibleBudget
 from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import SolverSpec
-from coopq.core.types import Assignment, Assignments, Game
+from coopq.core.types import Assignments, Game
 from coopq.game.engines.prefix_engine import prefix_tree_size
 from coopq.game.game import Meter, Meters
 from coopq.game.session import Session
-from coopq.plan.allocate import Choice, make_plan, search_space
+from coopq.plan.allocate import make_plan, search_space
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
@@ -94,7 +94,7 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
     total, least = int(whole.step_bytes.sum()), int(whole.step_bytes.min())
     low, high = 0, total
     with session.game("searching the smallest size", limit=limit) as game:
-        name = _search_name(f"at most {max_loss}", whole, game.journal.path)
+        name = _search_name(f"at most {max_loss}", whole, session.journal())
         known = game.journal.first(SearchLog(session.folder.path).n_known(name, game.journal))
         meter, measured = Meter(game, session.blocks, known[0], limit), Measured(whole)
         prior, scoring = step_prior(session, whole, meter)
@@ -138,8 +138,9 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
 def begin_with_nothing(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
     """Let searches that have not begun know nothing of what other methods measured, where methods are compared."""
     space, log = search_space(session, budgets), SearchLog(session.folder.path)
+    journal = session.journal(session.request.text.n_screen_sequences)
     for method in (name for name in methods if name in names(learns=True)):
-        log.begin_with_nothing(_search_name(method, space, session.folder.journal))
+        log.begin_with_nothing(_search_name(method, space, journal))
 
 
 def _search(
@@ -152,7 +153,7 @@ def _search(
     """
     n_screen, stage = session.request.text.n_screen_sequences, f"searching, {method.name}"
     with session.game(stage, n_screen, limit) as game, ExitStack() as stack:
-        name = _search_name(method.name, space, game.journal.path)
+        name = _search_name(method.name, space, session.journal(n_screen))
         n_known = SearchLog(session.folder.path).n_known(name, game.journal) if method.learns else 0
         known = game.journal.first(n_known)
 
@@ -166,7 +167,7 @@ def _search(
         search = make_search(method, space, known, prior)
         if n_known:
             _log.info("%d losses are known; the search goes on from there", n_known)
-        keeper = _Keeper(session, budgets, space, prior)
+        keeper = _Keeper(session, method.name, budgets, space, prior)
         run_search(search, meters, limit, keeper if method.is_anytime else lambda _: None)
         if limit is not None and limit.is_reached:
             search.measured.add(*game.journal.first(len(game.journal)))  # of the last round, too
@@ -178,14 +179,17 @@ class _Keeper:
 
     Args:
         session: The session.
+        method: Name of the search.
         budgets: The budgets.
         space: Players and steps, with the capacities of the budgets.
         prior: What each step costs about.
     """
 
-    def __init__(self, session: Session, budgets: Sequence[Budget], space: SearchSpace, prior: Prior | None) -> None:
-        self._session, self._budgets, self._space = session, budgets, space
-        self._scores = np.zeros(space.n_players) if prior is None else space.sum_by_player(prior.gains)
+    def __init__(
+        self, session: Session, method: str, budgets: Sequence[Budget], space: SearchSpace, prior: Prior | None
+    ) -> None:
+        self._session, self._method, self._budgets = session, method, budgets
+        self._space, self._prior = space, prior
         self._kept = dict.fromkeys(space.capacities, math.inf)
         self._told = dict(self._kept)
 
@@ -195,16 +199,17 @@ class _Keeper:
             loss = search.measured.lowest(capacity)
             if loss < self._kept[capacity]:
                 self._kept[capacity] = loss
-                self._save(budget, search.choose(capacity), f"{len(search.measured)} losses")
+                self._save(budget, capacity, search)
             if loss < self._told[capacity] * (1 - _TOLD):
                 what = "first plan" if self._told[capacity] == math.inf else "better plan"
                 _log.info("%s, %s: loss %.4f, %d measured so far", budget.text, what, loss, len(search.measured))
                 self._told[capacity] = loss
 
-    def _save(self, budget: Budget, chosen: Assignment, after: str) -> None:
+    def _save(self, budget: Budget, capacity: int, search: Search) -> None:
         """Write a plan over the one before."""
-        choice = Choice("active", chosen, None, self._scores, Spent(0, 0))
-        plan = make_plan(self._session, budget, choice).replace(stopped_after=after)
+        measured, chosen = search.measured, search.choose(capacity)
+        choice = describe(self._space, capacity, self._method, chosen, measured, Spent(0, 0), self._prior)
+        plan = make_plan(self._session, budget, choice).replace(stopped_after=f"{len(measured)} losses")
         self._session.folder.plans.mkdir(exist_ok=True)
         plan.save(self._session.folder.plans / plan.file_name)
 

@@ -15,7 +15,7 @@ from coopq.core.types import UNTOUCHED, Assignments, Losses
 from coopq.game.journal import Journal
 from coopq.game.run_folder import Delivered, RunFolder
 from coopq.judge.results import JudgedPlan, kept_judged
-from coopq.plan.estimation import is_estimated, load_estimation
+from coopq.plan.estimation import find_estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.plan.scores.kept import Score, kept_score
@@ -181,9 +181,9 @@ def _before_the_end(points: Points, space: SearchSpace, n_points: int) -> Points
 
 def _walks_pairs(folder: RunFolder) -> PairTerms | None:
     """The covariance of the walks' marginal contributions, which the paper takes for interactions."""
-    if not is_estimated(folder):
+    if (estimation := find_estimation(folder.path)) is None:
         return None
-    covariance = load_estimation(folder.path).estimate.covariance.copy()
+    covariance = estimation.estimate.covariance.copy()
     np.fill_diagonal(covariance, 0.0)
     return PairTerms(covariance, "covariance of the walks, nats²")
 
