@@ -156,6 +156,6 @@ def test_wikitext2_is_one_text_in_windows(tokenizer: Any) -> None:
     assert whole.describe().startswith(f"{len(whole.tokens)} x 256 tokens of WikiText-2 test")
     with pytest.raises(CalibrationError, match="no window of 256 tokens fits into 100 tokens"):
         HeldOut(256, max_tokens=100).windows(tokenizer)
-    for length, tokens in ((0, None), (1, None), (16, 0), (16, -5)):
-        with pytest.raises(CalibrationError, match="cannot be scored"):
+    for length, tokens, wrong in ((0, None, "scored"), (1, None, "scored"), (16, 0, "into 0"), (16, -5, "into -5")):
+        with pytest.raises(CalibrationError, match=wrong):
             HeldOut(length, max_tokens=tokens).windows(tokenizer)

@@ -11,6 +11,7 @@ from coopq.judge.bench.run import run_bench
 from coopq.judge.comparison import compare
 from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, load_plans
+from tests.command_line import refused
 from tests.conftest import STORIES
 
 REQUEST = Request.from_options(model=str(STORIES), permutations=3, tokens=256, sequence_length=64)
@@ -44,6 +45,31 @@ def test_what_a_search_finds_and_takes_depends_on_no_other_method(screen_tokens:
         plans.append(load_plans(sorted(RunFolder(run).plans.glob("*.json"))))
     assert [plan.method for plan in plans[0]] == ["active", "greedy-down"]
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("judge-tokens = 512", "judge-tokens = -5", "no window of 64 tokens fits into -5 tokens"),
+        ("judge-tokens = 512", "judge-tokens = 63", "no window of 64 tokens fits into 63 tokens"),
+        (f'["{STORIES}"]', "[]", "models = [] does not fit"),
+        ('["3avg"]', "[]", "budgets = [] does not fit"),
+        ('["3avg"]', '["40 MiB", "40MiB"]', "names '40MiB' twice"),
+        ('["3avg"]', '["much"]', "budget 'much' cannot be read"),
+        ("permutations = 3", "seeds = [0, 0]", "names 0 twice"),
+    ],
+)
+def test_what_a_bench_cannot_do_is_refused_before_the_work(
+    before: str, after: str, message: str, config: Path, tmp_path: Path
+) -> None:
+    config.write_text(BENCH.replace(before, after))
+    assert message in refused("bench", config, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_budgets_of_a_bench_are_those_of_its_rows(config: Path) -> None:
+    config.write_text(BENCH.replace("3avg", " 40  MiB "))
+    assert read_bench(config).cases[0].budgets == ("40MiB",)
 
 
 def test_a_bench_passes_over_an_estimation_of_other_walks(config: Path, tmp_path: Path) -> None:

@@ -5,31 +5,43 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from msgspec import Meta
+from msgspec.structs import force_setattr
 
-from coopq.core.errors import OptionError, RunError, hint
-from coopq.core.spec import Spec, build
+from coopq.core.errors import BudgetError, OptionError, RunError, hint
+from coopq.core.sizes import Budget
+from coopq.core.spec import Spec, build, spec_options
 from coopq.core.specs import Request, option_fields
 from coopq.core.types import Width
+
+
+Value = TypeVar("Value")
+_Several = Annotated[tuple[Value, ...], Meta(min_length=1)]
 
 
 class _Lists(Spec, frozen=True):
     """What a case compares: one run for each model, backend, list of widths and seed."""
 
-    models: tuple[str, ...]
-    backends: tuple[str, ...]
-    bits: tuple[tuple[Width, ...], ...]
-    budgets: tuple[str, ...]
-    methods: tuple[str, ...]
-    seeds: tuple[Annotated[int, Meta(ge=0)], ...] = (0,)
+    models: _Several[str]
+    backends: _Several[str]
+    bits: _Several[tuple[Width, ...]]
+    budgets: _Several[str]
+    methods: _Several[str]
+    seeds: _Several[Annotated[int, Meta(ge=0)]] = (0,)
     label: Annotated[str, Meta(pattern=r"^[\w.-]*$")] = ""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bits, list) and all(isinstance(widths, list) for widths in self.bits)):
             raise OptionError(f"bits = {self.bits!r}; write lists of widths, [[2, 4], [2, 3, 4, 8]] for example")
         super().__post_init__()
+        # A result has the budget as `Budget` writes it, and finds its case by it.
+        force_setattr(self, "budgets", [Budget.parse(budget).text for budget in self.budgets])
+        for name, values in spec_options(self).items():
+            again = [value for value in values if values.count(value) > 1]
+            if again and name != "label":
+                raise OptionError(f"{name} = {values!r} names {again[0]!r} twice; leave one out")
 
 
 class _ForAll(Spec, frozen=True):
@@ -128,7 +140,7 @@ def read_bench(path: Path) -> Bench:
         shared = {name: value for name, value in top.items() if name in in_case}
         tables = [{**shared, **_spelled_with_underscores(table, in_case)} for table in tables]
         cases = tuple(case for table in tables for case in _cases(path, table))
-    except OptionError as error:
+    except (BudgetError, OptionError) as error:
         raise RunError(f"{path}: {error}") from error
     names = [case.name for case in cases]
     for name in names:

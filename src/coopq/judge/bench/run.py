@@ -19,6 +19,7 @@ from coopq.game.session import Session, open_session
 from coopq.judge.bench.config import Bench, Case
 from coopq.judge.bench.results import Result, Row, load_result, save_result
 from coopq.judge.comparison import Judged, beside_references, make_measured_plans
+from coopq.judge.windows import judging_text
 from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
 from coopq.plan.estimation import find_estimation
@@ -32,6 +33,7 @@ def check_bench(bench: Bench) -> None:
     Raises:
         CoopQError: Naming what is wrong.
     """
+    _text(bench).check()
     for case in bench.cases:
         for method in case.methods:
             get_method(method)
@@ -87,6 +89,10 @@ def finished(bench: Bench, out: Path) -> tuple[Bench, list[Result]]:
     return replace(bench, cases=tuple(cases), unfinished=tuple(unfinished)), list(found.values())
 
 
+def _text(bench: Bench) -> HeldOut:
+    return HeldOut(bench.judge_length, bench.judge_tokens)
+
+
 def _runs(bench: Bench) -> Iterator[tuple[Case, int]]:
     return ((case, seed) for case in bench.cases for seed in case.seeds)
 
@@ -121,8 +127,9 @@ def _run(bench: Bench, case: Case, seed: int, out: Path, progress: ProgressCallb
 def _compare(session: Session, bench: Bench, case: Case, seed: int) -> Result:
     """All methods of a case in an open session."""
     budgets = [Budget.parse(budget) for budget in case.budgets]
+    text = _text(bench)
+    judging_text(session, text)  # a text that is too short is an error before the plans
     plans = make_measured_plans(session, case.methods, budgets)
-    text = HeldOut(bench.judge_length, bench.judge_tokens)
     judged = beside_references(session, plans, session.request.search.seed, text)
     walks = any(get_method(method).kind == "walks" for method in case.methods)
     estimation = find_estimation(session.folder.path) if walks else None

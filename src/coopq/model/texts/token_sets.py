@@ -160,9 +160,12 @@ class HeldOut:
         Raises:
             CalibrationError: If not.
         """
-        if self.length < 2 or (self.max_tokens is not None and self.max_tokens < 1):
+        if self.length < 2:
+            raise CalibrationError(f"windows of {self.length} tokens cannot be scored; use at least 2")
+        if self.max_tokens is not None and self.max_tokens < self.length:
             raise CalibrationError(
-                f"windows of {self.length} tokens out of {self.max_tokens or 'all'} cannot be scored; use at least 2"
+                f"no window of {self.length} tokens fits into {self.max_tokens} tokens; use more tokens or shorter "
+                "windows"
             )
         if self.source != WIKITEXT2:
             check_file(Path(self.source).expanduser())
@@ -182,8 +185,7 @@ class HeldOut:
         windows = windows if self.max_tokens is None else windows[: self.max_tokens // self.length]
         if not windows:
             raise CalibrationError(
-                f"no window of {self.length} tokens fits into {self.max_tokens or 'all'} tokens of {name}; use more "
-                "tokens or shorter windows"
+                f"no window of {self.length} tokens fits into all tokens of {name}; use more text or shorter windows"
             )
         return TokenSet(_stack(windows, bos), name, bos is not None)
 
