@@ -19,10 +19,12 @@ from coopq.export.formats import TargetFile, get_form
 from coopq.export.kv_cache import cache_bytes
 from coopq.export.request import fitted_to_model
 from coopq.game.prepared import prepare
+from coopq.judge.engines.engine_check import _end
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.plan.searches.front import FrontPoint, _with_knee
 from coopq.quantizers import BACKENDS, get_backend
+from tests.architectures import tiny_model
 from tests.command_line import command, refused
 
 LLAMA = str(Path(__file__).parents[1] / "benchmarks" / "data" / "llama")
@@ -253,3 +255,10 @@ def test_a_recipe_has_only_widths_of_use_for_a_base_that_is_quantized(granularit
     request = fitted_to_model(request, keep_bits=False)
     assert request.widths.bits == (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "6 and 8 bits are larger than the base's Q4_1"
     assert prepare(request, target=TargetFile()).player_widths, "accepted"
+
+
+def test_a_model_may_have_no_token_that_ends_a_text() -> None:
+    model = tiny_model("llama")
+    for ends, found in ((None, None), (0, 0), ([3, 4], 3)):
+        model.generation_config.eos_token_id, model.config.eos_token_id = ends, None
+        assert _end(model) == found

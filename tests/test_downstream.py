@@ -97,6 +97,12 @@ def test_command(tmp_path: Path) -> None:
     (accuracy,) = json.loads(out)
     assert accuracy["task"] == "choices"
     assert accuracy["questions"] == 2
+    code, out, _ = command("evaluate", STORIES, "--task", file, "--task-limit", "1")
+    assert code == 0
+    assert "±" not in out, "one question has no standard error"
+    for limit in ("0", "-1"):
+        line = refused("evaluate", STORIES, "--task", file, "--task-limit", limit)
+        assert f"task-limit = {limit} asks no question" in line
 
 
 @pytest.mark.parametrize(

@@ -187,4 +187,6 @@ def test_gguf_files_are_judged_by_llama_cpp(tmp_path: Path) -> None:
     found = judged(other, "--reference", base)["divergence"]
     assert 1e-4 < found["mean"]["value"] < 0.5
     assert found["same_top"]["value"] > 0.9, "all logits are a tenth larger, but for what llama.cpp rounds"
+    line = refused("evaluate", other, "--reference", base, "--tokens", "16384", "--sequence-length", "16384")
+    assert "sequences of 16384 tokens exceed the model's 8192 positions" in line
     assert "there is no GGUF file" in refused("evaluate", other, "--reference", tmp_path / "no.gguf")

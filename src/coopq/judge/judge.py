@@ -37,7 +37,7 @@ class Judge:
     def window_length(self) -> int:
         """Tokens of a window if nobody says how many."""
         files = self._gguf_files()
-        return window_length(self.model) if files is None else gguf_window_length(files[1])
+        return window_length(self.model) if files is None else gguf_window_length(*files)
 
     def judge(self, text: HeldOut, progress: ProgressCallback) -> tuple[Evaluation, list[Comparison]]:
         """The evaluation on a text, and the rows of a saved model's comparison.

@@ -40,12 +40,15 @@ _FORMS: dict[frozenset[str], dict[str, str]] = {
 """Fields of a line of a task file, and how lm-eval reads the line. Source of the forms: MosaicML's llm-foundry."""
 
 
-def check_tasks(tasks: Sequence[str]) -> None:
+def check_tasks(tasks: Sequence[str], limit: int | None = None) -> None:
     """Check that tasks can be read, before a model is loaded.
 
     Raises:
-        RunError: If lm-eval is missing, a file is not in a known form, or lm-eval has no task of a name.
+        RunError: If the limit leaves no question, lm-eval is missing, a file is not in a known form, or lm-eval has no
+            task of a name.
     """
+    if limit is not None and limit < 1:
+        raise RunError(f"task-limit = {limit} asks no question; give 1 or more, or leave it out to ask all")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -77,7 +80,7 @@ def evaluate_tasks(
         device: Where to compute.
         progress: Told of every task.
     """
-    check_tasks(tasks)
+    check_tasks(tasks, limit)
     folder = Path(source).expanduser()
     if SavedModel(folder).exists:
         model = load(folder, device=device)
@@ -118,11 +121,17 @@ def zero_shot(
         ((name, metrics),) = results["results"].items()
         if "acc,none" not in metrics:
             raise EstimationError(f"lm-eval measures no accuracy at {name!r}; use a task with choices")
-        normalized = (metrics["acc_norm,none"], metrics["acc_norm_stderr,none"]) if "acc_norm,none" in metrics else None
+        normalized = _with_stderr(metrics, "acc_norm") if "acc_norm,none" in metrics else None
         questions = results["n-samples"][name]["effective"]
-        found.append(Accuracy(name, metrics["acc,none"], metrics["acc_stderr,none"], normalized, questions))
+        found.append(Accuracy(name, *_with_stderr(metrics, "acc"), normalized, questions))
     progress("zero-shot tasks", len(tasks), len(tasks))
     return found
+
+
+def _with_stderr(metrics: dict[str, Any], name: str) -> tuple[float, float | None]:
+    """A metric and its standard error, for which lm-eval writes "N/A" where there is one question."""
+    stderr = metrics[f"{name}_stderr,none"]
+    return metrics[f"{name},none"], stderr if isinstance(stderr, float) else None
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -165,7 +174,7 @@ def _wrong_in(question: dict[str, Any]) -> str | None:
     texts = [value for name, value in question.items() if name in ("query", "context", "continuation")]
     texts += listed if isinstance(listed, list) else []
     if not all(isinstance(text, str) for text in texts):
-        return "a text is no text"
+        return "query, choices, context_options, context and continuation must be strings"
     if "gold" in question and not (isinstance(listed, list) and isinstance(gold, int) and 0 <= gold < len(listed)):
         return f"gold = {gold!r} is no index of its choices"
     return None

@@ -68,9 +68,13 @@ def accuracy_table(rows: Sequence[Accuracy], model: str) -> Table:
     """Accuracies with standard errors."""
     table = empty_table(f"Zero-shot accuracy of {model}", "task", "accuracy", "normalized by length", "questions")
     for row in rows:
-        normalized = "" if row.normalized is None else f"{row.normalized[0]:.4f} ± {row.normalized[1]:.4f}"
-        table.add_row(row.task, f"{row.accuracy:.4f} ± {row.stderr:.4f}", normalized, f"{row.questions:,}")
+        normalized = "" if row.normalized is None else _with_stderr(*row.normalized)
+        table.add_row(row.task, _with_stderr(row.accuracy, row.stderr), normalized, f"{row.questions:,}")
     return table
+
+
+def _with_stderr(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
 def _reference_or(found: Estimate | None, form: str) -> str:

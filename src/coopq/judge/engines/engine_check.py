@@ -30,8 +30,8 @@ _N_PREFIXES = 16
 _LIKELY = 200
 """Most likely tokens that the server scores first; it scores the whole vocabulary where another token follows."""
 _BIAS = 1000.0
-"""What makes the server draw a token that ends the text: scores are those before the bias, and half a character, which
-another token may be, comes without scores."""
+"""Added to the logit of the token that ends the text, so that the server draws it. The server gives scores before the
+bias. It gives none if it draws a token that is part of a character."""
 _MOST = 0.2
 """Most mean difference of a token's loss, nats. llama.cpp rounds activations to 8 bits; wrong weights differ more."""
 _PROMPT, _MOST_TOKENS = "The most important thing is", 24
@@ -102,9 +102,10 @@ def check_in_llama_cpp(
     ours = token_losses(model, tokens, "the saved model")[positions - 1]
     with _quiet():
         server = _server(file, tokens.shape[1])
-    wanted = {"max_tokens": 1, "logit_bias": [[_end(model), _BIAS]]}
-    with _quiet():
-        found = _losses(server, tokens[0], positions, wanted, model.config.get_text_config().vocab_size, progress)
+    wanted: dict[str, Any] = {"max_tokens": 1}
+    if (end := _end(model)) is not None:
+        wanted["logit_bias"] = [[end, _BIAS]]
+    found = _losses(server, tokens[0], positions, wanted, model.config.get_text_config().vocab_size, progress)
     difference = float(np.abs(found - ours).mean())
     if not difference <= _MOST:
         raise ExportError(
@@ -166,23 +167,35 @@ def _losses(
     vocabulary: int,
     progress: ProgressCallback,
 ) -> Losses:
-    """Loss of the tokens at some positions of a sequence, shape (n_positions,), nats."""
+    """Loss of the tokens at some positions of a sequence, shape (n_positions,), nats.
+
+    Raises:
+        ExportError: If llama.cpp gives no score of a token.
+    """
     losses = []
     for done, position in enumerate(positions):
         progress("checking in llama.cpp", done, len(positions))
         for most in (_LIKELY, vocabulary):  # an answer with the whole vocabulary takes a second
             prompt = {"prompt": sequence[:position].tolist(), **wanted, "logprobs": most}
-            answer = server.handle_completions(prompt)
-            scores = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            with _quiet():
+                answer = server.handle_completions(prompt)
+            content = answer["choices"][0]["logprobs"]["content"]
+            scores = content[0]["top_logprobs"] if content else []
             found = [-score["logprob"] for score in scores if score["id"] == sequence[position]]
             if found:
                 break
+        if not found:
+            raise ExportError(
+                f"llama.cpp gives no score of token {sequence[position]} after {position} tokens; report the model's "
+                "class, and do not use the file"
+            )
         losses.append(found[0])
     progress("checking in llama.cpp", len(positions), len(positions))
     return np.array(losses)
 
 
-def _end(model: Any) -> int:
-    """A token that ends a text."""
-    end = model.generation_config.eos_token_id or model.config.get_text_config().eos_token_id
-    return int(end[0] if isinstance(end, list) else end)
+def _end(model: Any) -> int | None:
+    """A token that ends a text; None for a model without one."""
+    ends = [model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
+    end = next((end for end in ends if end is not None), None)
+    return end[0] if isinstance(end, list) else end

@@ -15,12 +15,21 @@ from coopq.model.sources.gguf_header import read_header
 from coopq.model.texts import HeldOut
 
 
-def gguf_window_length(file: Path) -> int:
+def gguf_window_length(*files: Path) -> int:
     """Tokens of a window if nobody says how many: 2048, or the context of a model that has less."""
-    settings = read_header(file).settings
-    architecture = settings.get("general.architecture")
-    found = None if architecture is None else settings.get(f"{architecture.value}.context_length")
-    return shortened(found.value if found is not None and isinstance(found.value, int) else None)
+    return shortened(_context(*files))
+
+
+def _context(*files: Path) -> int | None:
+    """The smallest context of models, in tokens; None if no file names one."""
+    lengths = []
+    for file in files:
+        settings = read_header(file).settings
+        architecture = settings.get("general.architecture")
+        found = None if architecture is None else settings.get(f"{architecture.value}.context_length")
+        if found is not None and isinstance(found.value, int):
+            lengths.append(found.value)
+    return min(lengths, default=None)
 
 
 def evaluate_gguf(file: Path, reference: Path, text: HeldOut, progress: ProgressCallback = silent) -> Evaluation:
@@ -35,12 +44,13 @@ def evaluate_gguf(file: Path, reference: Path, text: HeldOut, progress: Progress
         progress: Told of every window.
     Raises:
         BackendError: If no package of llama.cpp is installed, or it cannot read a file.
+        CalibrationError: If the text has no window, or windows are longer than the context of a model.
         EstimationError: If the files predict other tokens.
     """
     text.check()
     llama_cpp_package()
     try:
-        windows = text.windows(LlamaCppTokenizer(reference))
+        windows = text.windows(LlamaCppTokenizer(reference), _context(file, reference))
         ids, parts = torch.from_numpy(windows.tokens), []
         n_threads = torch.get_num_threads()
         predicted = (llama_cpp_log_probabilities(one, windows.tokens, n_threads) for one in (file, reference))

@@ -116,7 +116,7 @@ def llama_cpp_log_probabilities(
 
 def _silence_fork() -> None:
     """Keep the fork from writing its log, hundreds of lines, to the terminal."""
-    check_version(_FORK, _TRIED, "llama_cpp_nll")
+    check_version(_FORK, _TRIED, "evaluation of .gguf files")
     from ik_llama_cpp import _ctypes_api as api
 
     api._lib.llama_log_set(_IGNORE, None)
@@ -149,15 +149,17 @@ def _fork(file: str, length: int, n_threads: int) -> _Logits:
 
     def compute(sequence: list[int]) -> npt.NDArray[np.float32]:
         batch: Any = api.llama_batch_init(length, 0, 1)
-        batch.n_tokens = length
-        context.kv_cache_clear()
-        for position, token in enumerate(sequence):
-            batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
-            batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
-        assert context.decode(batch) == 0
-        rows = [api.llama_get_logits_ith(context.ctx, position) for position in range(length)]
-        logits = np.stack([np.ctypeslib.as_array(row, (model.n_vocab,)) for row in rows])
-        api.llama_batch_free(batch)
-        return logits
+        try:
+            batch.n_tokens = length
+            context.kv_cache_clear()
+            for position, token in enumerate(sequence):
+                batch.token[position], batch.pos[position], batch.logits[position] = token, position, 1
+                batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+            if (status := context.decode(batch)) != 0:
+                raise RuntimeError(f"llama_decode of {length} tokens returned {status}")
+            rows = [api.llama_get_logits_ith(context.ctx, position) for position in range(length)]
+            return np.stack([np.ctypeslib.as_array(row, (model.n_vocab,)) for row in rows])
+        finally:
+            api.llama_batch_free(batch)
 
     return compute
