@@ -170,6 +170,7 @@ def row(method: str, budget: str | None, windows: list[float], block_forwards: i
     return Row(
         method=method,
         budget=budget,
+        width=3 if method == "uniform" else None,
         assignment=(2, 4),
         average_bits=3.0,
         bits_per_weight=3.5,
@@ -331,7 +332,7 @@ def test_a_case_overrides_the_top_in_either_spelling(tmp_path: Path) -> None:
 def test_results_of_another_version_are_refused(config: Path, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "stories260k-rtn-2-4-seed0.json").write_text('{"format_version": 1}')
-    with pytest.raises(RunError, match="format 1, and this version of coopq reads 3; delete the file"):
+    with pytest.raises(RunError, match="format 1, and this version of coopq reads 4; delete the file"):
         run_bench(read_bench(config), tmp_path)
 
 

@@ -1,14 +1,17 @@
 """Methods beside each other: none learns from another, and what cannot be judged is refused before the work."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from coopq.core.specs import Request
+from coopq.game.prepared import prepare
 from coopq.game.run_folder import RunFolder
+from coopq.game.session import open_session
 from coopq.judge.bench.config import read_bench
 from coopq.judge.bench.run import run_bench
-from coopq.judge.comparison import compare
+from coopq.judge.comparison import beside_references, compare
 from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, load_plans
 from tests.command_line import refused
@@ -70,6 +73,16 @@ def test_what_a_bench_cannot_do_is_refused_before_the_work(
 def test_budgets_of_a_bench_are_those_of_its_rows(config: Path) -> None:
     config.write_text(BENCH.replace("3avg", " 40  MiB "))
     assert read_bench(config).cases[0].budgets == ("40MiB",)
+
+
+def test_a_uniform_row_has_the_width_that_was_asked(tmp_path: Path) -> None:
+    with open_session(prepare(REQUEST), tmp_path / "run") as session:
+        n_bytes = {width: list(sizes) for width, sizes in session.sizes.n_bytes.items()}
+        n_bytes[4][0] = None  # the first player has no width but 2
+        lacking = replace(session.sizes, n_bytes={width: tuple(sizes) for width, sizes in n_bytes.items()})
+        judged = beside_references(replace(session, sizes=lacking), [], 0, TEXT)
+    assert [(one.method, one.width) for one in judged] == [("original", None), ("uniform", 4), ("uniform", 2)]
+    assert judged[1].assignments[0].tolist() == [2, 4, 4, 4, 4]
 
 
 def test_a_bench_passes_over_an_estimation_of_other_walks(config: Path, tmp_path: Path) -> None:

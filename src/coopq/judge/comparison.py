@@ -10,7 +10,7 @@ import numpy.typing as npt
 from coopq.core.sizes import Budget
 from coopq.core.spec import spec_options
 from coopq.core.specs import Request, SolverSpec
-from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, silent
+from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, Width, silent
 from coopq.export.formats import TargetFile
 from coopq.game.prepared import prepare
 from coopq.game.session import Session, open_session
@@ -44,6 +44,7 @@ class Judged:
     Attributes:
         method: Name of the method or of the reference.
         budget: The budget as the user wrote it; None for the original and uniform widths.
+        width: The width that was asked of every player; None except for uniform widths.
         assignments: Shape (n, n_players).
         block_forwards: Block forwards that the method takes; 0 for references.
         average_bits: Mean of the assignments' average bits.
@@ -56,6 +57,7 @@ class Judged:
 
     method: str
     budget: str | None
+    width: Width | None
     assignments: Assignments
     block_forwards: int
     average_bits: float
@@ -157,7 +159,7 @@ def _row(judged: Judged, loss: str) -> Comparison:
         same_top=None if is_reference else estimate(same_top),
         file_bytes=judged.file_bytes,
         windows=tuple(judged.windows.mean(axis=0).tolist()),
-        width=float(judged.assignments.min()) if judged.method == UNIFORM else None,
+        width=judged.width,
     )
 
 
@@ -186,18 +188,18 @@ def beside_references(
     Returns:
         The references, then the plans in their order.
     """
-    groups: list[tuple[str, str | None, Assignments, int]] = [
-        *((method, budget, assignments, 0) for method, budget, assignments in _references(session, plans, seed)),
-        *((plan.method, plan.budget, _as_row(plan), plan.block_forwards) for plan in plans),
+    groups: list[tuple[str, str | None, Width | None, Assignments, int]] = [
+        *((*reference, 0) for reference in _references(session, plans, seed)),
+        *((plan.method, plan.budget, None, _as_row(plan), plan.block_forwards) for plan in plans),
     ]
-    points = np.concatenate([assignments for _, _, assignments, _ in groups])
+    points = np.concatenate([assignments for _, _, _, assignments, _ in groups])
     with session.game("comparing on the calibration set") as game:
         calibration = game(points)
     scores = judge_scores(session, points, text) if diverges else judge_windows(session, points, text)[..., None]
-    ends = np.cumsum([len(assignments) for _, _, assignments, _ in groups])[:-1]
+    ends = np.cumsum([len(assignments) for _, _, _, assignments, _ in groups])[:-1]
     judged = []
     for group, on_calibration, on_text in zip(groups, np.split(calibration, ends), np.split(scores, ends), strict=True):
-        method, budget, assignments, block_forwards = group
+        method, budget, width, assignments, block_forwards = group
         if method == ORIGINAL:
             average_bits = bits_per_weight = 8.0 * session.loaded.checkpoint_dtype.itemsize
             file_bytes = session.loaded.source_bytes
@@ -209,6 +211,7 @@ def beside_references(
             Judged(
                 method=method,
                 budget=budget,
+                width=width,
                 assignments=assignments,
                 block_forwards=block_forwards,
                 average_bits=average_bits,
@@ -221,15 +224,19 @@ def beside_references(
     return judged
 
 
-def _references(session: Session, plans: Sequence[Plan], seed: int) -> Iterator[tuple[str, str | None, Assignments]]:
-    """Name, budget and assignments of each reference."""
-    yield ORIGINAL, None, np.full((1, len(session.players)), UNTOUCHED, dtype=np.float32)
-    bits = session.request.widths.quantized[::-1]
-    uniform = [tuple(uniform_assignment(session.player_widths, width).tolist()) for width in bits]
-    for assignment in dict.fromkeys(uniform):  # two widths may mean the same, where players lack one
-        yield UNIFORM, None, np.array([assignment], dtype=np.float32)
+def _references(
+    session: Session, plans: Sequence[Plan], seed: int
+) -> Iterator[tuple[str, str | None, Width | None, Assignments]]:
+    """Name, budget, width and assignments of each reference."""
+    yield ORIGINAL, None, None, np.full((1, len(session.players)), UNTOUCHED, dtype=np.float32)
+    uniform: dict[tuple[float, ...], Width] = {}
+    for width in session.request.widths.quantized[::-1]:  # two widths may mean the same, where players lack one
+        uniform.setdefault(tuple(uniform_assignment(session.player_widths, width).tolist()), width)
+    for assignment, width in uniform.items():
+        yield UNIFORM, None, width, np.array([assignment], dtype=np.float32)
     for budget, limit in {plan.budget: plan.budget_bytes for plan in plans}.items():
-        yield RANDOM, budget, random_assignments(session.sizes, session.request.widths.bits, limit, N_RANDOM, seed)
+        drawn = random_assignments(session.sizes, session.request.widths.bits, limit, N_RANDOM, seed)
+        yield RANDOM, budget, None, drawn
 
 
 def _as_row(plan: Plan) -> Assignments:

@@ -14,7 +14,10 @@ N_RANDOM = 5
 
 
 def uniform_assignment(player_widths: Sequence[Sequence[Width]], bits: Width) -> Assignment:
-    """Every player at `bits`, or at its next wider width, shape (n_players,); a player without has its widest."""
+    """Every player at `bits`, or at its next wider width or, if it has no wider width, at its widest.
+
+    Shape (n_players,).
+    """
     return np.array([next_width(own, bits) for own in player_widths], dtype=np.float32)
 
 

@@ -104,7 +104,7 @@ class Comparison:
             original, the reference, and where no divergence was measured.
         same_top: Share of the tokens with the most likely token of the original; None likewise.
         file_bytes: Bytes of the whole file, or the most that it can take; None where the file is not known.
-        width: The width of a uniform row. Layers that lack the width have their next wider one.
+        width: The width of a uniform row. A layer that lacks the width has its next wider one, or else its widest.
     """
 
     method: str
@@ -147,16 +147,16 @@ class Accuracy:
     Attributes:
         task: Name of the task.
         accuracy: Share of the questions answered correctly.
-        stderr: Standard error of the accuracy over questions.
+        stderr: Standard error of the accuracy over questions; None for a single question.
         normalized: Accuracy with the log-likelihood of each choice divided by the choice's length in characters, and
-            the standard error; None for tasks without.
+            the standard error as above; None for tasks without.
         questions: Number of questions.
     """
 
     task: str
     accuracy: float
-    stderr: float
-    normalized: tuple[float, float] | None
+    stderr: float | None
+    normalized: tuple[float, float | None] | None
     questions: int
 
 

@@ -12,7 +12,7 @@ from coopq.core.files import read_record, write_record
 from coopq.core.specs import Request
 from coopq.judge.bench.config import Bench, Case
 
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 
 
 class Row(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -21,6 +21,7 @@ class Row(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         method: Name of the method, or one of `coopq.judge.references.REFERENCES`.
         budget: The budget as the TOML file writes it; None for the original and uniform widths.
+        width: The width that was asked of every player; None except for uniform widths.
         assignment: Width of each player; None for the mean of several assignments.
         average_bits: Width averaged over the weights; scales and zeros do not count.
         bits_per_weight: Stored bits per weight; scales, zeros and padding count.
@@ -31,6 +32,7 @@ class Row(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     method: str
     budget: str | None
+    width: int | float | None
     assignment: tuple[int | float, ...] | None
     average_bits: float
     bits_per_weight: float

@@ -152,6 +152,7 @@ def _row(judged: Judged) -> Row:
     return Row(
         method=judged.method,
         budget=judged.budget,
+        width=judged.width,
         assignment=tuple(as_widths(judged.assignments[0])) if len(judged.assignments) == 1 else None,
         average_bits=judged.average_bits,
         bits_per_weight=judged.bits_per_weight,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coopq.judge.references import REFERENCES, UNIFORM
+from coopq.judge.references import REFERENCES
 from coopq.judge.results import Comparison, uniform_name
 from coopq.plan.confidence import NORMAL
 
@@ -102,9 +102,7 @@ def bench_cells(results: "Sequence[Result]") -> list[Cell]:
 
 
 def _label(row: "Row") -> str:
-    if row.method != UNIFORM or row.assignment is None:
-        return row.method
-    return uniform_name(min(row.assignment), row.average_bits)
+    return row.method if row.width is None else uniform_name(row.width, row.average_bits)
 
 
 def rank(cells: Sequence[Cell]) -> list[Rank]:
