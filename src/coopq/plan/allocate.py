@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.errors import BudgetError
+from coopq.core.errors import BudgetError, PlanError
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request, SolverSpec
 from coopq.core.subject import Subject
@@ -185,6 +185,8 @@ def allocate_run(
 ) -> dict[Path, Plan]:
     """Solve the paper's program for budgets of a finished estimation; nothing is measured.
 
+    A plan keeps its measured loss if its budget was solved before, with the same assignment.
+
     Args:
         run: Run folder of the estimation.
         budgets: Budgets as for `coopq.quantize`.
@@ -213,10 +215,21 @@ def allocate_run(
     progress("solving the program", len(plans), len(parsed))
     folder = RunFolder(run).plans
     folder.mkdir(exist_ok=True)
-    saved = {folder / plan.file_name: plan for plan in plans}
+    saved = {folder / plan.file_name: _with_kept_loss(plan, folder / plan.file_name) for plan in plans}
     for path, plan in saved.items():
         plan.save(path)
     return saved
+
+
+def _with_kept_loss(plan: Plan, path: Path) -> Plan:
+    """The plan, with the measured loss and the confidence of the plan in a file if both are the same assignment."""
+    try:
+        kept = Plan.load(path)
+    except PlanError:  # missing or damaged: to allocate again is the way out
+        return plan
+    if (kept.assignment, kept.fingerprint) != (plan.assignment, plan.fingerprint):
+        return plan
+    return plan.replace(measured_loss=kept.measured_loss, confidence=kept.confidence, runner_up=kept.runner_up)
 
 
 def measure_plan(session: "Session", plan: Plan) -> Plan:

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from coopq.core.errors import PlanError
 from coopq.core.files import read_record, write_record
-from coopq.core.specs import QuantizerSpec, Request
+from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request
 from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.confidence import Confidence
 from coopq.search.surrogate import Fidelity
@@ -122,8 +122,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def label(self) -> str:
-        """The budget, after the method where that is not the paper's."""
-        return self.budget if self.method == "coopq" else f"{self.method} {self.budget}"
+        """The budget, after the method where that is not the paper's, and before an alpha that is not the default."""
+        method = "" if self.method == "coopq" else f"{self.method} "
+        alpha = "" if self.alpha in (None, DEFAULT_SOLVER.alpha) else f" alpha {self.alpha:g}"
+        return f"{method}{self.budget}{alpha}"
 
     @property
     def file_name(self) -> str:
@@ -196,8 +198,10 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 def _contradiction(plan: Plan) -> str | None:
     """What in a plan cannot be true beside the rest of the plan; None if nothing is found."""
-    modules = [name for player in plan.players for name in player.modules]
-    doubled = next((name for name in modules if modules.count(name) > 1), None)
+    modules, doubled = set[str](), None
+    for name in (name for player in plan.players for name in player.modules):
+        doubled = name if name in modules and doubled is None else doubled
+        modules.add(name)
     foreign = next((bits for bits in (*plan.assignment, *(plan.runner_up or ())) if not 0 < bits <= UNTOUCHED), None)
     n_untouched = plan.assignment.count(UNTOUCHED)
     if not modules:
