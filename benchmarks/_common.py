@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from _answers import NUMBERS, head
 from coopq.core.types import Losses
+from coopq.judge.bench.results import Result
 from coopq.plan.confidence import confidence
 
 BENCHMARKS = Path(__file__).parent
@@ -31,6 +33,12 @@ RESULTS = ROOT / "docs" / "results"
 def command_line(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is a script's docstring as it is written."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:
+    """Loss of a method at a budget on each window, averaged over seeds, shape (n_windows,); None if nobody asked."""
+    found = [row.windows for result in results for row in result.rows if (row.method, row.budget) == (method, budget)]
+    return np.mean(found, axis=0) if found else None
 
 
 def write_lines(file: Path, lines: Sequence[str]) -> None:

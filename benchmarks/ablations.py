@@ -17,7 +17,7 @@ from coopq.core.sizes import Budget
 from coopq.core.types import REMOVED, UNTOUCHED, Assignments, Width
 from coopq.game.run_folder import RunFolder
 from coopq.game.session import Session
-from coopq.judge.windows import judge_on
+from coopq.judge.windows import judge_windows
 from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
 from coopq.plan.estimation import is_estimated, load_estimation
@@ -112,7 +112,7 @@ def measure(session: Session, points: Assignments) -> list[Losses]:
     """Calibration and WikiText-2 loss of each assignment."""
     with session.game("comparing on the calibration set") as game:
         calibration = game(points)
-    judged = judge_on(session, points, HeldOut(WINDOW, JUDGE_TOKENS))
+    judged = judge_windows(session, points, HeldOut(WINDOW, JUDGE_TOKENS)).mean(axis=1)
     return [Losses(*pair) for pair in zip(calibration.tolist(), judged.tolist(), strict=True)]
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from _common import RESULTS, command_line, loss_above, table, write_report
+from _common import RESULTS, command_line, loss_above, mean_windows, table, write_report
 from coopq.judge.bench.config import read_bench
-from coopq.judge.bench.results import Result, mean_windows
+from coopq.judge.bench.results import Result
 from coopq.judge.bench.run import finished
 from coopq.judge.references import RANDOM
 

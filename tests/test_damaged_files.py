@@ -271,7 +271,7 @@ def test_a_home_folder_in_every_path(job: Path, monkeypatch: pytest.MonkeyPatch)
     ("lines", "message"),
     [
         (['{"query": "a", "choices": ["b"], "gold": 3}'], "question 1: gold = 3 is no index"),
-        (['{"query": 1, "choices": ["b"], "gold": 0}'], "question 1: query, choices, context_options, context and continuation must be strings"),
+        (['{"query": 1, "choices": ["b"], "gold": 0}'], "context and continuation must be strings"),
         (['{"context": "a", "continuation": "b"}', '{"context": "a"}'], "not all lines have the same fields"),
         (["[" * 100_000], "cannot be read as lines of JSON"),
         (['{"context": "a", "continuation": "b"}', "garbage"], "cannot be read as lines of JSON"),

@@ -17,8 +17,10 @@ from coopq.model.load import load_model, load_skeleton
 from coopq.model.memory import Footprint, free_memory
 from coopq.model.players import find_players
 from coopq.pipeline import estimate
+from coopq.plan.by_score import cost
 from coopq.plan.forecast import forecast, forecast_methods
-from coopq.plan.methods import make_plans
+from coopq.plan.methods import METHODS, make_plans
+from coopq.search.prior import PRIOR_SCORE
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
@@ -122,6 +124,25 @@ def test_a_dry_run_needs_a_configuration_alone(tmp_path: Path, monkeypatch: pyte
     assert found.block_seconds > 0
     assert found.seconds(found.methods["active"])
     assert "holds no model.safetensors" in refused("quantize", folder, "--budget", "3avg", "--out", tmp_path / "out")
+
+
+def test_tokens_are_multiplied_by_the_experts_that_they_choose(tmp_path: Path) -> None:
+    found = []
+    for chosen in (2, 8):
+        config = {**json.loads((STORIES / "config.json").read_text()), "num_experts_per_tok": chosen}
+        config.update(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=8)
+        (folder := tmp_path / str(chosen)).mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        found.append(forecast(REQUEST.replace(model=str(folder), backend="rtn")).block_flops)
+    assert found[1] - found[0] == 2 * 256 * 6 * 3 * 64 * 172, "six experts of three matrices"
+
+
+@pytest.mark.parametrize("bits", [(2, 4), (2, 3, 4, 8)])
+def test_the_prior_score_takes_what_is_foreseen(bits: tuple[int, ...], tmp_path: Path) -> None:
+    request = REQUEST.replace(bits=bits, backend="rtn")
+    with open_session(prepare(request), tmp_path / "run") as session:
+        (plan,) = make_plans(session, PRIOR_SCORE, [Budget.parse("3avg")], SolverSpec())
+    assert plan.block_forwards == cost(METHODS[PRIOR_SCORE], len(bits)) * 5
 
 
 def test_a_model_of_70_billion_weights_is_sized_without_memory_for_it(

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coopq.core.errors import EstimationError
+from coopq.core.goal import Limit
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import Assignments
@@ -15,6 +17,7 @@ from coopq.game.session import open_session
 from coopq.plan.allocate import measure_plan
 from coopq.plan.confidence import Confidence, confidence
 from coopq.plan.methods import METHODS, Method, get_method, make_plans
+from coopq.plan.plan import Plan, load_plans
 from coopq.plan.searches.by_search import make_search
 from coopq.report.words import score_text
 from coopq.search import SearchSpace, run
@@ -167,6 +170,28 @@ def test_a_front_from_one_estimation(job: Path) -> None:
     assert "no budget is given" in refused("allocate", run)
     code, out, _ = command("show", run, "--json")
     assert -1 <= json.loads(out)["covariance_correlation"] <= 1
+
+
+def test_an_allocation_keeps_what_was_measured_of_the_same_assignment(job: Path) -> None:
+    run = job.with_name("out-run")
+    measured = Plan.load(run / "plans" / "3avg.json")
+    assert measured.measured_loss is not None
+    for alpha in ("0.5", "0.9"):
+        code, _, err = command("allocate", run, "--budget", "3avg", "--alpha", alpha)
+        assert code == 0, err
+    assert {path.name for path in (run / "plans").iterdir()} == {"3avg.json", "3avg-alpha-0.9.json"}
+    again, other = load_plans([run / "plans" / "3avg.json", run / "plans" / "3avg-alpha-0.9.json"])
+    assert again.assignment == measured.assignment
+    for name in ("measured_loss", "confidence", "runner_up"):
+        assert getattr(again, name) == getattr(measured, name)
+    assert (other.alpha, other.measured_loss) == (0.9, None)
+
+
+def test_a_method_without_an_early_answer_takes_no_limit(folder: Path) -> None:
+    with open_session(prepare(REQUEST), folder) as session:
+        for method in ("lim", "coopq", "exact"):
+            with pytest.raises(EstimationError, match="cannot answer before its end"):
+                make_plans(session, method, [Budget.parse("3avg")], SolverSpec(), Limit(forwards=9))
 
 
 def test_confidence_by_hand() -> None:

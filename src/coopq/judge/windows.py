@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.types import Assignments, Losses
+from coopq.core.types import Assignments
 from coopq.game.losses import JUDGED, TokenScores
 from coopq.game.session import Session
 from coopq.model.load import max_positions
@@ -25,11 +25,6 @@ def judging_text(session: Session, text: HeldOut) -> TokenSet:
         CalibrationError: If the text has no window of this length.
     """
     return text.windows(session.loaded.tokenizer, max_positions(session.loaded.model))
-
-
-def judge_on(session: Session, assignments: Assignments, text: HeldOut) -> Losses:
-    """Loss of each assignment on a text, shape (n,), nats per token; searches never see these losses."""
-    return judge_windows(session, assignments, text).mean(axis=1)
 
 
 def judge_windows(session: Session, assignments: Assignments, text: HeldOut) -> npt.NDArray[np.float64]:

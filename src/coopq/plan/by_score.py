@@ -78,7 +78,7 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
     """
     before = sum(sensitivity.block_forwards for sensitivity in measured_at)
     passes = measured_at[:1] if method.is_at_once else measured_at
-    expected = sum((method.cost or 0) * len(set(sensitivity.blocks)) for sensitivity in passes)
+    expected = sum(cost(method, len(measured_at) + 1) * len(set(sensitivity.blocks)) for sensitivity in passes)
     stage, function = f"scoring by {method.name}, block forwards", method.load()
 
     def report() -> None:
@@ -97,6 +97,11 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
     spent = sum(sensitivity.block_forwards for sensitivity in measured_at) - before
     progress(stage, max(spent, 1), max(spent, 1))
     return Score(gains, pairs, spent)
+
+
+def cost(method: Method, n_widths: int) -> int:
+    """Forwards of the model that a score takes, without the one more that experts take."""
+    return (method.cost or 0) + method.cost_of_width * (n_widths - 2)
 
 
 def _sum_to_own_steps(session: Session, terms: Gains) -> Gains:

@@ -88,9 +88,8 @@ def selected_confidence(
     if not differs[chosen].any():
         return confidence(losses[chosen], None), None
     runner_up = int(np.where(differs[chosen], means, np.inf).argmin())
-    plain = confidence(losses[chosen], losses[runner_up])
     if n == 1:
-        return plain, runner_up
+        return confidence(losses[chosen], losses[runner_up]), runner_up
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _N_SELECTIONS) / n
     resampled = draws @ losses.T
     again = resampled.argmin(axis=1) if is_best else np.full(_N_SELECTIONS, chosen)
@@ -101,7 +100,8 @@ def selected_confidence(
     differences = draws @ (losses[runner_up] - losses[chosen]) - optimism
     interval = float(np.quantile(differences, 0.025)), float(np.quantile(differences, 0.975))
     difference = float(means[runner_up] - means[chosen]) - optimism
-    return Confidence(plain.stderr, difference, interval, _share_above_zero(differences)), runner_up
+    stderr = confidence(losses[chosen], None).stderr
+    return Confidence(stderr, difference, interval, _share_above_zero(differences)), runner_up
 
 
 def _share_above_zero(means: npt.NDArray[Any]) -> float:

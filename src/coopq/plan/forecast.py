@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ import torch
 from coopq.core.errors import OutOfMemory
 from coopq.core.specs import Request
 from coopq.core.subject import SizedRequest
+from coopq.core.types import Player
 from coopq.game.engines.prefix_engine import make_engine, prefix_tree_size
 from coopq.game.game import Meters
 from coopq.game.prepared import Prepared, prepare
@@ -21,6 +22,7 @@ from coopq.model.blockwise import batch_size
 from coopq.model.load import LoadedModel
 from coopq.model.memory import Footprint, free_memory, gib
 from coopq.model.players import find_blocks
+from coopq.plan.by_score import cost
 from coopq.plan.methods import METHODS, names
 from coopq.plan.searches.by_search import make_search
 from coopq.quantizers.bank import WeightBank
@@ -66,7 +68,8 @@ class Forecast:
         untimed: Why nothing was timed; None if the block and the head were.
         block_seconds: Seconds of one block over all calibration tokens, measured; None if nothing was timed.
         head_seconds: Seconds of the head over them; as `block_seconds`.
-        block_flops: Floating point operations of the linear layers of a block, over all tokens.
+        block_flops: Floating point operations of the linear layers of a block, over all tokens; of experts, those that
+            tokens choose.
         head_flops: Floating point operations of the head, over all tokens.
         methods: What methods take for one budget halfway between the widths.
     """
@@ -120,7 +123,7 @@ def forecast(request: Request) -> Forecast:
         problem = str(error)
     footprint, free = prepared.footprint, free_memory(request.model.device)
     shape = prepared.skeleton.config.get_text_config()
-    n_blocks, n_weights = players[-1].block + 1, sum(player.n_weights for player in players if not player.is_end)
+    n_blocks, n_weights = players[-1].block + 1, sum(_weights_of_a_token(players, shape))
     needed = footprint.weights - footprint.blocks + 2 * footprint.largest_block + footprint.working
     untimed = None
     if free is not None and needed > free:
@@ -136,10 +139,17 @@ def forecast(request: Request) -> Forecast:
         untimed=untimed,
         block_seconds=block,
         head_seconds=head,
-        block_flops=2 * text.tokens * n_weights // n_blocks,
+        block_flops=round(2 * text.tokens * n_weights / n_blocks),
         head_flops=2 * text.tokens * shape.hidden_size * shape.vocab_size,
         methods=forecast_methods(prepared),
     )
+
+
+def _weights_of_a_token(players: Sequence[Player], config: Any) -> Iterator[float]:
+    """Weights of the blocks that each token is multiplied by, layer by layer: those of the experts that it chooses."""
+    for linear in (linear for player in players if not player.is_end for linear in player.linears):
+        chosen = getattr(config, "num_experts_per_tok", linear.n_experts)
+        yield linear.n_weights * chosen / linear.n_experts if linear.n_experts else linear.n_weights
 
 
 def _seconds(prepared: Prepared) -> tuple[float, float]:
@@ -206,7 +216,9 @@ def _space(asked: SizedRequest) -> SearchSpace:
 def forecast_active(asked: SizedRequest) -> Work:
     """At most what the active search takes: its score, then rounds of points that fill the budget."""
     space, blocks = _space(asked), asked.blocks
-    points, scoring = most_points(space), (METHODS[PRIOR_SCORE].cost or 0) * len(set(blocks))
+    points, has_experts = most_points(space), any(linear.n_experts for p in asked.players for linear in p.linears)
+    # A score of experts takes one more forward, for the mean squares of their inputs.
+    scoring = (cost(METHODS[PRIOR_SCORE], len(asked.request.widths.bits)) + has_experts) * len(set(blocks))
     rng, program = np.random.default_rng(0), space.constraint(space.capacities[0])
     drawn = space.assignments(np.array([random_fill(program, rng) for _ in range(_ROUND_POINTS)]))
     searched = prefix_tree_size(drawn, blocks) * points // len(drawn)

@@ -29,19 +29,20 @@ class Method:
         name: What users write.
         kind: "search", "walks" or "score".
         summary: How the method decides, in a clause.
-        cost: Forwards of the model over the calibration tokens, for five budgets of 30 blocks together; None where the
-            number depends on the players (benchmarks: docs/results/allocators.md).
+        cost: Forwards of the model over the calibration tokens, for five budgets of 30 blocks and two widths together;
+            None where the number depends on the players (benchmarks: docs/results/allocators.md).
         path: Module and name of the strategy or of the score's function; None for methods that read walks.
         options: Keyword arguments of the strategy.
+        cost_of_width: Forwards that each width beyond two adds, for scores of all widths in one pass.
         most_widths: Number of widths that the method can choose from; None for any number.
         learns: Whether the search fits what was measured before the search began.
-        takes_prior: Whether the search begins with what a gradient score says of each step.
+        takes_prior: Whether the search starts from a gradient score of each step.
         is_anytime: Whether the search has an answer from its first losses on, so that a limit may end it.
         trusts_surrogate: Whether the search chooses what its surrogate predicts to be best, measured or not.
         takes_alpha: Whether the method solves the paper's program, with its alpha.
-        proves: Whether the program is solved to proof. Otherwise the optimum is not the point, or nobody would wait.
+        proves: Whether the program is solved to proof. Programs with pair terms are not: a proof can take hours.
         scores_pairs: Whether the score has terms for pairs of steps too.
-        is_at_once: Whether the score takes all widths in one pass, and knows embeddings and experts.
+        is_at_once: Whether the score covers all widths in one pass, and scores embeddings and experts too.
         is_in_paper: Whether the paper compares with the method.
         is_compared: Whether `coopq compare` takes the method if none is named.
         whole_blocks: Whether players have to be whole blocks.
@@ -54,6 +55,7 @@ class Method:
     cost: int | None
     path: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    cost_of_width: int = 0
     most_widths: int | None = None
     learns: bool = False
     takes_prior: bool = False
@@ -90,7 +92,6 @@ def _score(name: str, summary: str, cost: int, path: str, **traits: Any) -> Meth
 
 
 _BASELINE = {"is_in_paper": True, "is_compared": True}
-_BELIEVES = {"trusts_surrogate": True}
 _ALL = (
     _search(
         "active",
@@ -139,7 +140,7 @@ _ALL = (
         170,
         "regression:Regression",
         learns=True,
-        **_BELIEVES,
+        trusts_surrogate=True,
     ),
     _search(
         "cross-layer",
@@ -147,7 +148,7 @@ _ALL = (
         166,
         "cross_layer:CrossLayer",
         most_widths=2,
-        **_BELIEVES,
+        trusts_surrogate=True,
     ),
     _search(
         "one-shot-high",
@@ -155,7 +156,7 @@ _ALL = (
         16,
         "one_shot:OneShot",
         options={"end": "high"},
-        **_BELIEVES,
+        trusts_surrogate=True,
     ),
     _search(
         "one-shot-low",
@@ -163,7 +164,7 @@ _ALL = (
         16,
         "one_shot:OneShot",
         options={"end": "low"},
-        **_BELIEVES,
+        trusts_surrogate=True,
     ),
     _search("exact", "all assignments, of up to 14 players", None, "exhaustive:Enumeration"),
     _score(
@@ -194,15 +195,15 @@ _ALL = (
     _score(
         "auto-quantize",
         "output errors weighted by squared gradients",
-        9,
+        7,
         "auto_quantize:gains_by_gradient",
+        cost_of_width=1,
         is_at_once=True,
     ),
     _score("auto-quantize-kl", "KL of each player and width alone", 32, "auto_quantize:gains_by_divergence"),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
-
 
 _MAKERS = {
     "search": "coopq.plan.searches.by_search:plans_by_search",
@@ -222,10 +223,13 @@ def make_plans(
         budgets: The budgets.
         solver: How programs are solved.
         limit: When to end early, for searches that have an answer at any time.
+    Raises:
+        EstimationError: If the method is unknown, or cannot end early.
     """
     found = get_method(method)
-    limits = [] if limit is None else [limit]
-    plans: list[Plan] = _load(_MAKERS[found.kind])(session, found, budgets, solver, *limits)
+    if limit is not None and not found.is_anytime:
+        raise EstimationError(f"method {method!r} cannot answer before its end; leave the limit out")
+    plans: list[Plan] = _load(_MAKERS[found.kind])(session, found, budgets, solver, *([limit] if limit else []))
     return plans
 
 

@@ -252,7 +252,7 @@ def front_table(points: "Sequence[FrontPoint]", loss: str) -> Table:
 
 def methods_table() -> Table:
     """All methods: what each is for, and what it costs."""
-    title = "Methods. Cost: forwards of the model over the calibration tokens, for five budgets of 30 blocks together"
+    title = "Methods. Cost: forwards of the model over the calibration tokens, for 5 budgets, 30 blocks and 2 widths"
     table = Table("method", "kind", "how it decides", title=title)
     table.columns[0].no_wrap = True  # names are there to be copied
     table.add_column("widths", justify="right")

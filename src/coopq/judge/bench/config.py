@@ -16,7 +16,6 @@ from coopq.core.spec import Spec, build, spec_options
 from coopq.core.specs import Request, option_fields
 from coopq.core.types import Width
 
-
 Value = TypeVar("Value")
 _Several = Annotated[tuple[Value, ...], Meta(min_length=1)]
 

@@ -1,10 +1,8 @@
 """What a bench finds out, and the files that keep it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from coopq.core.errors import RunError
@@ -158,12 +156,6 @@ def _contradiction(result: Result) -> str | None:
     if any(len(row) != n for row in rows):
         return f"a list has another number of values than {n}, the number of players"
     return None
-
-
-def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:
-    """Loss of a method at a budget on each window, averaged over seeds, shape (n_windows,); None if nobody asked."""
-    found = [row.windows for result in results for row in result.rows if (row.method, row.budget) == (method, budget)]
-    return np.mean(found, axis=0) if found else None
 
 
 def _path(out: Path, case: Case, seed: int) -> Path:
