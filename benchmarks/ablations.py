@@ -20,7 +20,7 @@ from coopq.game.session import Session
 from coopq.judge.windows import judge_windows
 from coopq.model.texts import HeldOut
 from coopq.plan.allocate import search_space
-from coopq.plan.estimation import is_estimated, load_estimation
+from coopq.plan.estimation import load_estimation
 from coopq.search import SPQE, ShapleyEstimate, run
 from coopq.search.solver.exact import allocate
 from coopq.search.solver.quadratic_program import paper_program
@@ -159,7 +159,7 @@ def transfer(session: Session, name: str, own: ShapleyEstimate) -> list[Transfer
     found = []
     for part, (backend, bits) in PARTS.items():
         folder = RunFolder(FOLDER / part)
-        if bits == PARTS[name][1] and (part == name or is_estimated(folder)):
+        if bits == PARTS[name][1] and (part == name or folder.estimate.is_file()):
             estimate = own if part == name else load_estimation(folder.path).estimate
             points = assign(session, estimate, BUDGETS[bits])
             found.append(Transfer(backend, estimate.permutations, measure(session, points)))
