@@ -74,6 +74,7 @@ def bench_result(case: str, losses: dict[tuple[str, str], float]) -> Result:
         Row(
             method=method,
             budget=budget,
+            width=None,
             assignment=(4,),
             average_bits=4,
             bits_per_weight=4.25,

@@ -128,6 +128,12 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return f"{method}{self.budget}{alpha}"
 
     @property
+    def stop_options(self) -> dict[str, str]:
+        """The limits that ended the search, as options; none if it was interrupted or ran to its end."""
+        parts = [] if self.stopped_after is None else [limit.split() for limit in self.stopped_after.split(" or ")]
+        return {unit: amount for amount, unit in parts if unit in ("forwards", "minutes")}
+
+    @property
     def file_name(self) -> str:
         """Name of the plan's file in a run folder."""
         return f"{self.label.replace(' ', '-')}.json"

@@ -17,7 +17,7 @@ from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.data import covariance_correlation
-from coopq.report.words import LOSS_NAMES, score_text, size_text, stop_options
+from coopq.report.words import LOSS_NAMES, score_text, size_text
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
@@ -105,7 +105,7 @@ def _stopped(plan: Plan) -> str:
     """What ended the search before its own end, in a line of its own."""
     if plan.stopped_after is None:
         return ""
-    if not stop_options(plan):
+    if not plan.stop_options:
         return f"\nthe search was interrupted after {plan.stopped_after}; the same command goes on"
     return f"\nthe search stopped after {plan.stopped_after}; without a limit, it goes on in the same run folder"
 

@@ -1,7 +1,6 @@
 """What tables and pages call sizes, losses and scores."""
 
 from coopq.plan.methods import METHODS
-from coopq.plan.plan import Plan
 
 LOSS_NAMES = {"nll": "calibration loss", "kl": "calibration KL divergence"}
 """Names of the losses that searches lower, by `coopq.core.specs.SearchSpec.loss`."""
@@ -36,9 +35,3 @@ def score_text(method: str) -> str:
     if found.whole_blocks:
         return "Shapley value: rise of the loss by removing the block, nats per token"
     return "Shapley value: rise of the loss by lowering the layer, nats per token"
-
-
-def stop_options(plan: Plan) -> dict[str, str]:
-    """The limits that ended the search of a plan, as options; none if the search was interrupted or ran to its end."""
-    parts = [] if plan.stopped_after is None else [limit.split() for limit in plan.stopped_after.split(" or ")]
-    return {unit: amount for amount, unit in parts if unit in ("forwards", "minutes")}

@@ -212,9 +212,7 @@ def _commands(plan: Plan, model: str, form: str | None) -> Iterator[list[str]]:
     words = ["coopq", "quantize", *request_words(request, RECIPES[OWN].settings), "--method", plan.method]
     if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha:
         words += ["--alpha", str(plan.alpha)]
-    for limit in (plan.stopped_after or "").split(" or "):
-        amount, _, unit = limit.partition(" ")
-        words += [f"--{unit}", amount] if unit in ("forwards", "minutes") else []
+    words += [word for unit, amount in plan.stop_options.items() for word in (f"--{unit}", amount)]
     most = plan.max_loss
     words += ["--budget", Budget.parse(plan.budget).text] if most is None else ["--max-loss", str(most)]
     yield [*words, "--out", saved]

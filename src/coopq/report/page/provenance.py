@@ -10,7 +10,6 @@ from coopq.core.versions import installed
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.page.document import code, paragraph, table
-from coopq.report.words import stop_options
 
 
 def command(plan: Plan, out: str, engine: str | None = None) -> str:
@@ -20,7 +19,7 @@ def command(plan: Plan, out: str, engine: str | None = None) -> str:
     goal: dict[str, Any] = {"budget": plan.budget} if plan.max_loss is None else {"max-loss": plan.max_loss}
     goal["method"] = None if plan.method == "active" else plan.method
     goal["alpha"] = plan.alpha if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha else None
-    goal |= stop_options(plan)
+    goal |= plan.stop_options
     words += [word for name, value in goal.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join([*words, "--out", out])
 

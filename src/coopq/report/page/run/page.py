@@ -18,7 +18,7 @@ from coopq.report.page.provenance import provenance
 from coopq.report.page.run.figures import predicted_figure, search_figure, size_figure
 from coopq.report.page.run.maps import pair_map, sensitivity_map, width_map
 from coopq.report.page.run.record import RunRecord, read_run
-from coopq.report.words import LOSS_NAMES, megabytes, score_text, stop_options
+from coopq.report.words import LOSS_NAMES, megabytes, score_text
 
 _MOST_PAIRS = 12
 
@@ -97,7 +97,7 @@ def _answer(record: RunRecord, out: str | None) -> list[str]:
     if plan.stopped_after is not None:
         stopped = (
             f"The search was stopped after {plan.stopped_after}. Without the limit the same command goes on."
-            if stop_options(plan)
+            if plan.stop_options
             else f"The search was interrupted after {plan.stopped_after}; the same command goes on."
         )
         parts.append(paragraph(stopped))
