@@ -76,11 +76,8 @@ def main() -> None:
         fail(str(error), debug)
     except OSError as error:
         place = f"{Path(error.filename)}: " if error.filename else ""
-        fail(
-            f"{place}{' '.join(str(error.strerror or error).split())}; what was computed is kept, and the same command "
-            "goes on from there",
-            debug,
-        )
+        reason = " ".join(str(error.strerror or error).split())
+        fail(f"{place}{reason}; solve it and run the same command again: nothing computed is lost", debug)
 
 
 def _one_line(error: click.ClickException) -> str:
