@@ -52,8 +52,10 @@ def test_a_budget_in_bytes_holds_the_whole_file(backend: str, embeddings: bool, 
 
 def test_an_impossible_budget_names_sizes_of_whole_files(tmp_path: Path) -> None:
     line = refused("quantize", STORIES, "--bits", "3,4", "--budget", "100kB", "--out", tmp_path / "out")
-    smallest = int(line.partition("the smallest is ")[2].partition(" = ")[2].partition(" = ")[2].partition("B")[0])
-    assert 250_000 < smallest < 300_000
+    smallest, *others, n_bytes = line.partition("the smallest is ")[2].partition(",")[0].split(" = ")
+    assert 250 < float(smallest.removesuffix("kB")) < 300, "in the unit that was asked"
+    assert int(n_bytes.removesuffix("B")) == pytest.approx(1000 * float(smallest.removesuffix("kB")))
+    assert [text[-3:] for text in others] == ["avg", "bpw"]
 
 
 def test_tensors_that_were_quantized_before_have_no_16_bits_in_an_average() -> None:

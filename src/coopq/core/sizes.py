@@ -148,7 +148,8 @@ class Sizes:
         if not smallest <= limit <= largest:
             raise InfeasibleBudget(
                 f"budget {budget.text} is infeasible with {widths[0]} to {widths[-1]} bits; the smallest is "
-                f"{self._describe(lowest, math.ceil)}, the largest {self._describe(highest, math.floor)}"
+                f"{self._describe(lowest, budget.unit, math.ceil)}, the largest "
+                f"{self._describe(highest, budget.unit, math.floor)}"
             )
         return int(limit)
 
@@ -234,11 +235,13 @@ class Sizes:
             raise UnsupportedBits(f"no sizes are known for {bits} bits; known: {sorted(self.n_bytes)}")
         return self.n_bytes[bits]
 
-    def _describe(self, assignment: Sequence[Width], towards_feasible: Callable[[Fraction], int]) -> str:
-        """The size of an assignment in the three units of budgets."""
+    def _describe(self, assignment: Sequence[Width], unit: str, towards_feasible: Callable[[Fraction], int]) -> str:
+        """The size of an assignment in the units of budgets, the given unit first."""
         n_bytes = self.total_bytes(assignment)
-        average, bits_per_weight = (
-            towards_feasible(bits * 10**4) / 10**4
-            for bits in (self._average(assignment), Fraction(8 * n_bytes, sum(self.n_weights)))
-        )
-        return f"{average:g}avg = {bits_per_weight:.4f}bpw = {n_bytes + self.fixed + self.reserved}B"
+        whole = n_bytes + self.fixed + self.reserved
+        exact = {"avg": self._average(assignment), "bpw": Fraction(8 * n_bytes, sum(self.n_weights))}
+        if unit in _UNITS:
+            exact[unit] = Fraction(whole, _UNITS[unit])
+        sizes = {name: f"{towards_feasible(size * 10**4) / 10**4:.10g}{name}" for name, size in exact.items()}
+        sizes["B"] = f"{whole}B"
+        return " = ".join([sizes.pop(unit), *sizes.values()])

@@ -244,7 +244,7 @@ def _curves(rows: Sequence[Comparison]) -> dict[str, tuple[list[str], list[float
         points = sorted((row.average_bits, row.perplexity) for row in rows if row.method == method)
         found.setdefault(tuple(points), []).append(method)
     n = next((row.n for row in rows if row.method == RANDOM), 1)
-    shown = {RANDOM: f"random, mean of {n}"}
+    shown = {RANDOM: f"random, {n} draws"}
     return {
         names[0]: ([shown.get(name, name) for name in names], [x for x, _ in points], [y for _, y in points])
         for points, names in found.items()
