@@ -75,8 +75,12 @@ class Page:
         x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
         for step in (-1, 0):
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
-        time.sleep(0.2)
-        return str(self.evaluate("document.querySelector('#vg-tooltip-element')?.innerText"))
+        end = time.monotonic() + _PATIENCE
+        while True:
+            told = str(self.evaluate("document.querySelector('#vg-tooltip-element')?.innerText ?? ''"))
+            if told.strip() or time.monotonic() > end:
+                return told
+            time.sleep(0.05)
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:

@@ -18,6 +18,7 @@ from coopq.judge.divergence import compare_logits, estimate, summarize, token_sc
 from coopq.judge.results import Comparison, Estimate, Evaluation
 from coopq.model.sources.gguf import gguf_file
 from coopq.report.judged import comparison_table, evaluation_text
+from coopq.report.words import with_half
 from tests.architectures import tiny_model
 from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
@@ -161,12 +162,20 @@ def test_divergence_leads_from_three_bits_and_full_precision_is_the_reference() 
         table = comparison_table([full, replace(row, average_bits=bits)], "a text")
         assert [str(column.header) for column in table.columns[2:5]] == columns
         cells = dict(zip([str(c.header) for c in table.columns], [list(c.cells) for c in table.columns], strict=True))
-        assert cells["KL"] == ["reference", "0.01 ± 0.002"]
+        assert cells["KL"] == ["reference", "0.0100 ± 0.0020"]
         with (console := Console(width=80)).capture() as shown:
             console.print(table)
-        assert {"reference", "0.01 ± 0.002", "3.800 bpw", "22.20"} <= set(re.split(r" *│ *", shown.get())), (
+        assert {"reference", "0.0100 ± 0.0020", "3.800 bpw", "22.20"} <= set(re.split(r" *│ *", shown.get())), (
             "at 80 columns"
         )
+    for value, half, text in (
+        (0.0795, 0.0042, "0.0795 ± 0.0042"),
+        (0.1384, 0.0117, "0.138 ± 0.012"),
+        (12.34, 1.5, "12.3 ± 1.5"),
+        (123.4, 31.0, "123 ± 31"),
+        (0.0, 0.0, "0 ± 0"),
+    ):
+        assert with_half(value, half) == text
     alone = Evaluation(3.0, 10, 2_000_000, 1_000_000, "a text")
     assert "reference" in evaluation_text("m", alone)
     assert asdict(alone)["divergence"] is None

@@ -24,6 +24,7 @@ from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
 from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
 from coopq.report.tables import plan_summary
+from coopq.report.words import megabytes
 from coopq.search.informed import fit_informed
 from coopq.search.measured import Measured
 from coopq.search.prior import make_prior
@@ -197,7 +198,9 @@ def test_show_writes_the_page_of_whatever_a_path_holds(searched: Path, tmp_path:
         code, text, err = command("show", path, "--page", "--json")
         assert code == 0, err
         assert json.loads(text)["pages"] == [str(page_of(out))]
-        assert "coopq.load(&#x27;out&#x27;)" in checked(page_of(out)).text, path
+        shown = checked(page_of(out)).text
+        assert "coopq.load(&#x27;out&#x27;)" in shown, path
+        assert megabytes(Plan.load(out / "plan.json").file_bytes) in shown, "the file's own size"
     moved = out.rename(tmp_path / "elsewhere")
     command("show", plan, "--page")
     page = page_of(out).read_text()

@@ -1,6 +1,6 @@
 """Evaluations, comparisons and accuracies for people. Divergence from the original leads where it tells most."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rich.table import Table
@@ -8,7 +8,7 @@ from rich.table import Table
 from coopq.judge.references import REFERENCES
 from coopq.judge.results import Accuracy, Comparison, Estimate, Evaluation
 from coopq.report.tables import empty_table
-from coopq.report.words import size_text
+from coopq.report.words import size_text, with_half
 
 _LEADS_FROM = 3
 """Average bits from which divergence leads. Below, many models are ruined, and perplexity says how far."""
@@ -57,7 +57,7 @@ def judged_cells(rows: Sequence[Comparison]) -> tuple[list[str], list[list[str]]
     cells = []
     for row in rows:
         size = f"{row.bits_per_weight:.3f} bpw" if row.file_bytes is None else f"{row.file_bytes / 1e6:,.1f} MB"
-        diverging = [_reference_or(row.divergence, "{:.2g}"), _reference_or(row.same_top, "{:.1%}")]
+        diverging = [_reference_or(row.divergence, with_half, "{:.2g}"), _reference_or(row.same_top, _shares, "{:.1%}")]
         likely = [f"{row.perplexity:,.2f}"]
         cells.append([row.name, size, *([*diverging, *likely] if leads else [*likely, *diverging])])
     divergence, likelihood = ["KL", "same top"], ["perplexity"]
@@ -77,12 +77,17 @@ def _with_stderr(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" if stderr is None else f"{value:.4f} ± {stderr:.4f}"
 
 
-def _reference_or(found: Estimate | None, form: str) -> str:
+def _reference_or(found: Estimate | None, both: Callable[[float, float], str], alone: str) -> str:
     """A statistic with half of its interval; without a statistic the row is the reference."""
     if found is None:
         return "reference"
-    shown = form.format(found.value)
-    return shown if found.interval is None else f"{shown} ± {form.format(np.ptp(found.interval) / 2)}"
+    if found.interval is None:
+        return alone.format(found.value)
+    return both(found.value, float(np.ptp(found.interval)) / 2)
+
+
+def _shares(value: float, half: float) -> str:
+    return f"{value:.1%} ± {half:.1%}"
 
 
 def with_interval(found: Estimate, form: str) -> str:

@@ -1,5 +1,7 @@
 """What tables and pages call sizes, losses and scores."""
 
+import math
+
 from coopq.plan.methods import METHODS
 
 LOSS_NAMES = {"nll": "calibration loss", "kl": "calibration KL divergence"}
@@ -21,6 +23,19 @@ def size_text(file_bytes: int, n_bytes: int, limit: int | None = None) -> str:
 def megabytes(n_bytes: int) -> str:
     """Bytes in MB: millions of bytes, as disks and hubs count."""
     return f"{n_bytes / 1e6:,.2f} MB"
+
+
+def with_half(value: float, half: float) -> str:
+    """A value and half of its interval, both to the second digit of the half."""
+    if not 0 < half < math.inf:
+        return f"{value:.2g} ± {half:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{value:.{decimals}f} ± {half:.{decimals}f}"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things, such as "1 case" or "2 cases"."""
+    return f"{n} {noun}" + ("" if n == 1 else "s")
 
 
 def score_text(method: str) -> str:

@@ -22,6 +22,10 @@ WIDTH_COLOURS: dict[Width, str] = {
 _LIGHT_BELOW = 4
 """Widths below have a colour on which black is readable."""
 CHOICE, FRONT, RUNNER_UP, FAINT = "#d55e00", "#0072b2", "#cc79a7", "#8a929b"
+STRENGTH = ("rgba(179, 71, 15, 0.06)", "rgba(179, 71, 15, 1)")
+"""From little to much. Little is transparent, so that it is quiet on dark and on light pages."""
+LESS_TO_MORE = ("rgba(0, 114, 178, 1)", "rgba(128, 128, 128, 0.06)", "rgba(213, 94, 0, 1)")
+"""From less over nothing to more."""
 _METHODS = {
     "active": "#0072b2",
     "coopq": "#d55e00",

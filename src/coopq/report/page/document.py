@@ -18,7 +18,8 @@ Spec: TypeAlias = dict[str, Any]
 _LIBRARIES = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
 
 
-_NUMBER = re.compile(r"(± )?[+-]?[\d,]+(\.\d+)?(e[+-]\d+)?")
+_DIGITS = r"[+-]?[\d,]+(\.\d+)?(e[+-]\d+)?%?"
+_NUMBER = re.compile(rf"(± )?{_DIGITS}( MB| bpw)?( ± {_DIGITS})?|reference")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Pages of what lies on disk: a plan, a saved model, a run folder, a comparison, the folder of a bench."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from msgspec import Struct
@@ -83,7 +83,7 @@ def write_run_pages(run: Path) -> list[Path]:
         found = SavedComparison.load(run)
         pages.append(save_comparison_page(found.request, found.held_out, found.comparison, run / COMPARISON))
     for plan in load_plans(sorted(folder.plans.glob("*.json"))):
-        pages.append(save_run_page(plan, run, _made(plan, run), run / _page_name(plan)))
+        pages.append(_page_of_run(plan, run))
     return pages
 
 
@@ -134,22 +134,34 @@ def _output(saved: Path, run: Path) -> Path:
     return (run / Delivered.load(record).out).resolve() if run in saved.parents and record.is_file() else saved
 
 
-def _made(plan: Plan, run: Path) -> str | None:
-    """Name of what was made of a plan in its run folder; None if nothing of the plan is there."""
-    records = [Delivered.load(file) for file in sorted(run.glob("saved/*.json"))]
-    made = [(run / record.out).resolve() for record in records if record.bits == plan.assignment and record.is_whole]
+def _page_of_run(plan: Plan, run: Path) -> Path:
+    """The page of a plan in its run folder: of the plan as saved, which has the file's exact size, if a model was."""
+    page = run / _page_name(plan)
+    for saved, out in _made(plan, run):
+        if out.exists():
+            own = Plan.load(saved / "plan.json") if (saved / "plan.json").is_file() else plan
+            return save_run_page(own if own.budget == plan.budget else plan, run, out.name, page)
+    return save_run_page(plan, run, None, page)
+
+
+def _made(plan: Plan, run: Path) -> Iterator[tuple[Path, Path]]:
+    """Saved models of a plan, and what was made of each."""
+    for file in sorted(run.glob("saved/*.json")):
+        record = Delivered.load(file)
+        if record.bits == plan.assignment and record.is_whole:
+            yield file.with_suffix(""), (run / record.out).resolve()
     own = run.with_name(run.name.removesuffix("-run"))
     if (own / "plan.json").is_file() and Plan.load(own / "plan.json").assignment == plan.assignment:
-        made.append(own)
-    return next((out.name for out in made if out.exists()), None)
+        yield own, own
 
 
 def _plan_page(file: Path, run: Path, saved: Path | None = None) -> Path:
     """The page of one plan; `run` is used if it is a run folder, and `saved` is the model if the path names one."""
     plan = Plan.load(file)
     if (run / "run.json").is_file():
-        out = _made(plan, run) if saved is None else _output(saved, run).name
-        return save_run_page(plan, run, out, run / _page_name(plan))
+        if saved is None:
+            return _page_of_run(plan, run)
+        return save_run_page(plan, run, _output(saved, run).name, run / _page_name(plan))
     beside = file.with_suffix("") if saved is None else saved  # a saved model's folder stays as it is
     name = None if saved is None else saved.name
     return save_run_page(plan, None, name, beside.with_name(f"{beside.name}-{REPORT}"))

@@ -13,6 +13,7 @@ from coopq.model.texts import HeldOut
 from coopq.report.page.document import Figure, Section, code, details, paragraph, save_page, table
 from coopq.report.page.ranking.figures import line_colours, lines_figure, rank_figure
 from coopq.report.page.ranking.rank import Cell, Rank, bench_cells, comparison_cells, not_compared, rank
+from coopq.report.words import counted
 
 if TYPE_CHECKING:  # it imports torch
     from coopq.judge.bench.results import Result
@@ -79,7 +80,8 @@ def save_bench_page(title: str, results: "Sequence[Result]", path: Path) -> Path
     how = paragraph("The options of each case; the TOML file of the bench lists methods, budgets and seeds.")
     sections.append(Section("How can this be repeated?", [how, code("\n".join(commands)), _versions(None)]))
     n_seeds = len({result.seed for result in results})
-    subtitle = f"CoopQ bench. {len(cases)} cases, {n_seeds} seeds, judged on {text}, which no method sees"
+    amount = f"{counted(len(cases), 'case')}, {counted(n_seeds, 'seed')}"
+    subtitle = f"CoopQ bench. {amount}, judged on {text}, which no method sees"
     return save_page(path, title, subtitle, sections)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from coopq.core.types import Assignment
 from coopq.report.page.axes import FIT, gradient, is_wide, tip
-from coopq.report.page.colours import CHOICE, RUNNER_UP, is_light, width_colour
+from coopq.report.page.colours import CHOICE, LESS_TO_MORE, RUNNER_UP, STRENGTH, is_light, width_colour
 from coopq.report.page.document import Spec
 from coopq.report.page.run.names import EMBEDDING, HEAD
 from coopq.report.page.run.record import PairTerms, RunRecord
@@ -58,7 +58,8 @@ def sensitivity_map(record: RunRecord, title: str) -> Spec:
     """Blocks by projections, coloured by what the method says that lowering the player costs."""
     scores = np.array([player.score for player in record.plan.players])
     kind = "log" if is_wide(scores.tolist()) else "linear"
-    scale = {"scheme": "oranges", "type": kind} if scores.min() >= 0 else {"scheme": "blueorange", "domainMid": 0}
+    most = float(np.abs(scores).max())
+    scale = {"range": STRENGTH, "type": kind} if scores.min() >= 0 else _around_zero(most)
     colour = {"field": "score", "type": "quantitative", "scale": scale, "legend": gradient(title, 4)}
     return _map(record, [_cells({"color": colour})])
 
@@ -83,17 +84,22 @@ def pair_map(record: RunRecord, pairs: PairTerms) -> Spec:
         "data": {"values": rows},
         "mark": {"type": "rect"},
         "encoding": {
-            "x": {"field": "a", "type": "ordinal", "title": "block", "axis": {"labelAngle": 0}},
-            "y": {"field": "b", "type": "ordinal", "title": "block"},
+            "x": {"field": "a", "type": "ordinal", "title": "block", "axis": {"labelAngle": 0, "grid": False}},
+            "y": {"field": "b", "type": "ordinal", "title": "block", "axis": {"grid": False}},
             "color": {
                 "field": "value",
                 "type": "quantitative",
-                "scale": {"scheme": "blueorange", "domain": [-most, most]},
+                "scale": _around_zero(most),
                 "legend": gradient(pairs.unit, 5),
             },
             "tooltip": [tip("a", "block"), tip("b", "and block"), tip("value", pairs.unit, ".3~g")],
         },
     }
+
+
+def _around_zero(most: float) -> dict[str, Any]:
+    """A scale of colours from -most to most."""
+    return {"range": LESS_TO_MORE, "domain": [-most, 0, most]}
 
 
 def _map(record: RunRecord, layers: Sequence[dict[str, Any]]) -> Spec:

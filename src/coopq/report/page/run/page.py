@@ -18,7 +18,7 @@ from coopq.report.page.provenance import provenance
 from coopq.report.page.run.figures import predicted_figure, search_figure, size_figure
 from coopq.report.page.run.maps import pair_map, sensitivity_map, width_map
 from coopq.report.page.run.record import RunRecord, read_run
-from coopq.report.words import LOSS_NAMES, megabytes, score_text
+from coopq.report.words import LOSS_NAMES, megabytes, score_text, with_half
 
 _MOST_PAIRS = 12
 
@@ -64,7 +64,10 @@ def _answer(record: RunRecord, out: str | None) -> list[str]:
     plan = record.plan
     loss, unit = LOSS_NAMES[plan.request.search.loss], "nats per token"
     sure, n = plan.confidence, plan.request.text.n_sequences
-    interval = "" if sure is None or sure.half is None else f" ± {sure.half:.2g}"
+    half = None if sure is None else sure.half
+    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4g}"
+    if plan.measured_loss is not None and half is not None:
+        measured = with_half(plan.measured_loss, half)
     form = plan.request.target.form
     boxes = [
         ("model", plan.request.model.source, f"backend {plan.quantizer.backend}"),
@@ -81,8 +84,8 @@ def _answer(record: RunRecord, out: str | None) -> list[str]:
         ),
         (
             loss,
-            "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4g}{interval}",
-            f"{unit}, 95 % interval over {n} calibration sequences" if interval else unit,
+            measured,
+            f"{unit}, 95 % interval over {n} calibration sequences" if half is not None else unit,
         ),
         *_judged_box(record),
         ("engine", "transformers" if form is None else FORMS[form].engine, f"export form: {form or 'CoopQ packed'}"),
@@ -114,9 +117,8 @@ def _judged_box(record: RunRecord) -> Iterator[tuple[str, str, str]]:
         if (divergence := evaluation.divergence) is not None:
             original = [row.perplexity for row in judged.rows if row.method == ORIGINAL]
             beside = f", {original[0]:.2f} by the original" if original else ""
-            value = f"{divergence.mean.value:.2g}"
-            if divergence.mean.interval is not None:
-                value += f" ± {np.ptp(divergence.mean.interval) / 2:.1g}"
+            mean, interval = divergence.mean.value, divergence.mean.interval
+            value = f"{mean:.2g}" if interval is None else with_half(mean, float(np.ptp(interval)) / 2)
             yield ("KL divergence on unseen text", value, f"perplexity {evaluation.perplexity:.2f}{beside}")
 
 
@@ -185,12 +187,12 @@ def _size_caption(record: RunRecord) -> str:
 def _layers(record: RunRecord) -> list[str | Figure]:
     plan = record.plan
     runner_up = " A ringed dot marks layers that have another width in the runner-up." if plan.runner_up else ""
-    parts: list[str | Figure] = [
-        Figure("widths", width_map(record), f"Width of each layer. Hover or tap for the layer's name.{runner_up}")
-    ]
+    own = " 16 is a layer as in the model's own file, which has fewer bits." if plan.keeps_quantized else ""
+    caption = f"Width of each layer. Hover or tap for the layer's name.{own}{runner_up}"
+    parts: list[str | Figure] = [Figure("widths", width_map(record), caption)]
     scores, meaning = [player.score for player in plan.players], score_text(plan.method)
     if max(scores) > min(scores):
-        caption = f"Cost of lowering each layer: {meaning}. Dark layers are sensitive and should have more bits."
+        caption = f"Cost of lowering each layer: {meaning}. Strong colours should have more bits."
         parts.append(Figure("sensitivity", sensitivity_map(record, "cost of lowering"), caption))
     rows = [
         (
