@@ -19,7 +19,7 @@ parameters each (`benchmarks/train.py`). Times depend on the processor. All othe
 except for last digits, which the number of threads can change.
 
 A page that was measured by older code says so. Numbers stand in the tables of the pages; `main_job.json`,
-`recipes.json`, `ablations.json`, `search.json` and the `results.csv` of each bench keep them too.
+`recipes.json`, `ablations.json` and the `results.csv` of each bench keep them too.
 `python benchmarks/redraw.py` draws the figures from these, and `reproduced.py` compares with `small/results`.
 """
 _FIRST_SENTENCE = re.compile(r".+?[.](?= [A-Z0-9`])|.+", re.DOTALL)

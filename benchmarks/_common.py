@@ -23,7 +23,7 @@ from coopq.plan.confidence import confidence
 BENCHMARKS = Path(__file__).parent
 ROOT = BENCHMARKS.parent
 DATA = BENCHMARKS / "data"
-"""Reference models, texts, tasks and journals."""
+"""Reference models, texts and tasks."""
 WORK = ROOT / "build"
 """Each benchmark keeps its work in a folder of its own in here, and resumes from there."""
 RESULTS = ROOT / "docs" / "results"
