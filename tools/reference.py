@@ -83,7 +83,9 @@ def _title(file: Path) -> str:
 def _command(name: str, command: click.Command, context: click.Context) -> Iterator[str]:
     yield f"## `coopq {name}`"
     yield f"`{context.command_path} {' '.join(command.collect_usage_pieces(context))}`"
-    yield " ".join((command.help or "").split())
+    for text in inspect.cleandoc(command.help or "").split("\n\n"):
+        words = " ".join(text.removeprefix("\b").split())
+        yield f"`{words}`" if text.startswith("\b") else words
     sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)

@@ -44,7 +44,13 @@ def quantize(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """The main job: search, quantize, save for an engine. Run it again and it goes on where it was."""
+    """Choose the widths for a size, and save the model for an engine.
+
+    \b
+      coopq quantize Qwen/Qwen3-4B --for llama.cpp --size 2.2GB --out qwen3.gguf
+
+    These options are enough: the engine's recipe chooses the others. Run an interrupted command again, and it goes on.
+    """
     from coopq import pipeline
     from coopq.export.request import fitted_to_model
     from coopq.plan.methods import get_method

@@ -11,7 +11,7 @@ from coopq.cli.terminal import fail, show_log
 from coopq.core.errors import CoopQError, hint
 
 _COMMANDS = {
-    "quantize": ("coopq.cli.commands", "Search the widths of a budget, and save the quantized model."),
+    "quantize": ("coopq.cli.commands", "Choose the widths for a size, and save the model for an engine."),
     "estimate": ("coopq.cli.commands", "Measure the paper's permutation walks."),
     "front": ("coopq.cli.commands", "Show sizes against losses, from what a run folder knows."),
     "allocate": ("coopq.cli.commands", "Solve the paper's program for budgets of a finished estimation."),
@@ -52,7 +52,11 @@ class _Commands(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="coopq", message="%(prog)s %(version)s")
 def app(debug: bool) -> None:
-    """Which bits go where: mixed-precision quantization of language models by a cooperative game."""
+    """Which bits go where: mixed-precision quantization of language models by a cooperative game.
+
+    \b
+      coopq quantize Qwen/Qwen3-4B --for llama.cpp --size 2.2GB --out qwen3.gguf
+    """
     show_log()
 
 

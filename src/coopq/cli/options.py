@@ -163,7 +163,7 @@ def takes(
                 if field.encode_name not in without:
                     _parameter(spec, field, recipes)(with_specs)
         if recipes:
-            _RECIPE(_ENGINE(with_specs))
+            _ENGINE(_RECIPE(with_specs))
         return with_specs
 
     return decorate
@@ -176,7 +176,7 @@ _ENGINE = click.option(
     help=f"Engine that will run the model. One of: {', '.join(ENGINES)}. Default: {OWN}.",
 )
 _RECIPE = click.option(
-    "--recipe", type=_Name(RECIPES), help="Other settings than the engine's: speed (llama.cpp), or paper."
+    "--recipe", type=_Name(RECIPES), help="Instead of the engine's recipe: speed (for llama.cpp), or paper."
 )
 
 
