@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,30 +99,29 @@ def judge_files(files: Sequence[Path], tokens: npt.NDArray[np.int64], n_threads:
     """
     record = kept / f"judged-{hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()}.json"
     known: dict[str, list[list[float]]] = read_json(record) if record.exists() else {}
-    base, *quantized = files
+    base = files[0]
     engine_and_base = f"{engine_name()} {file_digest(base)}"
     keys = {file: f"{engine_and_base} {file_digest(file)}" for file in files}
-    fresh = [base, *(file for file in quantized if keys[file] not in known)]
-    if len(fresh) > 1 or keys[base] not in known:
-        known |= {keys[file]: losses.tolist() for file, losses in _measure(fresh, tokens, n_threads).items()}
-        write_json(record, known)
+    own: list[npt.NDArray[np.float32]] = []
+    for file in files:  # one at a time: a context of each file would take gigabytes
+        if keys[file] not in known:
+            own = own or list(llama_cpp_log_probabilities(base, tokens, n_threads))
+            found = own if file == base else llama_cpp_log_probabilities(file, tokens, n_threads)
+            known[keys[file]] = _losses(found, own, tokens)
+            write_json(record, known)
     nll, divergence = ({file: np.array(known[keys[file]][row]) for file in files} for row in (0, 1))
     return Judged(nll, divergence)
 
 
-def _measure(files: Sequence[Path], tokens: npt.NDArray[np.int64], n_threads: int) -> dict[Path, Losses]:
-    """Loss of each file on each window, and its divergence from the first file, shape (2, n_windows) each."""
-    windows: list[list[tuple[float, float]]] = []
-    predicted = (llama_cpp_log_probabilities(file, tokens, n_threads) for file in files)
-    for sequence, own, *by_others in zip(tokens, *predicted, strict=True):
-        chances = np.exp(own)
-        windows.append(
-            [
-                (float(token_nll(scores, sequence).mean()), float((chances * (own - scores)).sum(axis=1).mean()))
-                for scores in (own, *by_others)
-            ]
-        )
-    return dict(zip(files, np.array(windows).transpose(1, 2, 0), strict=True))
+def _losses(
+    predicted: Iterable[npt.NDArray[np.float32]], own: Sequence[npt.NDArray[np.float32]], tokens: npt.NDArray[np.int64]
+) -> list[list[float]]:
+    """Loss of predictions on each window, and their divergence from the predictions of the model's own file."""
+    windows = [
+        (float(token_nll(scores, sequence).mean()), float((np.exp(true) * (true - scores)).sum(axis=1).mean()))
+        for scores, true, sequence in zip(predicted, own, tokens, strict=True)
+    ]
+    return [list(row) for row in zip(*windows, strict=True)]
 
 
 def file_digest(file: Path) -> str:
