@@ -17,7 +17,7 @@ from coopq.cli.options import (
     takes_cluster,
 )
 from coopq.cli.terminal import note, print_result, progress_bars, quiet_libraries
-from coopq.core.errors import BackendError, ModelError, RunError
+from coopq.core.errors import BackendError, RunError
 from coopq.core.goal import Goal
 from coopq.core.recipes import OWN, RECIPES, reasons
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
@@ -269,38 +269,3 @@ def _show_run(path: Path, as_json: bool) -> None:
         load_estimation(path)  # says how to go on
     what = (estimation, plans, spent, measured)
     print_result(run_data(*what), show_run(*what), as_json)
-
-
-@click.command(cls=SectionedCommand)
-@click.argument("model", required=False)
-@as_json
-def doctor(model: str | None, as_json: bool) -> None:
-    """Say what works on this machine: extras, engines, memory; and what a run of MODEL needs."""
-    from coopq.report.doctor import doctor_report, examine
-
-    quiet_libraries()
-    with progress_bars() as progress:
-        found = examine(model, progress)
-    print_result(found, doctor_report(found), as_json)
-    if (reason := found.get("model", {}).get("refused")) is not None:
-        raise ModelError(reason)
-
-
-@click.command(cls=SectionedCommand)
-@as_json
-def methods(as_json: bool) -> None:
-    """List the methods: what each is for, and what it costs."""
-    from coopq.report.data import methods_data
-    from coopq.report.tables import methods_table
-
-    print_result(methods_data(), methods_table(), as_json)
-
-
-@click.command(cls=SectionedCommand)
-@as_json
-def targets(as_json: bool) -> None:
-    """List the forms of engines: what each is for, and what it takes."""
-    from coopq.report.data import targets_data
-    from coopq.report.tables import targets_table
-
-    print_result(targets_data(), targets_table(), as_json)
