@@ -37,6 +37,7 @@ sys.exit(not all(callable(getattr(coopq, name)) for name in coopq.__all__))
     "module",
     [
         "coopq.cli.main",
+        "coopq.cli.about_commands",
         "coopq.cli.commands",
         "coopq.core.specs",
         "coopq.export.formats",
