@@ -36,7 +36,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
 OPTIONS: Mapping[str, Any] = {"dtype": "bfloat16", "device": "cpu"}
 RECIPES = ("coopq", "llama.cpp")
 FORWARDS, LOSSES = 150, 200
-"""What a search takes: 90 to 148 forwards on the models of benchmarks/informed.py. Prefixes are shared."""
+"""What a search takes: 90 to 159 forwards on the models of benchmarks/informed.py. Prefixes are shared."""
 ROUND = 6
 """Assignments of a round of the active search, which workers measure at the same time."""
 
