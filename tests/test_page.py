@@ -115,6 +115,15 @@ def test_a_page_says_what_the_plan_says(searched: Path) -> None:
     assert "--loss kl --budget 3.2bpw --forwards 20 --out out" in page.text
 
 
+def test_a_surrogate_of_one_point_has_no_left_out_error(searched: Path, tmp_path: Path) -> None:
+    plan = Plan.load(searched / "plan.json")
+    assert plan.fidelity is not None
+    alone = plan.replace(fidelity=replace(plan.fidelity, n_points=1, error=0.0, rank_correlation=None))
+    for one, says in ((plan, True), (alone, False)):
+        assert ("left-out error" in plan_summary(one)) == says
+        assert ("misses left-out losses" in checked(save_run_page(one, None, "out", tmp_path / "x.html")).text) == says
+
+
 def test_each_size_of_a_run_folder_has_its_page(searched: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(searched.with_name("out-run"), tmp_path / "out-run"))
     first = page_of(run.with_name("out"))

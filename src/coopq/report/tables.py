@@ -131,7 +131,7 @@ def _confidence(plan: Plan) -> str:
 def _fidelity(plan: Plan) -> str:
     """How far the surrogate can be trusted, in a line of its own."""
     fidelity = plan.fidelity
-    if fidelity is None:
+    if fidelity is None or fidelity.n_points < 2:  # nothing is left to fit without the only point
         return ""
     rank = "unknown" if fidelity.rank_correlation is None else f"{fidelity.rank_correlation:.2f}"
     warning = "" if fidelity.is_trusted else "; trust measured losses, not predicted losses"

@@ -231,7 +231,7 @@ def _confidence(record: RunRecord) -> list[str | Figure]:
         )
     if plan.solver is not None:
         parts.append(paragraph(f"The method's program is solved: {plan.solver.status}, gap {plan.solver.gap:.2%}."))
-    if plan.fidelity is not None:
+    if plan.fidelity is not None and plan.fidelity.n_points > 1:
         rank = plan.fidelity.rank_correlation
         trust = "" if plan.fidelity.is_trusted else " Trust measured losses, not predicted ones."
         parts.append(
