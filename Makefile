@@ -1,4 +1,5 @@
-# Everything lives in .venv, made here; Python 3.11+ and make are all that is needed.
+# Everything lives in .venv and build, made here. Needed are Python 3.11 or newer, make, a C++ compiler for quanto's
+# kernels and, on Linux, glibc 2.35 or newer for mlx.
 PYTHON ?= python3
 # Wheels of torch for CPUs: development needs no GPU build (several GB). Ignored where it cannot be reached.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu

@@ -130,7 +130,7 @@ def against_mixes(losses: Table, divergences: Table, strongest: Sequence[dict[st
     said = [f"lower at {len(lower)} of {len(changes)} sizes{_between(lower)}"]
     said += [f"level at {level}"] if level else []
     said += [f"higher at {len(higher)}{_between(higher)}"] if higher else []
-    yield f"Their loss is {', '.join(said)}."
+    yield f"Against the mixes as llama.cpp makes them, their loss is {', '.join(said)}."
 
 
 def _less(row: dict[str, str]) -> tuple[float, int]:

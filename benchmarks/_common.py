@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -23,16 +24,51 @@ from coopq.plan.confidence import confidence
 BENCHMARKS = Path(__file__).parent
 ROOT = BENCHMARKS.parent
 DATA = BENCHMARKS / "data"
-"""Reference models, texts and tasks."""
+"""Reference models and texts."""
 WORK = ROOT / "build"
 """Each benchmark keeps its work in a folder of its own in here, and resumes from there."""
 RESULTS = ROOT / "docs" / "results"
 """The reports."""
+_PLACES = ("folder", "out", "work")
+"""Options that say where files lie. They change no number of a page."""
 
 
 def command_line(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help is a script's docstring as it is written."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def command_and_page(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, name: str, **published: object
+) -> tuple[str, Path]:
+    """The command that a page names, and the file of the page.
+
+    A run with other options than the published page is a trial. A trial has a page below `build`, so that the
+    published page stays as it is.
+
+    Args:
+        parser: The script's command line, without positional arguments.
+        options: The options of this run.
+        name: Name of the script and of its page.
+        published: Options of the published page that differ from their defaults.
+    Returns:
+        The command with every option that differs from its default, and the file.
+    """
+    words, is_trial = ["python", f"benchmarks/{name}.py"], False
+    for option, value in vars(options).items():
+        if option in _PLACES:
+            continue
+        default = parser.get_default(option)
+        is_trial |= value != published.get(option, default)
+        if value != default:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{option.replace('_', '-')}", *map(str, values)]
+    return shlex.join(words), trial_page(name) if is_trial else RESULTS / f"{name}.md"
+
+
+def trial_page(name: str) -> Path:
+    """The page of a trial: a run that must not replace the published page of a name."""
+    return WORK / f"{name}-trial.md"
 
 
 def mean_windows(results: Sequence[Result], method: str, budget: str | None) -> npt.NDArray[np.float64] | None:
@@ -66,10 +102,12 @@ def write_models_report(
 ) -> None:
     """Read names of models from the command line, and write one report on all these models.
 
+    A run on other models than the default is a trial, whose page lies below `build` and names the models.
+
     Args:
         description: The script's docstring.
-        report: The file.
-        above: Lines above the models.
+        report: The published page; the script has the same name.
+        above: Lines above the models. The first line names the script.
         rows: Returns the lines of a model.
         default: Models that are taken if none is named.
     """
@@ -77,6 +115,11 @@ def write_models_report(
     named = f"folders of benchmarks/data (default: {' '.join(default)})"
     parser.add_argument("models", nargs="*", metavar="MODEL", help=named)
     models = parser.parse_args().models or default
+    if sorted(models) != sorted(default):
+        script = f"benchmarks/{report.stem}.py"
+        assert script in above[0], above[0]
+        above = [above[0].replace(script, shlex.join([script, *models])), *above[1:]]
+        report = trial_page(report.stem)
     write_report(report, [*above, *(row for name in models for row in rows(name))])
 
 
@@ -96,8 +139,8 @@ def write_section(report: Path, lines: Sequence[str], section: Sequence[str]) ->
     report.write_text("\n## ".join(["\n".join([*above, *lines]) + "\n", *sorted([*kept, new])]), encoding="utf-8")
 
 
-def mean_and_error(differences: Losses) -> str:
-    """The mean of differences on windows, and its standard error."""
+def mean_difference(differences: Losses) -> str:
+    """The mean of differences on windows with its sign, and its standard error, for people."""
     return f"{differences.mean():+.5f} ± {differences.std(ddof=1) / len(differences) ** 0.5:.5f}"
 
 

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from _common import RESULTS, WORK, command_line, write_report
+from _common import RESULTS, WORK, command_line, trial_page, write_report
 from coopq.core.files import read_json, write_json
 
 SECONDS = 180
@@ -48,7 +48,10 @@ def sweep(
     parser.add_argument("--report", action="store_true", help="examine nothing")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--work", type=Path, default=WORK / name, help="folder of the results")
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.md", help="the report")
+    page = RESULTS / f"{name}.md"
+    parser.add_argument(
+        "--out", type=Path, help=f"the report (default: docs/results/{page.name} if no type is missing)"
+    )
     options = parser.parse_args()
     if unknown := set(options.types) - set(kinds):
         parser.error(f"types unknown: {', '.join(sorted(unknown))}")
@@ -59,8 +62,10 @@ def sweep(
 
     if not options.report:
         run_all(options.types or [kind for kind in kinds if is_wanted(kind)], options.work, options.jobs, examine)
-    write_report(options.out, report_lines(results(kinds, options.work)), quiet=not options.report)
-    print(options.out)
+    found = results(kinds, options.work)
+    out = options.out or (page if len(found) == len(kinds) else trial_page(name))
+    write_report(out, report_lines(found), quiet=not options.report)
+    print(out)
 
 
 def run_all(wanted: Sequence[str], work: Path, jobs: int, examine: Examine) -> None:

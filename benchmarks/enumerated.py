@@ -1,6 +1,6 @@
 """Every assignment of a real model of twelve blocks, and how far from the true optimum every method ends.
 
-    python benchmarks/train.py twelve      # once: an hour; the model lies in benchmarks/data/twelve
+    python benchmarks/train.py twelve      # once: 45 minutes on two cores; writes benchmarks/data/twelve
     python benchmarks/enumerated.py        # all 4096 assignments, twice; half an hour, resumes
 
 The games are the model's mean loss on 32 x 256 tokens of held-out Wikipedia articles; the first 8 and 16 sequences are
@@ -28,7 +28,7 @@ from coopq.plan.methods import make_plans, names
 from coopq.search import SPQE, Enumeration, SearchSpace, run
 from coopq.search.strategies.exhaustive import Table, best_quadratic
 from coopq.search.synthetic import HIGH, LOW, TableGame
-from regret import METHODS, Counted, Judge, mean_and_error
+from regret import METHODS, Counted, Judge, mean_regret
 
 FOLDER, MODEL = WORK / "enumerated", DATA / "twelve"
 WIDTHS = ((2, 4), (3, 4))
@@ -201,7 +201,7 @@ def describe(bits: tuple[Width, Width]) -> list[str]:
     rows = []
     for method, by_tokens in found.items():
         cost = np.mean([cost for cost, *_ in by_tokens[tokens[-1]]])
-        cells = [mean_and_error([row[k] for row in by_tokens[n]]) for n in tokens for k in (1, 2)]
+        cells = [mean_regret([row[k] for row in by_tokens[n]]) for n in tokens for k in (1, 2)]
         rows.append([method, f"{cost:.0f}", *cells])
     values = exact_values(searched.mean(axis=0))
     head = ["method", "cost", *(f"{n} tokens: {text}" for n in tokens for text in ("searched", "other text"))]

@@ -56,11 +56,20 @@ def draw_mixes(axes: Any, page: Path) -> None:
         style = {"textcoords": "offset points", "xytext": place, "ha": "right" if place[0] < 0 else "left"}
         axes.annotate(text, (size, divergence), color=colour, fontweight="bold", va="bottom", **style)
     saved = [1 - row[3] / row[1] for row in rows]
-    axes.set(yscale="log", ylim=(0.009, 0.36), xlim=(3.6, 6.75), xlabel="file size, MB")
+    axes.set(yscale="log", xlabel="file size, MB")
+    _set_limits(axes, (3.6, 6.75), (0.009, 0.36))
     axes.set_ylabel("KL divergence from full precision,\nnats per token of WikiText-2")
     readable_log(axes.yaxis, 0.009, 0.36)
     axes.grid(visible=True)
     set_title(axes, f"Same file size: {100 * min(saved):.0f} to {100 * max(saved):.0f} % less KL divergence")
+
+
+def _set_limits(axes: Any, x: tuple[float, float], y: tuple[float, float]) -> None:
+    """Set limits of axes, and check that no point lies outside."""
+    found = axes.dataLim
+    assert x[0] <= found.x0 <= found.x1 <= x[1], (found, x)
+    assert y[0] <= found.y0 <= found.y1 <= y[1], (found, y)
+    axes.set(xlim=x, ylim=y)
 
 
 def _as_made(size: dict[str, str], divergence: dict[str, str]) -> dict[str, str]:
@@ -93,12 +102,8 @@ def draw_scheme(axes: Any) -> None:
     above = {"textcoords": "offset points", "xytext": (0, 4), "ha": "left"}
     axes.annotate(f"full precision {full:.1f}", (-0.4, full), color=INK, **above)
     axes.set_xticks(places, [f"{float(row['average bits']):g} bits" for row in rows])
-    axes.set(
-        xlim=(-0.45, len(rows) - 0.3),
-        ylim=(48, 91),
-        ylabel="perplexity on WikiText-2",
-        xlabel="layers at 2 or 4 bits, average width",
-    )
+    _set_limits(axes, (-0.45, len(rows) - 0.3), (48, 91))
+    axes.set(ylabel="perplexity on WikiText-2", xlabel="layers at 2 or 4 bits, average width")
     axes.grid(visible=True, axis="y")
     set_title(axes, "Same width, same time")
 

@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from rich.progress import track
 from torch import Tensor
 
-from _common import RESULTS, table, write_report
+from _common import RESULTS, command_line, table, write_report
 from _models import source_of
 from coopq.core.specs import TextSpec
 from coopq.model.load import load_model
@@ -103,6 +103,7 @@ def below_mixtures(divergences: Mapping[str, float]) -> list[str]:
 
 def main() -> None:
     """Measure all models, and write the report."""
+    command_line(__doc__).parse_args()
     by_model = {name: measure(name) for name in MODELS}
     columns = [f"{name}: {what}" for what in ("divergence", "loss above") for name in MODELS]
     rows = [

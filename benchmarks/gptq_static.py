@@ -7,11 +7,10 @@ plans are saved and judged on WikiText-2. Writes docs/results/gptq_static.md.
 """
 
 from _common import RESULTS, WORK, cpu_seconds, loss_above, perplexity, table, write_models_report
-from _models import full_precision_losses, measured_plans, save_plan, saved_losses, session_on, source_of
+from _models import full_precision_losses, measured_plans, saved_losses, saved_model, session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.specs import Request
 from coopq.core.types import Losses
-from coopq.export.checkpoint import SavedModel
 from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan
 
@@ -33,24 +32,21 @@ def request_of(model: str, backend: str) -> Request:
     )
 
 
-def save_models(model: str, backend: str) -> tuple[float, dict[str, tuple[Plan, Losses]]]:
+def save_models(model: str, backend: str) -> tuple[float | None, dict[str, tuple[Plan, Losses]]]:
     """Save a model at each budget.
 
     Returns:
-        Processor time for the weight bank, seconds; for each budget the plan of the saved model, and the saved model's
-        losses on WikiText-2.
+        Processor time for the weight bank, seconds, or None if making the bank was interrupted; for each budget the
+        plan of the saved model, and the saved model's losses on WikiText-2.
     """
     folder = WORK / "gptq_static" / f"{model}-{backend}"
-    timed = folder / "seconds.json"
-    start = cpu_seconds()
+    timed, is_new, start = folder / "seconds.json", not folder.exists(), cpu_seconds()
     with session_on(request_of(model, backend), folder) as session:
-        if not timed.exists():  # a bank that was interrupted is timed in part: delete the folder
-            write_json(timed, cpu_seconds() - start)
-        for budget, plan in zip(BUDGETS, measured_plans(session, "active", BUDGETS), strict=True):
-            if not SavedModel(folder / budget).exists:
-                save_plan(session, plan, folder / budget)
+        if not timed.exists():
+            write_json(timed, cpu_seconds() - start if is_new else None)
+        plans = zip(BUDGETS, measured_plans(session, "active", BUDGETS), strict=True)
+        saved = {budget: saved_model(session, plan, folder / budget) for budget, plan in plans}
         text = HeldOut(WINDOW, JUDGE_TOKENS).windows(session.loaded.tokenizer).tokens
-    saved = {budget: SavedModel(folder / budget) for budget in BUDGETS}
     return read_json(timed), {budget: (one.plan, saved_losses(one.folder, text)) for budget, one in saved.items()}
 
 
@@ -63,14 +59,16 @@ def describe(model: str) -> list[str]:
         cells = [budget, f"{plan.measured_loss:.4f}", f"{plan.saved_loss:.4f}", perplexity(losses)]
         cells += [f"{static.measured_loss:.4f}", "the same", perplexity(static_losses)]
         rows.append([*cells, loss_above(static_losses, losses)])
+    taken = "The bank of both widths was interrupted, so its time is not known."
+    if before is not None and after is not None:
+        taken = f"The bank of both widths took {before:.0f} seconds of the processor by `gptq`,\n"
+        taken += f"{after:.0f} by `gptq-static`: {after / before:.2f} times."
     head = [f"{backend}: {column}" for backend in BACKENDS for column in ("measured", "saved", "perplexity")]
     return [
         "",
         f"## {model}",
         "",
-        f"In full precision {perplexity(full_precision_losses(model, WINDOW, JUDGE_TOKENS))}. The bank of both widths "
-        f"took {before:.0f} seconds of the processor by `gptq`,",
-        f"{after:.0f} by `gptq-static`: {after / before:.2f} times.",
+        f"In full precision {perplexity(full_precision_losses(model, WINDOW, JUDGE_TOKENS))}. {taken}",
         "",
         *table(["budget", *head, "difference"], rows),
     ]

@@ -1,12 +1,12 @@
 """An 8B model on one GPU: the time of a block forward, its share of the GPU's peak, and the time of whole searches.
 
-    python benchmarks/gpu.py                   # minutes on one GPU of 80 GB
-    python benchmarks/gpu.py --run             # also measures all of SPQE, M = 25, and of an active search
+    python benchmarks/gpu.py --run             # minutes on one GPU of 80 GB; writes docs/results/gpu.md
+    python benchmarks/gpu.py                   # without whole runs of SPQE, M = 25, and of an active search
     python benchmarks/gpu.py --tokens 4096 --layers 4      # seconds: a few blocks; the rest is predicted
 
 The shape of Llama-3.1-8B with random weights in bfloat16, made on the device: shapes decide speed. Weights at both
 widths are rounded by `rtn` on the device and stay there. The time of searches is predicted for all 32 blocks and 16,384
-tokens. Writes docs/results/gpu.md. Without a GPU nothing is measured.
+tokens. A run with other options than `--run` alone writes build/gpu-trial.md. Without a GPU nothing is measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from _common import RESULTS, command_line, median_seconds, row, table, write_report
+from _common import command_and_page, command_line, median_seconds, row, table, write_report
 from coopq.cli.terminal import progress_bars
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.subject import SizedRequest
@@ -102,7 +102,7 @@ def active(engine: PrefixEngine, players: tuple[Player, ...], folder: Path, prog
     paid = Paid(engine, SteppedGame(SyntheticGame(len(players), "quadratic", 0), space))
     nothing = np.zeros((0, len(players)), dtype=np.float32)
     with Journal(folder / "journal.jsonl", {}) as journal:
-        game = QuantizationGame(paid, journal, len(players), progress, "active")
+        game = QuantizationGame(paid, journal, progress, "active")
         meters = Meters(lambda _: game, 1, [player.block for player in players], nothing)
         run_search(ActiveSearch(space), meters)
     return meters
@@ -119,7 +119,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("no GPU here: nothing was measured")
     with TemporaryDirectory(dir=arguments.folder) as folder, torch.no_grad(), progress_bars() as progress:
-        measure(arguments, Path(folder), progress)
+        measure(parser, arguments, Path(folder), progress)
 
 
 @dataclass(frozen=True)
@@ -141,25 +141,24 @@ class Opened:
     opening: float
 
 
-def measure(arguments: argparse.Namespace, folder: Path, progress: ProgressCallback) -> None:
+def measure(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, folder: Path, progress: ProgressCallback
+) -> None:
     """Measure everything with the bank in a folder; the report is written as soon as something is known."""
     request = Request.from_options(
         model="random", bits=(2, 4), permutations=WALKS, tokens=arguments.tokens, sequence_length=LENGTH
     )
     opened = open_model(request, arguments.layers, folder, progress)
     lines, block, head = describe_forwards(opened, request)
-    options = "" if arguments.layers == BLOCKS else f" --layers {arguments.layers}"
-    options += "" if arguments.tokens == TOKENS else f" --tokens {arguments.tokens}"
-    title = [
-        f"Written by `python benchmarks/gpu.py{options}{' --run' * arguments.run}`: {arguments.layers} blocks of",
-    ]
-    lines = [*title, *lines, "", *describe_forecast(request, block, head)]
-    write_report(RESULTS / "gpu.md", lines)
+    command, page = command_and_page(parser, arguments, "gpu", run=True)
+    title = f"Written by `{command}`: {arguments.layers} blocks of"
+    lines = [title, *lines, "", *describe_forecast(request, block, head)]
+    write_report(page, lines)
     if arguments.run:
         lines += ["", "Measured, the active search on the synthetic game of the forecast:", "", *table(COLUMNS, [])]
         for cells in measure_searches(opened, folder, progress):
             lines.append(row(cells))
-            write_report(RESULTS / "gpu.md", lines)
+            write_report(page, lines)
 
 
 def open_model(request: Request, n_blocks: int, folder: Path, progress: ProgressCallback) -> Opened:

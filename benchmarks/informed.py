@@ -1,12 +1,8 @@
 """What the active search finds by what it spends, against scores and one-shot losses, and what its parts give.
 
-    python benchmarks/informed.py llama fused rtn 2,3,4,8      # one case; minutes, resumes
-    python benchmarks/informed.py --ablate llama fused rtn 2,3,4,8
-    python benchmarks/informed.py --report                     # only write the report
-
-Loss is the divergence from full precision on 8 x 512 tokens of C4 (4 x 256 for the demo model), two or three budgets in
-one search. Held out are 8 x 512 tokens of WikiText-2. Cost is in forwards of the whole model over the calibration
-tokens, scores included, prefixes shared. Each search starts without earlier losses. Writes docs/results/informed.md.
+python benchmarks/informed.py llama fused rtn 2,3,4,8      # one case; minutes, resumes
+python benchmarks/informed.py --ablate llama fused rtn 2,3,4,8
+python benchmarks/informed.py --report                     # only write the report
 """
 
 import json
@@ -19,8 +15,8 @@ from unittest import mock
 
 import numpy as np
 
-from _common import DATA, RESULTS, WORK, command_line, table, write_report
-from _models import session_on
+from _common import RESULTS, WORK, command_line, table, write_report
+from _models import session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request
@@ -38,6 +34,12 @@ from coopq.search.prior import Prior
 from coopq.search.solver.exact import allocate
 from coopq.search.strategies import active
 
+MEASURED = """\
+Loss is the divergence from full precision on 8 x 512 tokens of C4 (4 x 256 for the demo model), two or three budgets in
+one search. Held out are 8 x 512 tokens of WikiText-2. Cost is in forwards of the whole model over the calibration
+tokens, scores included, prefixes shared. Each search starts without earlier losses. Writes docs/results/informed.md.
+"""
+"""Stands in the help and on the page."""
 BUDGETS = {"demo": ("3.8bpw", "4.5bpw")}
 LOOKS = (30, 60, 120)
 """Forwards at which the report looks at the search."""
@@ -51,7 +53,7 @@ def request_of(model: str, granularity: str, backend: str, bits: str) -> Request
     """What is searched in a case."""
     tokens = {"tokens": 1024, "sequence_length": 256} if model == "demo" else {"tokens": 4096, "sequence_length": 512}
     return Request.from_options(
-        model=model if model == "demo" else str(DATA / model),
+        model=source_of(model),
         backend=backend,
         bits=tuple(float(width) if "." in width else int(width) for width in bits.split(",")),
         granularity=granularity,
@@ -161,7 +163,7 @@ def _judged(session: Session, assignments: Assignments) -> dict[str, list[float]
 
 def report_lines(found: Sequence[dict[str, Any]], ablated: Sequence[dict[str, Any]]) -> list[str]:
     """The report on all cases."""
-    lines = [*(__doc__ or "").splitlines()[6:9], ""]
+    lines = [*MEASURED.splitlines(), ""]
     for each in found:
         budgets = budgets_of(each["case"])
         header = ["method", "forwards", *budgets, *(f"held out, {budget}" for budget in budgets)]
@@ -186,7 +188,7 @@ def report_lines(found: Sequence[dict[str, Any]], ablated: Sequence[dict[str, An
 
 def main() -> None:
     """Measure a case, and write the report."""
-    parser = command_line(__doc__)
+    parser = command_line(f"{__doc__}\n{MEASURED}")
     parser.add_argument("case", nargs="*", help="model, granularity, backend, bits")
     parser.add_argument("--ablate", action="store_true", help="change one part of the search at a time")
     parser.add_argument("--report", action="store_true", help="measure nothing")
@@ -194,6 +196,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "informed.md")
     options = parser.parse_args()
     if not options.report:
+        if len(options.case) != 4:
+            parser.error("give a model, a granularity, a backend and bits, or --report")
         place = options.work / "-".join(options.case)
         name, what = ("ablated.json", ablate) if options.ablate else ("found.json", measure)
         write_json(place / name, json.loads(json.dumps(what(options.case, place))))

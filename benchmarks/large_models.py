@@ -37,8 +37,8 @@ OPTIONS: Mapping[str, Any] = {"dtype": "bfloat16", "device": "cpu"}
 RECIPES = ("coopq", "llama.cpp")
 FORWARDS, LOSSES = 150, 200
 """What a search takes: 90 to 159 forwards on the models of benchmarks/informed.py. Prefixes are shared."""
-ROUND = 6
-"""Assignments of a round of the active search, which workers measure at the same time."""
+ROUND = 2
+"""Assignments of a round of the active search for one size, which workers measure at the same time."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def prepared_from(config: Mapping[str, Any], recipe: str = "coopq", **options: A
 def gpu_footprint(prepared: Prepared) -> Footprint:
     """What a run takes on a GPU."""
     text, widths = prepared.request.text, prepared.request.widths.quantized
-    bank = prepared.footprint.bank
-    return Footprint.estimate(prepared.skeleton, prepared.players, text, "cuda", len(widths), bank)
+    bank, diverges = prepared.footprint.bank, prepared.request.search.loss == "kl"
+    return Footprint.estimate(prepared.skeleton, prepared.players, text, "cuda", len(widths), bank, diverges)
 
 
 def minutes(prepared: Prepared, work: Work, machine: Machine, *, offloaded: bool) -> float:

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
-from _common import RESULTS, command_line, median_seconds, row, table, write_section
+from _common import command_and_page, command_line, median_seconds, row, table, write_section
 from coopq.core.specs import QuantizerSpec
 from coopq.game.engines.prefix_engine import make_engine
 from coopq.model.blockwise import Blockwise, batch_size
@@ -75,12 +75,13 @@ def main() -> None:
     """Measure, and write the section of this processor."""
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=40)
-    repeats = parser.parse_args().repeats
+    options = parser.parse_args()
+    repeats, (command, page) = options.repeats, command_and_page(parser, options, "layer_forward")
     loaded = load_model("demo", device="cpu")
     model, players = loaded.model, find_players(loaded.model)
     weights = [model.get_submodule(layer.name).weight.data for layer in players[0].linears]
     head = [
-        "Written by `python benchmarks/layer_forward.py`: SmolLM2-135M-Instruct, float32, sequences of",
+        f"Written by `{command}`: SmolLM2-135M-Instruct, float32, sequences of",
         f"{LENGTH} tokens in batches of {batch_size('cpu', LENGTH) * LENGTH}. Medians of {repeats}; floor: products of",
         "the linear layers by the faster library, and the two products of attention, of the same shapes in the same",
         "run.",
@@ -114,7 +115,7 @@ def main() -> None:
             cells += [f"{plain * 1e3:.1f}", f"{floor / plain:.0%}", f"{block * 1e3:.1f}", f"{floor / block:.0%}"]
             lines.append(row([*cells, f"{head_time * 1e3:.0f}", f"{whole / predicted:.2f}"]))
             print(lines[-1], flush=True)
-    write_section(RESULTS / "layer_forward.md", head, lines)
+    write_section(page, head, lines)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ WikiText-2, which is another text to a model, with spaces around punctuation and
 docs/results/llama_mixes-MODEL-GRANULARITY.md.
 """
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -30,15 +29,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from _common import DATA, RESULTS, WORK, command_line, loss_above, perplexity, table, write_documents, write_report
-from _llama_cpp import Judged, describe_types, engine_name, judge_files, make_mix, tensor_importance
-from _models import measured_plans, save_plan, sequence_losses, session_on
+from _common import DATA, RESULTS, WORK, command_line, write_documents, write_report
+from _llama_cpp import judge_files, make_mix, tensor_importance
+from _mixes_report import describe, describe_strongest
+from _models import measured_plans, saved_model, sequence_losses, session_on
 from _wikipedia import held_out_articles, in_form_of_wikitext
 from convert import convert
 from coopq.core.sizes import Budget
 from coopq.core.specs import Request, TextSpec
-from coopq.core.types import Losses, Width
-from coopq.export.checkpoint import SavedModel
+from coopq.core.types import Width
 from coopq.export.formats import export_model
 from coopq.judge.engines.llama_cpp import llama_cpp_nll, llama_cpp_package
 from coopq.model.load import gguf_file, load_model
@@ -90,7 +89,7 @@ REFERENCE = Subject(
 that Google published, so `gemma` is not here."""
 SUBJECTS = {
     "demo": Subject(
-        {"ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "ggml": (2, 3, 4, 5, 16)},
+        {"ggml-gptq": (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 16), "ggml": (2, 3, 4, 5, 16)},
         ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S"),
         ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1"),
         TextSpec(tokens=2048, sequence_length=WINDOW),
@@ -130,6 +129,13 @@ class Run:
     def is_default_backend(self) -> bool:
         """Whether the backend is the first of the model."""
         return self.backend == next(iter(self.subject.bits))
+
+    @property
+    def command(self) -> str:
+        """The command that makes the report."""
+        options = "" if self.granularity == "linear" else f" --granularity {self.granularity}"
+        options += "" if self.is_default_backend else f" --backend {self.backend}"
+        return f"python benchmarks/llama_mixes.py {self.name}{options}"
 
     @property
     def label(self) -> str:
@@ -198,12 +204,7 @@ def search_files(run: Run, request: Request, base: Path, mixes: Mapping[str, Pat
         # As in a new folder, whatever was searched in this folder before.
         begin_with_nothing(session, ["active"], [Budget.parse(budget) for budget in budgets])
         for mix, plan in zip(searched, measured_plans(session, "active", budgets), strict=True):
-            saved = SavedModel(run.folder / f"{run.label}-{mix}")
-            if saved.exists and saved.plan.assignment != plan.assignment:
-                shutil.rmtree(saved.folder)
-                saved = SavedModel(saved.folder)
-            if not saved.exists:
-                save_plan(session, plan, saved.folder)
+            saved = saved_model(session, plan, run.folder / f"{run.label}-{mix}")
             ours[mix] = run.folder / f"{run.label}-{mix}.gguf"
             export_model(saved.folder, "gguf", ours[mix])
     return ours
@@ -240,83 +241,8 @@ def measure(run: Run) -> list[str]:
     judged = [judge_files(files, text, n_threads, run.folder) for text in texts]
     of_rivals = judge_files([base, *made.values(), *ours.values()], tokens, n_threads, run.folder)
     strongest = describe_strongest(made, ours, of_rivals.divergence)
-    return [*describe(run, request, base, pairs, judged), "", *strongest]
-
-
-def describe_strongest(
-    made: Mapping[tuple[str, str], Path], ours: Mapping[str, Path], divergence: Mapping[Path, Losses]
-) -> list[str]:
-    """The table of our files beside the mix, with whatever type of the embedding, that diverges least at each size."""
-    rows = []
-    for mix, file in ours.items():
-        most = made[mix, ""].stat().st_size
-        rivals = {names: rival for names, rival in made.items() if rival.stat().st_size <= most}
-        (name, kind), rival = min(rivals.items(), key=lambda item: float(divergence[item[1]].mean()))
-        rows.append(
-            [
-                f"{most:,}",
-                name + (f", embedding {kind}" if kind else ""),
-                f"{rival.stat().st_size:,}",
-                f"{file.stat().st_size:,}",
-                f"{divergence[rival].mean():.4f}",
-                f"{divergence[file].mean():.4f}",
-                loss_above(divergence[file], divergence[rival]),
-            ]
-        )
-    columns = ["bytes at most", "strongest mix", "its bytes", "our bytes", "its divergence", "our divergence"]
-    return [
-        f"The strongest of {len(made)} files of llama.cpp's mixes, the mix's own type of the embedding or another:",
-        "of those no larger than each size the one that diverges least on these windows of WikiText-2. The choice in",
-        "hindsight favours the mixes. Beside them our divergence above theirs, nats per token, paired 95 %.",
-        "",
-        *table([*columns, "our divergence above"], rows),
-    ]
-
-
-def describe(
-    run: Run, request: Request, base: Path, pairs: Mapping[str, tuple[Path, Path]], judged: Sequence[Judged]
-) -> list[str]:
-    """The report.
-
-    Args:
-        run: What was measured.
-        request: How our files were searched.
-        base: The model's own file.
-        pairs: The file of each mix, and our file of the same size.
-        judged: Losses of all files on WikiText-2, Wikipedia and C4.
-    """
-    losses, divergences = [], []
-    for mix, pair in pairs.items():
-        sizes = [f"{file.stat().st_size:,}" for file in pair]
-        perplexities = [perplexity(judged[0].nll[file]) for file in pair]
-        above = [loss_above(text.nll[pair[1]], text.nll[pair[0]]) for text in judged]
-        losses.append([mix, *sizes, *perplexities, *above])
-        divergences.append([mix, *(f"{text.divergence[file].mean():.4f}" for text in judged for file in pair)])
-    loss_columns = ["llama.cpp's mix", "its bytes", "our bytes", "its perplexity", "ours", "our loss above"]
-    divergence_columns = ["llama.cpp's mix", "WikiText-2: its divergence", "ours", "Wikipedia: its", "ours"]
-    options = run.name + ("" if run.granularity == "linear" else f" --granularity {run.granularity}")
-    options += "" if run.is_default_backend else f" --backend {run.backend}"
-    text = request.text
-    return [
-        f"Written by `python benchmarks/llama_mixes.py {options}`: {run.backend},",
-        f"{request.widths.text} bits,",
-        f"active search by divergence on {text.n_sequences} x {text.sequence_length} tokens of",
-        f"{Path(text.source).name}, for all sizes together. Perplexities by llama.cpp",
-        f"({engine_name()}) on {run.subject.n_windows} windows of {WINDOW} tokens of",
-        f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, {describe_types(base)}, is",
-        f"{perplexity(judged[0].nll[base])}; where a mix is larger, ours is that file.",
-        "Beside them our loss above theirs, nats per",
-        "token, paired 95 %: there, and on as many windows of Wikipedia and of C4; no search sees these windows.",
-        "WikiText-2 sets spaces around punctuation, which these texts do not"
-        + (", and half of what is searched on does." if run.subject is REFERENCE else "."),
-        "",
-        *table([*loss_columns, "on Wikipedia", "on C4"], losses),
-        "",
-        "Divergence from the model's own file of what llama.cpp expects after each token, nats per token. On a text of",
-        "the model's own kind that is what quantization loses; on another kind some of its damage may lower the loss.",
-        "",
-        *table([*divergence_columns, "C4: its", "ours"], divergences),
-    ]
+    report = describe(run.command, request, base, pairs, judged, in_two_forms=subject is REFERENCE)
+    return [*report, "", *strongest]
 
 
 def main() -> None:

@@ -1,14 +1,7 @@
 """Players that choose among the types of their own rows: sizes, losses, and types worth leaving out.
 
-    python benchmarks/own_types.py            # an hour on two cores, resumes; writes docs/results/own_types.md
-    python benchmarks/own_types.py --types    # the sizes and the errors of types alone, minutes
-
-Three quarters of the demo model's weights lie in rows of 576, which have types from 4 bits up. Rows of down projections
-have 1,536 weights, and types from 2 bits up. "Shared widths" are those of which all rows have a type. The error of a
-type is what `auto-quantize` scores: how far outputs move, weighted by gradients, on 1,024 tokens of C4; of the demo
-model in every sixth block. A type is dominated for a player if another type of no more bytes has no higher error. The
-demo model's file is quantized to Q4_1 already, so Q4_1 loses nothing there; the reference Llama has full precision.
-Losses are divergences from full precision on these tokens.
+python benchmarks/own_types.py            # an hour on two cores, resumes; writes docs/results/own_types.md
+python benchmarks/own_types.py --types    # the sizes and the errors of types alone, minutes
 """
 
 import json
@@ -32,6 +25,15 @@ from coopq.plan.scores.output_errors import output_errors
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.ggml.types import IQuants
 
+MEASURED = """\
+Three quarters of the demo model's weights lie in rows of 576, which have types from 4 bits up. Rows of down projections
+have 1,536 weights, and types from 2 bits up. "Shared widths" are those of which all rows have a type. The error of a
+type is what `auto-quantize` scores: how far outputs move, weighted by gradients, on 1,024 tokens of C4; of the demo
+model in every sixth block. A type is dominated for a player if another type of no more bytes has no higher error. The
+demo model's file is quantized to Q4_1 already, so Q4_1 loses nothing there; the reference Llama has full precision.
+Losses are divergences from full precision on these tokens.
+"""
+"""Stands in the help and on the page."""
 SHARED: tuple[Width, ...] = (4, 5, 8)
 OWN: dict[str, tuple[Width, ...]] = {
     "ggml": (2, 3, 4, 4.5, 5, 5.5, 6, 8),
@@ -132,7 +134,7 @@ def losses(work: Path) -> dict[str, list[float]]:
 
 def report_lines(types: dict[str, Any], searched: dict[str, list[float]]) -> list[str]:
     """The report."""
-    lines = [*(__doc__ or "").splitlines()[5:], ""]
+    lines = [*MEASURED.splitlines(), ""]
     lines += ["## The smallest size", ""]
     lines += [*table(["backend", "shared widths", "own widths", "smaller by"], smallest_sizes()), ""]
     for case, of_case in types.items():
@@ -153,7 +155,7 @@ def report_lines(types: dict[str, Any], searched: dict[str, list[float]]) -> lis
 
 def main() -> None:
     """Measure what is not measured yet, and write the report."""
-    parser = command_line(__doc__)
+    parser = command_line(f"{__doc__}\n{MEASURED}")
     parser.add_argument("--types", action="store_true", help="search nothing")
     parser.add_argument("--work", type=Path, default=WORK / "own_types")
     parser.add_argument("--out", type=Path, default=RESULTS / "own_types.md")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from _common import RESULTS, command_line, table, write_section
+from _common import command_and_page, command_line, table, write_section
 from _models import sequence_losses, session_on
 from coopq.core.specs import Request
 from coopq.model.blockwise import BATCH_TOKENS
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--permutations", type=int, default=10, help="walks")
     parser.add_argument("--tokens", type=int, default=1024, help="calibration tokens")
     arguments = parser.parse_args()
+    command, page = command_and_page(parser, arguments, "protocol")
     request = Request.from_options(
         model="demo", backend="quanto", bits=(LOW, HIGH), tokens=arguments.tokens, sequence_length=LENGTH
     )
@@ -116,7 +117,7 @@ def main() -> None:
     work = teraflop(unshared, len(expected), arguments.tokens), teraflop(shared, distinct, arguments.tokens)
     rates = [1000 * done / clock["forwards"] for done, clock in zip(work, (plain, ours), strict=True)]
     head = [
-        f"Written by `python benchmarks/protocol.py`: SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits,",
+        f"Written by `{command}`: SmolLM2-135M-Instruct, Quanto at {LOW} and {HIGH} bits,",
         f"sequences of {LENGTH} tokens, float32, batches of {BATCH_TOKENS['cpu']} tokens in both. Loading the model",
         "counts as quantizing, for CoopQ alone.",
     ]
@@ -139,7 +140,7 @@ def main() -> None:
         "",
         *table(["", "plainly", "CoopQ", "ratio"], rows),
     ]
-    write_section(RESULTS / "protocol.md", head, lines)
+    write_section(page, head, lines)
     print("\n".join(lines))
 
 

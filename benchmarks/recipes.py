@@ -3,10 +3,6 @@
     python benchmarks/recipes.py llama coopq 3.5bpw       # one model, engine and size; minutes, resumes
     python benchmarks/recipes.py --report                 # only write the report
 
-The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
-60 forwards, by the default method. Divergence is from the original on 32 x 256 tokens of WikiText-2, which no search
-sees, with the standard error over windows; beside it the loss there, as a perplexity. Sizes are those of our own form.
-
 Writes docs/results/recipes.md, and recipes.json, which keeps what was measured.
 """
 
@@ -16,17 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from _common import DATA, RESULTS, WORK, command_line, mean_and_error, perplexity, table, write_report
-from _models import session_on
+from _common import RESULTS, WORK, command_line, mean_difference, perplexity, table, write_report
+from _models import session_on, source_of
 from coopq.core.files import read_json, write_json
 from coopq.core.goal import Limit
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request
 from coopq.core.types import UNTOUCHED
+from coopq.game.prepared import usable_bits
 from coopq.model.texts import HeldOut
 from coopq.plan.methods import make_plans
 
+MEASURED = """\
+The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
+60 forwards, by the default method. Divergence is from the original on 32 x 256 tokens of WikiText-2, which no search
+sees, with the standard error over windows; beside it the loss there, as a perplexity. Sizes are those of our own form.
+"""
+"""Stands in the help and on the page."""
 FORWARDS = 60
 LENGTH, HELD_OUT = 256, 32 * 256
 _BLOCKS: dict[str, Any] = {"granularity": "block"}
@@ -42,8 +45,8 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "gptq-static": {"backend": "gptq-static", "bits": (2, 4, 8)},
     },
     "llama.cpp": {
-        "ggml": {"backend": "ggml", "bits": (2, 3, 4, 5, 6, 8)},
-        "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8)},
+        "ggml": {"backend": "ggml", "bits": (2, 3, 4, 4.5, 5, 5.5, 6, 8)},
+        "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 8)},
         "blocks": _BLOCKS,
         "fused layers": _FUSED,
     },
@@ -66,8 +69,8 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
     if engine == "llama.cpp":  # 16 is for bases that are quantized already
         settings["bits"] = tuple(width for width in settings["bits"] if width != UNTOUCHED)
     tokens = {"tokens": 1024, "sequence_length": 256} if model == "demo" else {"sequence_length": 512}
-    source = model if model == "demo" else str(DATA / model)
-    request = Request.from_options(model=source, **{**settings, **tokens, **changes})
+    request = Request.from_options(model=source_of(model), **{**settings, **tokens, **changes})
+    request = request.replace(bits=usable_bits(request))
     with session_on(request, run) as session:
         (plan,) = make_plans(session, "active", [Budget.parse(size)], DEFAULT_SOLVER, Limit(forwards=FORWARDS))
         windows = HeldOut(LENGTH, HELD_OUT).windows(session.loaded.tokenizer)
@@ -81,7 +84,7 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
     """The report: a table for each model, engine and size; with perplexities, if all of its records have losses."""
-    lines = [*(__doc__ or "").splitlines()[5:8], ""]
+    lines = [*MEASURED.splitlines(), ""]
     for case, variants in found.items():
         recipe = variants["the recipe"]
         judges = all("losses" in one for one in variants.values())
@@ -99,18 +102,20 @@ def report_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _less_recipe(one: Mapping[str, Any], recipe: Mapping[str, Any], what: str) -> str:
-    return "" if one is recipe else mean_and_error(np.subtract(one[what], recipe[what]))
+    return "" if one is recipe else mean_difference(np.subtract(one[what], recipe[what]))
 
 
 def main() -> None:
     """Measure a case, and write the report."""
-    parser = command_line(__doc__)
+    parser = command_line(f"{__doc__}\n{MEASURED}")
     parser.add_argument("case", nargs="*", help="model, engine, size")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--work", type=Path, default=WORK / "recipes")
     parser.add_argument("--out", type=Path, default=RESULTS / "recipes.md")
     options = parser.parse_args()
     if not options.report:
+        if len(options.case) != 3 or options.case[1] not in OTHERS:
+            parser.error(f"give a model, an engine ({', '.join(OTHERS)}) and a size, or --report")
         model, engine, size = options.case
         place = options.work / "-".join(options.case)
         variants = {"the recipe": {}, **OTHERS[engine]}

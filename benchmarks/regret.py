@@ -61,7 +61,6 @@ class Counted:
         whole: The game on all sequences, which counts the forwards; None if this is that game.
 
     Attributes:
-        n_players: Number of players.
         forwards: Block forwards so far, prefixes shared, in forwards of the whole model.
         watch: Told of `forwards` before new assignments are measured.
     """
@@ -71,7 +70,6 @@ class Counted:
         self._share = share
         self._whole = whole or self
         self._known: dict[bytes, float] = {}
-        self.n_players = game.n_players
         self.forwards = 0.0
         self.watch: Callable[[float], None] = lambda _: None
 
@@ -80,7 +78,7 @@ class Counted:
         new = np.array([x for x in np.unique(assignments, axis=0) if x.tobytes() not in self._known])
         if len(new):
             self.watch(self.forwards)
-            self._whole.forwards += self._share * prefix_tree_size(new) / self.n_players
+            self._whole.forwards += self._share * prefix_tree_size(new) / new.shape[1]
             self._known.update(zip((x.tobytes() for x in new), self._game(new).tolist(), strict=True))
         return np.array([self._known[x.tobytes()] for x in assignments])
 
@@ -257,7 +255,7 @@ def describe(groups: dict[str, list[Rows]]) -> list[str]:
     for name in dict.fromkeys(name for games in groups.values() for game in games for name in game):
         by_form = [[game[name] for game in games if name in game] for games in groups.values()]
         every = [found for form in by_form for found in form]
-        cells = [mean_and_error([regret for _, regret in found]) for found in (*by_form, every)]
+        cells = [mean_regret([regret for _, regret in found]) for found in (*by_form, every)]
         rows.append([name, f"{np.mean([cost for cost, _ in every]):.0f}", *cells])
     return [
         "Written by `python benchmarks/regret.py`. Regret is 0 at the optimum and 1 at the mean of random assignments,",
@@ -270,8 +268,8 @@ def describe(groups: dict[str, list[Rows]]) -> list[str]:
     ]
 
 
-def mean_and_error(values: Iterable[float]) -> str:
-    """Mean and standard error, for people."""
+def mean_regret(values: Iterable[float]) -> str:
+    """Mean of regrets and its standard error, for people."""
     x = np.array(list(values))
     return f"{x.mean():.4f} ± {x.std(ddof=1) / np.sqrt(len(x)):.4f}" if len(x) > 1 else f"{x.mean():.4f}"
 

@@ -1,6 +1,6 @@
 """How long SCIP and HiGHS take to solve the program of a budget, and how well descents do without a proof.
 
-    python benchmarks/solver.py --time-limit 15        # five minutes on one core
+    python benchmarks/solver.py        # five minutes on one core
 
 Three kinds of programs: the paper's, with the covariance of walks as K (positive semidefinite); interactions of a
 synthetic game (indefinite); and the surrogates that the active search fits (indefinite), of players with two and with
@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from _common import RESULTS, command_line, row, table, write_report
+from _common import command_and_page, command_line, row, table, write_report
 from _highs import allocate_by_highs
 from coopq.search import ActiveSearch, SearchSpace, run
 from coopq.search.solver.exact import Allocation, allocate, near_optimum
@@ -127,9 +127,10 @@ def main() -> None:
     """Solve all programs and write the report."""
     parser = command_line(__doc__)
     parser.add_argument("--time-limit", type=float, default=15.0, help="seconds for branch and bound, each program")
-    limit = parser.parse_args().time_limit
+    options = parser.parse_args()
+    limit, (command, page) = options.time_limit, command_and_page(parser, options, "solver")
     lines = [
-        f"Written by `python benchmarks/solver.py --time-limit {limit:g}`; pyscipopt {version('pyscipopt')}, HiGHS of",
+        f"Written by `{command}`, at most {limit:g} seconds a program; pyscipopt {version('pyscipopt')}, HiGHS of",
         f"scipy {version('scipy')}, one thread. Programs: K is the covariance of {WALKS} walks (the paper's), the",
         "interactions of a synthetic game, or what the active search fits to losses of a synthetic game that is no",
         "quadratic, for players with two widths or with four. Budget: half of the bytes between the ends.",
@@ -151,7 +152,7 @@ def main() -> None:
         found = compare([make(n_steps, seed) for seed in SEEDS], limit if is_branched else None)
         lines.append(row([kind, n_steps, *found]))
         print(lines[-1], flush=True)
-        write_report(RESULTS / "solver.md", lines, quiet=True)
+        write_report(page, lines, quiet=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 from rich.progress import track
 
-from _common import RESULTS, table, write_report
+from _common import RESULTS, command_line, table, write_report
 from _models import source_of
 from coopq.core.specs import TextSpec
 from coopq.model.load import load_model
@@ -57,6 +57,7 @@ def measure(name: str) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure all models, and write the report."""
+    command_line(__doc__).parse_args()
     rows = [
         [name, type_name, *(f"{value:.4f}" for value in divergences)]
         for name in MODELS

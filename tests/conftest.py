@@ -6,10 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.command_line import PAPER, command
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it: no test asks the network
+
+# The same examples in every run, however slow a busy machine draws them.
+settings.register_profile("tests", deadline=None, derandomize=True)
+settings.load_profile("tests")
 
 STORIES = Path(__file__).parent / "data" / "stories260k"
 

@@ -18,7 +18,7 @@ from coopq.cli.main import app
 from coopq.core.errors import CoopQError
 from coopq.core.goal import Goal
 from coopq.core.recipes import OWN, recipe_options
-from coopq.core.spec import build
+from coopq.core.spec_base import build
 from coopq.core.specs import Request, option_fields
 from coopq.export.formats import FORMS
 from coopq.plan.methods import get_method

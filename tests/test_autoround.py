@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coopq
 import coopq.quantizers.gptq.autoround as autoround
@@ -22,20 +22,17 @@ from coopq.model.players import find_players
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.gptq.format import pack_weight
 from coopq.quantizers.sizes import packed_sizes
+from tests.folders import save_source
 from tests.quantizers import backend as make
-
-STORIES = Path(__file__).parent / "data" / "stories260k"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two blocks."""
-    folder = tmp_path_factory.mktemp("autoround") / "model"
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
-    return folder
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape))
+    return save_source(model, tmp_path_factory.mktemp("autoround") / "model")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,6 +102,6 @@ def test_layers_that_the_library_leaves_are_refused(source: Path) -> None:
         make("autoround").storage_bytes((172, 64), 4)
     players = find_players(load_model(str(source), device="cpu").model, embeddings=True)
     with pytest.raises(
-        BackendError, match=r"plain linear layers only, and model\.embed_tokens is an embedding or experts"
+        BackendError, match=r"nn\.Linear layers only, and model\.embed_tokens is an embedding, a Conv1D or experts"
     ):
         packed_sizes(players, make("autoround"), (2, 4))

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from coopq.core.errors import BackendError, UnsupportedBits
@@ -74,7 +74,6 @@ def test_hqq_loses_no_precision_on_16_bit_models(dtype: torch.dtype) -> None:
 
 
 @given(bits=st.integers(1, 8), n=st.integers(1, 70), seed=st.integers(0, 1000))
-@settings(deadline=None)
 def test_codes_survive_packing_without_gaps(bits: int, n: int, seed: int) -> None:
     codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 2**bits, size=n, dtype=np.uint8))
     packed = pack_bits(codes, bits)

@@ -270,3 +270,28 @@ def test_a_layer_that_takes_long_is_announced(tmp_path: Path, caplog: pytest.Log
     (line,) = [line for line in caplog.messages if "embed_tokens" in line]
     n_weights = {linear.name: linear.n_weights for player in players for linear in player.linears}
     assert f"{100 * n_weights['model.embed_tokens'] / sum(n_weights.values()):.0f} %" in line
+
+
+def test_a_file_of_the_bank_is_what_its_name_says(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    bank(tmp_path, model).build((2, 4))
+    (tmp_path / "player000-4bit.safetensors").rename(tmp_path / "player000-2bit.safetensors")
+    again = bank(tmp_path, model)
+    with pytest.raises(OutputError, match=r"player000-2bit.safetensors is not what was written there \(bits: '4'"):
+        again.weights(0, 2)
+    (tmp_path / "player001-2bit.safetensors").rename(tmp_path / "player002-2bit.safetensors")
+    with pytest.raises(OutputError, match=r"\(player: 'model.layers.1'"):
+        again.weights(2, 2)
+    data = bytearray((tmp_path / "player001-4bit.safetensors").read_bytes())
+    data[-5] ^= 1
+    (tmp_path / "player001-4bit.safetensors").write_bytes(data)
+    with pytest.raises(OutputError, match=r"\(crc32: "):
+        again.weights(1, 4)
+
+
+def test_a_weight_that_16_bit_scales_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e9
+    with pytest.raises(ModelError, match=r"values of model.layers.1.mlp.up_proj at 2 bits that are not finite"):
+        bank(tmp_path, model).build((2, 4))

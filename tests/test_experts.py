@@ -26,9 +26,9 @@ from coopq.quantizers.ggml.library import to_blocks
 from coopq.quantizers.ggml.types import GGMLBackend
 from coopq.quantizers.input_statistics import column_importance, second_moments
 from tests.architectures import GROUPED
-from tests.checkpoints import plan_for, save
+from tests.checkpoints import Tokenizer, plan_for, save
 from tests.command_line import command, refused
-from tests.conftest import STORIES
+from tests.folders import save_source
 from tests.llama_cpp import llama_cpp_nll_of_last
 
 EXPERTS: dict[str, Any] = {
@@ -46,11 +46,6 @@ def tiny(name: str, vocabulary: int = 97, chosen: int = 2) -> Any:
             if parameter.ndim >= 2:
                 parameter.normal_(0, 0.2)
     return model
-
-
-class Tokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +92,7 @@ def test_experts_are_measured_and_saved_as_they_are_quantized(
 
 def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     model = tiny("mixtral", 512)
-    model.save_pretrained(tmp_path / "model")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    save_source(model, tmp_path / "model")
     arguments: list[str | Path] = ["quantize", tmp_path / "model", "--bits", "2,4,8", "--granularity", "linear"]
     arguments += ["--tokens", "128", "--sequence-length", "32", "--group-size", "16"]
     code, _, err = command(*arguments, "--budget", "4avg", "--out", tmp_path / "out")
@@ -110,7 +104,10 @@ def test_the_main_job_on_a_mixture_of_experts(tmp_path: Path) -> None:
     line = refused(*arguments, "--budget", "4avg", "--method", "fisher", "--out", tmp_path / "other")
     assert "model.layers.0.mlp.experts.gate_up_proj holds several experts; take another method" in line
     line = refused(*arguments, "--budget", "4avg", "--backend", "gptq", "--out", tmp_path / "another")
-    assert "plain linear layers only, and model.layers.0.mlp.experts.gate_up_proj is an embedding or experts" in line
+    assert (
+        "nn.Linear layers only, and model.layers.0.mlp.experts.gate_up_proj is an embedding, a Conv1D or experts"
+        in line
+    )
 
 
 @pytest.mark.parametrize("name", EXPERTS)
@@ -197,8 +194,7 @@ def test_experts_are_rounded_by_their_own_moments(name: str) -> None:
 def test_llama_cpp_computes_the_same_loss(name: str, tmp_path: Path) -> None:
     """It keeps gates and ups of experts apart, and orders the rows of Mixtral's queries anew."""
     model = tiny(name, 512, chosen=4)  # all: rounding chooses no others
-    model.save_pretrained(tmp_path / "model")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    save_source(model, tmp_path / "model")
     base, saved, file = (tmp_path / of for of in ("base.gguf", "saved", "small.gguf"))
     convert = Path(__file__).parents[1] / "benchmarks" / "convert.py"
     done = subprocess.run([sys.executable, convert, tmp_path / "model", base], capture_output=True, text=True)

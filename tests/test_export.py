@@ -35,9 +35,9 @@ from coopq.model.load import LoadedModel, fingerprint_weights, load_model
 from coopq.quantizers import BACKENDS, get_backend
 from tests.checkpoints import plan_for, save
 from tests.command_line import command
+from tests.conftest import STORIES
+from tests.folders import save_source
 from tests.openvino import EXACT, openvino_nll, save_openvino
-
-STORIES = Path(__file__).parent / "data" / "stories260k"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -149,8 +149,7 @@ def gptq(tmp_path_factory: pytest.TempPathFactory) -> tuple[coopq.Plan, Path]:
 )
 def test_folders_have_the_predicted_size_within_the_budget(form: str, tied: bool, limit: int, tmp_path: Path) -> None:
     source = tmp_path / "model"
-    random_llama(tie_word_embeddings=tied).to(torch.float16).save_pretrained(source)
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    save_source(random_llama(tie_word_embeddings=tied).to(torch.float16), source)
     tokens = ["--tokens", "32", "--sequence-length", "32", "--fit-tokens", "32"]
     quantizer = ["--backend", "gptq-static", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
     what = ["--budget", f"{limit}B", "--target", form, "--method", "first-last", "--json"]
@@ -229,8 +228,7 @@ save_file({{"logits": logits}}, {str(tmp_path / "theirs.safetensors")!r})
 @pytest.mark.slow
 def test_openvino_computes_the_same_loss_of_gptq(gptq: tuple[coopq.Plan, Path], tmp_path: Path) -> None:
     saved, source, base = tmp_path / "saved", tmp_path / "model", tmp_path / "base"
-    random_llama().save_pretrained(source)
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    save_source(random_llama(), source)
     loaded = load_model(str(source), device="cpu")
     shutil.copytree(gptq[1], saved)
     fingerprint = {**gptq[0].fingerprint, "weights": fingerprint_weights(loaded.model)}

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import coopq.quantizers.ggml.gptq as ggml_gptq
@@ -111,18 +111,17 @@ def by_definition(levels: torch.Tensor, weight: torch.Tensor, moments: torch.Ten
 
 
 @given(st.sampled_from(["IQ4_NL", "Q5_1"]), st.integers(0, 10_000))
-@settings(deadline=None)
 def test_it_is_what_least_squares_say_of_the_columns_still_free(name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     seen = torch.randn(40, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
-    moments, weight = seen.T @ seen / len(seen), torch.randn(2, 64, generator=generator)
+    moments, weight = seen.T @ seen / len(seen), torch.randn(16, 64, generator=generator)
     blocks = to_blocks(kind(name), weight, moments.diagonal())
     solved = from_blocks(kind(name), second_order(kind(name), weight, blocks, elimination_order(moments)))
     every = levels_by_code(name, blocks)
     damped = moments.double() + 0.01 * moments.diagonal().double().mean() * torch.eye(64)
     wanted = by_definition(every.double(), weight.double(), damped)
     # Where two levels are as near as numbers of 32 bits can tell, either will do, and columns after it differ.
-    assert (solved == wanted).all(dim=1).any()
+    assert (solved == wanted).all(dim=1).float().mean() > 0.9
 
 
 def test_uncorrelated_inputs_leave_nothing_but_the_nearest_level() -> None:

@@ -70,6 +70,20 @@ def test_important_columns_are_rounded_less(backend: GGMLBackend) -> None:
         assert weighted < plain
 
 
+def test_columns_without_importance_keep_their_weights() -> None:
+    weight = torch.randn(8, 256)
+    importance = torch.ones(256)
+    importance[:64] = 0
+    backend = GGMLBackend()
+    for bits in (2, 3, 4, 5, 6):
+        packed = backend.quantize(weight, bits, importance)
+        restored = backend.dequantize(packed, (8, 256), bits, torch.float32)
+        assert float((restored - weight)[:, :64].norm() / weight[:, :64].norm()) < 0.6, bits
+        dead = backend.quantize(weight, bits, torch.zeros(256))
+        alike = backend.quantize(weight, bits, torch.ones(256))
+        assert torch.equal(dead["blocks"], alike["blocks"])
+
+
 def test_importance_is_the_mean_square_of_inputs(stories: str) -> None:
     loaded = load_model(stories, device="cpu")
     tokens = np.random.default_rng(0).integers(3, 500, size=(3, 16))
@@ -185,8 +199,9 @@ def test_llama_cpp_computes_the_same_loss_at_every_width(backend: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_untouched_tensors_are_those_of_the_base(tmp_path: Path) -> None:
+def test_untouched_tensors_are_those_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file that is quantized itself, 16 bits are its own types: nothing is lost that a budget does not ask for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the base is converted to be loaded
     whole, base, saved, file = (tmp_path / name for name in ("whole.gguf", "base.gguf", "saved", "small.gguf"))
     done = subprocess.run([sys.executable, BENCHMARKS / "convert.py", "llama", whole], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -23,12 +23,12 @@ from coopq.game.engines.prefix_engine import model_nll
 from coopq.model.load import load_model
 from coopq.model.texts import calibration_set, fitting_set
 from coopq.quantizers.gptq.subprocess_job import DONE, only_gpu, running_job
+from tests.conftest import STORIES
 from tests.quantizers import backend as make
 
 PROMPT = "Once upon a time, a girl named Lily went to the park with her mom."
 
 
-STORIES = str(Path(__file__).parent / "data" / "stories260k")
 TEXT = TextSpec(tokens=512, sequence_length=128, fit_tokens=512)
 
 
@@ -37,7 +37,7 @@ def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     """The main job with GPTQ: bank at 2 and 4 bits, some players as they are, a saved checkpoint."""
     out = tmp_path_factory.mktemp("gptq") / "out"
     asked = Request.from_options(
-        model=STORIES,
+        model=str(STORIES),
         device="cpu",
         backend=request.param,
         group_size=32,
@@ -54,7 +54,7 @@ def test_the_saved_model_is_mixed_and_its_own_loss_is_known(job: tuple[coopq.Pla
     assert set(plan.assignment) == {2, 4, 16}
     assert plan.measured_loss is not None
     assert coopq.Plan.load(out / "plan.json") == plan
-    tokenizer = load_model(STORIES, device="cpu").tokenizer
+    tokenizer = load_model(str(STORIES), device="cpu").tokenizer
     assert plan.fingerprint["fitted to"] == fitting_set(TEXT, tokenizer).fingerprint != plan.fingerprint["tokens"]
     tokens = calibration_set(TEXT, tokenizer).tokens
     loss = float(np.concatenate(list(model_nll(coopq.load(out, device="cpu"), tokens))).mean())
@@ -158,7 +158,7 @@ def test_act_order_and_symmetry_reach_the_library(stories: str) -> None:
 
 
 def test_options_of_gptq_are_refused_elsewhere() -> None:
-    with pytest.raises(BackendError, match="backend 'rtn' has no option act_order"):
+    with pytest.raises(BackendError, match="backend 'rtn' has no option act-order"):
         make("rtn", act_order=True)
 
 

@@ -25,7 +25,7 @@ from coopq.quantizers.ggml.names import gguf_names
 from coopq.quantizers.input_statistics import column_importance
 from tests.architectures import GROUPED, tiny_model
 from tests.command_line import command, refused
-from tests.conftest import STORIES
+from tests.folders import save_source
 
 Entries = Mapping[str, npt.NDArray[np.float32]]
 TOKENS = 64
@@ -90,9 +90,7 @@ def test_the_same_importance_makes_the_same_weights(
 def model(tmp_path: Path) -> Path:
     """A tiny Llama with the tests' tokenizer."""
     made = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "vocab_size": 512}))
-    made.save_pretrained(tmp_path / "tiny")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    return save_source(made, tmp_path / "tiny")
 
 
 def entries_of(model: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -182,5 +180,7 @@ def test_other_backends_take_no_imatrix(model: Path, tmp_path: Path) -> None:
     options += ["--imatrix", "file"]
     for backend in "rtn", "ggml-gptq":
         line = refused(*options, "--backend", backend)
-        assert f"backend {backend!r} has no option imatrix; leave it out, or choose from ggml, ggml-iq" in line
+        assert (
+            f"backend {backend!r} has no option imatrix; leave it out, or use a backend with it: ggml, ggml-iq" in line
+        )
     assert "leave --fit-tokens out" in refused(*options, "--backend", "ggml", "--fit-tokens", "512")

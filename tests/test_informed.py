@@ -193,3 +193,19 @@ def test_a_fill_by_gains_a_byte_passes_over_them_too() -> None:
         assert program.is_feasible(q)
         worst = max(worst, program.objective(q) / program.objective(allocate(program).q))
     assert 1 <= worst < 1.03
+
+
+def test_pair_terms_are_what_the_prediction_adds() -> None:
+    rng = np.random.default_rng(0)
+    space = SearchSpace.uniform((2, 3, 4), np.full(12, 10))
+    q = rng.random((40, 12)) < 0.5
+    q = space.steps_down(space.assignments(q))
+    losses = np.exp(rng.normal(size=40) / 5 + q.sum(axis=1) / 6 + (q[:, 0] & q[:, 2]))
+    layers = [[f"layers.{block}.up"] for block in range(6)]
+    fitted = fit_informed(make_prior(space, rng.random(12) + 0.1, 0.0, list(range(6)), layers), q, losses, 1.0)
+    assert fitted.pairs > 0
+    point = np.ones(12, dtype=bool)
+    shares = fitted.prior.shares(point[None])
+    whole = float(fitted.pairs * fitted.prior.pair_kernel(shares, fitted.shares)[0] @ fitted.weights)
+    alone = float(fitted.pairs * (shares[0] * (fitted.shares.T @ fitted.weights)).sum() / 2)
+    assert fitted.pair_terms(point).sum() / 2 + alone == pytest.approx(whole)

@@ -161,7 +161,7 @@ class Forgetful:
 def test_an_answer_that_is_missing_is_an_error_with_the_assignment(tmp_path: Path) -> None:
     points = np.array([[2, 2], [2, 3], [2, 4]], dtype=np.float32)
     with Journal(tmp_path / "journal.jsonl", FINGERPRINT) as journal:
-        game = QuantizationGame(Forgetful(), journal, 2)
+        game = QuantizationGame(Forgetful(), journal)
         np.testing.assert_array_equal(game(points[::2]), [2, 3])
         with pytest.raises(EstimationError, match=r"no loss for assignment \[2, 3\]; run the same command again"):
             game.per_sequence(points)

@@ -115,12 +115,14 @@ def test_a_model_is_judged_beside_any_reference() -> None:
 
 
 def test_the_original_may_have_moved_and_no_other_model_replaces_it(saved: Path, tmp_path: Path) -> None:
+    judged(saved, "--no-compare")
+    kept = {file: file.read_bytes() for file in saved.with_name("out-run").glob("evaluation/*")}
+    assert kept
     original = saved.with_name("original")
     original.rename(tmp_path / "moved")
     try:
         line = refused("evaluate", saved, "--no-compare", *TEXT)
         assert "cannot load model" in line or "there is no folder" in line
-        kept = {file: file.read_bytes() for file in saved.with_name("out-run").glob("evaluation/*")}
         assert judged(saved, "--no-compare", "--reference", tmp_path / "moved")["divergence"] is not None
         assert {file: file.read_bytes() for file in kept} == kept, "nothing is measured again"
         alone = judged(saved, "--reference", "none")

@@ -62,6 +62,13 @@ def n_lines(journal: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
+def wait_for_lines(journal: Path, wanted: float, process: ForkServerProcess) -> None:
+    """Wait until a journal has so many lines, the process ends, or a minute has passed."""
+    deadline = time.monotonic() + 60
+    while n_lines(journal) < wanted and process.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 @pytest.mark.parametrize(("method", "name"), [("coopq", "journal.jsonl"), ("active", "screening-1.jsonl")])
 @pytest.mark.parametrize("n_kills", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(n_kills: int, method: str, name: str, stories: str, tmp_path: Path) -> None:
@@ -76,9 +83,7 @@ def test_killed_at_random_moments(n_kills: int, method: str, name: str, stories:
     moments = [random.uniform(k, k + 1) * (total - 2) / n_kills for k in range(n_kills)]
     for kills, moment in enumerate(moments):
         process = start(stories, tmp_path / "out", method)
-        deadline = time.monotonic() + 60
-        while n_lines(journal) < moment and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_for_lines(journal, moment, process)
         assert end(process, signal.SIGKILL) == -signal.SIGKILL, f"kill {kills} came too late"
         if kills % 3 == 0 and n_lines(journal) > 1:  # a kill in the middle of a write
             content = journal.read_bytes()
@@ -93,8 +98,7 @@ def test_killed_at_random_moments(n_kills: int, method: str, name: str, stories:
 
 def test_a_second_process_on_a_run_is_refused(stories: str, tmp_path: Path) -> None:
     first = start(stories, tmp_path / "out")
-    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and first.is_alive():
-        time.sleep(0.001)
+    wait_for_lines(tmp_path / "out-run" / "journal.jsonl", 2, first)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGSTOP)  # holds the run folder for as long as the test wants
     code = end(start(stories, tmp_path / "out"))
@@ -127,8 +131,7 @@ def test_an_interrupt_waits_for_a_file_that_is_read(stories: str, monkeypatch: p
 
 def test_an_interrupt_says_how_to_go_on(stories: str, tmp_path: Path) -> None:
     process = start(stories, tmp_path / "out")
-    while n_lines(tmp_path / "out-run" / "journal.jsonl") < 2 and process.is_alive():
-        time.sleep(0.001)
+    wait_for_lines(tmp_path / "out-run" / "journal.jsonl", 2, process)
     code, errors = end(process, signal.SIGINT), (tmp_path / "out.log").read_text()
     assert code == 130, errors
     assert "run the same command again to go on" in errors

@@ -1,9 +1,6 @@
 """Models that store matrices in unusual ways, or whose blocks hand each other more than the hidden states."""
 
 import logging
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +10,18 @@ import torch
 import transformers as hf
 
 import coopq
-from coopq.core.errors import ModelError, OutputError
+from coopq.core.errors import ModelError
 from coopq.game.engines.prefix_engine import make_engine, model_nll
 from coopq.model.load import LoadedModel
 from coopq.model.matrices import matrix_of
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.players import covered_share, find_players, fused_groups
 from coopq.quantizers.bank import WeightBank
-from coopq.quantizers.ggml.types import GGMLBackend
 from coopq.quantizers.input_statistics import column_importance
 from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import COMMON, GROUPED, tiny_model
-from tests.checkpoints import plan_for, save
-from tests.conftest import STORIES
+from tests.checkpoints import Tokenizer, plan_for, save
+from tests.folders import save_source
 
 TOKENS = np.random.default_rng(0).integers(3, 97, size=(6, 16))
 MIXTURE: dict[str, Any] = {**GROUPED, "num_experts_per_tok": 2}
@@ -88,11 +84,6 @@ def build(model: Any, folder: Path, granularity: str = "block") -> WeightBank:
     bank = WeightBank(folder, loaded, find_players(model, granularity), RTNBackend(group_size=8), {})
     bank.build((2, 4))
     return bank
-
-
-class Tokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.mark.parametrize("granularity", ["block", "linear"])
@@ -255,46 +246,6 @@ def test_a_layer_that_two_blocks_share_is_saved_once_and_loaded_in_both(tmp_path
     np.testing.assert_allclose(np.concatenate(list(model_nll(again, TOKENS))), expected, rtol=1e-5)
 
 
-def test_columns_without_importance_keep_their_weights() -> None:
-    weight = torch.randn(8, 256)
-    importance = torch.ones(256)
-    importance[:64] = 0
-    backend = GGMLBackend()
-    for bits in (2, 3, 4, 5, 6):
-        packed = backend.quantize(weight, bits, importance)
-        restored = backend.dequantize(packed, (8, 256), bits, torch.float32)
-        assert float((restored - weight)[:, :64].norm() / weight[:, :64].norm()) < 0.6, bits
-        dead = backend.quantize(weight, bits, torch.zeros(256))
-        alike = backend.quantize(weight, bits, torch.ones(256))
-        assert torch.equal(dead["blocks"], alike["blocks"])
-
-
-def test_a_file_of_the_bank_is_what_its_name_says(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    build(model, tmp_path)
-    (tmp_path / "player000-4bit.safetensors").rename(tmp_path / "player000-2bit.safetensors")
-    loaded = LoadedModel(model, None, torch.float32)
-    bank = WeightBank(tmp_path, loaded, find_players(model), RTNBackend(group_size=8), {})
-    with pytest.raises(OutputError, match=r"player000-2bit.safetensors is not what was written there \(bits: '4'"):
-        bank.weights(0, 2)
-    (tmp_path / "player001-2bit.safetensors").rename(tmp_path / "player002-2bit.safetensors")
-    with pytest.raises(OutputError, match=r"\(player: 'model.layers.1'"):
-        bank.weights(2, 2)
-    data = bytearray((tmp_path / "player001-4bit.safetensors").read_bytes())
-    data[-5] ^= 1
-    (tmp_path / "player001-4bit.safetensors").write_bytes(data)
-    with pytest.raises(OutputError, match=r"\(crc32: "):
-        bank.weights(1, 4)
-
-
-def test_a_weight_that_16_bit_scales_cannot_hold_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e9
-    with pytest.raises(ModelError, match=r"values of model.layers.1.mlp.up_proj at 2 bits that are not finite"):
-        build(model, tmp_path)
-
-
 def with_states_of_another_shape(**settings: Any) -> Any:
     """A Gemma 3n, whose blocks hand each other four states a token."""
     config = hf.Gemma3nTextConfig(
@@ -322,9 +273,7 @@ def test_a_model_with_states_of_another_shape_is_refused(tmp_path: Path) -> None
 
 
 def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_quantized(tmp_path: Path) -> None:
-    with_states_of_another_shape(vocab_size=512, vocab_size_per_layer_input=512).save_pretrained(tmp_path / "model")
-    for file in STORIES.glob("token*"):
-        shutil.copy(file, tmp_path / "model")
+    save_source(with_states_of_another_shape(vocab_size=512, vocab_size_per_layer_input=512), tmp_path / "model")
     work = []
     with pytest.raises(ModelError, match="states before the first have shape"):
         coopq.quantize(
@@ -335,15 +284,3 @@ def test_a_model_that_cannot_be_measured_is_refused_before_its_weights_are_quant
         )
     assert "loading the model" in work
     assert "quantizing" not in work
-
-
-def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
-    program = (
-        "import sys, pathlib, torch; from coopq.model.safetensors_io import save_tensors; "
-        "about = {'player': 'a', 'bits': '2', 'form': 'packed'}; "
-        "save_tensors({'x': torch.arange(7.0), 'y': torch.zeros(3, dtype=torch.uint8)}, pathlib.Path(sys.argv[1]), "
-        "about)"
-    )
-    for index in range(3):
-        subprocess.run([sys.executable, "-c", program, str(tmp_path / str(index))], check=True)
-    assert len({(tmp_path / str(index)).read_bytes() for index in range(3)}) == 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -25,14 +25,13 @@ from coopq.quantizers.rtn import RTNBackend
 from tests.architectures import CONFIGS, tiny_model
 from tests.command_line import command
 from tests.conftest import STORIES
-from tests.test_engine import TOKENS
+from tests.engines import TOKENS
 
 
 def portions(logits: torch.Tensor, size: int) -> Portions:
     return [(first, logits[:, first : first + size]) for first in range(0, logits.shape[1], size)]
 
 
-@settings(deadline=None)
 @example(2, 2, 1, 1)  # the first portion has hardly any mass
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(1, 50), st.integers(0, 10))
 def test_portions_give_what_whole_logits_do(n: int, vocabulary: int, size: int, seed: int) -> None:

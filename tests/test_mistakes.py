@@ -111,16 +111,16 @@ def test_a_missing_calibration_file(tmp_path: Path, stories: str) -> None:
         (["--bits", "2.5,4"], "'rtn' has no 2.5 bits; it has 2, 3, 4, 8"),
         (["--backend", "gptq", "--bits", "3,4"], "'gptq' has no 3 bits"),
         (["--backend", "gptq-static", "--bits", "2,4", "--group-size", "48"], "no group size 48; choose from 16, 32"),
-        (["--act-order"], "'rtn' has no option act_order"),
+        (["--act-order"], "'rtn' has no option act-order"),
         (["--backend", "hqq", "--fit-tokens", "512"], "'hqq' fits its weights to no text; leave --fit-tokens out"),
-        (["--backend", "autoround", "--act-order"], "'autoround' has no option act_order"),
+        (["--backend", "autoround", "--act-order"], "'autoround' has no option act-order"),
         (["--backend", "autoround", "--group-size", "32"], "weights unquantized: sides must be multiples of 32"),
         (["--bits", "4"], "bits = 4 are not two or more different widths; write 2,4"),
         (["--bits", "two,4"], "bits = 'two,4' are not widths with commas between; write 2,4"),
         (["--bits", "4,4"], "bits = 4, 4 are not two or more different widths"),
         (["--budget", "1.5avg"], "the smallest is 2avg"),
         (["--budget", "small"], "'small' cannot be read"),
-        (["--tokens", "100"], "tokens = 100 is not a multiple of sequence-length = 64"),
+        (["--tokens", "100"], "tokens = 100 is not a positive multiple of sequence-length = 64"),
         (["--tokens", "1024", "--sequence-length", "1024"], "exceed the model's 512 positions"),
         (["--permutations", "1"], "permutations = 1 does not fit: expected int >= 2"),
         (["--time-limit", "-1"], "time-limit = -1.0 is not a positive number of seconds; leave it out"),
@@ -182,7 +182,7 @@ def test_a_journal_broken_in_the_middle_and_at_its_end(job: Path, stories: str) 
     journal.write_bytes(whole[:-9])
     code, _, err = in_new_process(*arguments)
     assert code == 0, err
-    assert "dropped the last line (the line has no end); its loss is measured again" in err
+    assert "the last line is not whole (the line has no end) and is skipped" in err
     # The value that was lost is measured again, and the plan of 2.5avg, perhaps a new point, once.
     assert set(journal.read_bytes().splitlines()) >= set(lines[0].splitlines() + whole.splitlines()[1:-1])
 
@@ -224,7 +224,7 @@ def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text(json.dumps(plan | change))
         line = refused("show", tmp_path / "plan.json")
         assert "is not a complete plan" in line
-        assert line.endswith("allocate it again")
+        assert line.endswith("repeat the command that made it")
     estimate = job.with_name("out-run") / "estimate.json"
     record = json.loads(estimate.read_text())
     del record["estimate"]
@@ -260,7 +260,7 @@ def test_files_of_another_format_are_refused_in_one_line(version: int, job: Path
     other = tmp_path / "other"
     again: tuple[str | Path, ...] = ("quantize", stories, "--budget", "2.5avg", "--out", other, "--run", run, *PAPER)
     assert f"has plan format {version}" in line_for(job / "plan.json", "show", job)
-    assert "allocate it again" in line_for(run / "plans" / "3avg.json", *show)
+    assert "repeat the command that made it" in line_for(run / "plans" / "3avg.json", *show)
     for arguments in (show, allocate, again):
         assert "use another run folder" in line_for(run / "run.json", *arguments)
     for arguments in (show, allocate):

@@ -12,6 +12,7 @@ from coopq import Goal, Request
 from coopq.export.gguf.base import BaseFile
 from coopq.export.gguf.mixes import mix_bytes, mix_types, nearest_mix
 from coopq.judge.mixes import judge_mix
+from coopq.judge.results import Comparison
 from coopq.model.load import gguf_file, load_model
 from coopq.model.texts import HeldOut
 from tests.architectures import tiny_model
@@ -70,10 +71,10 @@ def test_a_plan_is_judged_beside_the_mix_of_its_size(tmp_path: Path) -> None:
     run, text = tmp_path / "run", HeldOut(64, 128)
     plan = coopq.quantize(request, Goal(budget="92MB", method="first-last"), tmp_path / "saved", run=run)
 
-    def judged() -> object:
+    def judged() -> Comparison | None:
         return judge_mix(plan, run, text, reference=None, device="cpu", progress=lambda *_: None)
 
-    row = judge_mix(plan, run, text, reference=None, device="cpu", progress=lambda *_: None)
+    row = judged()
     assert row is not None
     assert (row.budget, row.file_bytes) == ("Q3_K_M", MADE_BY_LLAMA_CPP["Q3_K_M"])
     assert row.divergence is not None

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, MixtralConfig, XGLMConfig
+from transformers import GPT2Config, LlamaConfig, MixtralConfig, XGLMConfig
 
 import coopq
 from coopq import Goal, QuantizerSpec, Request
@@ -29,9 +29,9 @@ from coopq.quantizers.backend import Affine
 from coopq.quantizers.gptq.format import pack_weight
 from tests.checkpoints import plan_for, save
 from tests.command_line import command
+from tests.folders import save_source
 from tests.quantizers import weight_quantizer
 
-STORIES = Path(__file__).parent / "data" / "stories260k"
 TOKENS = np.random.default_rng(0).integers(3, 500, size=(1, 48))
 needs_mlx = pytest.mark.skipif(not is_installed(), reason="mlx-lm is not installed")
 
@@ -103,19 +103,13 @@ def small(kind: Any = LlamaConfig, dtype: torch.dtype = torch.float32, **setting
     return model.to(dtype)
 
 
-def saved_source(folder: Path, model: Any) -> str:
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[coopq.Plan, Path]]:
     """Saves a model at a plan by hand; gives the plan and the folder."""
 
     def make(dtype: torch.dtype, backend: str, bits: list[int], tied: bool = True) -> tuple[coopq.Plan, Path]:
         folder = tmp_path_factory.mktemp("mlx")
-        source = saved_source(folder / "source", small(dtype=dtype, tie_word_embeddings=tied))
+        source = str(save_source(small(dtype=dtype, tie_word_embeddings=tied), folder / "source"))
         loaded = load_model(source, device="cpu")
         players = find_players(loaded.model, "linear", embeddings=True)
         widths = [bits[index % len(bits)] for index in range(len(players))]
@@ -160,7 +154,7 @@ assert generate(model, tokenizer, "Once upon a time", max_tokens=4)
 
 @needs_mlx
 def test_a_folder_has_the_predicted_size_within_the_budget(tmp_path: Path) -> None:
-    source, limit = saved_source(tmp_path / "source", small(dtype=torch.float16)), 200_000
+    source, limit = save_source(small(dtype=torch.float16), tmp_path / "source"), 200_000
     quantizer = ["--backend", "rtn", "--group-size", "32", "--bits", "2,4,16", "--granularity", "fused"]
     tokens = ["--tokens", "32", "--sequence-length", "32"]
     what = ["--budget", f"{limit}B", "--target", "mlx", "--method", "first-last", "--json"]
@@ -170,7 +164,7 @@ def test_a_folder_has_the_predicted_size_within_the_budget(tmp_path: Path) -> No
     n_bytes = export_model(tmp_path / "saved", "mlx", tmp_path / "out")
     assert n_bytes == json.loads(out)["exported_bytes"]
     assert limit - 8_000 < n_bytes <= limit, "less than raising a player further takes is left"
-    moved, plan = Path(source).rename(tmp_path / "moved"), Plan.load(tmp_path / "saved" / "plan.json")
+    moved, plan = source.rename(tmp_path / "moved"), Plan.load(tmp_path / "saved" / "plan.json")
     assert coopq.apply(plan, tmp_path / "applied", model=str(moved)).file_bytes == n_bytes
 
 
@@ -187,7 +181,7 @@ def test_models_that_mlx_lm_does_not_load_are_refused_before_a_search(
     kind: Any, settings: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     request = Request.from_options(
-        model=saved_source(tmp_path / "source", small(kind, **settings)),
+        model=str(save_source(small(kind, **settings), tmp_path / "source")),
         bits=(2, 4), group_size=32, tokens=32, sequence_length=32, target="mlx",
     )  # fmt: skip
     with pytest.raises(ExportError, match=message):

@@ -1,12 +1,10 @@
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from coopq.core.errors import ModelError
+from coopq.core.files import cache_folder
 from coopq.model.load import fingerprint_weights, load_model, load_skeleton, pick_device, pick_dtype
 from coopq.model.players import find_players
 
@@ -37,14 +35,6 @@ def test_the_fingerprint_follows_the_configuration(stories: str) -> None:
     assert fingerprint_weights(model) != before
 
 
-def test_a_damaged_checkpoint_is_refused(stories: str, tmp_path: Path) -> None:
-    broken = Path(shutil.copytree(stories, tmp_path / "broken"))
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"model.safetensors is damaged"):
-        load_model(str(broken), device="cpu")
-
-
 def test_dtypes(stories: str) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert pick_dtype("auto", cpu, torch.bfloat16) == torch.float32
@@ -52,18 +42,6 @@ def test_dtypes(stories: str) -> None:
     assert pick_dtype("float16", cpu, torch.bfloat16) == torch.float16
     assert load_model(stories, dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
     assert pick_device("cpu") == cpu
-    with pytest.raises(ModelError, match="device 'warp' is not available"):
-        pick_device("warp")
-
-
-def test_a_quantized_checkpoint_is_refused(stories: str, tmp_path: Path) -> None:
-    model = load_model(stories, device="cpu")
-    model.model.config.quantization_config = {"quant_method": "rtn"}
-    model.model.config.save_pretrained(tmp_path)
-    model.model.save_pretrained(tmp_path)
-    model.tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is quantized already"):
-        load_model(str(tmp_path), device="cpu")
 
 
 @pytest.mark.real
@@ -72,14 +50,19 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path) -> None:
     assert spec is not None
     assert spec.origin is not None
     demo = load_model("demo", device="cpu")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "coopq"
-    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
-    # Cached by content: the same file in another place is not converted again.
     source = next(Path(spec.origin).parent.glob("*.gguf"))
+
+    def converted() -> dict[Path, int]:
+        files = cache_folder().glob(f"{source.stem}-*/*.safetensors")
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = converted()
+    assert before
+    # Cached by content: the same file in another place is not converted again.
     copy = tmp_path / source.name
     copy.write_bytes(source.read_bytes())
     again = load_model(str(copy), device="cpu")
-    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == before
+    assert converted() == before
     assert fingerprint_weights(again.model) == fingerprint_weights(demo.model)
     players = find_players(demo.model)
     assert len(players) == 30

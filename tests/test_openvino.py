@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import coopq
 import openvino
@@ -20,7 +20,7 @@ from coopq.model.players import find_players
 from coopq.model.texts import calibration_set
 from tests.checkpoints import plan_for, save
 from tests.command_line import command
-from tests.conftest import STORIES
+from tests.folders import save_source
 from tests.openvino import EXACT, openvino_nll, save_openvino
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -77,7 +77,7 @@ def test_openvino_computes_the_same_loss_at_every_width(
         if bits != 16:
             expected[f"u{bits}"] = expected.get(f"u{bits}", 0) + player.n_weights
     assert codes == expected
-    with pytest.raises(ExportError, match=r"has no constant with the weights of model\..*cannot be the base"):
+    with pytest.raises(ExportError, match=r"has no constant with the weights of model\..*choose another form"):
         export_model(saved, "openvino", tmp_path / "other", base=out)
     with pytest.raises(
         ExportError,
@@ -114,8 +114,7 @@ def request_of_tiny(tmp_path: Path) -> Request:
     """A request for a small random model, with a base of it."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, **shape)).eval()
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    save_source(model, tmp_path / "model")
     (tmp_path / "base").mkdir()
     save_openvino(model, tmp_path / "base")
     options = {"group_size": 32, "bits": (2, 4, 16), "device": "cpu", "tokens": 32, "sequence_length": 32}

@@ -1,60 +1,44 @@
-"""The report page: what it says is what was saved; it opens without a network, on phones, in the dark."""
+"""The report page: what it says is what was saved, and it loads nothing."""
 
 import json
-import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from coopq import Request
 from coopq.game.journal import Journal
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan
-from coopq.model.texts import HeldOut
 from coopq.plan.plan import Plan, PlayerPlan
-from coopq.report.page.colours import WIDTH_COLOURS
 from coopq.report.page.document import Section, paragraph, render, save_page, table
 from coopq.report.page.provenance import command as command_of
-from coopq.report.page.ranking.page import save_comparison_page
 from coopq.report.page.run.figures import size_figure
 from coopq.report.page.run.names import name_players
 from coopq.report.page.run.page import run_sections, save_run_page
-from coopq.report.page.run.record import PairTerms, Points, RunRecord, plan_space, read_run
+from coopq.report.page.run.record import plan_space, read_run
 from coopq.report.tables import plan_summary
 from coopq.report.words import megabytes
-from coopq.search.informed import fit_informed
 from coopq.search.measured import Measured
-from coopq.search.prior import make_prior
-from coopq.search.space import SearchSpace
 from coopq.search.surrogate import fidelity_of
-from tests.browser import Page, find_chromium, opened
 from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
-from tests.pages import Parsed, checked, many_methods
-
-CHROMIUM = find_chromium()
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the path or named by COOPQ_CHROMIUM")
-
-
-def page_of(out: Path) -> Path:
-    """The only page in the run folder of an output."""
-    (page,) = out.with_name("out-run").glob("report-*.html")
-    return page
+from tests.pages import checked, comparison_page, large_page, large_record, page_of, search
 
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished active search of linear layers: out/ holds the model."""
-    out = tmp_path_factory.mktemp("page") / "out"
-    options = ["--bits", "2,3,4,8", "--granularity", "fused", "--loss", "kl", "--tokens", "128"]
-    goal = ["--sequence-length", "64", "--budget", "3.2bpw", "--forwards", "20"]
-    code, text, err = command("quantize", STORIES, *options, *goal, "--out", out)
-    assert code == 0, err
-    assert f"report: {page_of(out)}" in text
-    return out
+    return search(tmp_path_factory.mktemp("page") / "out")
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    return comparison_page(tmp_path)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    return large_page(tmp_path)
 
 
 def test_the_record_is_what_the_search_saw(searched: Path) -> None:
@@ -302,116 +286,9 @@ def test_the_page_of_an_interrupted_search_names_no_limit(searched: Path) -> Non
     assert "the search was interrupted after 12 losses; the same command goes on" in plan_summary(record.plan)
 
 
-def test_pair_terms_are_what_the_prediction_adds() -> None:
-    rng = np.random.default_rng(0)
-    space = SearchSpace.uniform((2, 3, 4), np.full(12, 10))
-    q = rng.random((40, 12)) < 0.5
-    q = space.steps_down(space.assignments(q))
-    losses = np.exp(rng.normal(size=40) / 5 + q.sum(axis=1) / 6 + (q[:, 0] & q[:, 2]))
-    layers = [[f"layers.{block}.up"] for block in range(6)]
-    fitted = fit_informed(make_prior(space, rng.random(12) + 0.1, 0.0, list(range(6)), layers), q, losses, 1.0)
-    assert fitted.pairs > 0
-    point = np.ones(12, dtype=bool)
-    shares = fitted.prior.shares(point[None])
-    whole = float(fitted.pairs * fitted.prior.pair_kernel(shares, fitted.shares)[0] @ fitted.weights)
-    alone = float(fitted.pairs * (shares[0] * (fitted.shares.T @ fitted.weights)).sum() / 2)
-    assert fitted.pair_terms(point).sum() / 2 + alone == pytest.approx(whole)
-
-
-@pytest.fixture
-def comparison(tmp_path: Path) -> Path:
-    """The page of a comparison of twenty methods."""
-    request = Request.from_options(model="demo")
-    return save_comparison_page(request, HeldOut(64), many_methods(20), tmp_path / "comparison.html")
-
-
-def large_record(model: str = "demo") -> RunRecord:
-    """210 layers of 30 blocks, 9 widths, 400 measured assignments."""
-    rng = np.random.default_rng(0)
-    widths = (*sorted(WIDTH_COLOURS)[1:-1], 16)
-    layers = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
-    names = [(block, f"model.layers.{block}.{layer}_proj") for block in range(30) for layer in layers]
-    if model != "demo":
-        names = [(block, f"model.layers.{block}.{model}{layer}") for block in range(30) for layer in range(7)]
-    assignments = rng.choice(widths, size=(400, 210)).astype(np.float32)
-    n_bytes = (assignments.sum(axis=1) * 1000).astype(np.int64)
-    losses = np.exp(-assignments.mean(axis=1, dtype=np.float64)) + rng.random(400) / 100
-    players = tuple(
-        PlayerPlan(name, float(bits), (name,), float(rng.random() + 0.01), None, block, 8000, _sizes(widths))
-        for (block, name), bits in zip(names, assignments[7], strict=True)
-    )
-    plan = Plan(
-        method="active",
-        alpha=None,
-        budget="6avg",
-        budget_bytes=int(n_bytes.max()),
-        bytes=int(n_bytes[7]),
-        file_bytes=int(n_bytes[7]),
-        average_bits=6.0,
-        bits_per_weight=6.0,
-        players=players,
-        solver=None,
-        predicted_loss=None,
-        measured_loss=float(losses[7]),
-        request=Request.from_options(model=model, bits=widths, granularity="linear"),
-        fingerprint={"weights": "w", "bos": False},
-        block_forwards=9000,
-        block_forwards_unshared=12000,
-        runner_up=tuple(assignments[8].tolist()),
-    )
-    points = Points(assignments, losses, n_bytes, np.array([0.8 * n for n in range(1, 401)]))
-    above = np.triu(rng.normal(size=(210, 210)), 1)
-    pairs = PairTerms(above + above.T, "change of the loss, %")
-    return RunRecord(plan, name_players(players), points, points, 9.0, losses * 1.01, pairs)
-
-
-def _sizes(widths: tuple[float, ...]) -> dict[str, int]:
-    return {f"{width:g}": int(1000 * width) for width in widths}
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """The page of the large record."""
-    return save_page(tmp_path / "large.html", "large", "", run_sections(large_record(), "out"))
-
-
 def test_a_large_run_is_a_small_page(large: Path) -> None:
     page = checked(large)
     assert len(page.specs["widths"]["data"]["values"]) == 210
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Page]:
-    assert CHROMIUM is not None
-    with opened(CHROMIUM) as page:
-        yield page
-
-
-@in_browser
-@pytest.mark.parametrize("width", [390, 800, 1400])
-def test_pages_draw_without_a_word_at_every_width(
-    width: int, browser: Page, large: Path, comparison: Path, searched: Path, finished: Path
-) -> None:
-    reports = [page_of(searched), page_of(finished)]
-    for path in (large, comparison, *reports):
-        for dark in (False, True):
-            browser.open(path, width, dark=dark)
-            assert browser.messages == [], path
-            assert browser.evaluate("document.documentElement.scrollWidth") <= width
-            assert browser.evaluate("document.querySelectorAll('.chart svg.marks').length") == len(Parsed(path).specs)
-
-
-@in_browser
-def test_a_map_answers_a_hover(browser: Page, searched: Path) -> None:
-    browser.open(page_of(searched), 1400)
-    told = browser.hover("#widths .mark-rect path")
-    assert "block 0, q+k+v" in told
-    assert {"bits", "size, MB", "cost of lowering", "runner-up"} <= set(re.split(r"\s*[\t\n]+\s*", told))
-
-
-@in_browser
-def test_a_large_page_opens_at_once(browser: Page, large: Path) -> None:
-    assert min(browser.open(large, 1400) for _ in range(2)) < 2000, "milliseconds"
 
 
 def test_a_report_without_a_run_folder_is_shorter(searched: Path, tmp_path: Path) -> None:

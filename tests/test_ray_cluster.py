@@ -25,6 +25,7 @@ from coopq.game.session import Session, open_session
 from coopq.plan.methods import make_plans
 from tests.command_line import FAST, in_new_process, refused
 from tests.conftest import STORIES
+from tests.folders import save_source
 
 REQUEST = Request.from_options(model=str(STORIES), permutations=6, tokens=256, sequence_length=64)
 EVERY: Assignments = np.where(np.arange(32)[:, None] >> np.arange(5) & 1, 2, 4).astype(np.float32)
@@ -94,8 +95,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     torch.manual_seed(0)
     size = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = hf.LlamaConfig(vocab_size=512, num_hidden_layers=2, **size, bos_token_id=1, eos_token_id=2)
-    hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder / "model")
+    save_source(hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder / "model")
     text = {"tokens": 128, "sequence_length": 64, "fit_tokens": 256}
     request = Request.from_options(model=str(folder / "model"), backend="ggml", bits=(2, 3), **text)
     with open_session(prepare(request), folder / "run") as opened:

@@ -25,7 +25,7 @@ def test_a_backend(tmp_path: Path, stories: str, monkeypatch: pytest.MonkeyPatch
     assert code == 0, err
     assert set(json.loads(out)["bits"].values()) <= {2, 4}
     assert "'toy' has no 8 bits" in refused(*arguments, "--backend", "toy", "--bits", "4,8", "--out", tmp_path / "new")
-    assert "'toy' has no option group_size" in refused(
+    assert "'toy' has no option group-size" in refused(
         *arguments, "--backend", "toy", "--group-size", "8", "--out", tmp_path / "new"
     )
 

@@ -28,14 +28,9 @@ from coopq.model.load import LoadedModel
 from coopq.plan.plan import Plan
 from coopq.quantizers.packed_modules import PackedLinear
 from tests.architectures import COMMON, GROUPED, tiny_model
-from tests.checkpoints import plan_for, save
+from tests.checkpoints import Tokenizer, plan_for, save
 
 GOAL = Goal(budget="3avg", method="first-last")
-
-
-class Tokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 def request_of(model: str | Path, **options: Any) -> Request:

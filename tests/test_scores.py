@@ -1,56 +1,23 @@
-"""One-layer scores and their assignments, against values computed another way on tiny models."""
+"""One-layer scores, against values computed another way on tiny models."""
 
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import coopq
-from coopq.core.errors import EstimationError
-from coopq.core.goal import Goal
-from coopq.core.sizes import Budget, Sizes
-from coopq.core.specs import Request, SolverSpec
-from coopq.core.subject import Subject
-from coopq.core.types import LinearLayer, Player
 from coopq.game.engines.prefix_engine import make_engine
 from coopq.game.sensitivity import Sensitivity
 from coopq.model.load import LoadedModel
 from coopq.model.players import GRANULARITIES, find_players
-from coopq.plan.allocate import choose_by_gains, make_plan, search_space
 from coopq.plan.by_score import score
-from coopq.plan.estimation import Spent
-from coopq.plan.methods import get_method, names
-from coopq.plan.plan import Plan
-from coopq.plan.scores import (
-    Gains,
-    activation,
-    auto_quantize,
-    first_last,
-    fisher,
-    gains_of_ranking,
-    hawq,
-    imatrix,
-    lim,
-    llm_mq,
-    zd,
-)
+from coopq.plan.methods import get_method
+from coopq.plan.scores import activation, auto_quantize, first_last, fisher, imatrix, lim, llm_mq, zd
 from coopq.quantizers.bank import WeightBank
 from coopq.quantizers.rtn import RTNBackend
-from tests.architectures import CONFIGS, tiny_model
-
-TOKENS = np.random.default_rng(0).integers(3, 97, size=(18, 30))  # two batches
-
-
-def make_sensitivity(model: Any, folder: Path, granularity: str = "block") -> Sensitivity:
-    loaded = LoadedModel(model, None, torch.float32)
-    bank = WeightBank(folder, loaded, find_players(model, granularity), RTNBackend(group_size=16), {})
-    bank.build((2, 4))
-    return Sensitivity(make_engine(model, bank, TOKENS).blockwise, bank, 2, 4)
+from tests.architectures import tiny_model
+from tests.sensitivities import TOKENS, make_sensitivity
 
 
 def block_states(model: Any) -> list[tuple[Any, Any]]:
@@ -69,25 +36,6 @@ def block_states(model: Any) -> list[tuple[Any, Any]]:
     for handle in handles:
         handle.remove()
     return seen
-
-
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_streamed_gradients_are_those_of_the_whole_model(name: str, granularity: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    sensitivity = make_sensitivity(model, tmp_path, granularity)
-    by_player = dict(sensitivity.gradients())
-    assert list(by_player) == list(reversed(range(len(sensitivity.players))))
-    for player, gradients in by_player.items():
-        assert list(gradients) == [linear.name for linear in sensitivity.players[player].linears]
-    streamed = {name: gradient for gradients in by_player.values() for name, gradient in gradients.items()}
-    assert all(parameter.grad is None for parameter in model.parameters()), "nothing is left behind"
-    ids = torch.from_numpy(TOKENS)
-    model(input_ids=ids, labels=ids).loss.backward()
-    for name, gradient in streamed.items():
-        torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-3, atol=1e-5)
-    assert len(streamed) == sum(len(player.linears) for player in sensitivity.players)
-    assert sensitivity.block_forwards == 4 * 3, "once for each block, however many players are in it"
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -200,74 +148,6 @@ def test_output_errors_by_whole_model_autograd(granularity: str, tmp_path: Path)
     assert (gains > 0).all()
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_divergences_by_whole_forwards(name: str, granularity: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    sensitivity = make_sensitivity(model, tmp_path, granularity)
-    ids = torch.from_numpy(TOKENS)
-
-    def log_probabilities() -> Any:
-        with torch.no_grad():
-            return model(input_ids=ids).logits[:, :-1].double().log_softmax(dim=-1)
-
-    reference = log_probabilities()
-    expected = np.zeros((2, len(sensitivity.players)))
-    for (row, bits), player in product(enumerate((2, 4)), range(len(sensitivity.players))):
-        originals = sensitivity.weights(player)
-        for linear_name, quantized in sensitivity.quantized(player, bits).items():
-            model.get_submodule(linear_name).weight.data = quantized
-        moved = log_probabilities()
-        expected[row, player] = float((reference.exp() * (reference - moved)).sum(dim=-1).mean())
-        for linear_name, weight in originals.items():
-            model.get_submodule(linear_name).weight.data = weight
-    found = sensitivity.divergences()
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-7)
-    np.testing.assert_allclose(auto_quantize.gains_by_divergence(sensitivity), found[0] - found[1])
-    torch.testing.assert_close(log_probabilities(), reference), "the model has its own weights again"
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_hawq_by_exact_hessian_products(name: str, tmp_path: Path) -> None:
-    model = tiny_model(name)
-    sensitivity = make_sensitivity(model, tmp_path)
-    names = [linear.name for player in sensitivity.players for linear in player.linears]
-    ids = torch.from_numpy(TOKENS)
-    weights = [model.get_submodule(linear_name).weight for linear_name in names]
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # others have no second derivative
-        loss = model(input_ids=ids, labels=ids).loss
-        gradients = torch.autograd.grad(loss, weights, create_graph=True)
-        expected = np.zeros(len(names))
-        for sample in range(3):
-            draws = torch.Generator().manual_seed(3 * 5 + sample)
-            signs = [
-                torch.randint(2, weight.shape, generator=draws, dtype=torch.int8).float() * 2 - 1 for weight in weights
-            ]
-            products = torch.autograd.grad(gradients, weights, signs, retain_graph=True)
-            expected += [float((sign * along).sum()) / 3 for sign, along in zip(signs, products, strict=True)]
-    traces = sensitivity.traces(3, 5)
-    assert list(traces) == names
-    np.testing.assert_allclose(list(traces.values()), expected, rtol=0.02, atol=2e-3 * np.abs(expected).max())
-    for linear_name, weight in zip(names, weights, strict=True):
-        assert torch.equal(weight, model.get_submodule(linear_name).weight), "the model has its own weights again"
-    exact = np.zeros(3)
-    eight_samples = sensitivity.traces(8, 0)
-    for index, player in enumerate(sensitivity.players):
-        quantized = [sensitivity.quantized(index, bits) for bits in (2, 4)]
-        for linear in player.linears:
-            weight = sensitivity.weights(index)[linear.name]
-            errors = [float((by_name[linear.name] - weight).square().sum()) for by_name in quantized]
-            exact[index] += eight_samples[linear.name] / weight.numel() * (errors[0] - errors[1])
-    np.testing.assert_allclose(hawq.gains(sensitivity), exact, rtol=1e-4)
-
-
-def test_hawq_refuses_a_dtype_that_swallows_its_steps(tmp_path: Path) -> None:
-    sensitivity = make_sensitivity(tiny_model("llama").bfloat16(), tmp_path)
-    with pytest.raises(EstimationError, match="hawq needs --dtype float32 or float16"):
-        hawq.gains(sensitivity)
-    assert sensitivity.block_forwards == 0
-
-
 def test_progress_of_a_score_expects_about_what_it_takes(tmp_path: Path) -> None:
     loaded = LoadedModel(tiny_model("llama"), None, torch.float32)
     bank = WeightBank(tmp_path, loaded, find_players(loaded.model), RTNBackend(group_size=16), {})
@@ -330,67 +210,3 @@ def test_zd_by_hand(granularity: str, tmp_path: Path) -> None:
     assert sensitivity.block_forwards == 0, "needs no data"
     one_sided = zd.scores(sensitivity, two_sided=False)
     assert zd.gains_one_sided(sensitivity).argmin() == one_sided.argmax(), "smaller keeps more bits"
-
-
-def subject(n_weights: list[int]) -> Subject:
-    players = tuple(Player(f"p{i}", (LinearLayer(f"p{i}.x", (1, n)),), i) for i, n in enumerate(n_weights))
-    sizes = Sizes(tuple(n_weights), {2: tuple(2 * n for n in n_weights), 4: tuple(4 * n for n in n_weights)})
-    return Subject(Request.from_options(model="toy"), players, sizes, {})
-
-
-def plan_by_gains(toy: Subject, method: str, gains: Gains, budget: str) -> Plan:
-    parsed, spent = Budget.parse(budget), Spent(5, 5)
-    space = search_space(toy, [parsed])
-    choice = choose_by_gains(space, space.capacities[0], method, gains, None, spent, SolverSpec())
-    return make_plan(toy, parsed, choice)
-
-
-def test_players_of_equal_size_are_taken_by_rank() -> None:
-    gains = gains_of_ranking(np.array([-0.9, -0.2, -0.5, -0.7, -0.3]), np.ones(5))
-    plan = plan_by_gains(subject([5] * 5), "lim", gains, "3.2avg")
-    assert plan.assignment == [2, 4, 4, 2, 4]
-    assert plan.predicted_loss is None
-    assert plan_by_gains(subject([5] * 5), "lim", gains, "4avg").assignment == [4] * 5, "what fits is used"
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 50), st.floats(-1, 1)), min_size=2, max_size=8),
-    st.integers(20, 40).map(lambda x: x / 10),
-)
-@settings(max_examples=50, deadline=None)
-def test_players_of_unequal_size_are_an_exact_knapsack(players: list[tuple[int, float]], bits: float) -> None:
-    n_weights, gains = [n for n, _ in players], np.array([gain for _, gain in players])
-    toy = subject(n_weights)
-    plan = plan_by_gains(toy, "llm-mq", gains, f"{bits}avg")
-    best = max(
-        float(gains @ np.array(raised))
-        for raised in product([0, 1], repeat=len(n_weights))
-        if toy.sizes.total_bytes([4 if r else 2 for r in raised]) <= plan.budget_bytes
-    )
-    assert plan.bytes <= plan.budget_bytes
-    assert gains @ (np.array(plan.assignment) == 4) == pytest.approx(best, abs=1e-6)
-
-
-@pytest.mark.parametrize("method", names(kind="score"))
-def test_every_score_does_the_main_job(
-    method: str, stories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = Request.from_options(model=stories, tokens=128, sequence_length=64)
-    plan = coopq.quantize(request, Goal(budget="3avg", method=method), tmp_path / "out")
-    assert plan.method == coopq.Plan.load(tmp_path / "out" / "plan.json").method == method
-    assert plan.bytes <= plan.budget_bytes
-    assert plan.measured_loss is not None
-    assert len(set(plan.assignment)) == 2
-
-    def not_again(*_: object) -> None:
-        raise AssertionError("the scores are kept in the run folder")
-
-    monkeypatch.setattr("coopq.plan.by_score.score", not_again)
-    goal = Goal(budget="3.5avg", method=method)
-    again = coopq.quantize(request, goal, tmp_path / "other", run=tmp_path / "out-run")
-    assert [p.score for p in again.players] == [p.score for p in plan.players]
-
-
-def test_an_unknown_method_gets_a_hint() -> None:
-    with pytest.raises(EstimationError, match="method 'lmi' is unknown; did you mean 'lim'"):
-        get_method("lmi")

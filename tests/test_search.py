@@ -44,7 +44,7 @@ def optimum(game: SyntheticGame, space: SearchSpace, capacity: int) -> float:
 
 @pytest.mark.parametrize("name", SEARCHES)
 @given(seed=st.integers(0, 10**6), n=st.integers(2, 9))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_every_budget_is_kept_with_players_of_any_size(name: str, seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     step_bytes = rng.integers(1, 1000, size=n)

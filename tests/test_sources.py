@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,14 @@ from coopq.core.errors import ModelError, OutOfMemory
 from coopq.model.load import _naming, checkpoint_dtype, load_model, load_skeleton
 from coopq.model.safetensors_io import save_tensors
 from coopq.model.sources import gguf
-from tests.test_loading import change_config, saved, settings
+from tests.folders import change_config, save_source, settings
 
 
 @pytest.fixture
-def narrow(stories: str, tmp_path: Path) -> Path:
+def narrow(tmp_path: Path) -> Path:
     """A Llama in bfloat16."""
-    model = LlamaForCausalLM(LlamaConfig(**settings(stories, tie_word_embeddings=False)))
-    return saved(model.bfloat16(), tmp_path / "llama", stories)
+    model = LlamaForCausalLM(LlamaConfig(**settings(tie_word_embeddings=False)))
+    return save_source(model.bfloat16(), tmp_path / "llama")
 
 
 def test_a_configuration_without_a_dtype_leaves_it_to_the_weights(narrow: Path) -> None:
@@ -43,7 +45,12 @@ def test_a_gguf_file_is_hashed_once_and_converted_again_by_another_version(
 ) -> None:
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gguf, "_write_converted", lambda path, shards, folder: folder.mkdir())
+
+    def write(path: Path, shards: list[Path], folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+
+    monkeypatch.setattr(gguf, "_write_converted", write)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"one")
     gguf._digest.cache_clear()
@@ -78,3 +85,15 @@ def test_written_weights_have_the_mode_that_the_user_chose(umask: int, mode: int
     finally:
         os.umask(before)
     assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path) -> None:
+    program = (
+        "import sys, pathlib, torch; from coopq.model.safetensors_io import save_tensors; "
+        "about = dict.fromkeys('abcdefgh', '2'); "  # safetensors writes them in any order
+        "save_tensors({'x': torch.arange(7.0), 'y': torch.zeros(3, dtype=torch.uint8)}, pathlib.Path(sys.argv[1]), "
+        "about)"
+    )
+    for index in range(2):
+        subprocess.run([sys.executable, "-c", program, str(tmp_path / str(index))], check=True)
+    assert len({(tmp_path / str(index)).read_bytes() for index in range(2)}) == 1

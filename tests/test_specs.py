@@ -11,7 +11,7 @@ import pytest
 from coopq.core.errors import BudgetError, OptionError
 from coopq.core.files import read_record, write_record
 from coopq.core.goal import Goal
-from coopq.core.spec import option_name, spelled
+from coopq.core.spec_base import option_name
 from coopq.core.specs import Request, SolverSpec, TextSpec, WidthsSpec, option_fields
 from coopq.judge.bench.config import read_bench
 from tests.command_line import command
@@ -119,9 +119,12 @@ def test_what_specs_say_of_themselves() -> None:
         ({"sequence_length": 1}, "sequence-length = 1 does not fit: expected int >= 2"),
         ({"tokens": "many"}, "tokens = 'many' does not fit: expected int, got str"),
         ({"tokens": 0}, "tokens = 0 does not fit: expected int >= 1"),
-        ({"tokens": 100}, "tokens = 100 is not a multiple of sequence-length = 512; sequences are never padded"),
-        ({"fit_tokens": 0}, "fit-tokens = 0 is not a multiple of sequence-length = 512"),
-        ({"screen_tokens": 513}, "screen-tokens = 513 is not a multiple of sequence-length = 512"),
+        (
+            {"tokens": 100},
+            "tokens = 100 is not a positive multiple of sequence-length = 512; sequences are",
+        ),
+        ({"fit_tokens": 0}, "fit-tokens = 0 is not a positive multiple of sequence-length = 512"),
+        ({"screen_tokens": 513}, "screen-tokens = 513 is not a positive multiple of sequence-length = 512"),
         ({"screen_tokens": 16384}, "screen-tokens = 16384 is more than tokens = 8192"),
         ({"embeddings": "yes"}, "embeddings = 'yes' does not fit: expected bool, got str"),
         ({"group_size": 1.5}, "group-size = 1.5 does not fit: expected int | null, got float"),
@@ -215,12 +218,17 @@ def test_saved_json_has_every_option_by_its_name(finished: Path) -> None:
     assert plan["request"] == record["request"]
 
 
-def test_a_bench_has_every_option_by_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spelling", ["-", "_"])
+def test_a_bench_has_every_option_by_its_name(spelling: str, tmp_path: Path) -> None:
     listed = {"model": "models", "backend": "backends", "bits": "bits", "seed": "seeds"}
     keys = {name: value for name, value in EVERY.items() if name not in listed}
     keys |= {listed[name]: [EVERY[name]] for name in listed}
-    lines = [f"{spelled(name)} = {json.dumps(value)}" for name, value in keys.items()]
+    keys |= {"methods": ["active"], "budgets": ["3avg"]}
+    lines = [f"{name.replace('_', spelling)} = {json.dumps(value)}" for name, value in keys.items()]
     path = tmp_path / "all.toml"
-    path.write_text("\n".join([*lines, 'methods = ["active"]', 'budgets = ["3avg"]', ""]))
+    path.write_text("\n".join(lines))
     (case,) = read_bench(path).cases
     assert case.seeded(5) == Request.from_options(**EVERY)
+    path.write_text("\n".join(line for line in lines if not line.startswith("calibration" + spelling)))
+    (case,) = read_bench(path).cases
+    assert case.seeded(5) == Request.from_options(**{**EVERY, "calibration_seed": 5}), "another text for every seed"

@@ -42,7 +42,6 @@ def test_every_estimate_is_efficient_and_its_covariance_has_no_row_sums(
     game = TableGame(table)
     estimate = run(SPQE(game.n_players, low=LOW, high=HIGH, permutations=walks, seed=seed), game).estimate()
     assert estimate.loss_high == table[0]
-    assert estimate.loss_low == table[-1]
     # The marginal contributions of every walk add up to the whole loss increase, so their sum does not vary.
     assert estimate.shapley.sum() == pytest.approx(table[-1] - table[0], abs=1e-9)
     np.testing.assert_allclose(estimate.covariance.sum(axis=0), 0, atol=1e-8)

@@ -24,7 +24,7 @@ from coopq.model.texts import HeldOut
 from coopq.plan.methods import check_methods, make_plans, names
 from coopq.plan.plan import Plan
 from coopq.search import Measured, SearchSpace
-from tests.conftest import STORIES
+from tests.folders import save_source
 from tests.gguf_files import write_gguf
 
 BITS = (2, 3, 4, 5, 8)
@@ -40,8 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=512, num_hidden_layers=2, head_dim=64, **size, tie_word_embeddings=True, max_position_embeddings=128
     )
     folder = tmp_path_factory.mktemp("types") / "model"
-    hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(folder)
+    save_source(hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), folder)
     write_gguf(load_model(str(folder), device="cpu").model, folder.with_name("base.gguf"))
     return folder
 

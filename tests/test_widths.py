@@ -36,6 +36,7 @@ from coopq.search.solver.quadratic_program import QuadraticProgram
 from coopq.search.synthetic import SteppedGame, SyntheticGame
 from tests.command_line import command, refused
 from tests.conftest import STORIES
+from tests.folders import save_source
 
 WIDTHS = (2, 3, 4, 8)
 HALVES = (2, 2.5, 4, 8)
@@ -64,7 +65,7 @@ def random_program(space: SearchSpace, seed: int, quadratic: bool = True) -> Qua
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(2, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> None:
     space = random_space(seed, n, n_widths)
     assignments = all_assignments(space)
@@ -91,7 +92,7 @@ def test_assignments_are_steps_in_order(seed: int, n: int, n_widths: int) -> Non
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 4), n_widths=st.integers(3, 4), quadratic=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_programs_are_solved_to_the_optimum(seed: int, n: int, n_widths: int, quadratic: bool) -> None:
     space = random_space(seed, n, n_widths)
     program = random_program(space, seed, quadratic)
@@ -104,7 +105,7 @@ def test_programs_are_solved_to_the_optimum(seed: int, n: int, n_widths: int, qu
 
 
 @given(seed=st.integers(0, 10**6), n=st.integers(1, 6), n_widths=st.integers(3, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_descents_keep_budget_and_order(seed: int, n: int, n_widths: int) -> None:
     space, rng = random_space(seed, n, n_widths), np.random.default_rng(seed)
     program = random_program(space, seed)
@@ -130,7 +131,7 @@ def test_descents_regroup_steps_of_unequal_size() -> None:
 
 
 @given(seed=st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_assignments_fill_the_budget(seed: int) -> None:
     rng = np.random.default_rng(seed)
     n_bytes = np.cumsum(rng.integers(1, 50, size=(3, 5)), axis=0)
@@ -265,8 +266,7 @@ def test_the_main_job_with_widths_between(tmp_path: Path) -> None:
     torch.manual_seed(0)
     size = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = hf.LlamaConfig(vocab_size=512, num_hidden_layers=2, **size, bos_token_id=1, eos_token_id=2)
-    hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
-    hf.AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "model")
+    save_source(hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32), tmp_path / "model")
     out = tmp_path / "out"
     arguments: list[str | Path] = ["quantize", tmp_path / "model", "--backend", "ggml-iq", "--bits", "2.5,4.5,8"]
     arguments += ["--granularity", "linear", "--fit-tokens", "256", *TEXT, "--budget", "3.5avg", "--out", out]

@@ -16,7 +16,7 @@ from msgspec.structs import fields
 import coopq
 from coopq.cli.main import app
 from coopq.core.recipes import RECIPES
-from coopq.core.spec import Spec, spelled
+from coopq.core.spec_base import Spec, spelled
 
 ROOT = Path(__file__).parents[1]
 _WRITTEN = "<!-- Written by `python -m tools.reference`. -->"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from coopq.core.errors import EstimationError, Mismatch, OutputError, differing
-from coopq.core.files import as_plain, require_new_folder, require_no_input, require_writable
+from coopq.core.files import as_plain, expanded, require_new_folder, require_no_input, require_writable
 from coopq.core.goal import Goal
 from coopq.core.recipes import RECIPES, engine_of
 from coopq.core.sizes import Budget
@@ -30,7 +30,7 @@ from coopq.game.weights_fingerprint import fingerprint_and_round
 from coopq.judge.engines.engine_check import Delivery, check_in_llama_cpp
 from coopq.model.load import max_positions
 from coopq.model.memory import weights_fit
-from coopq.model.texts import calibration_set, fitting_set
+from coopq.model.texts import PACKAGED, calibration_set, fitting_set, is_gone
 from coopq.plan.allocate import allocate_run, measure_plan
 from coopq.plan.by_walks import estimate_walks
 from coopq.plan.estimation import Estimation
@@ -38,6 +38,7 @@ from coopq.plan.methods import check_methods, get_method, make_plans
 from coopq.plan.plan import Plan
 from coopq.plan.searches.by_search import smallest_plan
 from coopq.plan.searches.front import FrontPoint, front_of
+from coopq.quantizers.packed_modules import PackedWeights
 
 if TYPE_CHECKING:  # Ray is optional
     from coopq.game.engines.ray_cluster import RayConfig
@@ -70,8 +71,8 @@ def quantize(
     Returns:
         The plan, which is also saved in `out`. A finished job is not repeated.
     """
-    out = out.expanduser().resolve()
-    run = default_run(out) if run is None else run.expanduser().resolve()
+    out = expanded(out).resolve()
+    run = default_run(out) if run is None else expanded(run).resolve()
     limit = goal.limit()
     _check_goal(request, goal)
     _check_places(request, out, run)
@@ -118,13 +119,15 @@ def deliver(
         ExportError: If a package is missing that the engine's form needs.
         OutputError: If `out` holds something else.
     """
-    out = out.expanduser().resolve()
-    run = default_run(out) if run is None else run.expanduser().resolve()
+    out = expanded(out).resolve()
+    run = default_run(out) if run is None else expanded(run).resolve()
     recipe = RECIPES[engine_of(request.target.form)]
     form, name = str(recipe.form), out.name.removesuffix(".gguf")  # a run may serve several sizes
     get_form(form).require_engine()
     _check_places(request, out, run)
     saved, record = run / "saved" / name, run / "saved" / f"{name}.json"
+    if out == saved:
+        raise OutputError(f"{out} is where run folder {run} keeps the model before export; name another --out")
     made = Delivered.load(record) if record.exists() else None
     place = os.path.relpath(out, run)
     if made is not None and made.out != place:
@@ -180,7 +183,7 @@ def apply(
     Args:
         plan: The plan.
         out: Folder of the quantized model.
-        model: Where the model is now; None takes the plan's word.
+        model: Where the model is now; None looks where the plan says.
         deployment: Deploy with this quantizer instead of the one that was measured; the saved plan says so.
         progress: Told of every step.
     Returns:
@@ -189,7 +192,7 @@ def apply(
         Mismatch: If the model is not the plan's.
         InfeasibleBudget: If the deployed weights do not keep the plan's budget.
     """
-    out = out.expanduser().resolve()
+    out = expanded(out).resolve()
     require_new_folder(out)
     place = model or plan.request.model.source
     request = plan.request.replace(model=place, dtype=plan.fingerprint["dtype"])
@@ -198,6 +201,8 @@ def apply(
         plan = plan.replace(deployment=deployment, measured_loss=None, confidence=None, predicted_loss=None)
     if plan.deployment is not None:
         request = deployed_request(request, plan.deployment, plan.assignment)
+    if not PackedWeights(request.quantizer).backend.calibrated and is_gone(request.text.source):
+        request = request.replace(calibration=PACKAGED)  # the text alone checks the saved model
     prepared = prepare(request, target=TargetFile(progress))
     spec = request.model
     loaded = prepared.load(progress, on_host=not weights_fit(spec.source, dtype=spec.dtype, device=spec.device))
@@ -241,21 +246,15 @@ def _with_file_bytes(plan: Plan, place: str) -> Plan:
 
 
 def front(run: Path) -> list[FrontPoint]:
-    """Sizes against losses, from what a run folder knows; nothing is measured.
+    """Sizes against losses, from the journal and the score in a run folder; nothing is measured.
 
     Args:
         run: The run folder of a search.
     Raises:
         RunError: If the folder is no run folder, or nothing is measured there.
     """
-    run = run.expanduser()
+    run = expanded(run)
     return front_of(run, prepare(RunFolder(run).request(), target=TargetFile()))
-
-
-def plans_so_far(out: Path, run: Path | None) -> list[Path]:
-    """Files of the plans that an interrupted search has left in its run folder; those of finished searches are not."""
-    folder = RunFolder(default_run(out) if run is None else run.expanduser())
-    return [file for file in sorted(folder.plans.glob("*.json")) if Plan.load(file).stopped_after is not None]
 
 
 def _check_places(request: Request, out: Path | None, run: Path | None) -> None:
@@ -265,11 +264,11 @@ def _check_places(request: Request, out: Path | None, run: Path | None) -> None:
         OutputError: If not.
     """
     named = (request.model.source, request.target.base, request.text.source)
-    inputs = [path for name in named if name and (path := Path(name).expanduser()).exists()]
+    inputs = [path for name in named if name and (path := expanded(name)).exists()]
     if out is not None:
         require_no_input(out, inputs)
     if run is not None:
-        require_no_input(run.expanduser() / "run.json", [path for path in inputs if path.is_dir()])
+        require_no_input(expanded(run) / "run.json", [path for path in inputs if path.is_dir()])
     if out is not None and run is not None and run.is_relative_to(out):
         raise OutputError(
             f"run folder {run} is, or lies in, the output folder {out}, which holds nothing but the model; name "
@@ -289,4 +288,4 @@ def _check_goal(request: Request, goal: Goal) -> None:
         raise EstimationError(f"screening is for searches of a budget, not for {what}; leave --screen-tokens out")
     if not method.is_anytime and not (goal.max_loss is None and goal.limit() is None):
         what = "answer before its end" if goal.max_loss is None else "search for a loss"
-        raise EstimationError(f"method {method.name!r} cannot {what}; leave --method out, the active search can")
+        raise EstimationError(f"method {method.name!r} cannot {what}; use --method active")

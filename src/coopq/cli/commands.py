@@ -53,7 +53,9 @@ def quantize(
     """
     from coopq import pipeline
     from coopq.export.request import fitted_to_model
+    from coopq.game.run_folder import RunFolder, default_run
     from coopq.plan.methods import get_method
+    from coopq.plan.plan import interrupted_plans
     from coopq.report.data import delivery_data, plan_data
     from coopq.report.page.saved import write_report
     from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
@@ -61,7 +63,7 @@ def quantize(
     quiet_libraries()
     asked, request = request, fitted_to_model(request, keep_bits=is_named("bits"))
     options = {**request.options(), "method": goal.method, "alpha": solver.alpha}
-    notes = reasons(recipe, options)
+    notes = reasons(recipe, {name: value for name, value in options.items() if not is_named(name)})
     if (size := request.quantizer.group_size) != asked.quantizer.group_size:
         notes.append(f"group size {size}: rows of the model are no whole groups of the backend's size")
     for line in [] if as_json else notes:
@@ -80,7 +82,8 @@ def quantize(
                 return
             plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
     except KeyboardInterrupt:
-        for found in pipeline.plans_so_far(out, run) if get_method(goal.method).is_anytime else []:
+        plans = RunFolder(default_run(out) if run is None else run).plans
+        for found in interrupted_plans(plans) if get_method(goal.method).is_anytime else []:
             note(f"the best plan so far is {found}; the same command with --minutes 0 finishes with the best plan")
         raise
     text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
@@ -137,7 +140,12 @@ def _show_forecast(request: Request, as_json: bool) -> None:
 @click.command(cls=SectionedCommand)
 @click.argument("run", type=PLACE)
 @click.option("--budget", multiple=True, help="As for quantize; may be given several times.")
-@click.option("--front", default=0, help="As many budgets, evenly between the two widths, beside those named.")
+@click.option(
+    "--front",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Add this many budgets, evenly spaced between the lowest and the highest width.",
+)
 @takes(SolverSpec)
 @as_json
 def allocate(run: Path, budget: tuple[str, ...], front: int, solver: SolverSpec, as_json: bool) -> None:
@@ -205,7 +213,7 @@ def export(saved: Path, to: str, out: Path, base: Path | None, model: str | None
 @click.argument("run", type=PLACE)
 @as_json
 def front(run: Path, as_json: bool) -> None:
-    """Show sizes against losses from what the run folder RUN knows; the knee is marked. Nothing is measured."""
+    """Show file sizes against losses, from the losses recorded in the run folder RUN. Measures nothing."""
     from rich.console import Group
     from rich.text import Text
 

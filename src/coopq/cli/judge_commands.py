@@ -9,7 +9,8 @@ import click
 from coopq.cli.options import PLACE, SectionedCommand, as_json, is_named, takes
 from coopq.cli.terminal import print_result, progress_bars, quiet_libraries
 from coopq.core.errors import OptionError
-from coopq.core.spec import spelled
+from coopq.core.files import expanded
+from coopq.core.spec_base import spelled
 from coopq.core.specs import Request
 
 _WINDOW = "2048, or what the model has."
@@ -70,7 +71,7 @@ def compare(
 @click.option("--so-far", is_flag=True, help="Measure nothing: report what is finished, also while the bench goes on.")
 @as_json
 def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
-    """Compare methods over the models, backends, budgets and seeds that the TOML file CONFIG lists. Resumes."""
+    """Compare methods as the TOML file CONFIG says: models, backends, budgets, seeds. An interrupted one continues."""
     from coopq.judge.bench import run as work
     from coopq.judge.bench.aggregate import check_pandas
     from coopq.judge.bench.config import read_bench
@@ -93,7 +94,9 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
-@click.option("--text", type=PLACE, help="A .txt or .jsonl file to judge on too, beside WikiText-2. No search saw it.")
+@click.option(
+    "--text", type=PLACE, help="Also judge on this .txt or .jsonl file. Use text that is not the calibration text."
+)
 @click.option("--tokens", type=int, help="Only the first tokens of each text. Default: all.")
 @click.option("--sequence-length", type=int, help=f"Tokens of a window. Default: {_WINDOW}")
 @click.option(
@@ -102,7 +105,10 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
     "'none' to measure no divergence. If MODEL and the original are .gguf files, llama.cpp computes.",
 )
 @click.option(
-    "--compare/--no-compare", "comparison", default=True, help="Compare a saved model with what else its budget buys."
+    "--compare/--no-compare",
+    "comparison",
+    default=True,
+    help="Compare a saved model with the original, uniform widths, random widths, and llama.cpp's mix of the size.",
 )
 @click.option(
     "--run", type=PLACE, help="Run folder of the saved model. Default: MODEL-run, or the folder around RUN/saved/NAME."
@@ -142,12 +148,17 @@ def evaluate(
     quiet_libraries()
     of_texts = ("text", "tokens", "sequence_length", "reference", "comparison", "run")
     if task and (named := [name for name in of_texts if is_named(name)]):
-        raise OptionError(f"--task measures accuracy, and {spelled(named[0])} is for texts; leave one of the two out")
+        option = spelled({"comparison": "compare"}.get(named[0], named[0]))
+        raise OptionError(f"--task measures accuracy, and --{option} is for texts; leave one of the two out")
     if task_limit is not None and not task:
         raise OptionError(f"--task-limit {task_limit} goes with --task; name a task")
     if task:
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return
+    saved = SavedModel(expanded(model))
+    if not saved.exists and (named := [name for name in ("comparison", "run") if is_named(name)]):
+        option = spelled({"comparison": "compare"}.get(named[0], named[0]))
+        raise OptionError(f"--{option} is for models that coopq saved, and {model} is none; leave it out")
     judge = Judge(model, reference, run or default_run(Path(model)), comparison, device)
     length = judge.window_length() if sequence_length is None else sequence_length
     texts = [HeldOut(length, tokens, source) for source in (WIKITEXT2, *([] if text is None else [str(text)]))]
@@ -163,7 +174,6 @@ def evaluate(
         if rows:
             shown.append(comparison_table(rows, f"{evaluation.text}, {evaluation.tokens} scored"))
     own: dict[str, Any] = {"own_text": data[1]} if len(data) > 1 else {}
-    saved = SavedModel(Path(model).expanduser())
     if saved.exists and (page := write_judged(saved.plan, saved.folder, judge.run, judged)) is not None:
         own["report"] = str(page)
         shown.append(Text(f"report: {page}"))

@@ -2,18 +2,17 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from coopq.cli.terminal import fail, show_log
-from coopq.core.errors import CoopQError, hint
+from coopq.core.errors import CoopQError, hint, is_out_of_memory
 
 _COMMANDS = {
     "quantize": ("coopq.cli.commands", "Choose the widths for a size, and save the model for an engine."),
     "estimate": ("coopq.cli.commands", "Measure the paper's permutation walks."),
-    "front": ("coopq.cli.commands", "Show sizes against losses, from what a run folder knows."),
+    "front": ("coopq.cli.commands", "Show file sizes against losses, from the losses recorded in a run folder."),
     "allocate": ("coopq.cli.commands", "Solve the paper's program for budgets of a finished estimation."),
     "apply": ("coopq.cli.commands", "Quantize the model of a plan and save it."),
     "export": ("coopq.cli.commands", "Write a saved model as the file of an engine."),
@@ -78,8 +77,13 @@ def main() -> None:
         sys.exit(130)  # what shells expect after Ctrl-C
     except CoopQError as error:
         fail(str(error), debug)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "end other programs on the device, or use --device cpu, and run the same command again"
+        fail(f"the device ran out of memory; {way_out}: nothing computed is lost", debug)
     except OSError as error:
-        place = f"{Path(error.filename)}: " if error.filename else ""
+        place = f"{error.filename}: " if error.filename else ""
         reason = " ".join(str(error.strerror or error).split())
         fail(f"{place}{reason}; solve it and run the same command again: nothing computed is lost", debug)
 

@@ -13,9 +13,10 @@ from msgspec import Meta
 from msgspec.structs import FieldInfo, fields
 
 from coopq.core.errors import EstimationError, OptionError
+from coopq.core.files import expanded
 from coopq.core.goal import Goal
 from coopq.core.recipes import ENGINES, OWN, RECIPES, recipe_options
-from coopq.core.spec import Spec, build
+from coopq.core.spec_base import Spec, build
 from coopq.core.specs import (
     ModelSpec,
     QuantizerSpec,
@@ -96,7 +97,7 @@ class _Place(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The path, absolute if it begins with `~`."""
-        return Path(str(super().convert(value, param, ctx))).expanduser()
+        return expanded(str(super().convert(value, param, ctx)))
 
 
 PLACE = _Place()
@@ -210,9 +211,8 @@ def _parameter(spec: type[Spec], field: FieldInfo, recipes: bool) -> Callable[[C
     is_of_recipe = recipes and any(name in recipe.settings for recipe in RECIPES.values())
     if kind is bool:
         switches = meta.extra["flags"] if meta.extra else f"{flag}/--no-{flag[2:]}"
-        both = field.default is None or is_of_recipe
         settings |= {"is_flag": True, "show_default": "the recipe's" if is_of_recipe else None}
-        return click.option(switches if both else flag, name, cls=SpecOption, **settings)
+        return click.option(switches, name, cls=SpecOption, **settings)
     settings |= {"type": _click_type(name, kind), "show_default": field.default is not None}
     if is_of_recipe:
         settings["show_default"] = "the recipe's"
@@ -257,7 +257,11 @@ def ray_config(address: str | None, workers: int | None) -> "RayConfig | None":
 def takes_cluster(command: Command) -> Command:
     """Give a command the options of a Ray cluster."""
     for option in (
-        click.option("--workers", type=click.IntRange(min=1), help="Workers. Default: one a GPU, or one a CPU core."),
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="Number of workers. Default: one for each GPU, or one for each CPU core.",
+        ),
         click.option(
             "--ray-address",
             help="Measure on a Ray cluster: its address, 'auto' for this machine's cluster, 'local' to start one here.",
@@ -279,7 +283,7 @@ converter = click.option(
     expose_value=False,
     callback=_name_converter,
     help="For gguf without --base: convert_hf_to_gguf.py of llama.cpp, which makes the base. Default: "
-    "$COOPQ_CONVERTER, or the command convert-hf-to-gguf.",
+    "$COOPQ_CONVERTER, the installed package convert-hf-to-gguf, or the command of that name.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 out_folder = click.option(

@@ -27,7 +27,7 @@ def stderr() -> "Console":
     """Where progress and notes are printed."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, emoji=False)
 
 
 def note(text: str) -> None:
@@ -122,7 +122,7 @@ def print_result(data: Any, text: "RenderableType", as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console().print(text, highlight=False, soft_wrap=True, markup=False)
+    Console(emoji=False).print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(message: str, debug: bool) -> None:

@@ -1,7 +1,7 @@
-"""Errors that a user can meet. Each message names the thing, the value and the way out."""
+"""Errors that a user can meet, and words of their messages. Each message names the thing, the value and the way out."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -12,9 +12,25 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(known)}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library has run out of memory: torch says so by a class of its own on devices, and in words on CPUs."""
+    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+
+
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Names of the fields in which two records differ, in order."""
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three names of many, with commas between."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or the error's kind; at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(" :.")
 
 
 class CoopQError(Exception):

@@ -134,15 +134,24 @@ def as_plain(data: Any) -> Any:
     return json.loads(json.dumps(data))
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the user's home for a leading `~`; the name of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises for an unknown user
+
+
 def cache_folder() -> Path:
-    """The user's folder for what is made once of a model, in `XDG_CACHE_HOME`; it is made if it is missing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "coopq"
-    folder.mkdir(parents=True, exist_ok=True)
+    """The user's cache folder: converted models, and weights of Ray workers. It is made if it is missing.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    folder = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "coopq"
+    require_writable(folder, "set XDG_CACHE_HOME to another folder")
     return folder
 
 
 def require_new_folder(path: Path) -> None:
-    """Check that `path` can be made as a new folder.
+    """Check that `path` can be made as a new folder, and make its parent.
 
     Raises:
         OutputError: If it holds something, is a file, or its parent cannot be written.
@@ -165,9 +174,9 @@ def require_no_input(out: Path, inputs: Iterable[Path]) -> None:
     Raises:
         OutputError: If `out` is an input, lies in an input, or contains one.
     """
-    target = out.expanduser().resolve()
+    target = expanded(out).resolve()
     for given in inputs:
-        path = given.expanduser().resolve()
+        path = expanded(given).resolve()
         if not path.exists():
             continue
         if target == path or (target.exists() and target.samefile(path)):
@@ -181,9 +190,12 @@ def require_no_input(out: Path, inputs: Iterable[Path]) -> None:
         raise OutputError(f"output {out} {where}, which would be changed; name another place")
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, way_out: str = "choose another folder") -> None:
     """Make `folder` and check that files can be written into it.
 
+    Args:
+        folder: The folder.
+        way_out: How a user chooses another folder.
     Raises:
         OutputError: If not, with the system's reason.
     """
@@ -192,7 +204,7 @@ def require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; {way_out}") from error
 
 
 def require_space(folder: Path, n_bytes: int, what: str, way_out: str = "choose another folder") -> None:

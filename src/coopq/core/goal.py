@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from coopq.core.errors import OptionError
 from coopq.core.sizes import Budget
-from coopq.core.spec import Spec
+from coopq.core.spec_base import Spec
 
 
 class Stopped(Exception):
@@ -18,11 +18,11 @@ class Stopped(Exception):
 
 @dataclass
 class Limit:
-    """How much a search may measure; the search has none without a limit.
+    """Limits of a search. Each is infinite unless it is given.
 
     Attributes:
         forwards: Most forwards of the whole model over all calibration tokens, scores included.
-        minutes: Most minutes from now on.
+        minutes: Most minutes, counted from when the limit is made.
         spent: Forwards spent so far, as an uninterrupted search counts them.
         is_reached: Whether the limit has ended the search.
     """
@@ -60,7 +60,7 @@ class Limit:
             self._stop()
 
     def begin(self) -> None:
-        """From now on the limit holds: what was measured first has to be measured, or there is no answer."""
+        """Enforce the limit from now on. Earlier losses are needed for any answer, so the limit does not stop them."""
         self._has_begun = True
 
     def _stop(self) -> None:
@@ -83,7 +83,10 @@ class Goal(Spec, frozen=True):
     ] = None
     max_loss: Annotated[
         float | None,
-        Meta(description="Instead of a budget: the smallest size whose calibration loss stays under this, in nats."),
+        Meta(
+            description="Instead of a budget: the smallest size whose calibration loss stays under this. The loss is "
+            "that of `--loss`, in nats per token."
+        ),
     ] = None
     method: Annotated[str, Meta(description="How to choose the widths; `coopq methods` lists all.")] = "active"
     forwards: Annotated[
@@ -111,7 +114,7 @@ class Goal(Spec, frozen=True):
         if self.fit is not None and not Budget.parse(self.fit).is_bytes:
             raise OptionError(f"fit = {self.fit} is no number of bytes; write 8GiB, for example")
         if self.max_loss is not None and not abs(self.max_loss) < float("inf"):
-            raise OptionError(f"max-loss = {self.max_loss} is no limit; give nats per token, 3.8 for example")
+            raise OptionError(f"max-loss = {self.max_loss} is no limit; give nats per token, 0.1 for example")
 
     def limit(self) -> Limit | None:
         """When to end the search early, counted from now on; None for no limit."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coopq.core.errors import OptionError, hint
-from coopq.core.spec import spelled
+from coopq.core.spec_base import spelled
 
 
 class Setting(NamedTuple):
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
 
     def command(self, out: str | Path) -> str:
         """The command that runs a result, for a shell."""
-        return shlex.join(word.format(out=out, text=json.dumps(str(out))) for word in self.run)
+        return shlex.join(word.format(out=out, text=json.dumps(str(out), ensure_ascii=False)) for word in self.run)
 
 
 _OWN_RUN = (
@@ -52,11 +52,8 @@ _SEARCHED = {"granularity": _LINEAR, "loss": _KL, "tokens": _TOKENS}
 
 _LLAMA_CPP: dict[str, Setting] = {
     **_SEARCHED,
-    "backend": Setting("ggml-gptq", "loses least per byte among ggml's types"),
-    "bits": Setting(
-        (2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 8, 16),
-        "the best type of each size; 16 keeps a tensor of a base that is quantized already",
-    ),
+    "backend": Setting("ggml-gptq", "lowest loss per byte among the backends of ggml"),
+    "bits": Setting((2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 8, 16), "the best type of each size"),
     "embeddings": _EMBEDDINGS,
 }
 _LLAMA_CPP_RUN = ("llama-cli", "-m", "{out}")
@@ -67,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
         {
             **_SEARCHED,
             "backend": Setting("rtn", "needs no other library"),
-            "bits": Setting((2, 3, 4, 8), "four widths lose less than two"),
+            "bits": Setting((2, 3, 4, 8), "lower loss at an equal size than with two widths"),
         },
         _OWN_RUN,
     ),
@@ -104,7 +101,7 @@ RECIPES: dict[str, Recipe] = {
         {
             **_SEARCHED,
             "backend": Setting("rtn", "as good as gptq-static, much faster, needs no other library"),
-            "bits": Setting((2, 4, 8), "the widths that OpenVINO stores"),
+            "bits": Setting((2, 4, 8), "the widths that OpenVINO computes with packed"),
         },
         (
             "python",

@@ -63,7 +63,7 @@ class Budget:
         """Whether the budget is a number of bytes."""
         return self.unit in _UNITS
 
-    def less(self, n_bytes: int) -> "Budget":
+    def minus(self, n_bytes: int) -> "Budget":
         """A budget in bytes, less some bytes."""
         return Budget.parse(f"{max(0, int(self.value * _UNITS[self.unit]) - n_bytes)}B")
 
@@ -125,9 +125,9 @@ class Sizes:
     def limit(self, budget: Budget, widths: Sequence[Width]) -> int:
         """The budget in bytes, for assignments of some widths.
 
-        A budget in average bits lies between all players at their lowest width and all at their highest: its bytes grow
-        evenly with its bits. If all players have the same lowest and highest width, this is B(b) of CoopQ (2026). Of
-        more bytes than all players take at their highest width, those bytes are the limit.
+        A budget in average bits is interpolated linearly between all players at their lowest width and all at their
+        highest. If all players have the same two widths, this is B(b) of CoopQ (2026). A budget of more bytes than all
+        players take at their highest width is cut to those bytes.
 
         Args:
             budget: The budget.
@@ -242,6 +242,6 @@ class Sizes:
         exact = {"avg": self._average(assignment), "bpw": Fraction(8 * n_bytes, sum(self.n_weights))}
         if unit in _UNITS:
             exact[unit] = Fraction(whole, _UNITS[unit])
-        sizes = {name: f"{towards_feasible(size * 10**4) / 10**4:.10g}{name}" for name, size in exact.items()}
+        sizes = {name: f"{towards_feasible(size * 10**4) / 10**4:.15g}{name}" for name, size in exact.items()}
         sizes["B"] = f"{whole}B"
         return " = ".join([sizes.pop(unit), *sizes.values()])

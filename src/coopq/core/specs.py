@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from msgspec.structs import FieldInfo, fields, force_setattr
 
 from coopq.core.errors import OptionError, hint
-from coopq.core.spec import Spec, build, spec_options, spelled
+from coopq.core.spec_base import Spec, build, spec_options, spelled
 from coopq.core.types import UNTOUCHED, Width, as_widths
 
 
@@ -53,7 +53,8 @@ class QuantizerSpec(Spec, frozen=True):
         ),
     ] = None
     imatrix: Annotated[
-        str | None, Meta(description="ggml, ggml-iq: llama.cpp's imatrix file, instead of statistics of our own.")
+        str | None,
+        Meta(description="ggml, ggml-iq: llama.cpp's imatrix file, instead of statistics that CoopQ collects."),
     ] = None
 
 
@@ -135,7 +136,7 @@ class TextSpec(Spec, frozen=True):
             n = getattr(self, name)
             if n is not None and (n < 1 or n % self.sequence_length):
                 raise OptionError(
-                    f"{spelled(name)} = {n} is not a multiple of sequence-length = {self.sequence_length}; "
+                    f"{spelled(name)} = {n} is not a positive multiple of sequence-length = {self.sequence_length}; "
                     "sequences are never padded"
                 )
         if self.screen_tokens is not None and self.screen_tokens > self.tokens:
@@ -161,12 +162,12 @@ class TextSpec(Spec, frozen=True):
 
 
 class SearchSpec(Spec, frozen=True):
-    """What searches lower, and the random numbers of searches."""
+    """What searches minimize, and the random numbers of searches."""
 
     loss: Annotated[
         Literal["nll", "kl"],
         Meta(
-            description="What searches lower: nll (as in the paper), or kl, the divergence from the original model. "
+            description="What searches minimize: nll (as in the paper), or kl, the divergence from the original model. "
             "At 3 bits and above kl is less noisy, so fewer tokens are enough."
         ),
     ] = "nll"

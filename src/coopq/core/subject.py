@@ -34,6 +34,11 @@ class SizedRequest:
         """The block of each player, ascending from 0, shape (n_players,)."""
         return [player.block for player in self.players]
 
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks that hold players."""
+        return self.players[-1].block + 1
+
 
 @dataclass(frozen=True)
 class Subject(SizedRequest):

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Width: TypeAlias = float
-"""Bits of a weight as its backend counts them: whole numbers, except for some types of ggml (2.5, 3.5, 4.5)."""
+"""Bits of a weight as its backend counts them: whole numbers, or halves for some types of ggml (2.5 to 5.5)."""
 
 Assignment: TypeAlias = npt.NDArray[np.float32]
 """Width of each player, shape (n_players,); `UNTOUCHED` leaves a player as it is."""
@@ -57,11 +57,6 @@ def silent(stage: str, done: int, total: int) -> None:
 
 class Game(Protocol):
     """The loss of a model as a function of the widths of its players."""
-
-    @property
-    def n_players(self) -> int:
-        """Number of players, the length of an assignment."""
-        ...
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of the assignments, in their order."""

@@ -15,7 +15,8 @@ Key: TypeAlias = tuple[int, Width]
 """A player and a width."""
 
 _STALE = 20
-"""Weights are stale, and give way to all others, once every player was asked for this often on average without them."""
+"""Weights are stale if they were not asked for while each player was asked for this often on average. Stale weights
+give way first, whatever their block."""
 
 
 def bytes_at_once(players: Sequence[Player], itemsize: int, shared: bool) -> int:

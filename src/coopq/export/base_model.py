@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coopq.core.errors import Mismatch
+from coopq.core.files import expanded
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback
 from coopq.model.load import LoadedModel, fingerprint_weights, load_model
@@ -32,7 +33,7 @@ class BaseModel:
             source: Where the model is now.
         """
         asked = request.target.base
-        return cls(path or (None if asked is None else Path(asked).expanduser()), source or request.model.source)
+        return cls(path or (None if asked is None else expanded(asked)), source or request.model.source)
 
     def load(self, plan: Plan, progress: ProgressCallback) -> LoadedModel:
         """Load the model on the CPU.

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from coopq.core.errors import ModelError, PlanError
-from coopq.core.files import atomic_folder, read_json, write_json
+from coopq.core.errors import ModelError, OutOfMemory, PlanError
+from coopq.core.files import atomic_folder, expanded, read_json, write_json
 from coopq.core.types import Player, ProgressCallback, silent
 from coopq.export.folders.folder_files import copy_source_files, require_unchanged, write_hashes, write_model_card
 from coopq.export.folders.stored_tensors import load_stored, saved_config, stored_tensors
@@ -158,7 +158,9 @@ def save_model(source: Source, plan: Plan, out: Path, progress: ProgressCallback
             model with the assigned weights.
     """
     if differing := plan.modules.keys() ^ {linear.name for player in source.players for linear in player.linears}:
-        raise PlanError(f"the plan and the model differ in {', '.join(sorted(differing))}; allocate it again")
+        raise PlanError(
+            f"the plan and the model differ in {', '.join(sorted(differing))}; repeat the command that made the plan"
+        )
     tensors = _packed_tensors(source, plan, progress)
     unpacked = stored_tensors(source.loaded.model, plan.modules, source.loaded.checkpoint_dtype)
     tensors |= {name: tensor.contiguous().cpu() for name, tensor in unpacked}
@@ -191,7 +193,7 @@ def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = No
     Raises:
         ModelError: If the folder holds no such model, or the weights do not fit the plan.
     """
-    saved, target = SavedModel(Path(path).expanduser()), pick_device(device)
+    saved, target = SavedModel(expanded(path)), pick_device(device)
     plan, folder = saved.plan, saved.folder
     dtype = pick_dtype(plan.fingerprint["dtype"], target, torch.float32)
     packed, unpacked = saved.read()
@@ -208,6 +210,10 @@ def load(path: str | Path, *, device: str = "auto", dequantize: bool | None = No
             install(model, packed, plan.quantized, target, dtype, dequantize=dequantize)
         if (folder / "generation_config.json").is_file() and model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(folder)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"{folder} does not fit into the memory of {target} ({last_line(error)}); use the device cpu"
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{folder} does not fit its plan ({last_line(error)}); save the model again") from error
     if wrong:
@@ -224,16 +230,12 @@ def dequantized(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
         in the dtype of the model that was measured.
     """
     model = load(folder, device="cpu", dequantize=True)
-    parameters = {id(matrix_of(model, name).parameter) for name in SavedModel(Path(folder).expanduser()).plan.quantized}
+    parameters = {id(matrix_of(model, name).parameter) for name in SavedModel(expanded(folder)).plan.quantized}
     yield from ((name, weight.data) for name, weight in model.named_parameters() if id(weight) in parameters)
 
 
 def _packed_tensors(source: Source, plan: Plan, progress: ProgressCallback) -> dict[str, Tensor]:
-    """The packed tensors of all quantized modules, by their names in the file.
-
-    Raises:
-        PlanError: If the tensors take other bytes than the plan says.
-    """
+    """The packed tensors of all quantized modules, by their names in the file; refused if they take other bytes."""
     backend, loaded, widths = source.backend, source.loaded, plan.quantized
     progress("packing", 0, len(widths))
     packed: Iterable[tuple[str, Mapping[str, Tensor]]] = ()
@@ -248,7 +250,9 @@ def _packed_tensors(source: Source, plan: Plan, progress: ProgressCallback) -> d
         progress("packing", done, len(widths))
     n_bytes, planned = sum(tensor.nbytes for tensor in tensors.values()), plan.bytes - plan.untouched_bytes
     if n_bytes != planned:
-        raise PlanError(f"quantized weights take {n_bytes} bytes, and the plan says {planned}; allocate it again")
+        raise PlanError(
+            f"quantized weights take {n_bytes} bytes, and the plan says {planned}; repeat the command that made it"
+        )
     return tensors
 
 
@@ -269,11 +273,7 @@ def _write(source: Source, plan: Plan, tensors: Mapping[str, Tensor], folder: Pa
 
 
 def _checked(source: Source, plan: Plan, folder: Path, progress: ProgressCallback) -> Plan:
-    """The plan of a saved model that computes what the plan's weights compute; with the saved loss if that is new.
-
-    Raises:
-        ModelError: If the saved model cannot compute, or computes another loss.
-    """
+    """The plan of a saved model that computes what the plan's weights compute; with the saved loss if that is new."""
     progress("checking the saved model", 0, 1)
     model, device = source.loaded.model, source.loaded.model.device
     tokens = probe_tokens(model, source.calibration)
@@ -287,7 +287,7 @@ def _checked(source: Source, plan: Plan, folder: Path, progress: ProgressCallbac
     try:
         saved = load(folder, device=device.type, dequantize=False)
         found = token_losses(saved, tokens, "the saved model")
-    except torch.OutOfMemoryError:  # the accelerator holds the model that was measured
+    except (OutOfMemory, torch.OutOfMemoryError):  # the accelerator holds the model that was measured
         saved = load(folder, device="cpu", dequantize=False)
         found = token_losses(saved, tokens, "the saved model")
     require_equal(found, expected, model.dtype, f"the saved {type(model).__name__}", ModelError)

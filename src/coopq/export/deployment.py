@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from coopq.core.errors import InfeasibleBudget
 from coopq.core.sizes import Budget
-from coopq.core.spec import spec_options
+from coopq.core.spec_base import spec_options
 from coopq.core.specs import QuantizerSpec, Request
 from coopq.core.subject import SizedRequest
 from coopq.core.types import UNTOUCHED, Width

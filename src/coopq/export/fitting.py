@@ -26,7 +26,7 @@ def fitting_budget(fit: str, prepared: Prepared) -> Budget:
     if context is None:
         raise OptionError(f"fit {fit} has to hold a KV cache too; name the tokens of the cache with --context 8192")
     working, cache = working_bytes(prepared.skeleton), cache_bytes(prepared.skeleton, context)
-    budget = Budget.parse(fit).less(working)
+    budget = Budget.parse(fit).minus(working)
     if budget.value <= cache:
         raise InfeasibleBudget(
             f"fit {fit} holds no model: the KV cache of {context} tokens takes {gib(cache)} and the engine's working "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from coopq.core.errors import ExportError, hint
-from coopq.core.files import require_no_input
+from coopq.core.files import expanded, require_no_input
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
 from coopq.core.types import Player, ProgressCallback, silent
@@ -209,17 +209,23 @@ def export_model(
     from coopq.export.base_model import BaseModel
     from coopq.export.checkpoint import SavedModel
 
-    saved, out = saved.expanduser(), out.expanduser()
-    base = None if base is None else base.expanduser()
+    saved, out = expanded(saved), expanded(out)
+    base = None if base is None else expanded(base)
     chosen, source = get_form(form), SavedModel(saved)
-    if not FORMS[form].takes_base and not (base is None and model is None):
-        takers = " and ".join(name for name, entry in FORMS.items() if entry.takes_base)
-        raise ExportError(f"--base and --model are for {takers}; {form} needs the saved model only")
+    if not (base is None and model is None):
+        _require_takes_base(form)
     chosen.check(source.backend)
     chosen.require_engine()
     start = BaseModel.find(source.plan.request, base, model)
-    require_no_input(out, [saved, Path(start.source).expanduser(), *([] if start.path is None else [start.path])])
+    require_no_input(out, [saved, expanded(start.source), *([] if start.path is None else [start.path])])
     return chosen.write(source, out, start, progress)
+
+
+def _require_takes_base(form: str) -> None:
+    """Refuse a base for a form that needs none."""
+    if not FORMS[form].takes_base:
+        takers = " and ".join(name for name, entry in FORMS.items() if entry.takes_base)
+        raise ExportError(f"--base and --model are for {takers}; {form} needs the saved model only")
 
 
 def predicted_bytes(plan: Plan, form: str, *, base: Path | None = None, model: str | None = None) -> int:
@@ -251,6 +257,8 @@ class TargetFile(Target):
         """See `Target.fit`."""
         if request.target.form is not None:
             form = get_form(request.target.form)
+            if request.target.base is not None:
+                _require_takes_base(request.target.form)
             form.check(backend)
             OUR_FILE.fit(request, skeleton, players, backend)  # refuses rows that the backend has no type for
             players = form.held_players(request, players, self._progress)

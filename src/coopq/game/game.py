@@ -37,7 +37,6 @@ class QuantizationGame:
     Args:
         engine: Measures assignments.
         journal: Losses measured before; they are not measured again.
-        n_players: Length of an assignment.
         progress: Told of every loss.
         stage: Name of the work for `progress`.
         limit: When to end early.
@@ -50,23 +49,16 @@ class QuantizationGame:
         self,
         engine: Engine,
         journal: Journal,
-        n_players: int,
         progress: ProgressCallback = silent,
         stage: str = "measuring",
         limit: Limit | None = None,
     ) -> None:
         self._engine = engine
         self.journal = journal
-        self._n_players = n_players
         self._progress = progress
         self._stage = stage
         self._limit = limit
         self._done = self._total = 0
-
-    @property
-    def n_players(self) -> int:
-        """Number of players."""
-        return self._n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of the assignments, nats per token, shape (n,).
@@ -143,11 +135,6 @@ class Meter:
         self._known = {row.tobytes() for row in known}
         self.block_forwards = 0
         self.evaluations = 0
-
-    @property
-    def n_players(self) -> int:
-        """Number of players."""
-        return self._game.n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of the assignments, nats per token, shape (n,).

@@ -185,7 +185,7 @@ def _intact_lines(path: Path) -> Iterator[_Line]:
                     f"{path}, line {number} is broken ({error}); restore the file from a copy, "
                     + ("or use another run folder" if number == 1 else _DELETE)
                 ) from error
-            _log.warning("%s: dropped the last line (%s); its loss is measured again", path, error)
+            _log.warning("%s: the last line is not whole (%s) and is skipped", path, error)
             return
         yield _Line(number, record, check, len(line))
 

@@ -18,11 +18,6 @@ Portions = Iterable[tuple[int, Tensor]]
 """The first token of each portion of the vocabulary, and the logits of the portion, shape (n, size)."""
 _NEAR = 3.0
 """Divergence in nats below which no term of the exact sum overflows in practice. Chosen by hand."""
-LOSSES = {
-    "nll": "negative log-likelihood of the next token, the paper's loss",
-    "kl": "Kullback-Leibler divergence of the next token's distribution from the original's",
-}
-"""What each loss is, in nats per token."""
 JUDGED = "judged"
 """Name of what judging measures. No search can lower it."""
 
@@ -83,7 +78,7 @@ class Divergence:
         return sequence_means(portions_divergence(portions, self._references[j]), tokens)
 
 
-class Judged(Divergence):
+class JudgeScores(Divergence):
     """The means over each sequence of all that `TokenScores` holds, in its order."""
 
     def sequence_losses(self, j: int, portions: Portions, tokens: Tensor) -> npt.NDArray[np.float64]:
@@ -92,13 +87,17 @@ class Judged(Divergence):
         return np.stack([sequence_means(score, tokens) for score in scores], axis=1).flatten()
 
 
+LOSSES: dict[str, type[Loss]] = {"nll": NegativeLogLikelihood, "kl": Divergence}
+"""The losses that searches can lower, nats per token."""
+
+
 def make_loss(name: str) -> Loss:
     """A loss by its name in `LOSSES`, or what `JUDGED` names.
 
     Raises:
         EstimationError: If the name is unknown.
     """
-    kinds: dict[str, type[Loss]] = {"nll": NegativeLogLikelihood, "kl": Divergence, JUDGED: Judged}
+    kinds = {**LOSSES, JUDGED: JudgeScores}
     if name not in kinds:
         raise EstimationError(f"loss {name!r} is unknown; {hint(name, LOSSES)}")
     return kinds[name]()

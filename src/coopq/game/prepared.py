@@ -66,7 +66,7 @@ class Prepared(SizedRequest):
         return Footprint.estimate(self.skeleton, self.players, text, self.device.type, len(widths), bank, diverges)
 
     def fit(self) -> tuple[Footprint, int | None]:
-        """What measuring this request takes and what is free, in bytes, once the run is known to fit.
+        """Check that the run fits into memory; returns the memory that it needs, and the free bytes, None if unknown.
 
         Raises:
             OutOfMemory: If the run does not fit, with the setting that would fit.
@@ -77,7 +77,7 @@ class Prepared(SizedRequest):
             return needed, free
         must = f"{needed}, and {gib(free)} are free: blocks must stay on the host"
         if self.request.widths.embeddings:
-            raise OutOfMemory(f"{must}, and then the embedding is no player; leave --embeddings out")
+            raise OutOfMemory(f"{must}, and then the embedding is no player; use --no-embeddings")
         if isinstance(self.backend, ModelQuantizer):
             raise OutOfMemory(
                 f"{must}, and backend {self.backend.name!r} needs the whole model on the GPU; use rtn, hqq or ggml"

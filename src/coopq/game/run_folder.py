@@ -21,8 +21,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from coopq.core.errors import CoopQError, Mismatch, RunError, differing
-from coopq.core.files import locked, read_record, require_writable, write_record
+from coopq.core.errors import CoopQError, Mismatch, OutputError, RunError, differing
+from coopq.core.files import expanded, locked, read_record, require_writable, write_record
 from coopq.core.specs import Request
 from coopq.core.types import Width
 
@@ -36,10 +36,16 @@ device or dtype must not change.
 
 
 def default_run(out: Path) -> Path:
-    """The run folder of an output: beside it, or around a model that was saved on the way to an engine's file."""
-    out = out.expanduser().resolve()
+    """The run folder of an output: beside it, or around a model that was saved on the way to an engine's file.
+
+    Raises:
+        OutputError: If the output is the root of a disk.
+    """
+    out = expanded(out).resolve()
     if out.parent.name == "saved" and (out.parent.parent / "run.json").is_file():
         return out.parent.parent
+    if not out.name:
+        raise OutputError(f"{out} is the root of a disk; name a file or a folder in it")
     return out.with_name(f"{out.name}-run")
 
 
@@ -127,12 +133,12 @@ class RunFolder:
             raise
 
     def _has_results(self) -> bool:
-        """Whether the folder holds losses, scores or plans; a journal alone has but a header."""
+        """Whether the folder holds losses, scores or plans. A journal without losses has only its header."""
         results = (*self.scores.glob("*"), *self.plans.glob("*"))
         return bool(results) or any(file.read_bytes().count(b"\n") > 1 for file in self.path.rglob("*.jsonl"))
 
     def _records(self) -> set[Path]:
-        """The files that say what the folder is for, and hold nothing that took work if there are no results."""
+        """Files that record what was asked for. They can be removed while the folder holds no results."""
         bank = self.path / "bank"
         files = {
             self.path / "run.json",

@@ -24,7 +24,7 @@ from coopq.quantizers.bank import WeightBank
 
 _STEP = 3e-3
 """Step of central differences, as a share of the root mean square of the weights. With this step the traces of tiny
-models are within 2 % of those by exact second derivatives (tests/test_scores.py)."""
+models are within 2 % of those by exact second derivatives (tests/test_sensitivity.py)."""
 
 Term: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """What is summed over a linear layer's outputs, from how far quantization moves the outputs and the gradient of each
@@ -48,6 +48,7 @@ class Sensitivity:
         members: The players of each block.
         block_forwards: Forwards of one block over all tokens that were asked for, cached results included. A backward
             counts as two.
+        on_work: Called whenever `block_forwards` grows.
     """
 
     def __init__(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 
-from coopq.core.errors import OutOfMemory
+from coopq.core.errors import OutOfMemory, is_out_of_memory
+from coopq.core.files import expanded
 from coopq.core.goal import Limit
 from coopq.core.subject import Subject
 from coopq.core.types import UNTOUCHED, ProgressCallback, silent
@@ -67,11 +67,9 @@ class Session(Subject):
         return make_engine(self.loaded.model, self.bank, tokens.tokens, loss, self.offloaded)
 
     def check_blocks(self) -> None:
-        """Check on the first two calibration sequences that the model can be measured block by block.
+        """Check on two calibration sequences, before weights are quantized, that blocks can be measured one by one.
 
-        The check comes before the weights are quantized.
-
-        Blocks that are compiled are checked by the first losses, since compiling for these sequences would take longer.
+        Compiled blocks are checked by the first losses, because compiling for two sequences takes too long.
 
         Raises:
             ModelError: If the blocks cannot run one by one, or depend on more than the hidden states.
@@ -114,7 +112,7 @@ class Session(Subject):
             else:
                 engine = self.cluster.engine(tokens.fingerprint, tokens.tokens, loss)
                 stage = f"{stage}, {self.cluster.n_workers} workers"
-            yield QuantizationGame(engine, losses, len(self.players), self.progress, stage, limit)
+            yield QuantizationGame(engine, losses, self.progress, stage, limit)
 
     def each(self, stage: str, items: Sequence[Item]) -> Iterator[Item]:
         """The items, with progress."""
@@ -157,7 +155,7 @@ def open_session(
         Mismatch: If the run folder belongs to another request, model or text.
         OutOfMemory: If the run does not fit.
     """
-    folder = RunFolder(run.expanduser(), bank)
+    folder = RunFolder(expanded(run), bank)
     with ExitStack() as stack:
         stack.enter_context(folder.opened(prepared.request))
         stack.enter_context(_out_of_memory_told())
@@ -185,7 +183,7 @@ def open_session(
         }
         # A journal of another model is refused before anything is written over.
         with Journal(folder.journal, fingerprint) as known:
-            is_new = not len(known.first(1)[1])
+            is_new = not len(known)
         room = needed.room(free) if offloaded is None else needed.room(host_free, offloaded=True)
         weight_bank = WeightBank(folder.bank, loaded, prepared.players, prepared.backend, weights, room=room)
         session = Session(
@@ -217,7 +215,9 @@ def _out_of_memory_told() -> Iterator[None]:
     """Turn a device's lack of memory, wherever it shows, into an error with the way out."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemory(
             "the device ran out of memory; end other programs on it, or use a shorter --sequence-length, then run "
             "again: nothing computed is lost"

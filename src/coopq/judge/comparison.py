@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.sizes import Budget
-from coopq.core.spec import spec_options
 from coopq.core.specs import Request, SolverSpec
 from coopq.core.types import UNTOUCHED, Assignments, Losses, ProgressCallback, Width, silent
+from coopq.export.deployment import deployed_request
 from coopq.export.formats import TargetFile
 from coopq.game.prepared import prepare
 from coopq.game.session import Session, open_session
@@ -23,7 +23,7 @@ from coopq.judge.references import (
     random_assignments,
     uniform_assignment,
 )
-from coopq.judge.results import Comparison
+from coopq.judge.results import MOST_NLL, Comparison
 from coopq.judge.windows import judge_scores, judge_windows, judging_text
 from coopq.model.texts import HeldOut
 from coopq.plan.allocate import measure_plan
@@ -91,11 +91,10 @@ def compare_plan(
         device: Where to compute; None computes where the plan says.
         progress: Told of every step.
     """
-    request = plan.request.replace(
-        **spec_options(plan.quantizer),
-        model=model or plan.request.model.source,
-        device=device or plan.request.model.device,
-    )
+    request = plan.request
+    if plan.deployment is not None:
+        request = deployed_request(request, plan.deployment, plan.assignment)
+    request = request.replace(model=model or request.model.source, device=device or request.model.device)
     prepared = prepare(request, target=TargetFile(progress), judge_length=text.length)
     with open_session(prepared, run, progress) as session:
         return compare_on(session, [plan], text)
@@ -154,7 +153,7 @@ def _row(judged: Judged, loss: str) -> Comparison:
         loss=loss,
         calibration_loss=float(judged.calibration.mean()),
         nll=float(nll.mean()),
-        perplexity=float(np.exp(nll).mean()),
+        perplexity=float(np.exp(np.minimum(nll, MOST_NLL)).mean()),
         divergence=None if is_reference else estimate(divergence),
         same_top=None if is_reference else estimate(same_top),
         file_bytes=judged.file_bytes,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from coopq.core.errors import Mismatch
-from coopq.core.files import atomic_file, checksum, locked, require_writable
+from coopq.core.files import atomic_file, checksum, expanded, locked, require_writable
 from coopq.core.specs import Request
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
@@ -18,11 +18,11 @@ from coopq.game.prepared import Prepared, prepare
 from coopq.judge.divergence import Scores, summarize, token_scores
 from coopq.judge.results import Evaluation
 from coopq.judge.windows import portions
-from coopq.model.load import LoadedModel, fingerprint_weights, max_positions
+from coopq.model.load import LoadedModel, config_positions, fingerprint_weights, max_positions, positions_of
 from coopq.model.memory import weights_fit
 from coopq.model.offload import OffloadedBlocks
 from coopq.model.safetensors_io import load_tensors, save_tensors
-from coopq.model.sources.folder import find_folder, read_config, read_tokenizer
+from coopq.model.sources.folder import read_tokenizer
 from coopq.model.texts import HeldOut, TokenSet
 from coopq.plan.plan import Plan
 
@@ -39,9 +39,8 @@ def window_length(source: str) -> int:
     Args:
         source: A model as in `coopq.model.load.load_model`, or the folder of a saved model.
     """
-    saved = SavedModel(Path(source).expanduser())
-    config = saved.config if saved.exists else read_config(find_folder(source))[0]
-    return shortened(getattr(config.get_text_config(), "max_position_embeddings", None))
+    saved = SavedModel(expanded(source))
+    return shortened(config_positions(saved.config) if saved.exists else positions_of(source))
 
 
 def shortened(positions: int | None) -> int:

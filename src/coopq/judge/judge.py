@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coopq.core.files import expanded
 from coopq.core.types import ProgressCallback
 from coopq.export.checkpoint import SavedModel
 from coopq.judge.comparison import compare_plan
@@ -24,7 +25,7 @@ class Judge:
         reference: The original; None for the model of a saved model's plan, `NO_REFERENCE` for none. llama.cpp computes
             if the model and the reference are GGUF files.
         run: Run folder of a saved model.
-        is_compared: Whether a saved model is compared with what else its budget buys.
+        is_compared: Whether a saved model is compared with the original, uniform widths, random widths and a mix.
         device: Where to compute.
     """
 
@@ -48,7 +49,7 @@ class Judge:
         """
         if (files := self._gguf_files()) is not None:
             return evaluate_gguf(*files, text, progress), []
-        saved = SavedModel(Path(self.model).expanduser())
+        saved = SavedModel(expanded(self.model))
         options: dict[str, Any] = {"device": self.device, "progress": progress}
         if not saved.exists:
             reference = None if self.reference == NO_REFERENCE else self.reference

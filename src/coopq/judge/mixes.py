@@ -21,7 +21,7 @@ from coopq.game.prepared import prepare
 from coopq.judge.divergence import Scores, estimate, token_scores
 from coopq.judge.evaluation import kept_scores, load_original
 from coopq.judge.references import MIX
-from coopq.judge.results import Comparison
+from coopq.judge.results import MOST_NLL, Comparison
 from coopq.model.load import max_positions
 from coopq.model.matrices import matrix_of
 from coopq.model.texts import HeldOut, TokenSet, calibration_set, fitting_set
@@ -62,18 +62,19 @@ def judge_mix(
         return None
     positions = max_positions(original.model)
     draw = plan.request.text, original.tokenizer, positions
-    held_out, calibration, fitting = text.windows(*draw[1:]), calibration_set(*draw), fitting_set(*draw)
+    held_out, calibration = text.windows(*draw[1:]), calibration_set(*draw)
+    fitting = fitting_set(*draw) if backend.calibrated else None
     about = {
         "mix": " ".join([mix, backend.version, *map(str, types.items())]),
         "original": plan.fingerprint["weights"],
-        "importance": f"{fitting.fingerprint} {backend.settings['importance']}",
+        "importance": f"{'' if fitting is None else fitting.fingerprint} {backend.settings['importance']}",
         "device": original.model.device.type,
     }
 
     @cache
     def mixed_model() -> Any:
         mixed = load_original(plan, reference, device, text, progress).model
-        importance = backend.column_weights(mixed, list(types), fitting.tokens if backend.calibrated else None)
+        importance = backend.column_weights(mixed, list(types), None if fitting is None else fitting.tokens)
         _quantize(mixed, types, importance, progress)
         return mixed
 
@@ -99,7 +100,7 @@ def judge_mix(
         loss=loss,
         calibration_loss=float(on_calibration["divergence" if loss == "kl" else "nll"].mean(dtype=np.float64)),
         nll=float(windows.mean()),
-        perplexity=float(np.exp(windows.mean())),
+        perplexity=float(np.exp(min(windows.mean(), MOST_NLL))),
         windows=tuple(windows.tolist()),
         divergence=estimate(scores["divergence"].astype(np.float64)),
         same_top=estimate(scores["same_top"].astype(np.float64)),

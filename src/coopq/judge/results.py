@@ -1,7 +1,7 @@
 """What judging finds out: records for tables and for JSON."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from coopq.core.types import Width
 _FORMAT_VERSION, _JUDGED = 1, "judged.json"
 _NEAR = 0.005
 """Average bits above the width of a uniform row from which some layers are wider; less is rounding."""
-_MOST_NLL = 700.0
+MOST_NLL = 700.0
 """A larger loss has a perplexity that no float holds."""
 
 
@@ -77,7 +77,7 @@ class Evaluation:
         Raises:
             EstimationError: If the loss is too large for a working model.
         """
-        if self.nll > _MOST_NLL:
+        if self.nll > MOST_NLL:
             raise EstimationError(
                 f"{self.nll:.4g} nats per token are no loss of a working model; check the model's files, or compute in "
                 "float32"
@@ -168,7 +168,7 @@ class JudgedPlan:
         fingerprint: The plan's fingerprint.
         assignment: The plan's widths, one for each player.
         evaluation: The evaluation of the model.
-        rows: The model and what else its budget buys; empty without a comparison.
+        rows: The model, the original, uniform and random widths, and llama.cpp's mix; empty without a comparison.
     """
 
     fingerprint: dict[str, Any]
@@ -187,10 +187,19 @@ class _Kept(msgspec.Struct, frozen=True):
 
 
 def keep_judged(run: Path, judged: JudgedPlan) -> None:
-    """Keep what was found out in a run folder, in place of what was known of the same model on the same text."""
+    """Keep what was found out in a run folder, in place of what was known of the same model on the same text.
+
+    A comparison and a divergence that were measured before stay if the new record has none.
+    """
     with locked(run):
-        known = [one for one in kept_judged(run) if one._subject() != judged._subject()]
-        write_record(run / _JUDGED, _Kept([*known, judged]), _FORMAT_VERSION)
+        kept = kept_judged(run)
+        for one in kept:
+            if one._subject() == judged._subject():
+                divergence = judged.evaluation.divergence or one.evaluation.divergence
+                evaluation = replace(judged.evaluation, divergence=divergence)
+                judged = replace(judged, evaluation=evaluation, rows=judged.rows or one.rows)
+        others = [one for one in kept if one._subject() != judged._subject()]
+        write_record(run / _JUDGED, _Kept([*others, judged]), _FORMAT_VERSION)
 
 
 def kept_judged(run: Path) -> list[JudgedPlan]:

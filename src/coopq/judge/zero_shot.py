@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from coopq.core.errors import EstimationError, RunError
+from coopq.core.files import expanded
 from coopq.core.types import ProgressCallback, silent
 from coopq.export.checkpoint import SavedModel, load
 from coopq.judge.results import Accuracy
@@ -81,7 +82,7 @@ def evaluate_tasks(
         progress: Told of every task.
     """
     check_tasks(tasks, limit)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if SavedModel(folder).exists:
         model = load(folder, device=device)
         tokenizer = read_tokenizer(folder, getattr(model.get_input_embeddings(), "num_embeddings", None))
@@ -140,7 +141,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     Raises:
         RunError: If a line is damaged, or of no known form.
     """
-    path = path.expanduser()
+    path = expanded(path)
     try:
         lines = [line for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
         questions = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]

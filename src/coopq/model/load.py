@@ -20,7 +20,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from coopq.core.errors import ModelError, OutOfMemory
+from coopq.core.errors import ModelError, OutOfMemory, is_out_of_memory, one_line
+from coopq.core.files import expanded
 from coopq.model.sources.classes import empty_model, make_model, model_class
 from coopq.model.sources.folder import (
     find_folder,
@@ -33,7 +34,7 @@ from coopq.model.sources.folder import (
 from coopq.model.sources.gguf import DEMO, gguf_dtype, gguf_file
 from coopq.model.sources.report import check_report
 from coopq.model.sources.scaled import Packing, find_packing, lazy_tensors
-from coopq.model.sources.stored import LazyTensor, ReadLog, has_weights, one_line, stored_entries
+from coopq.model.sources.stored import LazyTensor, ReadLog, has_weights, stored_entries
 from coopq.model.sources.tied import holds_another_head, ties, untie
 
 __all__ = [
@@ -135,7 +136,7 @@ def load_skeleton(source: str, *, dtype: str = "auto", device: str = "auto") -> 
     """
     target = pick_device(device)
     with _naming(source):
-        return _settle(_describe(source, dtype, target), with_tensors=False)
+        return _skeleton(_describe(source, dtype, target), with_tensors=False)
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_host: bool = False) -> LoadedModel:
@@ -156,7 +157,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto", on_hos
         raise ModelError(f"device {SHARDED!r} needs the package accelerate; run: pip install 'coopq[sharded]'")
     with _naming(source):
         described = _describe(source, dtype, target)
-        skeleton = _settle(described, with_tensors=True)
+        skeleton = _skeleton(described, with_tensors=True)
         assert described.tensors is not None
         embedding = skeleton.get_input_embeddings()
         tokenizer = read_tokenizer(described.folder, getattr(embedding, "num_embeddings", None))
@@ -202,7 +203,7 @@ def _describe(source: str, dtype: str, device: torch.device) -> _Described:
     return _Described(source, folder, config, packing, pick_dtype(dtype, device, computes), checkpoint, ReadLog())
 
 
-def _settle(described: _Described, *, with_tensors: bool) -> Any:
+def _skeleton(described: _Described, *, with_tensors: bool) -> Any:
     """The model without storage, with a head of its own if the files hold one that is not the embedding.
 
     Args:
@@ -212,7 +213,7 @@ def _settle(described: _Described, *, with_tensors: bool) -> Any:
     """
     skeleton = _on_meta(described)
     is_tied = ties(described.config)
-    is_on_hub = not Path(described.source).expanduser().is_dir()
+    is_on_hub = not expanded(described.source).is_dir()
     if with_tensors or has_weights(described.folder) or (is_tied and is_on_hub):
         described.folder = with_weights(described.source, described.folder)
         entries = stored_entries(described.folder)
@@ -232,7 +233,22 @@ def _on_meta(described: _Described) -> Any:
 
 def max_positions(model: Any) -> int | None:
     """Number of positions of a model; None for no limit."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return config_positions(model.config)
+
+
+def positions_of(source: str) -> int | None:
+    """Number of positions of a model, from its configuration alone; None for no limit.
+
+    Raises:
+        ModelError: As `load_model`.
+    """
+    with _naming(source):
+        return config_positions(read_config(find_folder(source))[0])
+
+
+def config_positions(config: Any) -> int | None:
+    """Number of positions that a configuration names; None for no limit."""
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if length is not None and length > 0 else None  # XLNet says -1
 
 
@@ -248,26 +264,21 @@ def checkpoint_dtype(source: str) -> torch.dtype:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Turn errors of libraries into an error of one line that names the model and a way out.
-
-    Raises:
-        OutOfMemory: If the model has no room.
-        ModelError: After any other error.
-    """
+    """Turn errors of libraries into errors of one line that name the model and a way out."""
     try:
         yield
     except (
         OSError, ValueError, LookupError, ImportError, RuntimeError, AttributeError, TypeError, AssertionError,
         ArithmeticError, SafetensorError, StrictDataclassError,
     ) as error:  # fmt: skip
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):  # how torch says it on CPUs
+        if is_out_of_memory(error):
             raise OutOfMemory(
                 f"model {source!r} does not fit into memory ({one_line(error)}); use --dtype bfloat16 if that is not "
                 "the dtype already, or a device with more memory"
             ) from error
         if os.strerror(errno.ENOSPC) in str(error):
             way_out = "free disk space, or set HF_HOME and XDG_CACHE_HOME to folders of another disk"
-        elif Path(source).expanduser().is_dir():
+        elif expanded(source).is_dir():
             way_out = "compare config.json and the other files of the folder with the original, or download them again"
         else:
             way_out = (

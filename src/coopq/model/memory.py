@@ -175,7 +175,7 @@ class Footprint:
         return (
             f"the run needs {gib(self.needed)} of memory: weights {gib(self.weights)}, hidden states "
             f"{gib(self.states)}, one batch {gib(self.working)}, the rest for quantized weights; it is fastest with "
-            f"{gib(self.total)}, and its bank takes {gib(self.bank)} of disk"
+            f"{gib(self.total)}, and the weight bank takes {gib(self.bank)} of disk"
         )
 
 

@@ -161,8 +161,8 @@ def find_ends(model: Any) -> tuple[LinearLayer, ...]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
         raise ModelError(
-            f"{type(model).__name__} has no nn.Embedding with an nn.Linear head that could be players; leave "
-            "--embeddings out"
+            f"{type(model).__name__} has no nn.Embedding with an nn.Linear head that could be players; use "
+            "--no-embeddings"
         )
     names = {id(module): name for name, module in model.named_modules()}
     first = LinearLayer(names[id(embedding)], (embedding.num_embeddings, embedding.embedding_dim), is_plain=False)

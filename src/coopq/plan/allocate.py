@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BudgetError, PlanError
+from coopq.core.files import expanded
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request, SolverSpec
 from coopq.core.subject import Subject
@@ -198,7 +199,7 @@ def allocate_run(
     Raises:
         BudgetError: If there is no budget, or one is infeasible; then none is solved.
     """
-    parsed = [Budget.parse(text) for text in budgets]
+    run, parsed = expanded(run), [Budget.parse(text) for text in budgets]
     estimation = load_estimation(run)
     widths = estimation.request.widths
     parsed += [

@@ -1,6 +1,5 @@
 """Plans by scores: what gradients, activations or weights say, without a loss of any assignment."""
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -19,8 +18,6 @@ from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
 from coopq.plan.scores import Gains
 from coopq.plan.scores.kept import Score, kept_score, save_score
-
-_log = logging.getLogger(__name__)
 
 
 def plans_by_score(session: Session, method: Method, budgets: Sequence[Budget], solver: SolverSpec) -> list[Plan]:
@@ -100,7 +97,7 @@ def score(method: Method, measured_at: Sequence[Sensitivity], progress: Progress
 
 
 def cost(method: Method, n_widths: int) -> int:
-    """Forwards of the model that a score takes, without the one more that experts take."""
+    """Forwards of the model that a score takes; experts take one more, which is not counted."""
     return (method.cost or 0) + method.cost_of_width * (n_widths - 2)
 
 

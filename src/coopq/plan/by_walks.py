@@ -14,7 +14,7 @@ from coopq.plan.allocate import Choice, choose_by_gains, choose_by_walks, make_p
 from coopq.plan.estimation import Estimation, Spent, save_estimation
 from coopq.plan.methods import Method
 from coopq.plan.plan import Plan
-from coopq.plan.rivals import compared
+from coopq.plan.rivals import N_RIVALS, compared
 from coopq.plan.searches.describe import describe
 from coopq.search import SPQE, Measured, SearchSpace, run
 from coopq.search.solver.local_search import local_optima
@@ -46,7 +46,7 @@ def plans_by_walks(session: Session, method: Method, budgets: Sequence[Budget], 
             choice = choose_by_walks(estimation, budget, method.name, solver)
         plan = make_plan(session, budget, choice)
         if len(walked):
-            rivals = space.assignments(walked.best(capacity, len(walked)))
+            rivals = space.assignments(walked.best(capacity, N_RIVALS))
             plan = compared(session, plan, rivals, is_best=False)
         plans.append(plan)
     return plans
@@ -60,7 +60,7 @@ def estimate_walks(session: Session) -> Estimation:
 
 
 def _estimate_pruning(session: Session) -> Estimation:
-    """The same from walks that remove players instead of lowering them: the paper's ablation."""
+    """Shapley values and covariance from walks that remove blocks: the paper's ablation."""
     return _estimate(session, _spqe(session, low=REMOVED, high=UNTOUCHED))
 
 

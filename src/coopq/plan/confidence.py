@@ -12,7 +12,7 @@ NORMAL = 1.96
 """Standard errors in half a 95 % interval."""
 _N_RESAMPLES = 10_000
 _N_SELECTIONS = 2_000
-"""Resamples in which a choice is made again: as many times as there are points, each costs a sum over sequences."""
+"""Resamples in which the choice is made again. Each resample costs a sum over the sequences for each point."""
 
 Booleans = npt.NDArray[np.bool_]
 

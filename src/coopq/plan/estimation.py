@@ -1,5 +1,6 @@
 """A finished estimation of Shapley values, and its file estimate.json in a run folder."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +11,13 @@ from msgspec import Meta, Struct
 from coopq.core.errors import RunError
 from coopq.core.files import read_record, write_record
 from coopq.core.sizes import Sizes
-from coopq.core.specs import Request
+from coopq.core.specs import Request, request_words
 from coopq.core.subject import Subject
 from coopq.core.types import Player, as_width
 from coopq.game.run_folder import RunFolder
 from coopq.search.shapley import ShapleyEstimate
 
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class _Estimate(Struct, forbid_unknown_fields=True):
     stderr: list[Annotated[float, Meta(ge=0)]]
     covariance: list[list[float]]
     loss_high: float
-    loss_low: float
     permutations: Annotated[int, Meta(ge=2)]
 
 
@@ -115,10 +115,14 @@ def load_estimation(path: Path) -> Estimation:
         RunError: As `find_estimation`, or if the estimation is not finished.
     """
     if (found := find_estimation(path)) is None:
-        raise RunError(
-            f"the work in {path} is not finished; repeat the command it was started with, or estimate with: "
-            f"coopq estimate {RunFolder(path).request().model.source} --run {path}"
-        )
+        request = RunFolder(path).request()
+        if len(request.widths.bits) == 2:
+            walked = request.replace(target=None, base=None, context=None, screen_tokens=None)
+            words = ["coopq", "estimate", *request_words(walked), "--run", str(path)]
+            way_out = f"run: {shlex.join(words)}"
+        else:
+            way_out = "estimate in another run folder, with two widths: --bits 2,4"
+        raise RunError(f"{path} holds no finished estimation, which the paper's program needs; {way_out}")
     return found
 
 
@@ -160,7 +164,6 @@ def find_estimation(path: Path) -> Estimation | None:
             stderr=np.array(estimate.stderr),
             covariance=np.array(estimate.covariance),
             loss_high=estimate.loss_high,
-            loss_low=estimate.loss_low,
             permutations=estimate.permutations,
         ),
         spent=record.spent,

@@ -283,8 +283,7 @@ def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
             )
         if method.kind == "score" and not method.is_at_once and any(player.is_end for player in players):
             raise EstimationError(
-                f"method {method.name!r} scores layers in blocks, not embeddings; take a search, or leave "
-                "--embeddings out"
+                f"method {method.name!r} scores layers in blocks, not embeddings; take a search, or use --no-embeddings"
             )
         experts = [linear.name for player in players for linear in player.linears if linear.n_experts]
         if method.watches_outputs and experts:
@@ -296,5 +295,5 @@ def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
             check_enumerable(player_widths)
         if method.whole_blocks and len({player.block for player in players}) < len(players):
             raise EstimationError(
-                f"method {method.name!r} removes whole blocks; leave out --granularity, or take another method"
+                f"method {method.name!r} removes whole blocks; use --granularity block, or take another method"
             )

@@ -1,6 +1,7 @@
 """A plan: the width of every module, where the plan came from and what it costs."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         deployment: The quantizer that makes the weights, if it is not the one that was measured.
         saved_loss: Negative log-likelihood of the saved model, nats per token, where the weights of a mixed model are
             not those that were measured (gptq, autoround).
-        stopped_after: The limit that ended the search before its own end: "60 forwards"; None if none did.
+        stopped_after: What ended the search before its own end: a limit ("60 forwards"), or an interrupt ("12 losses");
+            None if the search ended by itself.
         max_loss: The limit on the loss that was asked for instead of a budget, nats per token.
         runner_up: Width of each player in the best measured assignment that differs in a real choice, see
             `coopq.plan.rivals`; None if none was measured.
@@ -119,6 +121,16 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def quantizer(self) -> QuantizerSpec:
         """The backend that makes the weights: the one deployed, or else the one measured."""
         return self.deployment or self.request.quantizer
+
+    @property
+    def asked(self) -> str:
+        """What was asked for: a budget, or a limit on the loss."""
+        return self.budget if self.max_loss is None else f"a loss of at most {self.max_loss:g} nats per token"
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the search was broken off before its limit, so that its cost is not known."""
+        return self.stopped_after is not None and not self.stop_options
 
     @property
     def label(self) -> str:
@@ -193,13 +205,23 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             Plan,
             _FORMAT_VERSION,
             what="plan",
-            missing=f"no plan at {path}; `coopq allocate` writes one",
-            way_out="allocate it again",
+            missing=f"no plan at {path}; `coopq quantize` and `coopq allocate` write plans",
+            way_out="repeat the command that made it",
             error=PlanError,
         )
         if (wrong := _contradiction(plan)) is not None:
-            raise PlanError(f"{path} contradicts itself: {wrong}; allocate it again")
+            raise PlanError(f"{path} contradicts itself: {wrong}; repeat the command that made it")
         return plan
+
+
+def interrupted_plans(folder: Path) -> list[Path]:
+    """Files of plans that interrupted searches left in a folder; files that cannot be read are left out."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        with suppress(PlanError):
+            if Plan.load(file).is_interrupted:
+                found.append(file)
+    return found
 
 
 def _contradiction(plan: Plan) -> str | None:

@@ -7,6 +7,8 @@ from coopq.game.session import Session
 from coopq.plan.confidence import selected_confidence
 from coopq.plan.plan import Plan
 
+N_RIVALS = 200
+"""Best assignments of a budget among which the runner-up is."""
 _REAL = 0.05
 """Share of the weights whose width has to differ, so that a rival is another choice and not another rounding of it."""
 

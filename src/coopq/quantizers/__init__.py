@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from coopq.core.errors import BackendError, UnsupportedBits, hint
-from coopq.core.spec import spec_options
+from coopq.core.spec_base import spec_options, spelled
 from coopq.core.specs import QuantizerSpec
 from coopq.core.types import UNTOUCHED, Width
 
@@ -96,6 +96,8 @@ def get_backend(spec: QuantizerSpec, widths: Sequence[Width] = ()) -> "Backend":
     for option in options:
         if option not in BACKENDS[name].options:
             takers = ", ".join(taker for taker, entry in BACKENDS.items() if option in entry.options)
-            raise BackendError(f"backend {name!r} has no option {option}; leave it out, or choose from {takers}")
+            raise BackendError(
+                f"backend {name!r} has no option {spelled(option)}; leave it out, or use a backend with it: {takers}"
+            )
     backend: Backend = kind(**options)
     return backend

@@ -78,7 +78,7 @@ class Backend(ABC):
     shortest_sequence: ClassVar[int] = 2
     """Tokens of the shortest sequence that weights can be fitted to."""
     only_plain: ClassVar[bool] = False
-    """Whether the backend quantizes plain linear layers only: no embeddings, and no experts that share one tensor."""
+    """Whether the backend quantizes nn.Linear layers only: no embeddings, no Conv1D, no experts in one tensor."""
     weights_file: ClassVar[str] = "quantized.safetensors"
     """File of a saved model's weights. transformers does not look for this name, so it cannot load packed weights by
     mistake."""

@@ -124,7 +124,7 @@ class WeightBank:
     def set_player(self, player: int, bits: Width) -> None:
         """Give the model a player's weights at a width; pointers move, nothing is copied.
 
-        Players of other blocks may get their own weights back, if there is no room for all.
+        If memory is short, players of other blocks get the model's own weights back.
         """
         if player in self._loose and self._bits[player] == bits:
             return
@@ -280,7 +280,7 @@ class WeightBank:
             self.matrices[linear.name].parameter.data = weights[linear.name]
 
     def _let_go(self, player: int) -> None:
-        """Give this player, and players of other blocks, their own weights back if the cache does not keep theirs.
+        """Give this player, and players of other blocks, the model's own weights, unless the cache keeps the quantized.
 
         The model's ends compute with every block.
         """

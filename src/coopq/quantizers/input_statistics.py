@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from coopq.core.errors import ModelError, first_names
 from coopq.model.kernels.cpu import onednn_forwards
 from coopq.model.kernels.forward import override_forward
 from coopq.model.matrices import Matrix, in_float64, is_linear, matrix_of
@@ -143,13 +144,18 @@ def _input_means(
                     matrix.n_experts,
                     name,
                 )
+    for name, mean in found.items():
+        if not mean.isfinite().all():
+            raise ModelError(
+                f"inputs of {name} are not finite in {model.dtype}; compute with --dtype bfloat16 or float32"
+            )
     unreached = [name for name in names if (name in linears or name in experts) and name not in found]
     if unreached:
         _log.warning(
             "%d layers were reached by no token (%s); they are quantized as if all their inputs were alike, so use "
             "more tokens to fit weights to",
             len(unreached),
-            ", ".join(unreached),
+            first_names(unreached),
         )
     return found
 

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from coopq.core.errors import BackendError
+from coopq.core.errors import BackendError, one_line
 from coopq.core.types import Width
 from coopq.core.versions import check_version
 from coopq.quantizers.backend import Affine, AffineForm, Packed, WeightQuantizer
@@ -163,14 +163,9 @@ def _build_extension() -> None:
                 _ = ext.lib
         except (OSError, RuntimeError, ImportError) as error:
             raise BackendError(
-                f"backend 'quanto' could not compile its CPU kernels ({_first_line(error)}); "
+                f"backend 'quanto' could not compile its CPU kernels ({one_line(error)}); "
                 "install a C++ compiler (g++) and the package ninja, or choose another backend"
             ) from error
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's text; the error's type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

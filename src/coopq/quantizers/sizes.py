@@ -83,8 +83,9 @@ def announce_large_layers(layers: Mapping[Width, Sequence[str]], shapes: Mapping
     """
     names = Counter(chain.from_iterable(layers.values()))
     n_weights = {name: n_widths * math.prod(shapes[name]) for name, n_widths in names.items()}
+    total = sum(n_weights.values())
     for name, number in n_weights.items():
-        share = number / sum(n_weights.values())
+        share = number / total
         if share >= _LARGE_SHARE and len(n_weights) > 1:
             _log.info("%s takes about %.0f %% of the time to quantize; progress waits for it", name, 100 * share)
 
@@ -120,8 +121,8 @@ def packed_sizes(players: Sequence[Player], backend: "Backend", widths: Sequence
     special = [linear.name for player in players for linear in player.linears if not linear.is_plain]
     if backend.only_plain and special:
         raise BackendError(
-            f"backend {backend.name!r} quantizes plain linear layers only, and {special[0]} is an embedding or experts "
-            "in one tensor; leave --embeddings out, or choose another backend"
+            f"backend {backend.name!r} quantizes nn.Linear layers only, and {special[0]} is an embedding, a Conv1D or "
+            "experts in one tensor; use --no-embeddings if it is an embedding, or choose another backend"
         )
     backend.check_layers([linear for player in players for linear in player.linears])
     for player in players:

@@ -205,7 +205,7 @@ def _disk() -> dict[str, int]:
     """Free bytes where the work and what is made once of a model are kept; a folder that cannot be used is left out."""
     free = {}
     for folder in (Path.cwd, cache_folder):
-        with suppress(OSError):
+        with suppress(OSError, CoopQError):
             free[str(folder())] = shutil.disk_usage(folder()).free
     return free
 

@@ -105,7 +105,7 @@ def _stopped(plan: Plan) -> str:
     """What ended the search before its own end, in a line of its own."""
     if plan.stopped_after is None:
         return ""
-    if not plan.stop_options:
+    if plan.is_interrupted:
         return f"\nthe search was interrupted after {plan.stopped_after}; the same command goes on"
     return f"\nthe search stopped after {plan.stopped_after}; without a limit, it goes on in the same run folder"
 

@@ -41,7 +41,7 @@ class Measured:
         if len(assignments) == 0:
             return
         space = self._space
-        is_inside = (space.assignments(space.steps_down(assignments)) == assignments).all(axis=1)
+        is_inside = space.holds(assignments)
         points, losses = space.steps_down(assignments[is_inside]), losses[is_inside]
         new = []
         for row, q in enumerate(points):

@@ -3,7 +3,7 @@
 Let g_i > 0 be what step i costs alone, from a score or from a loss, up to one factor. With q the steps taken and g_0
 what is lost at the highest widths, S(q) = g_0 + sum_i q_i g_i, and the share of step i is s_i = q_i g_i / S(q).
 
-That a gradient score predicts losses to a factor that is much the same for all steps: benchmarks/informed.py.
+A gradient score predicts losses up to a factor that is much the same for all steps (benchmarks/informed.py).
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 PRIOR_SCORE = "auto-quantize"
 """The score that is the prior of the active search: benchmarks/informed.py compares scores."""
 _FALL = 4.0
-"""By what a bit more divides the error of rounding, in squares."""
+"""One bit more divides the squared rounding error by this."""
 
 _ALIKE = (0.25, 0.35, 0.2, 0.2)
 """Shares of the variance of d that a step has for itself, with its kind, with its widths, and with blocks near by."""

@@ -19,7 +19,6 @@ class ShapleyEstimate:
         covariance: C, the covariance of the marginal contributions over the walks with divisor M - 1, shape
             (n_players, n_players), nats squared.
         loss_high: Loss with every player at the high width, nats per token.
-        loss_low: Loss with every player at the low width, nats per token.
         permutations: M, the number of walks.
     """
 
@@ -27,7 +26,6 @@ class ShapleyEstimate:
     stderr: npt.NDArray[np.float64]
     covariance: npt.NDArray[np.float64]
     loss_high: float
-    loss_low: float
     permutations: int
 
 
@@ -114,6 +112,5 @@ class SPQE:
             .astype(np.float64)
             .reshape(samples.shape[1], samples.shape[1]),
             loss_high=float(walk_losses[0, 0]),
-            loss_low=float(walk_losses[0, -1]),
             permutations=len(samples),
         )

@@ -79,6 +79,11 @@ class SearchSpace:
         q: Steps = assignments[..., self.player_of_step] < self._above
         return q
 
+    def holds(self, assignments: Assignments) -> npt.NDArray[np.bool_]:
+        """Whether each assignment is one of the space: shape (n, n_players) to (n,)."""
+        found: npt.NDArray[np.bool_] = (self.assignments(self.steps_down(assignments)) == assignments).all(axis=1)
+        return found
+
     def one_player_down(self) -> Steps:
         """The points with one player lowered and all others at their highest width, shape (n_steps, n_steps).
 

@@ -21,12 +21,10 @@ class TableGame:
 
     Attributes:
         table: The same.
-        calls: Number of assignments asked for so far.
     """
 
     def __init__(self, table: npt.NDArray[np.float64]) -> None:
         self.table = table
-        self.calls = 0
 
     @property
     def n_players(self) -> int:
@@ -35,7 +33,6 @@ class TableGame:
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of assignments of shape (n, n_players), shape (n,)."""
-        self.calls += len(assignments)
         return self.table[(assignments == LOW) @ (1 << np.arange(self.n_players))]
 
 
@@ -95,11 +92,6 @@ class SteppedGame:
 
     def __init__(self, game: Game, space: SearchSpace) -> None:
         self._game, self._space = game, space
-
-    @property
-    def n_players(self) -> int:
-        """Number of players."""
-        return self._space.n_players
 
     def __call__(self, assignments: Assignments) -> Losses:
         """Losses of assignments of shape (n, n_players), shape (n,)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from coopq.core.errors import ModelError
-from coopq.core.files import read_record, write_record
+from coopq.core.files import expanded, read_record, write_record
 from coopq.core.recipes import OWN, RECIPES
 from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, request_words
@@ -158,7 +158,7 @@ def write_model_card(plan: Plan, out: Path, library: str, n_bytes: int, form: st
         "",
         "| | |",
         "| --- | --- |",
-        f"| budget | {plan.budget if plan.max_loss is None else f'loss of at most {plan.max_loss} nats per token'} |",
+        f"| budget | {plan.asked} |",
         f"| file of weights | {n_bytes:,} bytes |",
         f"| quantized layers | {plan.bytes:,} bytes, {plan.average_bits:.3f} bits on average, "
         f"{plan.bits_per_weight:.3f} with scales |",
@@ -232,7 +232,7 @@ def _without_folder(text: str) -> str:
 def _hub_name(source: str) -> str:
     """The source's name on the hub; empty if the source is a file or a folder."""
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
-    return source if is_name and not source.startswith(".") and not Path(source).expanduser().exists() else ""
+    return source if is_name and not source.startswith(".") and not expanded(source).exists() else ""
 
 
 def _license(card: str) -> list[str]:

@@ -61,7 +61,7 @@ class MLX(HFFolder):
             if matrix.n_experts or matrix.transposed:
                 raise ExportError(
                     f"{name} of {type(model).__name__} holds its experts in one tensor, or its inputs before its "
-                    f"outputs, and {self.name} holds neither; choose another --target"
+                    f"outputs, and {self.name} holds neither; choose another engine (--for), or another form (--to)"
                 )
 
     def layout(self, shape: tuple[int, int], bits: int, backend: Backend, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ def mlx_losses(folder: Path, tokens: npt.NDArray[np.int64] | None) -> Losses:
     try:
         return np.array(answer_of(__name__, request), dtype=np.float64)
     except RuntimeError as error:
-        raise ExportError(f"mlx-lm cannot load the exported model ({error}); choose another --target") from error
+        raise ExportError(
+            f"mlx-lm cannot load the exported model ({error}); choose another engine (--for), or another form (--to)"
+        ) from error
 
 
 def main() -> None:

@@ -90,8 +90,8 @@ def find_constants(modules: Iterable[str], model: Any, folder: Path, graph: Any)
         same = next((node for node in same_shape if _holds(node, weight)), None)
         if same is None:
             raise ExportError(
-                f"{folder} has no constant with the weights of {name}; models that Optimum stores in another form, or "
-                "quantized, cannot be the base"
+                f"{folder} has no constant with the weights of {name}; export the model again by optimum-cli with "
+                "--weight-format fp16, or choose another form"
             )
         found[name] = same
         same_shape.remove(same)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coopq.core.errors import ExportError, ModelError
+from coopq.core.errors import ExportError
 from coopq.model.sources.gguf import gguf_shards
 from coopq.model.sources.gguf_header import Setting, TensorPlace, read_header
 
@@ -88,18 +88,17 @@ class BaseFile:
         """Read the settings of a file and the places of its tensors.
 
         Raises:
-            ExportError: If there is no such file, or the file cannot be read.
-            ModelError: If a part of a split is missing.
+            ExportError: If there is no such file, or its tensors cannot be read.
+            ModelError: If its header cannot be read, or a part of a split is missing.
         """
         if not path.is_file():
             kind = "is a folder" if path.is_dir() else "does not exist"
-            raise ExportError(f"base {path} {kind}; {_WAY_OUT}")
+            raise ExportError(
+                f"base {path} {kind}; {_WAY_OUT}, or run the command in the folder where the model was quantized"
+            )
         parts = []
         for shard in gguf_shards(path):
-            try:
-                header = read_header(shard)
-            except ModelError as error:
-                raise ExportError(f"{error}; {_WAY_OUT}") from error
+            header = read_header(shard, _WAY_OUT)
             data = np.memmap(shard, np.uint8, mode="r")
             try:
                 parts.append((header, {name: _tensor(data, place) for name, place in header.tensors.items()}))

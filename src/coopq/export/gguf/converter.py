@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock
 
 from coopq.core.errors import ExportError
-from coopq.core.files import atomic_folder, cache_folder, require_space
+from coopq.core.files import atomic_folder, cache_folder, expanded, require_space
 from coopq.core.types import ProgressCallback
 from coopq.model.load import checkpoint_dtype
 from coopq.model.sources.folder import find_folder, with_weights
@@ -55,7 +55,7 @@ def find_converter() -> Path | None:
     if not place:
         found = _packaged() or shutil.which(_EXECUTABLE)
         return None if found is None else Path(found)
-    path = Path(place).expanduser().absolute()
+    path = expanded(place).absolute()
     path = path / _SCRIPT if path.is_dir() else path
     if not path.is_file():
         raise ExportError(f"converter {path} does not exist; name llama.cpp's {_SCRIPT} with --converter or {VARIABLE}")
@@ -85,7 +85,7 @@ def converted(source: str, progress: ProgressCallback) -> Path:
             f"install 'coopq[llama-cpp]', or name {_SCRIPT} with --converter, or a GGUF file of the model in full "
             "precision with --base"
         )
-    folder, name = with_weights(source, find_folder(source)), Path(source).expanduser().resolve().name
+    folder, name = with_weights(source, find_folder(source)), expanded(source).resolve().name
     files = sorted(file for file in folder.iterdir() if file.suffix in _DATA and file.is_file())
     kind = "bf16" if checkpoint_dtype(source) == torch.bfloat16 else "f16"
     programs = (converter, *_modules(converter.parent))

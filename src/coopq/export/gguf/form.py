@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.core.errors import ExportError, OutputError
+from coopq.core.errors import ExportError, OutputError, first_names
 from coopq.core.files import atomic_file, require_no_input, require_space, require_writable
 from coopq.core.sizes import Sizes
 from coopq.core.specs import Request
@@ -31,6 +31,7 @@ from coopq.model.load import LoadedModel, gguf_file
 from coopq.model.matrices import matrix_of, sixteen_bit_dtype
 from coopq.model.players import without_layers
 from coopq.model.sources.gguf import gguf_shards
+from coopq.model.sources.gguf_header import is_gguf
 from coopq.plan.plan import Plan
 from coopq.quantizers.backend import Backend
 from coopq.quantizers.ggml.types import GGMLFormat
@@ -53,8 +54,8 @@ class GGUF(Form):
         if not kept:
             return players
         _log.warning(
-            "%d layers stay as in the base, since llama.cpp stores them in another form: %s, ...",
-            len(kept), min(kept),
+            "%d layers stay as in the base, since llama.cpp stores them in another form: %s",
+            len(kept), first_names(sorted(kept)),
         )  # fmt: skip
         return without_layers(players, kept)
 
@@ -101,6 +102,8 @@ class GGUF(Form):
         """
         if out.is_dir():
             raise OutputError(f"output {out} is a folder; name a file that ends in .gguf")
+        if out.is_file() and not is_gguf(out):
+            raise OutputError(f"output {out} exists and is no GGUF file; name another")
         require_writable(out.parent)
         plan, file = saved.plan, open_base(base, progress)
         require_no_input(out, [saved.folder, *gguf_shards(file.path), Path(base.source)])

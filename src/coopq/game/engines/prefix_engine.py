@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.core.errors import EstimationError, ModelError
+from coopq.core.errors import EstimationError, ModelError, is_out_of_memory, one_line
 from coopq.core.types import UNTOUCHED, Assignment, Assignments, as_widths
 from coopq.game.engines.assigned_model import AssignedModel, Traversal, Walk
 from coopq.game.engines.layer_major_engine import layer_major
@@ -156,25 +156,25 @@ class PrefixEngine:
 
     def timed(self, clock: Callable[[Callable[[], object]], float]) -> tuple[float, float]:
         """What `clock` returns for one block, and for the head with the loss, over all tokens."""
-        self._record()
         blockwise = self.blockwise
-        with blockwise.placed(0), blockwise.fast(0):
-            out = blockwise.forward_block(0, blockwise.embedded)
-            block = clock(lambda: blockwise.forward_block(0, blockwise.embedded, out))
-        return block, clock(lambda: self._losses(self._loss, blockwise.embedded))
+        with self._in_one_line():
+            self._record()
+            with blockwise.placed(0), blockwise.fast(0):
+                out = blockwise.forward_block(0, blockwise.embedded)
+                block = clock(lambda: blockwise.forward_block(0, blockwise.embedded, out))
+            return block, clock(lambda: self._losses(self._loss, blockwise.embedded))
 
     @contextmanager
     def _in_one_line(self) -> Iterator[None]:
         """Turn what a model raises whose blocks cannot run one by one into an error that says so."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if is_out_of_memory(error):
+                raise
             raise ModelError(
-                f"{self.blockwise.model_class}: its blocks cannot run one by one ({type(error).__name__}: {reason}), "
-                "so it cannot be measured"
+                f"{self.blockwise.model_class}: its blocks cannot run one by one ({type(error).__name__}: "
+                f"{one_line(error)}), so it cannot be measured"
             ) from error
 
     @torch.no_grad()

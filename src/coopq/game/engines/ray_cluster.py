@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from coopq.core.errors import CoopQError, EstimationError
+from coopq.core.errors import CoopQError, EstimationError, one_line
 from coopq.core.types import Assignments
 from coopq.game.engines.ray_worker import Measurement, Worker
 from coopq.game.session import Session
@@ -55,7 +55,7 @@ class RayConfig:
                 log_to_driver=False,
                 include_dashboard=False if self.address == "local" else None,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise EstimationError(
                 f"no Ray cluster at {self.address!r} ({error}); start one with `ray start --head`, "
                 "or take --ray-address local"
@@ -95,7 +95,7 @@ class Cluster:
         self.n_workers = where.workers or n_gpus or n_cpus
         per_gpu = 1 if n_gpus >= self.n_workers else 0
         n_threads = max(1, n_cpus // self.n_workers)
-        # Ray starts a worker that died anew and gives it its unfinished chunk again.
+        # Ray restarts a worker that died, and hands it its unfinished chunk again.
         actor = ray.remote(num_cpus=n_threads, num_gpus=per_gpu, max_restarts=-1, max_task_retries=-1)(Worker)
         # The reference is kept: a worker that starts anew asks for the tokens again.
         self._fitting = ray.put(None if session.fitting is None else session.fitting.tokens)
@@ -176,8 +176,7 @@ class Cluster:
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, CoopQError | torch.OutOfMemoryError):
                 raise error.cause from error
-            reason = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
-            raise EstimationError(f"a worker failed ({type(error.cause).__name__}: {reason})") from error
+            raise EstimationError(f"a worker failed ({type(error.cause).__name__}: {one_line(error.cause)})") from error
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EstimationError(f"a worker is lost ({reason}); run the same command again to go on") from error

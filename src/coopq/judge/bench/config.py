@@ -11,8 +11,9 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from coopq.core.errors import BudgetError, OptionError, RunError, hint
+from coopq.core.files import expanded
 from coopq.core.sizes import Budget
-from coopq.core.spec import Spec, build, spec_options
+from coopq.core.spec_base import Spec, build, spec_options
 from coopq.core.specs import Request, option_fields
 from coopq.core.types import Width
 
@@ -189,5 +190,5 @@ def _spelled_with_underscores(table: Mapping[str, Any], known: Sequence[str]) ->
 
 def _beside(path: Path, name: str) -> str:
     """A path relative to the file, if something lies there; other names unchanged."""
-    beside = path.parent / Path(name).expanduser()
+    beside = path.parent / expanded(name)
     return str(beside) if beside.exists() else name

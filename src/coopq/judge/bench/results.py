@@ -116,12 +116,18 @@ def load_results(out: Path) -> list[Result]:
     """The results of all runs in the folder of a bench, whatever the bench asked for, by the names of their files.
 
     Raises:
-        RunError: If there is none, or a file cannot be read.
+        RunError: If there is none, a file cannot be read, or the runs were judged on different texts.
     """
     files = sorted((out / "results").glob("*.json"))
     if not files:
         raise RunError(f"{out} holds no result of a bench; run the bench first")
-    return [_read(path).result for path in files]
+    records = [_read(path) for path in files]
+    if len({(record.judge_tokens, record.judge_length) for record in records}) > 1:
+        raise RunError(
+            f"{out / 'results'} holds results on judging texts of different lengths; delete the older files, or run "
+            "the bench again"
+        )
+    return [record.result for record in records]
 
 
 def _read(path: Path) -> _Record:

@@ -17,6 +17,7 @@ from coopq.export.checkpoint import load
 from coopq.export.verification import token_losses
 from coopq.model.memory import free_memory
 from coopq.model.sources.folder import read_tokenizer
+from coopq.model.sources.gguf import gguf_shards
 from coopq.plan.plan import Plan
 
 _PACKAGE = "xllamacpp"
@@ -66,7 +67,7 @@ class Delivery:
         plan: The plan.
         out: The file or the folder.
         saved: Folder of the saved model that the output was made of.
-        check: What the engine computes of it; None where the engine is not installed.
+        check: What llama.cpp computes with the file; None for other engines, and without xllamacpp.
         run: How to run it.
     """
 
@@ -115,7 +116,8 @@ def check_in_llama_cpp(
     with _quiet():
         (text, *speed), before = _written(server), None
         del server
-        if original is not None and original.stat().st_size < (free_memory("cpu") or 0) // 2:
+        n_bytes = 0 if original is None else sum(part.stat().st_size for part in gguf_shards(original))
+        if original is not None and n_bytes < (free_memory("cpu") or 0) // 2:
             server = _server(original, tokens.shape[1])
             before, full_speed = _written(server)
             speed.append(full_speed)
@@ -196,6 +198,6 @@ def _losses(
 
 def _end(model: Any) -> int | None:
     """A token that ends a text; None for a model without one."""
-    ends = [model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id]
+    ends = [model.generation_config.eos_token_id, getattr(model.config.get_text_config(), "eos_token_id", None)]
     end = next((end for end in ends if end is not None), None)
     return end[0] if isinstance(end, list) else end

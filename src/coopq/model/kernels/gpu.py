@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coopq.core.errors import one_line
 from coopq.model.kernels.forward import Forward
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ def _has_compiler(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: 2 * x + 1, dynamic=False)(torch.ones(16, device=device))
     except (RuntimeError, ImportError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _log.warning("torch cannot compile for %s, so blocks run uncompiled and slower: %s", device, reason)
+        _log.warning("torch cannot compile for %s, so blocks run uncompiled and slower: %s", device, one_line(error))
         return False
     return True

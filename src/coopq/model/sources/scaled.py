@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coopq.core.errors import ModelError
-from coopq.model.sources.stored import Entry, LazyTensor, ReadLog, first_names, read_tensor
+from coopq.core.errors import ModelError, first_names
+from coopq.model.sources.stored import Entry, LazyTensor, ReadLog, read_tensor
 
 _SCALES = ("_scale_inv", "_scale")
 """What follows the name of an FP8 weight in the name of the weight's scale."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coopq.core.errors import ModelError
+from coopq.core.errors import ModelError, first_names, one_line
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -174,14 +174,3 @@ def _dtype_and_shape(about: Any, path: Path, name: str) -> tuple[str, tuple[int,
         return str(about["dtype"]), tuple(int(size) for size in about["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is damaged (tensor {name}); download the model again") from error
-
-
-def first_names(names: Sequence[str]) -> str:
-    """The first three names of many, with commas between."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or the error's kind; at most 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300].rstrip(" :.")

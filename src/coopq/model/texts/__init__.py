@@ -1,6 +1,6 @@
 """Texts, and the token sequences that are made of them."""
 
-from coopq.model.texts.documents import WIKITEXT2
+from coopq.model.texts.documents import PACKAGED, WIKITEXT2
 from coopq.model.texts.token_sets import (
     HeldOut,
     TokenSet,
@@ -8,10 +8,12 @@ from coopq.model.texts.token_sets import (
     check_length,
     check_text,
     fitting_set,
+    is_gone,
     require_known_tokens,
 )
 
 __all__ = [
+    "PACKAGED",
     "WIKITEXT2",
     "HeldOut",
     "TokenSet",
@@ -19,5 +21,6 @@ __all__ = [
     "check_length",
     "check_text",
     "fitting_set",
+    "is_gone",
     "require_known_tokens",
 ]

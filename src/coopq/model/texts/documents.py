@@ -8,7 +8,10 @@ import msgspec
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
 
 from coopq.core.errors import CalibrationError
+from coopq.core.files import expanded
 
+PACKAGED = "c4"
+"""Name of the packaged calibration text."""
 WIKITEXT2 = "WikiText-2 test"
 """Name of the packaged text that judges."""
 _DATA = resources.files("coopq.model.texts") / "data"
@@ -26,13 +29,13 @@ def documents(source: str) -> list[str]:
     """Documents of a text."""
     if source.startswith("hub:"):
         return _hub_documents(*hub_name(source))
-    if source == "c4":
+    if source == PACKAGED:
         with resources.as_file(_DATA / "c4_sample.jsonl") as path:
             return _jsonl_documents(path)
     if source == WIKITEXT2:  # one text, its paragraphs joined by blank lines
         lines = (_DATA / "wikitext2_test.txt").read_text(encoding="utf-8").splitlines()
         return ["\n\n".join(line for line in lines if line.strip())]
-    path = Path(source).expanduser()
+    path = expanded(source)
     return _jsonl_documents(path) if path.suffix == ".jsonl" else [_read_text(path)]
 
 
@@ -54,7 +57,9 @@ def _hub_documents(*name: str) -> list[str]:
     try:
         rows = load_dataset(*name, split="train", streaming=True)
         texts = [row["text"] for row in rows.take(_HUB_DOCUMENTS) if row["text"]]
-    except (OSError, ValueError, KeyError, HTTPError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, HTTPError
+    ) as error:  # fmt: skip
         raise CalibrationError(
             f"cannot read data set {':'.join(name)!r} ({type(error).__name__}: {error}); give a local folder, or a "
             "data set on a hub that can be reached, with a split 'train' and a column 'text'"
@@ -100,7 +105,7 @@ def text_name(source: str) -> str:
     """A text's name, and a digest of a file: two files can have one name."""
     if source == WIKITEXT2:
         return source
-    file = Path(source).expanduser()
+    file = expanded(source)
     return f"{file.name} ({hashlib.sha256(file.read_bytes()).hexdigest()[:8]})"
 
 

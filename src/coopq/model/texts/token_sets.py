@@ -4,15 +4,15 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from coopq.core.errors import BackendError, CalibrationError
+from coopq.core.files import expanded
 from coopq.core.specs import TextSpec
-from coopq.model.texts.documents import WIKITEXT2, check_file, documents, hub_name, text_name
+from coopq.model.texts.documents import PACKAGED, WIKITEXT2, check_file, documents, hub_name, text_name
 
 _FIT_TOKENS = 32_768
 """Tokens that weights are fitted to if a user does not say how many."""
@@ -130,8 +130,13 @@ def check_text(text: TextSpec) -> None:
         hub_name(text.source)
         if importlib.util.find_spec("datasets") is None:
             raise BackendError("hub data sets need the package datasets; run: pip install 'coopq[datasets]'")
-    elif text.source != "c4":
-        check_file(Path(text.source).expanduser(), ", 'c4' (packaged), or 'hub:NAME'")
+    elif text.source != PACKAGED:
+        check_file(expanded(text.source), ", 'c4' (packaged), or 'hub:NAME'")
+
+
+def is_gone(source: str) -> bool:
+    """Whether a text is a file that is no longer there."""
+    return source != PACKAGED and not source.startswith("hub:") and not expanded(source).exists()
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,7 @@ class HeldOut:
                 "windows"
             )
         if self.source != WIKITEXT2:
-            check_file(Path(self.source).expanduser())
+            check_file(expanded(self.source))
 
     def windows(self, tokenizer: Any, max_positions: int | None = None) -> TokenSet:
         """The tokens.

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 Gains = npt.NDArray[np.float64]
-"""Gain of each player from the low to the high width, as a score sees it, shape (n_players,); a knapsack adds gains."""
+"""Loss saved by a higher width, as a score sees it. Each function says the shape. A knapsack adds gains."""
 
 
 def gains_of_ranking(scores: Gains, shares: Gains) -> Gains:

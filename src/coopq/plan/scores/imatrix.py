@@ -3,7 +3,7 @@
 That is how far quantization moves a layer's outputs, squared and summed over outputs, if inputs are not correlated; a
 layer counts by that alone, whatever becomes of its outputs. Source: llama.cpp's pull request 15550, which adds these
 errors over tensors to choose types for a target size. There a sample of rows counts, here all rows do. An expert counts
-as often as another. Weights that no importance is known of, as of an embedding that is not the head, have 1.
+as often as another. Weights without a known importance have 1, for example those of an embedding that is not the head.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from coopq.plan.allocate import make_plan, search_space
 from coopq.plan.estimation import Spent
 from coopq.plan.methods import Method, names
 from coopq.plan.plan import Plan
-from coopq.plan.rivals import compared
+from coopq.plan.rivals import N_RIVALS, compared
 from coopq.plan.searches.describe import describe
 from coopq.plan.searches.search_log import SearchLog
 from coopq.plan.searches.step_prior import step_prior
@@ -30,8 +30,6 @@ from coopq.search.prior import Prior
 
 _N_FINALISTS = 8
 """Assignments of each budget that a search with screening measures on the whole calibration set; chosen by hand."""
-_N_RIVALS = 200
-"""Best assignments of a budget among which the runner-up is."""
 _TOLD = 0.02
 """Share of the loss by which a search improves before it says so again."""
 _log = logging.getLogger(__name__)
@@ -46,7 +44,7 @@ def plans_by_search(
     """
     space, text = search_space(session, budgets), session.request.text
     search, prior, meters, scoring = _search(session, method, space, budgets, limit)
-    share, n_blocks = text.n_screen_sequences / text.n_sequences, len(set(session.blocks))
+    share, n_blocks = text.n_screen_sequences / text.n_sequences, session.n_blocks
     spent = Spent(
         scoring + round(meters.block_forwards * share), scoring + round(meters.evaluations * share) * n_blocks
     )
@@ -110,7 +108,7 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
         if losses[1] <= max_loss:
             high = 0
         if limit is not None:
-            limit.spend(scoring / len(set(session.blocks)))
+            limit.spend(scoring / session.n_blocks)
             limit.begin()
         while high - low > max(least, total // 100):
             middle = (low + high) // 2
@@ -124,10 +122,10 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
                 high = int(measured.bytes_above_min[measured.losses <= max_loss].min())
             else:
                 low = middle
-    best = whole.assignments(measured.best(high, _N_RIVALS))
+    best = whole.assignments(measured.best(high, N_RIVALS))
     chosen = best[0]
     budget = Budget.parse(f"{session.sizes.file_bytes(chosen) + session.sizes.reserved}B")
-    spent = Spent(scoring + meter.block_forwards, scoring + meter.evaluations * len(set(session.blocks)))
+    spent = Spent(scoring + meter.block_forwards, scoring + meter.evaluations * session.n_blocks)
     (capacity,) = search_space(session, [budget]).capacities
     choice = describe(whole, capacity, "active", chosen, measured, spent, prior)
     plan = compared(session, make_plan(session, budget, choice), best, is_best=True)
@@ -136,7 +134,7 @@ def smallest_plan(session: Session, max_loss: float, limit: Limit | None = None)
 
 
 def begin_with_nothing(session: Session, methods: Sequence[str], budgets: Sequence[Budget]) -> None:
-    """Let searches that have not begun know nothing of what other methods measured, where methods are compared."""
+    """Keep other methods' losses from searches that have not started: compared methods learn from their own alone."""
     space, log = search_space(session, budgets), SearchLog(session.folder.path)
     journal = session.journal(session.request.text.n_screen_sequences)
     for method in (name for name in methods if name in names(learns=True)):
@@ -163,7 +161,7 @@ def _search(
         meters = Meters(game_on_first, n_screen, session.blocks, known[0], limit)
         prior, scoring = step_prior(session, space, meters(1.0)) if method.takes_prior else (None, 0)
         if limit is not None:
-            limit.spend(scoring / len(set(session.blocks)))
+            limit.spend(scoring / session.n_blocks)
         search = make_search(method, space, known, prior)
         if n_known:
             _log.info("%d losses are known; the search goes on from there", n_known)
@@ -217,7 +215,7 @@ class _Keeper:
 def _rank(space: SearchSpace, search: Search, capacity: int) -> Assignments:
     """What a search chooses for a budget, then the best others that the search measured, shape (n, n_players)."""
     chosen = search.choose(capacity)
-    best = space.assignments(search.measured.best(capacity, _N_RIVALS))
+    best = space.assignments(search.measured.best(capacity, N_RIVALS))
     return np.concatenate([chosen[None], best[(best != chosen).any(axis=1)]])
 
 
@@ -231,7 +229,7 @@ def _decide(
         deciding = Measured(space)
         deciding.add(finalists, game(finalists))
     decided = {capacity: space.assignments(deciding.best(capacity, len(finalists))) for capacity in space.capacities}
-    unshared = len(finalists) * len(set(session.blocks))
+    unshared = len(finalists) * session.n_blocks
     return decided, Spent(prefix_tree_size(finalists, session.blocks), unshared)
 
 

@@ -27,11 +27,11 @@ class FrontPoint:
     """What a size can buy.
 
     Attributes:
-        n_bytes: The size: a budget in bytes holds it.
+        n_bytes: Bytes of the file, with the KV cache if one is reserved.
         bits_per_weight: Stored bits per quantized weight.
         measured: Lowest loss measured within the size, nats per token; None if none was.
         predicted: Lowest loss that the surrogate expects; None without a score in the run folder.
-        is_knee: Whether more bytes gain less than before from here on.
+        is_knee: Whether the curve bends here: from this size on, more bytes lower the loss less.
     """
 
     n_bytes: int
@@ -56,6 +56,11 @@ def front_of(folder: Path, prepared: Prepared) -> list[FrontPoint]:
         raise RunError(f"{folder} holds no loss yet; search there first: coopq quantize ... --run {folder}")
     bits = prepared.request.widths.bits
     space = SearchSpace(sizes.player_widths(bits), sizes.step_bytes(bits))
+    if assignments.shape[1] != space.n_players:
+        raise RunError(
+            f"{run.journal} has {assignments.shape[1]} players, and {prepared.request.model.source!r} has "
+            f"{space.n_players}; put the run's model back"
+        )
     measured, prior = Measured(space), None
     measured.add(assignments, losses)
     is_original = (assignments == UNTOUCHED).all(axis=1)
@@ -88,7 +93,7 @@ def _predicted(space: SearchSpace, capacity: int, prior: Prior, measured: Measur
 
 
 def _with_knee(points: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """The points, with the one marked that lies farthest below the line from the first to the last, if one does.
+    """The points. The one farthest below the line from the first to the last is marked as the knee, if one is below it.
 
     Losses count by their logarithm. Source: Satopaa et al., Finding a Kneedle in a Haystack, 2011.
     """

@@ -1,4 +1,4 @@
-"""What searches knew when they began: a resumed search must propose the same points again."""
+"""The recorded losses that each search may reuse; the set is frozen when the search first starts."""
 
 import hashlib
 from pathlib import Path
@@ -43,7 +43,7 @@ class SearchLog:
             ).get("searches", {})
 
     def n_known(self, search: str, journal: Journal) -> int:
-        """Number of losses in the journal when a search began; a search that never began begins now."""
+        """Number of recorded losses that a search may reuse, frozen at its first call."""
         known, digest = self._known.get(search, (0, ""))
         if digest != _digest(journal.first(known)[0]):  # the search never began, or the journal is another one by now
             known = len(journal)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
+from coopq.core.files import expanded
 from coopq.core.types import UNTOUCHED, LinearLayer, Width, next_width
 from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed, WeightQuantizer, require_library
@@ -103,7 +103,7 @@ class GGMLBackend(WeightQuantizer):
         for package in ("libggml", "gguf"):
             require_library(self.name, package, "llama-cpp")
         self.format = GGMLFormat(self.name, self.long_rows, self.short_rows)
-        self._file = None if imatrix is None else Path(imatrix).expanduser()
+        self._file = None if imatrix is None else expanded(imatrix)
         self.calibrated = imatrix is None
 
     @cached_property

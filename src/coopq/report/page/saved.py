@@ -6,7 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from coopq.core.errors import RunError
-from coopq.core.files import as_plain, read_record, write_record
+from coopq.core.files import as_plain, expanded, read_record, write_record
 from coopq.core.specs import Request
 from coopq.game.run_folder import Delivered, RunFolder, default_run
 from coopq.judge.results import Comparison, Evaluation, JudgedPlan, keep_judged
@@ -53,7 +53,7 @@ def write_pages(path: Path) -> list[Path]:
     Raises:
         CoopQError: If nothing is found, or a file is damaged.
     """
-    path = path.expanduser().resolve()
+    path = expanded(path).resolve()
     if path.name == "plan.json":
         path = path.parent
     if path.is_file():
@@ -76,7 +76,7 @@ def write_run_pages(run: Path) -> list[Path]:
     Raises:
         CoopQError: If the path is no run folder, or a file is damaged.
     """
-    run = run.expanduser().resolve()
+    run = expanded(run).resolve()
     folder, pages = RunFolder(run), []
     folder.request()  # says what else the folder is
     if (run / _COMPARISON).is_file():
@@ -95,8 +95,8 @@ def write_report(plan: Plan, out: Path, run: Path | None) -> Path:
         out: What the job made.
         run: The run folder; None stands for the default.
     """
-    out = out.expanduser().resolve()
-    run = default_run(out) if run is None else run.expanduser().resolve()
+    out = expanded(out).resolve()
+    run = default_run(out) if run is None else expanded(run).resolve()
     if run.is_dir():
         return save_run_page(plan, run, out.name, run / _page_name(plan))
     return save_run_page(plan, None, out.name, out.with_name(f"{out.name}-{REPORT}"))
@@ -115,12 +115,12 @@ def write_judged(
     Returns:
         The page, if there is a run folder.
     """
-    run = run.expanduser().resolve()
+    run = expanded(run).resolve()
     if not (run / "run.json").is_file():
         return None
     for evaluation, rows in judged:
         keep_judged(run, JudgedPlan(as_plain(plan.fingerprint), plan.assignment, evaluation, rows))
-    return write_report(plan, _output(saved.expanduser().resolve(), run), run)
+    return write_report(plan, _output(expanded(saved).resolve(), run), run)
 
 
 def _page_name(plan: Plan) -> str:
@@ -148,7 +148,7 @@ def _made(plan: Plan, run: Path) -> Iterator[tuple[Path, Path]]:
     """Saved models of a plan, and what was made of each."""
     for file in sorted(run.glob("saved/*.json")):
         record = Delivered.load(file)
-        if record.bits == plan.assignment and record.is_whole:
+        if record.bits == plan.assignment and record.form == plan.request.target.form and record.is_whole:
             yield file.with_suffix(""), (run / record.out).resolve()
     own = run.with_name(run.name.removesuffix("-run"))
     if (own / "plan.json").is_file() and Plan.load(own / "plan.json").assignment == plan.assignment:

@@ -39,8 +39,9 @@ _INCUMBENTS = 3
 TOLERANCE = 0.01
 """Share of the loss lost that a user would not miss."""
 _WORTH = 0.03
-"""A budget is settled when no candidate is expected to gain this share of the tolerance, in this number of rounds:"""
+"""A candidate is worth a measurement if its expected gain is at least this share of the tolerance."""
 _ROUNDS = 3
+"""Rounds in a row without such a candidate after which a budget is settled."""
 _STALE_ROUNDS, _STALE = 8, 0.3
 """A budget is also settled when so many rounds have gained less than this share of the tolerance: expectations can be
 too high. Chosen on traces of benchmarks/informed.py."""
@@ -53,7 +54,7 @@ _RANDOM_STARTS = 20
 
 
 def most_points(space: SearchSpace) -> int:
-    """Most points that a search measures, its opening not counted.
+    """Points after which a search proposes no more: the opening counts, known points do not.
 
     Few steps: 13 for each player, or 6 for each step if that is more. Many steps: 6 for each step, at most 8 for each
     player.
@@ -70,10 +71,10 @@ class ActiveSearch(Search):
     The search starts from what the prior alone chooses for the budgets and for sizes around them. Then it goes in
     rounds. For each budget a surrogate is fitted to all points, and the unmeasured points of highest expected
     improvement on the best measured loss are measured next: among the surrogate's own optimum, its neighbours and those
-    of the best points. A budget is settled when no point is worth a measurement. After 60 points, or when all budgets
-    are settled, groups of steps are once taken back from the best point of the smallest budget, and the rounds go on.
-    With 60 points known that keep the smallest budget, from searches of smaller budgets, there are no points at other
-    sizes and no groups (benchmarks/later_sizes.py).
+    of the best points. A budget is settled after three rounds in which no point is worth a measurement, or eight
+    without a gain. After 60 points, or when all budgets are settled, groups of steps are once taken back from the best
+    point of the smallest budget, and the rounds go on. With 60 points known that keep the smallest budget, from
+    searches of smaller budgets, there are no points at other sizes and no groups (benchmarks/later_sizes.py).
 
     A game of which nothing is known has no prior. Then each player is measured alone at either end first, and the
     surrogates are quadratics of the loss, its root and its logarithm (`coopq.search.surrogate`).
@@ -82,7 +83,7 @@ class ActiveSearch(Search):
         space: Players, widths, budgets, seed.
         known: Points measured before the search, with their losses.
         prior: What each step costs about; None if nothing is known.
-        limit: Most points to measure, the opening not counted; None for `most_points`.
+        limit: Points after which the search proposes no more, besides known points; None for `most_points`.
 
     Source: expected improvement, Jones et al., Efficient Global Optimization, 1998.
     """
@@ -131,7 +132,8 @@ class ActiveSearch(Search):
                 self._unsettle()
                 smallest = min(self._space.capacities)
                 best = self.measured.best(smallest)[0]
-                return self._unmeasured(_groups_back(self._space.constraint(smallest), self._prior, best))
+                fresh = self._unmeasured(_groups_back(self._space.constraint(smallest), self._prior, best))
+                return fresh if len(fresh) else self.propose()
         return self._space.assignments(np.array(chosen, dtype=bool).reshape(-1, self._space.n_steps))
 
     def _unsettle(self) -> None:

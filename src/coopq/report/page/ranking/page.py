@@ -51,7 +51,8 @@ def save_comparison_page(request: Request, held_out: HeldOut, rows: Sequence[Com
         *_ranked(cells, ranks, text),
         *_case("Which loss does each method have at each size?", "lines", cells, ranks),
         Section(
-            "How can this be repeated?", [code(shlex.join([*words, "--run", path.parent.name])), _versions(request)]
+            "How can this be repeated?",
+            [code(shlex.join([*words, "--run", path.resolve().parent.name])), _versions(request)],
         ),
     ]
     return save_page(path, f"Methods on {request.model.source}", _subtitle(request, text), sections)
@@ -91,7 +92,7 @@ def _ranked(cells: Sequence[Cell], ranks: Sequence[Rank], text: str) -> Iterator
         return
     best, others = ranks[0], ranks[1:]
     where = "at the one budget" if best.n_cells == 1 else f"averaged over {best.n_cells} budgets"
-    answer = f"{best.method} has the lowest loss on {text}, {where}. {_told(others)}"
+    answer = f"{best.method} has the lowest loss on {text}, {where}. {_told(best.method, others)}"
     if left_out := not_compared(cells, ranks):
         answer += f" Not compared, because they share no budget with {best.method}: {', '.join(left_out)}."
     rows = [
@@ -109,7 +110,7 @@ def _ranked(cells: Sequence[Cell], ranks: Sequence[Rank], text: str) -> Iterator
     )
 
 
-def _told(others: Sequence[Rank]) -> str:
+def _told(best: str, others: Sequence[Rank]) -> str:
     """What the intervals of the other methods say."""
     if any(one.half is None for one in others):
         return "The judging text is a single window, so differences have no interval."
@@ -117,9 +118,9 @@ def _told(others: Sequence[Rank]) -> str:
     better = [one.method for one in others if one.half is not None and one.above < -one.half]
     parts = []
     if close:
-        parts.append(f"Not to be told apart from it: {', '.join(close)}.")
+        parts.append(f"No clear difference from {best}: {', '.join(close)}.")
     if better:
-        parts.append(f"Better at the budgets that they have: {', '.join(better)}.")
+        parts.append(f"Better than {best} at the budgets that both have: {', '.join(better)}.")
     return " ".join(parts) or "All other methods are clearly worse."
 
 

@@ -74,7 +74,7 @@ def _answer(record: RunRecord, out: str | None) -> list[str]:
         (
             "size of the file",
             megabytes(plan.file_bytes),
-            f"asked for {plan.budget}; quantized {megabytes(plan.bytes)} of at most {megabytes(plan.budget_bytes)}",
+            f"asked for {plan.asked}; quantized {megabytes(plan.bytes)} of at most {megabytes(plan.budget_bytes)}",
         ),
         (
             "bits per weight",
@@ -192,7 +192,7 @@ def _layers(record: RunRecord) -> list[str | Figure]:
     parts: list[str | Figure] = [Figure("widths", width_map(record), caption)]
     scores, meaning = [player.score for player in plan.players], score_text(plan.method)
     if max(scores) > min(scores):
-        caption = f"Cost of lowering each layer: {meaning}. Strong colours should have more bits."
+        caption = f"Cost of lowering each layer: {meaning}. Layers in strong colours need more bits."
         parts.append(Figure("sensitivity", sensitivity_map(record, "cost of lowering"), caption))
     rows = [
         (
@@ -280,13 +280,12 @@ def _search(record: RunRecord) -> list[str | Figure]:
     plan, points = record.plan, record.searched
     n_blocks = len({player.block for player in plan.players})
     shared = plan.block_forwards_unshared / plan.block_forwards if plan.block_forwards else 1.0
-    parts: list[str | Figure] = [
-        paragraph(
-            f"The method takes {plan.block_forwards / n_blocks:,.1f} forwards of the model over "
-            f"{plan.request.text.tokens:,} calibration tokens ({plan.block_forwards:,} block forwards; sharing "
-            f"prefixes saves a factor of {shared:.2f})."
-        )
-    ]
+    cost = (
+        f"The method takes {plan.block_forwards / n_blocks:,.1f} forwards of the model over "
+        f"{plan.request.text.tokens:,} calibration tokens ({plan.block_forwards:,} block forwards; sharing "
+        f"prefixes saves a factor of {shared:.2f})."
+    )
+    parts: list[str | Figure] = [] if plan.is_interrupted else [paragraph(cost)]
     fits = np.flatnonzero(points.n_bytes <= plan.budget_bytes)
     if len(fits) > 1 and METHODS[plan.method].kind == "search":
         best = int(fits[np.argmin(points.losses[fits])])

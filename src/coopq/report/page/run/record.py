@@ -113,9 +113,9 @@ def read_run(plan: Plan, run: Path | None) -> RunRecord:
         return empty
     folder, text = RunFolder(run), plan.request.text
     empty = replace(empty, file=f"{run.name}/{folder.plans.name}/{plan.file_name}")
-    for file in run.glob("saved/*.json"):  # what `deliver` wrote of each output
+    for file in sorted(run.glob("saved/*.json")):  # what `deliver` wrote of each output
         made = Delivered.load(file)
-        if made.bits == plan.assignment:
+        if made.bits == plan.assignment and made.form == plan.request.target.form:
             engine = next((name for name in ENGINES if RECIPES[name].form == made.form), None)
             empty = replace(empty, engine=engine)
     found = [one for one in kept_judged(run) if one.fingerprint == as_plain(plan.fingerprint)]
@@ -173,7 +173,7 @@ def plan_space(plan: Plan) -> SearchSpace:
 
 def _before_the_end(points: Points, space: SearchSpace, n_points: int) -> Points:
     """The points up to the n-th that is in the space, which was the last that the search saw."""
-    inside = (space.assignments(space.steps_down(points.assignments)) == points.assignments).all(axis=1)
+    inside = space.holds(points.assignments)
     last = np.flatnonzero(np.cumsum(inside) == n_points)
     end = last[0] + 1 if len(last) else len(inside)
     return Points(points.assignments[:end], points.losses[:end], points.n_bytes[:end], points.forwards[:end])
@@ -202,7 +202,7 @@ def _fitted(plan: Plan, space: SearchSpace, points: Points, score: Score | None)
     prior = make_prior(space, score.gains, origin, blocks, layers)
     informed = fit_informed(prior, measured.q, measured.losses, measured.lowest(capacity))
     predicted = np.full(len(points.losses), np.nan)
-    inside = (space.assignments(space.steps_down(points.assignments)) == points.assignments).all(axis=1)
+    inside = space.holds(points.assignments)
     predicted[inside] = informed.losses_of(informed.left_out)
     terms = informed.pair_terms(space.steps_down(np.array(plan.assignment, dtype=np.float32)))
     return predicted, PairTerms(100 * np.expm1(_by_player(space, terms)), "change of the loss, %")
