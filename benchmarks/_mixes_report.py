@@ -33,7 +33,8 @@ def describe_strongest(
     return [
         f"The strongest of {len(made)} files of llama.cpp's mixes, the mix's own type of the embedding or another:",
         "of those no larger than each size the one that diverges least on these windows of WikiText-2. The choice in",
-        "hindsight favours the mixes. Beside them our divergence above theirs, nats per token, paired 95 %.",
+        "hindsight favours the mixes. The last column is our divergence less theirs, nats per token, with a paired 95",
+        "% interval.",
         "",
         *table([*columns, "our divergence above"], rows),
     ]
@@ -76,15 +77,16 @@ def describe(
         f"({engine_name()}) on {len(of_base)} windows of {text.sequence_length} tokens of",
         f"WikiText-2; that of the model's own file, {base.stat().st_size:,} bytes, {describe_types(base)}, is",
         f"{perplexity(of_base)}; where a mix is larger, ours is that file.",
-        "Beside them our loss above theirs, nats per",
-        "token, paired 95 %: there, and on as many windows of Wikipedia and of C4; no search sees these windows.",
+        "The columns from 'our loss above' on are the loss of CoopQ's file less the loss of the mix, nats per",
+        "token, with paired 95 % intervals, on WikiText-2 and on as many windows of Wikipedia and of C4. No search",
+        "sees these windows.",
         "WikiText-2 sets spaces around punctuation, which these texts do not"
         + (", and half of what is searched on does." if in_two_forms else "."),
         "",
         *table([*loss_columns, "on Wikipedia", "on C4"], losses),
         "",
-        "Divergence from the model's own file of what llama.cpp expects after each token, nats per token. On a text of",
-        "the model's own kind that is what quantization loses; on another kind some of its damage may lower the loss.",
+        "KL divergence of llama.cpp's predictions from those of the model's own file, nats per token. On a text of the",
+        "model's own kind that is what quantization loses; on another kind some of its damage may lower the loss.",
         "",
         *table([*divergence_columns, "C4: its", "ours"], divergences),
     ]

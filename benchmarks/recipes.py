@@ -27,7 +27,8 @@ from coopq.plan.methods import make_plans
 MEASURED = """\
 The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
 60 forwards, by the default method. Divergence is from the original on 32 x 256 tokens of WikiText-2, which no search
-sees, with the standard error over windows; beside it the loss there, as a perplexity. Sizes are those of our own form.
+sees, with the standard error over windows; beside it the loss there, as a perplexity. The ratio is the mean over
+windows of the ratio to the recipe's divergence. Sizes are those of our own form.
 """
 """Stands in the help and on the page."""
 FORWARDS = 60
