@@ -227,7 +227,9 @@ def test_estimate_then_more_permutations(tmp_path: Path, stories: str) -> None:
     nine = ["--tokens", "128", "--sequence-length", "64", "--permutations", "9", "--method", "zd"]
     code, _, err = command("quantize", stories, "--budget", "3avg", "--run", run, "--out", tmp_path / "out", *nine)
     assert code == 0, err
-    assert "is not finished" in refused("allocate", run, "--budget", "3avg"), "nine walks were asked for, six are done"
+    assert "holds no finished estimation" in refused("allocate", run, "--budget", "3avg"), (
+        "nine walks were asked for, six are done"
+    )
     code, shown, err = command("show", run)
     assert code == 0, err
     assert "zd" in shown

@@ -156,7 +156,7 @@ def test_losses_that_cannot_be_kept_and_requests_that_make_no_sense(tmp_path: Pa
     assert "did you mean 'active'" in refused("quantize", STORIES, "--budget", "3avg", "--method", "activ", *out)
     line = refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "512", *out)
     assert "screen-tokens = 512 is more than tokens = 256" in line
-    assert "not a multiple" in refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "65", *out)
+    assert "not a positive multiple" in refused("quantize", STORIES, "--budget", "3avg", "--screen-tokens", "65", *out)
 
 
 def test_a_front_from_one_estimation(job: Path) -> None:

@@ -237,7 +237,7 @@ def test_things_that_are_no_plan_and_no_run(job: Path, tmp_path: Path) -> None:
         assert message in line
         assert line.endswith("use another run folder")
     estimate.unlink()
-    assert "is not finished" in refused("allocate", job.with_name("out-run"), "--budget", "3avg")
+    assert "holds no finished estimation" in refused("allocate", job.with_name("out-run"), "--budget", "3avg")
 
 
 @pytest.mark.parametrize("version", [1, 99])

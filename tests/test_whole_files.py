@@ -19,6 +19,7 @@ from coopq.model.players import find_players
 from coopq.model.sources.gguf import gguf_dtype, gguf_file
 from coopq.plan.plan import Plan
 from coopq.report.tables import plan_summary
+from coopq.report.words import with_half
 from tests.architectures import tiny_model
 from tests.checkpoints import plan_for
 from tests.command_line import refused
@@ -47,7 +48,8 @@ def test_a_budget_in_bytes_holds_the_whole_file(backend: str, embeddings: bool, 
     assert "LARGER" not in shown
     assert plan.confidence is not None
     assert plan.confidence.stderr is not None
-    assert f"{plan.measured_loss:.4f} ± {1.96 * plan.confidence.stderr:.2g} measured (nats per token, ± half" in shown
+    assert plan.measured_loss is not None
+    assert f"{with_half(plan.measured_loss, 1.96 * plan.confidence.stderr)} measured (nats per token, ± half" in shown
 
 
 def test_an_impossible_budget_names_sizes_of_whole_files(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from coopq.plan.estimation import Estimation
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 from coopq.report.data import covariance_correlation
-from coopq.report.words import LOSS_NAMES, score_text, size_text
+from coopq.report.words import LOSS_NAMES, score_text, size_text, with_half
 from coopq.search import Known
 
 if TYPE_CHECKING:  # these import torch
@@ -29,15 +29,20 @@ _MOST_COLUMNS = 8
 
 
 def plan_summary(plan: Plan) -> str:
-    """Sizes, losses, proof and confidence of a plan, in two to six lines."""
+    """Sizes, losses, proof and confidence of a plan, in two lines or more."""
     deployed = f"; deployed by {plan.deployment.backend}, not by what was measured" if plan.deployment else ""
-    measured = "not measured" if plan.measured_loss is None else f"{plan.measured_loss:.4f}{_half(plan)} measured"
+    half = None if plan.confidence is None else plan.confidence.half
+    measured = "not measured"
+    if plan.measured_loss is not None:
+        measured = (
+            f"{plan.measured_loss:.4f} measured" if half is None else f"{with_half(plan.measured_loss, half)} measured"
+        )
     loss = plan.request.search.loss
     if plan.saved_loss is not None:  # always a negative log-likelihood
         what = "" if loss == "nll" else "negative log-likelihood "
         measured += f" on the bank's weights, {what}{plan.saved_loss:.4f} on the saved model's"
     predicted = "" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f} predicted, "
-    unit = "nats per token" + (", ± half of the 95 % interval over sequences" if _half(plan) else "")
+    unit = "nats per token" + ("" if half is None else ", ± half of the 95 % interval over sequences")
     covered = "" if plan.covered is None else f", {plan.covered:.1%} of the blocks' weights covered"
     average = "" if plan.keeps_quantized else f"{plan.average_bits:.3f} average bits, "
     notes = "".join(f"\n{note}" for note in plan.source_notes)
@@ -53,12 +58,6 @@ def _size(plan: Plan) -> str:
     """The size of the file that a plan is for, after the name of the target."""
     text = size_text(plan.file_bytes, plan.bytes, plan.budget_bytes)
     return text if plan.request.target.form is None else f"{plan.request.target.form} {text}"
-
-
-def _half(plan: Plan) -> str:
-    """Half of the 95 % interval of the measured loss over sequences, if there are several."""
-    half = None if plan.confidence is None else plan.confidence.half
-    return "" if half is None else f" ± {half:.2g}"
 
 
 def _growth(plan: Plan) -> str:
