@@ -25,7 +25,7 @@ MADE_BY_LLAMA_CPP = {
     "Q4_K_M": 105_454_144,
     "Q5_K_S": 109_974_592,
 }
-"""Bytes of the files that llama-quantize makes of the demo model. Source: docs/results/llama_mixes-demo-fused.md."""
+"""Bytes of the files that llama-quantize makes of the demo model."""
 
 
 @pytest.fixture(scope="module")
