@@ -11,7 +11,7 @@ import pytest
 import torch
 from msgspec import structs
 
-from coopq.core.errors import InfeasibleBudget, ModelError, OutputError, RunError, is_out_of_memory
+from coopq.core.errors import BackendError, InfeasibleBudget, ModelError, OutputError, RunError, is_out_of_memory
 from coopq.core.files import cache_folder, expanded, write_record
 from coopq.core.recipes import RECIPES
 from coopq.core.sizes import Budget, Sizes
@@ -279,3 +279,13 @@ def test_a_plan_is_applied_without_the_text_that_it_was_searched_on(job: Path, t
     plan.replace(request=plan.request.replace(calibration=str(tmp_path / "gone.txt"))).save(tmp_path / "plan.json")
     code, _, err = command("apply", tmp_path / "plan.json", "--out", tmp_path / "again")
     assert code == 0, err
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_gguf_file_without_the_packages_that_read_it(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
+    with pytest.raises(BackendError, match=f"needs the package {package}; run: pip install"):
+        gguf.convert_gguf(tmp_path / "model.gguf")

