@@ -47,3 +47,27 @@ def job(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, tmp_path / "out")
     shutil.copytree(finished.with_name("out-run"), tmp_path / "out-run")
     return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished search: out/ holds the model, out-run/ the work and the page."""
+    from tests.pages import search  # imports STORIES from here
+
+    return search(tmp_path_factory.mktemp("page") / "out")
+
+
+@pytest.fixture
+def comparison(tmp_path: Path) -> Path:
+    """The page of a comparison."""
+    from tests.pages import comparison_page  # imports STORIES from here
+
+    return comparison_page(tmp_path)
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """The page of a run with 210 players and nine widths."""
+    from tests.pages import large_page  # imports STORIES from here
+
+    return large_page(tmp_path)

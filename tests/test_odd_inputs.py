@@ -63,9 +63,11 @@ def test_a_data_set_with_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "cannot read data set 'set'" in line
 
 
-def test_a_path_that_is_not_utf_8(tmp_path: Path) -> None:
-    line = refused("quantize", STORIES, "--size", "3avg", "--out", tmp_path / "out", "--calibration", "caf\udce9.txt")
-    assert r"calibration = 'caf\udce9.txt' is not UTF-8; rename the file" in line
+@pytest.mark.parametrize("option", ["--calibration", "--out", "--run"])
+def test_a_path_that_is_not_utf_8(option: str, tmp_path: Path) -> None:
+    options = {"--out": str(tmp_path / "out"), option: "caf\udce9"}
+    words = [word for pair in options.items() for word in pair]
+    assert r"'caf\udce9' is not UTF-8; rename it" in refused("quantize", STORIES, "--size", "3avg", *words)
 
 
 def test_the_root_of_a_disk_has_no_run_folder(tmp_path: Path) -> None:

@@ -23,22 +23,7 @@ from coopq.search.measured import Measured
 from coopq.search.surrogate import fidelity_of
 from tests.command_line import FAST, command, refused
 from tests.conftest import STORIES
-from tests.pages import checked, comparison_page, large_page, large_record, page_of, search
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search(tmp_path_factory.mktemp("page") / "out")
-
-
-@pytest.fixture
-def comparison(tmp_path: Path) -> Path:
-    return comparison_page(tmp_path)
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    return large_page(tmp_path)
+from tests.pages import checked, large_record, page_of
 
 
 def test_the_record_is_what_the_search_saw(searched: Path) -> None:

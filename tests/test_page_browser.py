@@ -7,25 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Page, find_chromium, opened
-from tests.pages import Parsed, comparison_page, large_page, page_of, search
+from tests.pages import Parsed, page_of
 
 CHROMIUM = find_chromium()
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on the path or named by COOPQ_CHROMIUM")
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search(tmp_path_factory.mktemp("page") / "out")
-
-
-@pytest.fixture
-def comparison(tmp_path: Path) -> Path:
-    return comparison_page(tmp_path)
-
-
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    return large_page(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,15 @@ def as_plain(data: Any) -> Any:
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with the user's home for a leading `~`; the name of an unknown user stays as it is."""
+    """The path with the user's home for a leading `~`; the name of an unknown user stays as it is.
+
+    Raises:
+        OutputError: If the path is not UTF-8: no record could hold it.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(f"{str(path)!r} is not UTF-8; rename it") from error
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises for an unknown user
 
 

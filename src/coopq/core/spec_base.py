@@ -20,8 +20,6 @@ class Spec(Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and not value.isascii():
-                _check_text(value, field)
             try:
                 msgspec.convert(value, field.type)
             except msgspec.ValidationError as error:
@@ -57,14 +55,6 @@ def option_name(field: FieldInfo) -> str:
 def spelled(name: str) -> str:
     """An option's name with dashes, as users write it."""
     return name.replace("_", "-")
-
-
-def _check_text(value: str, field: FieldInfo) -> None:
-    """Refuse a path that is not UTF-8: no JSON file could hold it."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise OptionError(f"{option_name(field)} = {value!r} is not UTF-8; rename the file") from error
 
 
 def _allowed(field: FieldInfo) -> str:
