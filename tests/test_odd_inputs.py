@@ -200,12 +200,16 @@ def test_results_on_other_judging_texts_are_not_mixed(tmp_path: Path) -> None:
 
 def test_an_interrupted_search_and_a_limit_on_the_loss_are_told_as_they_are(tmp_path: Path) -> None:
     plan = plan_for(tiny_model("llama"), "rtn", 32, (2, 4, 4))
+    plan = plan.replace(fingerprint=plan.fingerprint | {"bos": False})
     whole = save_run_page(plan, None, None, tmp_path / "whole.html").read_text(encoding="utf-8")
     assert "forwards of the model over" in whole
     broken = plan.replace(stopped_after="12 losses", block_forwards=0, max_loss=0.25)
     page = save_run_page(broken, None, None, tmp_path / "broken.html").read_text(encoding="utf-8")
     assert "forwards of the model over" not in page
     assert "asked for a loss of at most 0.25 nats per token" in page
+    for each, is_told in ((plan, True), (broken, False)):
+        each.save(tmp_path / "plan.json")
+        assert ("block forwards" in as_written("show", str(tmp_path / "plan.json"))[1]) == is_told
 
 
 def test_outputs_of_another_engine_are_not_those_of_a_plan(job: Path) -> None:

@@ -106,7 +106,6 @@ def bench(config: Path, out: Path, so_far: bool, as_json: bool) -> None:
 )
 @click.option(
     "--compare/--no-compare",
-    "comparison",
     default=True,
     help="Compare a saved model with the original, uniform widths, random widths, and llama.cpp's mix of the size.",
 )
@@ -125,7 +124,7 @@ def evaluate(
     tokens: int | None,
     sequence_length: int | None,
     reference: str | None,
-    comparison: bool,
+    compare: bool,
     run: Path | None,
     task: tuple[str, ...],
     task_limit: int | None,
@@ -146,20 +145,18 @@ def evaluate(
     from coopq.report.page.saved import write_judged
 
     quiet_libraries()
-    of_texts = ("text", "tokens", "sequence_length", "reference", "comparison", "run")
+    of_texts = ("text", "tokens", "sequence_length", "reference", "compare", "run")
     if task and (named := [name for name in of_texts if is_named(name)]):
-        option = spelled({"comparison": "compare"}.get(named[0], named[0]))
-        raise OptionError(f"--task measures accuracy, and --{option} is for texts; leave one of the two out")
+        raise OptionError(f"--task measures accuracy, and --{spelled(named[0])} is for texts; leave one of the two out")
     if task_limit is not None and not task:
         raise OptionError(f"--task-limit {task_limit} goes with --task; name a task")
     if task:
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return
     saved = SavedModel(expanded(model))
-    if not saved.exists and (named := [name for name in ("comparison", "run") if is_named(name)]):
-        option = spelled({"comparison": "compare"}.get(named[0], named[0]))
-        raise OptionError(f"--{option} is for models that coopq saved, and {model} is none; leave it out")
-    judge = Judge(model, reference, run or default_run(Path(model)), comparison, device)
+    if not saved.exists and (named := [name for name in ("compare", "run") if is_named(name)]):
+        raise OptionError(f"--{named[0]} is for models that coopq saved, and {model} is none; leave it out")
+    judge = Judge(model, reference, run or default_run(Path(model)), compare, device)
     length = judge.window_length() if sequence_length is None else sequence_length
     texts = [HeldOut(length, tokens, source) for source in (WIKITEXT2, *([] if text is None else [str(text)]))]
     for each in texts:

@@ -157,9 +157,8 @@ def show_plan(plan: Plan) -> RenderableType:
     errors = [player.stderr for player in plan.players if player.stderr is not None]
     table = _players_table(plan.method, names, {"bits": plan.assignment}, scores, errors)
     head = provenance(plan.request, plan.fingerprint, plan.method)
-    return Group(
-        Text(head), Text(plan_summary(plan)), table, Text(_cost(plan.block_forwards, plan.block_forwards_unshared))
-    )
+    cost = [] if plan.is_interrupted else [Text(_cost(plan.block_forwards, plan.block_forwards_unshared))]
+    return Group(Text(head), Text(plan_summary(plan)), table, *cost)
 
 
 def show_run(
