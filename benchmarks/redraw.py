@@ -22,6 +22,7 @@ from _figures import (
     draw_types,
     draw_widths,
 )
+from _page_figures import OF_TABLES
 from coopq.judge.bench.config import read_bench
 from coopq.report.bench_plots import save_ranks
 from front_figure import draw_front, draw_qwen
@@ -30,7 +31,16 @@ from main_job import draw_part, read_parts
 RANKED = ("small",)
 """Benches of so many methods that a ranking says something."""
 
-OF_PAGES = (draw_calibration, draw_divergence, draw_quantizers, draw_qwen, draw_regret, draw_types, draw_widths)
+OF_PAGES = (
+    draw_calibration,
+    draw_divergence,
+    draw_quantizers,
+    draw_qwen,
+    draw_regret,
+    draw_types,
+    draw_widths,
+    *OF_TABLES,
+)
 
 
 def draw_bench(name: str, out: Path) -> list[Path]:
@@ -53,7 +63,7 @@ def main() -> None:
         folder = Path(name)
         for part, rows in parts.items():
             draw_part(part, rows, folder)
-        of_pages = [file for draw in OF_PAGES for file in draw(folder)] + draw_main_job(parts, folder)
+        of_pages = [file for draw in (*SHAPED, *OF_TABLES) for file in draw(folder)] + draw_main_job(parts, folder)
         for figure in of_pages:
             if figure.suffix == ".svg":
                 shutil.copy(figure, RESULTS)

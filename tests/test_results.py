@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+ANSWERED_BY_A_COUNT = {"architectures", "fuzz", "gguf_architectures", "making", "openvino", "reproduced", "vllm"}
+"""Pages whose answer is a yes or a count, of which a figure would show nothing."""
 
 
 @pytest.fixture
@@ -33,6 +35,16 @@ def test_pages_begin_with_the_answers_of_answers_toml(answers: ModuleType) -> No
         bodies[name] = body
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     assert text.splitlines() == answers.overview(bodies), "README.md: run python benchmarks/answers.py"
+
+
+def test_every_other_page_has_a_figure(answers: ModuleType) -> None:
+    bare = {
+        page["name"]
+        for group in answers.read_answers()["group"]
+        for page in group["page"]
+        if "figure" not in page and "![" not in (RESULTS / f"{page['name']}.md").read_text(encoding="utf-8")
+    }
+    assert bare == ANSWERED_BY_A_COUNT
 
 
 def test_links_and_figures_of_results_exist_and_figures_are_small() -> None:
