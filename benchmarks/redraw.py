@@ -31,16 +31,8 @@ from main_job import draw_part, read_parts
 RANKED = ("small",)
 """Benches of so many methods that a ranking says something."""
 
-OF_PAGES = (
-    draw_calibration,
-    draw_divergence,
-    draw_quantizers,
-    draw_qwen,
-    draw_regret,
-    draw_types,
-    draw_widths,
-    *OF_TABLES,
-)
+SHAPED = (draw_calibration, draw_divergence, draw_quantizers, draw_qwen, draw_regret, draw_types, draw_widths)
+"""Figures of pages that have a shape of their own."""
 
 
 def draw_bench(name: str, out: Path) -> list[Path]:
