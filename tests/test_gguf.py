@@ -11,11 +11,12 @@ import torch
 
 import coopq
 from coopq import Goal, QuantizerSpec, Request
-from coopq.core.errors import Mismatch, UnsupportedBits
+from coopq.core.errors import ExportError, Mismatch, UnsupportedBits
 from coopq.core.specs import TextSpec
-from coopq.core.types import Width
+from coopq.core.types import Width, silent
 from coopq.export.formats import export_model, predicted_bytes
 from coopq.game.engines.prefix_engine import model_nll
+from coopq.judge.engines.engine_check import check_in_llama_cpp
 from coopq.judge.engines.llama_cpp import llama_cpp_nll
 from coopq.model.load import fingerprint_weights, gguf_file, load_model
 from coopq.model.players import find_players
@@ -166,6 +167,22 @@ def test_llama_cpp_computes_the_same_loss(demo: tuple[coopq.Plan, Path, Path]) -
 @pytest.mark.real
 def test_llama_cpp_writes_text_from_it(demo: tuple[coopq.Plan, Path, Path]) -> None:
     assert "Paris" in llama_cpp_text(demo[2], "The capital of France is")
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_check_in_llama_cpp_compares_losses_and_prints_no_log(
+    demo: tuple[coopq.Plan, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _, saved, file = demo
+    check = check_in_llama_cpp(file, saved, None, silent)
+    assert check is not None
+    assert abs(check.loss - check.ours) < 0.2
+    assert check.text.startswith("The most important thing is ")
+    (tmp_path / "no.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ExportError, match=r"llama\.cpp does not load .*no\.gguf"):
+        check_in_llama_cpp(tmp_path / "no.gguf", saved, None, silent)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.real

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,9 @@ from coopq.core.errors import BackendError, RunError
 from coopq.core.goal import Goal
 from coopq.core.recipes import OWN, RECIPES, reasons
 from coopq.core.specs import QuantizerSpec, Request, SolverSpec
+
+if TYPE_CHECKING:
+    from coopq.plan.plan import Plan
 
 
 @click.command(cls=SectionedCommand)
@@ -55,10 +59,10 @@ def quantize(
     from coopq.export.request import fitted_to_model
     from coopq.game.run_folder import RunFolder, default_run
     from coopq.plan.methods import get_method
-    from coopq.plan.plan import interrupted_plans
-    from coopq.report.data import delivery_data, plan_data
+    from coopq.plan.plan import Plan, interrupted_plans
+    from coopq.report.data import delivery_data
     from coopq.report.page.saved import write_report
-    from coopq.report.tables import delivery_summary, how_to_judge, plan_summary, provenance
+    from coopq.report.tables import delivery_summary
 
     quiet_libraries()
     asked, request = request, fitted_to_model(request, keep_bits=is_named("bits"))
@@ -71,30 +75,37 @@ def quantize(
     if dry_run:
         _show_forecast(request, as_json)
         return
+    make = pipeline.quantize if engine in (None, OWN) else pipeline.deliver
     try:
         with progress_bars() as progress:
             cluster = ray_config(ray_address, workers)
-            if engine is not None and engine != OWN:
-                made = pipeline.deliver(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
-                report = write_report(made.plan, out, run)
-                data = delivery_data(made) | {"report": str(report)}
-                print_result(data, f"{delivery_summary(request, made)}\nreport: {report}", as_json)
-                return
-            plan = pipeline.quantize(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
+            made = make(request, goal, out, solver=solver, run=run, progress=progress, ray=cluster)
     except KeyboardInterrupt:
         plans = RunFolder(default_run(out) if run is None else run).plans
         for found in interrupted_plans(plans) if get_method(goal.method).is_anytime else []:
             note(f"the best plan so far is {found}; the same command with --minutes 0 finishes with the best plan")
         raise
-    text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
+    if isinstance(made, Plan):
+        data, text = _saved(request, made, out)
+    else:
+        data, text = delivery_data(made), delivery_summary(request, made)
+    report = write_report(made if isinstance(made, Plan) else made.plan, out, run)
+    print_result(data | {"report": str(report)}, f"{text}\nreport: {report}", as_json)
+
+
+def _saved(request: Request, plan: "Plan", out: Path) -> tuple[dict[str, Any], str]:
+    """What is said of a saved model: for machines, and for people."""
+    from coopq.report.data import plan_data
+    from coopq.report.tables import how_to_judge, plan_summary, provenance
+
     data = plan_data(plan) | {"out": str(out)}
+    text = f"{provenance(request, plan.fingerprint, plan.method)}\n{plan_summary(plan)}\nsaved in {out}"
     if request.target.form is not None:
         text += f"; {plan.file_bytes:,} bytes once exported to {request.target.form}"
         data["exported_bytes"] = plan.file_bytes
     else:
         text += f"\nrun it: {RECIPES[OWN].command(out)}"
-    report = write_report(plan, out, run)
-    print_result(data | {"report": str(report)}, f"{text}\n{how_to_judge(out)}\nreport: {report}", as_json)
+    return data, f"{text}\n{how_to_judge(out)}"
 
 
 @click.command(cls=SectionedCommand)

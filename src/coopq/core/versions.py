@@ -14,7 +14,7 @@ def check_version(package: str, tried: str, what: str) -> None:
 
     Args:
         package: Name of the package, as pip has it.
-        tried: The version that was tried, or its first numbers: "5.23" stands for 5.23.0 and 5.23.1.
+        tried: The version that was tried, or its first numbers: "5.24" stands for 5.24.0 and 5.24.1.
         what: What uses private parts of the package: "backend 'hqq'".
     """
     try:

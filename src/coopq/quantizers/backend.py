@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
 from coopq.core.specs import TextSpec
-from coopq.core.types import LinearLayer, Width
+from coopq.core.types import LinearLayer, ProgressCallback, Width, silent
 from coopq.model.matrices import matrix_of
 
 Packed: TypeAlias = Mapping[str, Tensor]
@@ -135,7 +135,12 @@ class Backend(ABC):
         """
 
     def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: Mapping[Width, Sequence[str]],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Iterator[tuple[Width, str, Packed]]:
         """Quantize linear layers of a model at several widths. Backends that share work between widths override this.
 
@@ -144,6 +149,7 @@ class Backend(ABC):
             tokenizer: The model's tokenizer.
             layers: Names of the layers to quantize, for each width.
             tokens: As for `quantize_model`.
+            progress: Told of what comes before the first layer and takes long.
         Yields:
             Width, name and packed tensors of each layer, in any order.
         """

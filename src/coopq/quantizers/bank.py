@@ -112,7 +112,7 @@ class WeightBank:
                 return
             done = 0
             progress("quantizing", done, total)  # before the first player, which may take long
-            for done, (player, width, packed) in enumerate(self._quantize(missing, tokens), 1):
+            for done, (player, width, packed) in enumerate(self._quantize(missing, tokens, progress), 1):
                 tensors = {
                     f"{name}.{key}": part.contiguous() for name, own in packed.items() for key, part in own.items()
                 }
@@ -214,7 +214,7 @@ class WeightBank:
         return missing
 
     def _quantize(
-        self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None
+        self, players: Mapping[Width, Sequence[int]], tokens: npt.NDArray[np.int64] | None, progress: ProgressCallback
     ) -> Iterator[tuple[int, Width, dict[str, Packed]]]:
         """Quantize players at widths.
 
@@ -236,7 +236,8 @@ class WeightBank:
             if not torch.isfinite(self._originals[name]).all():
                 raise ModelError(f"weight {name} holds values that are not finite; the checkpoint is damaged")
         made: dict[Key, dict[str, Packed]] = {}
-        for width, name, tensors in self._backend.quantize_widths(self.model, self._tokenizer, layers, tokens):
+        found = self._backend.quantize_widths(self.model, self._tokenizer, layers, tokens, progress)
+        for width, name, tensors in found:
             player, shape = place[name]
             packed = made.setdefault((player, width), {})
             packed[name] = tensors

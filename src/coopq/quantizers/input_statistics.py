@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from coopq.core.errors import ModelError, first_names
+from coopq.core.types import ProgressCallback, silent
 from coopq.model.kernels.cpu import onednn_forwards
 from coopq.model.kernels.forward import override_forward
 from coopq.model.matrices import Matrix, in_float64, is_linear, matrix_of
@@ -30,7 +31,9 @@ _Keep: TypeAlias = Callable[[str, int, Tensor], None]
 """Called with the name of a layer, the number of an expert (0 for a linear layer), and inputs."""
 
 
-def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+def column_importance(
+    model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64], progress: ProgressCallback = silent
+) -> dict[str, Tensor]:
     """Mean square of each input column of linear layers, experts and the head.
 
     Args:
@@ -38,14 +41,17 @@ def column_importance(model: Any, names: Sequence[str], tokens: npt.NDArray[np.i
         names: Names of linear layers, of tensors that hold experts, and of embeddings. The inputs of an embedding are
             those of the head, if the head is tied to the embedding.
         tokens: Tokens, shape (n_sequences, length).
+        progress: Told of every batch of sequences.
     Returns:
         By name: shape (in,) for a linear layer, (n_experts, in) for experts. An expert that no token reaches gets the
         mean of the other experts. Layers that no token reaches are left out.
     """
-    return _input_means(model, names, tokens, lambda rows: in_float64(rows.square()).sum(dim=0))
+    return _input_means(model, names, tokens, lambda rows: in_float64(rows.square()).sum(dim=0), progress)
 
 
-def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+def second_moments(
+    model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64], progress: ProgressCallback = silent
+) -> dict[str, Tensor]:
     """Mean product of each pair of input columns of linear layers, experts and the head: half of GPTQ's Hessian.
 
     Args: as for `column_importance`.
@@ -54,7 +60,7 @@ def second_moments(model: Any, names: Sequence[str], tokens: npt.NDArray[np.int6
         By name: shape (in, in) for a linear layer, (n_experts, in, in) for experts; otherwise as `column_importance`.
         Layers with the same inputs (q, k and v; gate and up) have the same tensor.
     """
-    found = _input_means(model, names, tokens, _products_above)
+    found = _input_means(model, names, tokens, _products_above, progress)
     for half in {id(half): half for half in found.values()}.values():
         half.triu_()
         half.add_(half.triu(1).mT)
@@ -75,7 +81,11 @@ def _products_above(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _input_means(
-    model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64], total_of_rows: Callable[[Tensor], Tensor]
+    model: Any,
+    names: Sequence[str],
+    tokens: npt.NDArray[np.int64],
+    total_of_rows: Callable[[Tensor], Tensor],
+    progress: ProgressCallback,
 ) -> dict[str, Tensor]:
     """Means over all inputs of a statistic.
 
@@ -84,6 +94,7 @@ def _input_means(
         names: As for `column_importance`.
         tokens: As for `column_importance`.
         total_of_rows: The statistic summed over some inputs, shape (n, in), float32.
+        progress: As for `column_importance`.
     """
     require_known_tokens(model, tokens)
     sums: dict[tuple[str, int], Tensor] = {}
@@ -121,10 +132,12 @@ def _input_means(
             override_forward(fast),
         ):
             for start in range(0, len(tokens), _BATCH_SEQUENCES):
+                progress("collecting inputs of layers", start, len(tokens))
                 batch = torch.from_numpy(tokens[start : start + _BATCH_SEQUENCES]).to(model.device)
                 hidden = body_of(model)(input_ids=batch, use_cache=False).last_hidden_state
                 for name in head:
                     keep(name, 0, hidden)
+            progress("collecting inputs of layers", len(tokens), len(tokens))
     finally:
         for handle in handles:
             handle.remove()

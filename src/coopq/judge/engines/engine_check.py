@@ -1,8 +1,6 @@
 """What an engine computes of a file that was written for it, beside what was measured."""
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -101,8 +99,7 @@ def check_in_llama_cpp(
     tokens = np.array([tokenizer.encode(_PASSAGE)], dtype=np.int64)
     positions = np.unique(np.linspace(1, tokens.shape[1] - 1, _N_PREFIXES, dtype=int))
     ours = token_losses(model, tokens, "the saved model")[positions - 1]
-    with _quiet():
-        server = _server(file, tokens.shape[1])
+    server = _server(file, tokens.shape[1])
     wanted: dict[str, Any] = {"max_tokens": 1}
     if (end := _end(model)) is not None:
         wanted["logit_bias"] = [[end, _BIAS]]
@@ -113,29 +110,15 @@ def check_in_llama_cpp(
             f"{engine} computes other losses of {file} ({found.mean():.3f} nats a token) than the weights that were "
             f"chosen ({ours.mean():.3f}); report the model's class, and do not use the file"
         )
-    with _quiet():
-        (text, *speed), before = _written(server), None
+    (text, *speed), before = _written(server), None
+    del server
+    n_bytes = 0 if original is None else sum(part.stat().st_size for part in gguf_shards(original))
+    if original is not None and n_bytes < (free_memory("cpu") or 0) // 2:
+        server = _server(original, tokens.shape[1])
+        before, full_speed = _written(server)
+        speed.append(full_speed)
         del server
-        n_bytes = 0 if original is None else sum(part.stat().st_size for part in gguf_shards(original))
-        if original is not None and n_bytes < (free_memory("cpu") or 0) // 2:
-            server = _server(original, tokens.shape[1])
-            before, full_speed = _written(server)
-            speed.append(full_speed)
-            del server
     return EngineCheck(engine, float(found.mean()), float(ours.mean()), text, before, tuple(speed))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep llama.cpp's log, which its threads write to standard error, off the terminal."""
-    kept = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _server(file: Path, length: int) -> Any:
@@ -149,6 +132,7 @@ def _server(file: Path, length: int) -> Any:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)
     parameters.n_ctx = max(256, 2 * length)
+    parameters.verbosity = 0  # its log would stand between the progress and the result
     try:
         return xllamacpp.Server(parameters)
     except RuntimeError as error:
@@ -179,8 +163,7 @@ def _losses(
         progress("checking in llama.cpp", done, len(positions))
         for most in (_LIKELY, vocabulary):  # an answer with the whole vocabulary takes a second
             prompt = {"prompt": sequence[:position].tolist(), **wanted, "logprobs": most}
-            with _quiet():
-                answer = server.handle_completions(prompt)
+            answer = server.handle_completions(prompt)
             content = answer["choices"][0]["logprobs"]["content"]
             scores = content[0]["top_logprobs"] if content else []
             found = [-score["logprob"] for score in scores if score["id"] == sequence[position]]

@@ -29,7 +29,7 @@ from coopq.model.sources.gguf_header import read_header
 from coopq.model.sources.stored import has_weights
 
 DEMO = "demo"
-TRIED = "5.23"
+TRIED = "5.24"
 """Version of transformers whose private parts are in use."""
 _PACKAGES = ("gguf", "accelerate")
 """What transformers reads GGUF files with; from 5.24 on accelerate is one of them."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from coopq.core.types import Width
+from coopq.core.types import ProgressCallback, Width, silent
 from coopq.model.matrices import in_float64, matrix_of
 from coopq.quantizers.backend import Packed
 from coopq.quantizers.ggml.codes import CodeLayout, code_layout
@@ -51,11 +51,15 @@ class GGMLGPTQ(GGMLBackend):
         return {**super().settings, "rounding": _ROUNDING, "damping": _DAMPING}
 
     def _quantize_layers(
-        self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        widths: Mapping[str, Sequence[Width]],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Iterator[tuple[Width, str, Packed]]:
         """See `GGMLBackend._quantize_layers`."""
         for names in portions(model, list(widths)):
-            moments = {} if tokens is None else second_moments(model, names, tokens)
+            moments = {} if tokens is None else second_moments(model, names, tokens, progress)
             inputs = {name: id(moments[name]) if name in moments else name for name in names}
             # q, k and v have the same inputs, and so have gate and up.
             for _, together in groupby(names, inputs.__getitem__):

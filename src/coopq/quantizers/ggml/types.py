@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
 from coopq.core.files import expanded
-from coopq.core.types import UNTOUCHED, LinearLayer, Width, next_width
+from coopq.core.types import UNTOUCHED, LinearLayer, ProgressCallback, Width, next_width, silent
 from coopq.model.matrices import matrix_of
 from coopq.quantizers.backend import Packed, WeightQuantizer, require_library
 from coopq.quantizers.ggml.imatrix import ImportanceMatrix
@@ -153,15 +153,24 @@ class GGMLBackend(WeightQuantizer):
             yield name, packed
 
     def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: Mapping[Width, Sequence[str]],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Iterator[tuple[Width, str, Packed]]:
         """See `Backend.quantize_widths`."""
         names = dict.fromkeys(chain.from_iterable(layers.values()))
         widths = {name: [width for width, chosen in layers.items() if name in chosen] for name in names}
-        return self._quantize_layers(model, widths, tokens)
+        return self._quantize_layers(model, widths, tokens, progress)
 
     def column_weights(
-        self, model: Any, names: Sequence[str], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        names: Sequence[str],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Mapping[str, Tensor | None]:
         """The importance of the columns of layers, by name: of the imatrix file if there is one, or else of tokens.
 
@@ -169,18 +178,23 @@ class GGMLBackend(WeightQuantizer):
             model: A model of transformers.
             names: Names as for `coopq.quantizers.input_statistics.column_importance`.
             tokens: Tokens that weights are fitted to, shape (n_sequences, length); None weighs all columns alike.
+            progress: Told of every batch of tokens.
         """
         if self._imatrix is not None:
             matrices = {name: matrix_of(model, name) for name in names}
             layers = [LinearLayer(name, own.shape, n_experts=own.n_experts) for name, own in matrices.items()]
             return {layer.name: self._imatrix.importance(layer) for layer in layers}
-        return {} if tokens is None else dict(column_importance(model, names, tokens))
+        return {} if tokens is None else dict(column_importance(model, names, tokens, progress))
 
     def _quantize_layers(
-        self, model: Any, widths: Mapping[str, Sequence[Width]], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        widths: Mapping[str, Sequence[Width]],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Iterator[tuple[Width, str, Packed]]:
         """Width, name and packed tensors of layers at their widths, layer by layer."""
-        importance = self.column_weights(model, list(widths), tokens)
+        importance = self.column_weights(model, list(widths), tokens, progress)
         for name, layer_widths in widths.items():
             weight = matrix_of(model, name).rows()
             for width in layer_widths:

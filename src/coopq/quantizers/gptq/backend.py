@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from coopq.core.errors import BackendError
-from coopq.core.types import UNTOUCHED, Width
+from coopq.core.types import UNTOUCHED, ProgressCallback, Width, silent
 from coopq.core.versions import check_version
 from coopq.model.players import linear_layers
 from coopq.model.safetensors_io import load_tensors
@@ -148,7 +148,12 @@ class GPTQStatic(_ByGPTQModel):
             yield name, made[name]
 
     def quantize_widths(
-        self, model: Any, tokenizer: Any, layers: Mapping[Width, Sequence[str]], tokens: npt.NDArray[np.int64] | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        layers: Mapping[Width, Sequence[str]],
+        tokens: npt.NDArray[np.int64] | None,
+        progress: ProgressCallback = silent,
     ) -> Iterator[tuple[Width, str, Packed]]:
         """See `Backend.quantize_widths`.
 
