@@ -12,6 +12,7 @@ from coopq.core.errors import EstimationError
 from coopq.model.players import GRANULARITIES
 from coopq.plan.scores import auto_quantize, hawq
 from tests.architectures import CONFIGS, tiny_model
+from tests.command_line import refused
 from tests.sensitivities import TOKENS, make_sensitivity
 
 
@@ -100,3 +101,9 @@ def test_hawq_refuses_a_dtype_that_swallows_its_steps(tmp_path: Path) -> None:
     with pytest.raises(EstimationError, match="hawq needs --dtype float32 or float16"):
         hawq.gains(sensitivity)
     assert sensitivity.block_forwards == 0
+
+
+def test_hawq_refuses_that_dtype_before_weights_are_quantized(stories: str, tmp_path: Path) -> None:
+    arguments = ["quantize", stories, "--budget", "3avg", "--method", "hawq", "--dtype", "bfloat16"]
+    assert "hawq needs --dtype float32 or float16" in refused(*arguments, "--out", tmp_path / "out")
+    assert not list(tmp_path.rglob("bank"))

@@ -291,6 +291,8 @@ def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
                 f"method {method.name!r} looks at outputs of single layers, and {experts[0]} holds several experts; "
                 "take another method: 'active'"
             )
+        if method.name == "hawq" and asked.request.model.dtype == "bfloat16":
+            raise EstimationError("hawq needs --dtype float32 or float16: its steps are lost in bfloat16")
         if method.name == "exact":
             check_enumerable(player_widths)
         if method.whole_blocks and len({player.block for player in players}) < len(players):
