@@ -81,7 +81,7 @@ def test_a_page_says_what_the_plan_says(searched: Path) -> None:
     assert [cell["layer"] for cell in cells][:2] == ["block 0, q+k+v", "block 0, o"]
     assert f"{plan.measured_loss:.4g}" in page.text
     assert str(plan.fingerprint["weights"]) in page.text
-    assert "--loss kl --budget 3.2bpw --forwards 20 --out out" in page.text
+    assert "--loss kl --budget 3.2bpw --method active --forwards 20 --out out" in page.text
 
 
 def test_a_surrogate_of_one_point_has_no_left_out_error(searched: Path, tmp_path: Path) -> None:

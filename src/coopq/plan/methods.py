@@ -7,6 +7,7 @@ permutation walks, and a "score" looks at weights, activations or gradients alon
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from coopq.core.errors import EstimationError, hint
@@ -256,10 +257,7 @@ def get_method(name: str) -> Method:
 def _load(path: str) -> Any:
     """What a path "module:name" leads to. Methods are imported when they are used, so that help needs no torch."""
     module, _, name = path.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    return attrgetter(name)(importlib.import_module(module))
 
 
 def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
@@ -291,7 +289,7 @@ def check_methods(methods: Sequence[str], asked: SizedRequest) -> None:
                 f"method {method.name!r} looks at outputs of single layers, and {experts[0]} holds several experts; "
                 "take another method: 'active'"
             )
-        if method.name == "hawq" and asked.request.model.dtype == "bfloat16":
+        if (method.name, asked.request.model.dtype) == ("hawq", "bfloat16"):
             raise EstimationError("hawq needs --dtype float32 or float16: its steps are lost in bfloat16")
         if method.name == "exact":
             check_enumerable(player_widths)

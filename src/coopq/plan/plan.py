@@ -10,9 +10,11 @@ from msgspec import Struct
 
 from coopq.core.errors import PlanError
 from coopq.core.files import read_record, write_record
+from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, QuantizerSpec, Request
 from coopq.core.types import UNTOUCHED, Width
 from coopq.plan.confidence import Confidence
+from coopq.plan.methods import METHODS
 from coopq.search.surrogate import Fidelity
 
 _FORMAT_VERSION = 4
@@ -144,6 +146,15 @@ class Plan(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The limits that ended the search, as options; none if it was interrupted or ran to its end."""
         parts = [] if self.stopped_after is None else [limit.split() for limit in self.stopped_after.split(" or ")]
         return {unit: amount for amount, unit in parts if unit in ("forwards", "minutes")}
+
+    @property
+    def goal_words(self) -> list[str]:
+        """What was wanted, as words of a command line: the size or the loss, the method, its limits."""
+        goal = {"budget": Budget.parse(self.budget).text} if self.max_loss is None else {"max-loss": str(self.max_loss)}
+        goal["method"] = self.method
+        if METHODS[self.method].takes_alpha and self.alpha != DEFAULT_SOLVER.alpha:
+            goal["alpha"] = str(self.alpha)
+        return [word for name, value in (goal | self.stop_options).items() for word in (f"--{name}", value)]
 
     @property
     def file_name(self) -> str:

@@ -14,10 +14,8 @@ import msgspec
 from coopq.core.errors import ModelError
 from coopq.core.files import expanded, read_record, write_record
 from coopq.core.recipes import OWN, RECIPES
-from coopq.core.sizes import Budget
-from coopq.core.specs import DEFAULT_SOLVER, request_words
+from coopq.core.specs import request_words
 from coopq.core.types import UNTOUCHED
-from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
 
 SOURCE_CARD = "SOURCE_README.md"
@@ -209,13 +207,7 @@ def _commands(plan: Plan, model: str, form: str | None) -> Iterator[list[str]]:
         imatrix=given.quantizer.imatrix and Path(given.quantizer.imatrix).name,
     )
     saved = "MEASURED" if plan.deployment is not None else "SAVED"
-    words = ["coopq", "quantize", *request_words(request, RECIPES[OWN].settings), "--method", plan.method]
-    if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha:
-        words += ["--alpha", str(plan.alpha)]
-    words += [word for unit, amount in plan.stop_options.items() for word in (f"--{unit}", amount)]
-    most = plan.max_loss
-    words += ["--budget", Budget.parse(plan.budget).text] if most is None else ["--max-loss", str(most)]
-    yield [*words, "--out", saved]
+    yield ["coopq", "quantize", *request_words(request, RECIPES[OWN].settings), *plan.goal_words, "--out", saved]
     if plan.deployment is not None:
         spec = plan.deployment
         size = [] if spec.group_size is None else ["--group-size", str(spec.group_size)]

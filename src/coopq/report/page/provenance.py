@@ -5,7 +5,7 @@ import shlex
 from typing import Any
 
 from coopq.core.recipes import OWN, RECIPES
-from coopq.core.specs import DEFAULT_SOLVER, request_words
+from coopq.core.specs import request_words
 from coopq.core.versions import installed
 from coopq.plan.methods import METHODS
 from coopq.plan.plan import Plan
@@ -16,12 +16,7 @@ def command(plan: Plan, out: str, engine: str | None = None) -> str:
     """The command line that makes a plan for an engine; options at their defaults are left out, a recipe's are not."""
     words = ["coopq", "quantize", *request_words(plan.request, RECIPES[engine or OWN].settings)]
     words += [] if engine is None else ["--for", engine]
-    goal: dict[str, Any] = {"budget": plan.budget} if plan.max_loss is None else {"max-loss": plan.max_loss}
-    goal["method"] = None if plan.method == "active" else plan.method
-    goal["alpha"] = plan.alpha if METHODS[plan.method].takes_alpha and plan.alpha != DEFAULT_SOLVER.alpha else None
-    goal |= plan.stop_options
-    words += [word for name, value in goal.items() if value is not None for word in (f"--{name}", str(value))]
-    return shlex.join([*words, "--out", out])
+    return shlex.join([*words, *plan.goal_words, "--out", out])
 
 
 def provenance(plan: Plan, out: str, engine: str | None) -> list[str]:
