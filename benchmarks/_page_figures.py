@@ -63,14 +63,15 @@ def draw_informed(out: Path) -> list[Path]:
 
 
 def draw_recipes(out: Path) -> list[Path]:
-    """Divergence of each setting beside that of the recipe, by case."""
-    rows: dict[str, dict[str, float]] = defaultdict(dict)
+    """Divergence of each setting beside that of the recipe: a dot for each model, by engine."""
+    rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for case, table in zip(headings("recipes"), tables_of("recipes"), strict=True):
-        model, engine, _ = case.split(", ")
+        _, engine, _ = case.split(", ")
+        shown = "CoopQ's own form, MLX" if engine in ("coopq", "mlx") else engine  # the same settings
         for row in table:
             if row["settings"] != "the recipe":
-                rows[row["settings"]][f"{engine}, {MODELS[model]}"] = float(row["ratio"])
-    ranked = sorted(rows.items(), key=lambda row: float(np.exp(np.mean(np.log(list(row[1].values()))))))
+                rows[row["settings"]][shown].append(float(row["ratio"]))
+    ranked = sorted(rows.items(), key=lambda row: float(np.mean(np.log(np.concatenate(list(row[1].values()))))))
     return draw_dots(
         out / "recipes",
         ranked,

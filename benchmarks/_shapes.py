@@ -19,7 +19,7 @@ _THREAD = "#d0d7de"
 
 def draw_dots(
     out: Path,
-    rows: Sequence[tuple[str, Mapping[str, float]]],
+    rows: Sequence[tuple[str, Mapping[str, float | Sequence[float]]]],
     *,
     title: str,
     xlabel: str,
@@ -31,7 +31,7 @@ def draw_dots(
 
     Args:
         out: Path of the figure without a suffix.
-        rows: Name of each row, the first on top, and its values by series. Rows may lack a series.
+        rows: Name of each row, the first on top, and its value or values by series. Rows may lack a series.
         title: What the figure says.
         xlabel: What a value is.
         log: Whether the axis of values is logarithmic.
@@ -40,18 +40,21 @@ def draw_dots(
     """
     series = list(dict.fromkeys(name for _, values in rows for name in values))
     figure, axes = new_axes(7.5, 1.1 + 0.24 * len(rows) * (1.4 if apart else 1))
-    for place, (_, values) in enumerate(rows):
-        axes.plot([min(values.values()), max(values.values())], [place, place], color=_THREAD, zorder=1)
+    assert len(series) <= len(LOOKS), series
+    dots = [{name: np.atleast_1d(value) for name, value in values.items()} for _, values in rows]
+    for place, row in enumerate(dots):
+        every = np.concatenate(list(row.values()))
+        axes.plot([every.min(), every.max()], [place, place], color=_THREAD, zorder=1)
     for k, (name, (colour, marker)) in enumerate(zip(series, LOOKS, strict=False)):
         shift = (k / (len(series) - 1) - 0.5) * 0.6 if apart else 0.0
-        points = [(values[name], place + shift) for place, (_, values) in enumerate(rows) if name in values]
+        points = [(x, place + shift) for place, row in enumerate(dots) if name in row for x in row[name]]
         axes.plot(*np.transpose(points), marker, color=colour, markersize=5.5, label=name)
     axes.set_yticks(range(len(rows)), [label for label, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(xlabel)
     if reference is not None:
         axes.axvline(reference, color=INK, linewidth=0.8, zorder=0)
-    _scale(axes, "x", [value for _, values in rows for value in values.values()], log=log)
+    _scale(axes, "x", [float(x) for row in dots for values in row.values() for x in values], log=log)
     axes.grid(visible=True, axis="x")
     set_title(axes, title)
     if len(series) > 1:
