@@ -14,6 +14,7 @@ import numpy as np
 
 from _common import RESULTS, WORK, command_line, mean_difference, perplexity, table, write_report
 from _models import session_on, source_of
+from coopq.core.errors import InfeasibleBudget
 from coopq.core.files import read_json, write_json
 from coopq.core.goal import Limit
 from coopq.core.recipes import RECIPES
@@ -123,7 +124,11 @@ def main() -> None:
         for number, (name, changes) in enumerate(variants.items()):
             file = place / f"{number}.json"
             if not file.exists():
-                found = measure(model, engine, size, changes, place / f"run-{number}")
+                try:
+                    found = measure(model, engine, size, changes, place / f"run-{number}")
+                except InfeasibleBudget as error:  # the case goes on without a setting that has no such size
+                    print(f"{name}: {error}")
+                    continue
                 write_json(file, {"case": ", ".join(options.case), "settings": name, **found})
                 print(name, np.mean(found["divergences"]), flush=True)
     kept = options.out.with_suffix(".json")
