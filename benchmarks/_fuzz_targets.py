@@ -124,8 +124,9 @@ def page(shown: str, name: str) -> Answer:
 
     def answer(place: Path) -> str:
         run("show", place / shown, "--page")
-        (written,) = (place / "out-run").glob(name)
-        return written.read_text(encoding="utf-8").replace(str(place), "")
+        pages = sorted((place / "out-run").glob(name))  # one for each size
+        assert pages, name
+        return "".join(page.read_text(encoding="utf-8") for page in pages).replace(str(place), "")
 
     return answer
 
