@@ -1,4 +1,4 @@
-"""Figures of pages whose table is a few rows: what each costs, saves or loses, from the tables on the pages."""
+"""Figures of pages whose table is a few rows: what each finds or loses, from the tables on the pages."""
 
 import re
 from collections import defaultdict
@@ -115,33 +115,6 @@ def draw_later_sizes(out: Path) -> list[Path]:
     return draw_dots(out / "later_sizes", rows, title=title, xlabel="forwards of the model over the calibration tokens")
 
 
-def draw_bank(out: Path) -> list[Path]:
-    """Bytes on disk before and now."""
-    rows = {
-        f"{row['backend']}, {row['widths']} bits": {
-            "packed weights": first(row["MB on disk"]),
-            "dequantized weights": first(row["MB before"]),
-        }
-        for row in tables_of("bank")[0]
-    }
-    title = "The bank of SmolLM2-135M, dequantized and packed"
-    return draw_dots(out / "bank", list(rows.items()), title=title, xlabel="MB on disk")
-
-
-def draw_type_speed(out: Path) -> list[Path]:
-    """Tokens per second of each type."""
-    (rows,) = tables_of("type_speed")
-    shown = [
-        (
-            f"{row['type']}, {row['bits per weight']} bits" + ("" if row["rows"] == "long" else ", short rows"),
-            {"I-quants" if row["type"].startswith("IQ") else "other types": float(row["generation, tokens/s"])},
-        )
-        for row in rows
-    ]
-    title = "Which of ggml's types write slowly for their bytes"
-    return draw_dots(out / "type_speed", shown, title=title, xlabel="tokens per second written, one thread")
-
-
 def draw_fitting(out: Path) -> list[Path]:
     """Perplexity against the number of sequences that weights are fitted to, at 2 bits."""
     rows = tables_of("fitting")[0]
@@ -202,98 +175,9 @@ def draw_enumerated(out: Path) -> list[Path]:
     ranked = sorted(means.items(), key=lambda one: (one[1][0], one[1][1]))
     least = 0.001
     rows = [(f"{method} ({cost:.0f})", {"regret": max(float(regret), least)}) for method, (regret, cost) in ranked]
-    title = "Regret by method, and forwards in brackets"
+    title = "A model of twelve blocks: regret by method, forwards in brackets"
     xlabel = f"regret: 1 is random, {least} the optimum or so close to it"
     return draw_dots(out / "enumerated", rows, log=True, title=title, xlabel=xlabel)
-
-
-def draw_protocol(out: Path) -> list[Path]:
-    """How many times less CoopQ takes than the protocol written plainly, by processor."""
-    rows: dict[str, dict[str, float]] = defaultdict(dict)
-    for machine, table in zip(headings("protocol"), tables_of("protocol"), strict=True):
-        name = re.split(r",|\(", machine)[0].strip()
-        for row in table:
-            rows[row[""]][name] = first(row["ratio"])
-    return draw_dots(
-        out / "protocol",
-        list(rows.items()),
-        reference=1.0,
-        title="SPQE beside the paper's protocol written plainly",
-        xlabel="times less than plainly (GFLOP/s: times more)",
-    )
-
-
-def draw_growth(out: Path) -> list[Path]:
-    """Seconds against what grows, as multiples of the first row of each sweep."""
-    lines = {}
-    for what, table in zip(headings("growth"), tables_of("growth"), strict=True):
-        column = what.removeprefix("By ")
-        if column != "granularity":
-            base = table[0]
-            lines[column] = [
-                (float(row[column]) / float(base[column]), float(row["seconds"]) / float(base["seconds"]))
-                for row in table
-            ]
-    return draw_lines(
-        out / "growth",
-        lines,
-        log="xy",
-        title="Time grows with the square of the blocks, and linearly with walks and tokens",
-        xlabel="times as many",
-        ylabel="times as long",
-    )
-
-
-def draw_memory(out: Path) -> list[Path]:
-    """Peaks of memory and their forecasts."""
-    rows = [
-        (
-            f"{first(row['tokens']):,.0f} tokens, bank {row['bank']}",
-            {"peak": first(row["peak"]), "forecast": first(row["forecast"])},
-        )
-        for row in tables_of("memory")[0]
-    ]
-    title = "Memory of SmolLM2-135M beside its forecast"
-    return draw_dots(out / "memory", rows, title=title, xlabel="MiB beside the interpreter and the libraries")
-
-
-def draw_layer_forward(out: Path) -> list[Path]:
-    """Speed of a block forward as a share of its matrix products."""
-    rows = []
-    for machine, table in zip(headings("layer_forward"), tables_of("layer_forward"), strict=True):
-        engine, plain = (
-            [numbers_in(line.strip("| ").split(" | ")[place])[0] for line in _lines_of("layer_forward", machine)]
-            for place in (7, 5)
-        )
-        for row, ours, theirs in zip(table, engine, plain, strict=True):
-            label = f"{machine.split(',')[0]}, {first(row['tokens']):,.0f} tokens"
-            rows.append((label.replace("(R)", ""), {"CoopQ's block": ours, "transformers' block": theirs}))
-    title = "A block forward beside its matrix products alone"
-    return draw_dots(out / "layer_forward", rows, title=title, xlabel="speed, % of the products alone")
-
-
-def _lines_of(name: str, heading: str) -> list[str]:
-    """The lines of the table below a heading, without its head: for tables whose columns share names."""
-    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]
-    return [line for line in text.splitlines() if line.startswith("| ")][2:]
-
-
-def draw_prefix_sharing(out: Path) -> list[Path]:
-    """How many times fewer block forwards, by walks."""
-    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for row in tables_of("prefix_sharing")[0]:
-        blocks, players = row["blocks L"], row["players N"]
-        kind = "blocks" if blocks == players else "linear layers"
-        if blocks != "32":  # lies between the others
-            lines[f"{players} {kind}"].append((float(row["walks M"]), float(row["times fewer"])))
-    return draw_lines(
-        out / "prefix_sharing",
-        lines,
-        log="x",
-        title="Shared prefixes: what they save",
-        xlabel="walks",
-        ylabel="times fewer block forwards",
-    )
 
 
 def draw_ablations(out: Path) -> list[Path]:
@@ -312,13 +196,6 @@ def draw_ablations(out: Path) -> list[Path]:
         xlabel="blocks lowered or pruned",
         ylabel="loss, nats per token, mean of ten walks",
     )
-
-
-def draw_generation(out: Path) -> list[Path]:
-    """Tokens per second of each form."""
-    rows = [(row["form"], {"speed": float(row["tokens per second"])}) for row in tables_of("generation")[0]]
-    title = "SmolLM2-135M at 4 bits, by coopq.load"
-    return draw_dots(out / "generation", rows, title=title, xlabel="tokens per second on one CPU")
 
 
 def draw_own_types(out: Path) -> list[Path]:
@@ -340,53 +217,15 @@ def draw_own_types(out: Path) -> list[Path]:
     )
 
 
-def draw_gpu(out: Path) -> list[Path]:
-    """Speed of a block and of the head, as shares of the peak."""
-    table = next(table for table in tables_of("gpu") if "share of the peak" in table[0])
-    rows = []
-    for row in table:
-        ours, (milliseconds, theirs) = first(row["share of the peak"]), numbers_in(row["by torch's own operations, ms"])
-        assert milliseconds > float(row["ms"])
-        rows.append((row[""], {"CoopQ": ours, "torch's own operations": theirs}))
-    title = "Llama-3.1-8B's shape on one H100"
-    return draw_dots(out / "gpu", rows, title=title, xlabel="speed, % of a large matrix product")
-
-
-def draw_solver(out: Path) -> list[Path]:
-    """Seconds to the end of each solver, by program."""
-    solvers = {"descents": "descents: seconds", "SCIP": "SCIP: seconds", "HiGHS": "HiGHS: seconds"}
-    rows = [
-        (
-            f"{row['K']}, {row['steps']} steps",
-            {name: float(row[column]) for name, column in solvers.items() if row[column]},
-        )
-        for row in tables_of("solver")[0]
-    ]
-    title = "Programs of a budget: time to the end, or 15 seconds"
-    return draw_dots(
-        out / "solver", rows, log=True, title=title, xlabel="seconds of the processor, the longer of two seeds"
-    )
-
-
-OF_TABLES = (
+OF_FINDINGS = (
     draw_ablations,
-    draw_bank,
     draw_demo_mixes,
     draw_enumerated,
     draw_fitting,
-    draw_generation,
     draw_gptq_static,
-    draw_gpu,
-    draw_growth,
     draw_informed,
     draw_later_sizes,
-    draw_layer_forward,
-    draw_memory,
     draw_own_types,
-    draw_prefix_sharing,
-    draw_protocol,
     draw_recipes,
-    draw_solver,
     draw_tied_head,
-    draw_type_speed,
 )

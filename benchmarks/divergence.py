@@ -1,6 +1,6 @@
 """Searches by KL divergence against the same searches by likelihood, from what two benches measured.
 
-    coopq bench benchmarks/small.toml --out build/small                # hours on one core; its last case is enough
+    coopq bench benchmarks/small.toml --out build/small                # a day on two cores; its last case is enough
     coopq bench benchmarks/divergence.toml --out build/divergence      # two hours
     python benchmarks/divergence.py build/small build/divergence
 

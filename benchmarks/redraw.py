@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from _common import BENCHMARKS, RESULTS, command_line
+from _cost_figures import OF_COSTS
 from _figures import (
     draw_calibration,
     draw_divergence,
@@ -22,7 +23,7 @@ from _figures import (
     draw_types,
     draw_widths,
 )
-from _page_figures import OF_TABLES
+from _page_figures import OF_FINDINGS
 from coopq.judge.bench.config import read_bench
 from coopq.report.bench_plots import save_ranks
 from front_figure import draw_front, draw_qwen
@@ -55,8 +56,8 @@ def main() -> None:
         folder = Path(name)
         for part, rows in parts.items():
             draw_part(part, rows, folder)
-        of_pages = [file for draw in (*SHAPED, *OF_TABLES) for file in draw(folder)] + draw_main_job(parts, folder)
-        for figure in of_pages:
+        of_pages = [file for draw in (*SHAPED, *OF_FINDINGS, *OF_COSTS) for file in draw(folder)]
+        for figure in of_pages + draw_main_job(parts, folder):
             if figure.suffix == ".svg":
                 shutil.copy(figure, RESULTS)
         for bench in RANKED:

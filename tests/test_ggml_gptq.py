@@ -157,11 +157,8 @@ def test_layers_with_the_same_inputs_share_moments_and_their_factor(monkeypatch:
 
     monkeypatch.setattr(ggml_gptq, "elimination_order", watched)
     told: list[tuple[str, int, int]] = []
-    found = list(
-        GGMLGPTQ().quantize_widths(
-            model, None, dict.fromkeys((4, 5, 8), names), tokens, lambda *step: told.append(step)
-        )
-    )
+    layers: dict[float, list[str]] = dict.fromkeys((4, 5, 8), names)
+    found = list(GGMLGPTQ().quantize_widths(model, None, layers, tokens, lambda *step: told.append(step)))
     assert told == [("collecting inputs of layers", done, 4) for done in (0, 2, 4)]
     assert len(made) == 4
     assert [(name, width) for width, name, _ in found] == [(name, width) for name in names for width in (4, 5, 8)]

@@ -86,10 +86,10 @@ def quantize(
             note(f"the best plan so far is {found}; the same command with --minutes 0 finishes with the best plan")
         raise
     if isinstance(made, Plan):
-        data, text = _saved(request, made, out)
+        plan, (data, text) = made, _saved(request, made, out)
     else:
-        data, text = delivery_data(made), delivery_summary(request, made)
-    report = write_report(made if isinstance(made, Plan) else made.plan, out, run)
+        plan, data, text = made.plan, delivery_data(made), delivery_summary(request, made)
+    report = write_report(plan, out, run)
     print_result(data | {"report": str(report)}, f"{text}\nreport: {report}", as_json)
 
 
