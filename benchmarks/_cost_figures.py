@@ -24,17 +24,43 @@ def draw_bank(out: Path) -> list[Path]:
 
 
 def draw_type_speed(out: Path) -> list[Path]:
-    """Tokens per second of each type."""
-    (rows,) = tables_of("type_speed")
-    shown = [
+    """Tokens per second of each type, by processor."""
+    rows: dict[str, dict[str, float]] = defaultdict(dict)
+    for machine, table in zip(headings("type_speed"), tables_of("type_speed"), strict=True):
+        name = re.split(r",|\(R\)", machine)[0].strip()
+        for row in table:
+            rows_of = "" if row["rows"] == "long" else ", short rows"
+            rows[f"{row['type']}, {row['bits per weight']} bits{rows_of}"][name] = float(row["generation, tokens/s"])
+    return draw_dots(
+        out / "type_speed",
+        list(rows.items()),
+        title="Which of ggml's types write slowly for their bytes",
+        xlabel="tokens per second written, one thread",
+    )
+
+
+def draw_mix_speed(out: Path) -> list[Path]:
+    """Speed and divergence of CoopQ's files by two recipes, as multiples of those of the mix of their size."""
+    names = {"CoopQ": "llama.cpp's recipe", "CoopQ, speed": "--recipe speed"}
+    measured = [row for row in tables_of("mix_speed")[0] if row["divergence"]]
+    mixes = {row["size of"]: row for row in measured if row["types by"] not in names}
+    columns = {"tokens per second": "generation, tokens/s", "divergence": "divergence"}
+    rows = [
         (
-            f"{row['type']}, {row['bits per weight']} bits" + ("" if row["rows"] == "long" else ", short rows"),
-            {"I-quants" if row["type"].startswith("IQ") else "other types": float(row["generation, tokens/s"])},
+            f"{shown}, size of {row['size of']}",
+            {name: first(row[column]) / first(mixes[row["size of"]][column]) for name, column in columns.items()},
         )
-        for row in rows
+        for who, shown in names.items()
+        for row in measured
+        if row["types by"] == who
     ]
-    title = "Which of ggml's types write slowly for their bytes"
-    return draw_dots(out / "type_speed", shown, title=title, xlabel="tokens per second written, one thread")
+    return draw_dots(
+        out / "mix_speed",
+        rows,
+        reference=1.0,
+        title="CoopQ's files beside llama.cpp's mixes of their size",
+        xlabel="as a multiple of the mix's; one thread of an Intel Xeon",
+    )
 
 
 def draw_protocol(out: Path) -> list[Path]:
@@ -168,6 +194,7 @@ OF_COSTS = (
     draw_growth,
     draw_layer_forward,
     draw_memory,
+    draw_mix_speed,
     draw_prefix_sharing,
     draw_protocol,
     draw_solver,

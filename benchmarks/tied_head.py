@@ -22,7 +22,7 @@ from coopq.quantizers.ggml.types import GGMLBackend
 from coopq.quantizers.input_statistics import second_moments
 from ggml_types import log_probabilities
 
-LONG_ROWS, SHORT_ROWS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"), ("IQ4_NL", "Q5_1")
+LONG_ROWS, SHORT_ROWS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K"), ("IQ4_NL", "Q5_0")
 """Types for rows of a multiple of 256 weights, and for other rows."""
 MODELS = {"llama": LONG_ROWS, "gemma": LONG_ROWS, "qwen": LONG_ROWS, "demo": SHORT_ROWS}
 ROUNDINGS = ("no importance", "importance", "GPTQ")

@@ -122,7 +122,7 @@ RECIPES: dict[str, Recipe] = {
         "gguf",
         {
             **_LLAMA_CPP,
-            "bits": Setting((2.5, 3.5, 4, 4.5, 5, 6, 8, 16), "without I-quants of 2 and 3 bits, slow on CPUs"),
+            "bits": Setting((2.5, 3.5, 4.5, 6, 8, 16), "no type that a CPU writes more slowly than a larger one"),
         },
         _LLAMA_CPP_RUN,
     ),
