@@ -248,5 +248,16 @@ def test_a_dry_run_says_what_it_would_take_and_leaves_nothing(tmp_path: Path) ->
     assert "of disk" in out
 
 
+def test_a_dry_run_knows_the_limit_of_the_search(tmp_path: Path) -> None:
+    arguments: list[str | Path] = ["quantize", STORIES, "--size", "3avg", "--out", tmp_path / "out", "--dry-run"]
+    code, out, err = command(*arguments, "--forwards", "7", "--json")
+    assert code == 0, err
+    found = json.loads(out)["methods"]
+    assert 0 < found["active, --forwards 7"]["block_forwards"] <= 7 * 5 < found["active"]["block_forwards"]
+    assert found["active, --forwards 7"]["seconds"] < found["active"]["seconds"]
+    text = command(*arguments, "--forwards", "7")[1]
+    assert "active, --forwards 7" in " ".join(text.split())
+
+
 def test_estimate_without_a_folder_says_what_to_do() -> None:
     assert "--dry-run" in refused("estimate", STORIES)

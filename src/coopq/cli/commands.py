@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @takes(Request, Goal, SolverSpec, recipes=True)
 @click.option("--out", type=PLACE, required=True, help="The file or the folder of the model, as its engine loads it.")
 @click.option("--run", type=PLACE, help="Folder of the work. Default: OUT-run.")
-@click.option("--dry-run", is_flag=True, help="Only say what the search will take; config.json is enough.")
+@click.option(
+    "--dry-run", is_flag=True, help="Only say what the search will take, within --forwards too; config.json is enough."
+)
 @converter
 @takes_cluster
 @as_json
@@ -73,7 +75,7 @@ def quantize(
     for line in [] if as_json else notes:
         note(line)
     if dry_run:
-        _show_forecast(request, as_json)
+        _show_forecast(request, as_json, goal.forwards)
         return
     make = pipeline.quantize if engine in (None, OWN) else pipeline.deliver
     try:
@@ -138,13 +140,13 @@ def estimate(
     print_result(run_data(estimation, [], spent, measured), show_run(estimation, [], spent, measured), as_json)
 
 
-def _show_forecast(request: Request, as_json: bool) -> None:
+def _show_forecast(request: Request, as_json: bool, forwards: int | None = None) -> None:
     """Say what a search or the walks of a request will take."""
     from coopq.plan.forecast import forecast
     from coopq.report.data import forecast_data
     from coopq.report.tables import show_forecast
 
-    expected = forecast(request)
+    expected = forecast(request, forwards)
     print_result(forecast_data(expected), show_forecast(expected), as_json)
 
 

@@ -37,6 +37,8 @@ _SECONDS = 1.0
 """How long the block is timed, and the head."""
 _ROUND_POINTS = 6
 """Points of the active search that share prefixes with each other."""
+_LIMITS = (60, 150)
+"""Limits of forwards to say the time of: most searches that were measured ended between the two."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Work:
     block_forwards: int
     evaluations: int
     is_bound: bool = False
+
+    def within(self, forwards: float, n_blocks: int) -> "Work":
+        """What is measured of this if a limit of forwards of the whole model ends the method."""
+        share = min(1.0, forwards * n_blocks / self.block_forwards)
+        return Work(int(self.block_forwards * share), int(self.evaluations * share), self.is_bound)
 
 
 @dataclass(frozen=True)
@@ -108,11 +115,15 @@ class Forecast:
         return float(work.block_forwards) * self.block_flops + float(work.evaluations) * self.head_flops
 
 
-def forecast(request: Request) -> Forecast:
+def forecast(request: Request, forwards: int | None = None) -> Forecast:
     """Time one block of the model's shape and the head, and count what methods will ask for.
 
     The configuration is enough: weights of the block are random, and no other block has storage. Nothing is quantized
     or written. The time to quantize and to solve programs is not in the forecast.
+
+    Args:
+        request: What to measure.
+        forwards: The limit of forwards that will end the active search, if any.
     """
     prepared = prepare(request)
     players, text = prepared.players, request.text
@@ -141,7 +152,7 @@ def forecast(request: Request) -> Forecast:
         head_seconds=head,
         block_flops=round(2 * text.tokens * n_weights / n_blocks),
         head_flops=2 * text.tokens * shape.hidden_size * shape.vocab_size,
-        methods=forecast_methods(prepared),
+        methods=forecast_methods(prepared, _LIMITS if forwards is None else (forwards,)),
     )
 
 
@@ -182,11 +193,15 @@ def _one_block(skeleton: Any, device: torch.device) -> Any:
     return model.eval()
 
 
-def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
+def forecast_methods(asked: SizedRequest, limits: Sequence[int] = ()) -> dict[str, Work]:
     """What methods measure for one budget halfway between the widths, without measuring any of it.
 
     Walks are known beforehand. Searches other than the active one are played on a synthetic game of the same shape:
     what a search takes depends little on the losses.
+
+    Args:
+        asked: What to measure, with the sizes of the model.
+        limits: Limits of forwards; the active search has a row for each limit that may end it.
     """
     walks, blocks, space, found = asked.request.search, asked.blocks, _space(asked), dict[str, Work]()
     has_two_widths = len(asked.request.widths.bits) == 2 and space.n_steps == len(blocks)
@@ -200,7 +215,10 @@ def forecast_methods(asked: SizedRequest) -> dict[str, Work]:
         if method.most_widths is not None and not has_two_widths:
             continue
         if name == "active":
-            found[name] = forecast_active(asked)
+            whole, n_blocks = forecast_active(asked), len(set(blocks))
+            under = {f"{name}, --forwards {limit}": whole.within(limit, n_blocks) for limit in limits}
+            found |= {label: work for label, work in under.items() if work != whole}
+            found[name] = whole
         elif name != "exact" or n_assignments(asked.player_widths) <= 2**MOST_PLAYERS:
             search = make_search(method, space, (nothing, np.zeros(0)))
             found[name] = _play(search, space, blocks, asked.request.text.n_screen_sequences)
