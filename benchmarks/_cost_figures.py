@@ -104,7 +104,7 @@ def draw_memory(out: Path) -> list[Path]:
     """Peaks of memory and their forecasts."""
     rows = [
         (
-            f"{first(row['tokens']):,.0f} tokens, bank {row['bank']}",
+            f"{first(row['tokens']):,.0f} tokens, {row['dequantized']} weights dequantized",
             {"peak": first(row["peak"]), "forecast": first(row["forecast"])},
         )
         for row in tables_of("memory")[0]
