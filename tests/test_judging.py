@@ -146,6 +146,14 @@ def test_a_text_that_cannot_be_read_is_refused_before_any_work(name: str, messag
     assert "fits into all tokens of short.txt" in refused("evaluate", STORIES, "--text", tmp_path / "short.txt")
 
 
+def test_a_model_that_coopq_did_not_save_has_nothing_to_compare_with(tmp_path: Path) -> None:
+    for options in (["--compare"], ["--run", str(tmp_path)]):
+        assert f"{options[0]} is for models that coopq saved" in refused("evaluate", STORIES, *options)
+    short = ["--tokens", "64", "--sequence-length", "32"]
+    code, _, err = command("evaluate", STORIES, "--no-compare", *short)
+    assert code == 0, err
+
+
 def test_a_uniform_row_says_where_layers_are_wider() -> None:
     row = Comparison("uniform", None, 1, 5.0, 5.5, "kl", 3.0, 3.1, 22.2, (3.1,), width=5)
     assert row.name == "uniform 5"

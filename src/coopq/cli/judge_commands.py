@@ -154,7 +154,8 @@ def evaluate(
         _evaluate_tasks(model, task, task_limit, device, as_json)
         return
     saved = SavedModel(expanded(model))
-    if not saved.exists and (named := [name for name in ("compare", "run") if is_named(name)]):
+    asked = {"compare": compare and is_named("compare"), "run": is_named("run")}
+    if not saved.exists and (named := [name for name, is_asked in asked.items() if is_asked]):
         raise OptionError(f"--{named[0]} is for models that coopq saved, and {model} is none; leave it out")
     judge = Judge(model, reference, run or default_run(Path(model)), compare, device)
     length = judge.window_length() if sequence_length is None else sequence_length
