@@ -62,6 +62,10 @@ def draw_informed(out: Path) -> list[Path]:
     )
 
 
+_ELSEWHERE = ("the recipe", "random widths", "the score alone", "1,024 tokens", "16,384 tokens")
+"""Rows of the recipes' tables that the figure leaves out: but for the first, those of `draw_factors`."""
+
+
 def draw_recipes(out: Path) -> list[Path]:
     """Divergence of each setting beside that of the recipe: a dot for each model, by engine."""
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -69,7 +73,7 @@ def draw_recipes(out: Path) -> list[Path]:
         _, engine, _ = case.split(", ")
         shown = "CoopQ's own form, MLX" if engine in ("coopq", "mlx") else engine  # the same settings
         for row in table:
-            if row["settings"] != "the recipe":
+            if row["settings"] not in _ELSEWHERE:
                 rows[row["settings"]][shown].append(float(row["ratio"]))
     ranked = sorted(rows.items(), key=lambda row: float(np.mean(np.log(np.concatenate(list(row[1].values()))))))
     return draw_dots(
@@ -79,6 +83,28 @@ def draw_recipes(out: Path) -> list[Path]:
         reference=1.0,
         apart=True,
         title="What another setting loses beside the recipe of the engine",
+        xlabel="divergence from the original, as a multiple of the recipe's; right of 1 the recipe is better",
+    )
+
+
+def draw_factors(out: Path) -> list[Path]:
+    """Divergence after each change of a choice, as a multiple of the recipe's."""
+    (table,) = tables_of("factors")
+    words = ("choice", "instead", "the recipe")
+    rows = [
+        (
+            f"{row['choice']}: {row['instead']}".replace("`", ""),
+            {case: first(row[case]) for case in reversed(row) if case not in words and row[case]},
+        )
+        for row in table
+    ]
+    return draw_dots(
+        out / "factors",
+        rows,
+        log=True,
+        reference=1.0,
+        apart=True,
+        title="What each choice is worth by itself, at 3.5 bits per weight",
         xlabel="divergence from the original, as a multiple of the recipe's; right of 1 the recipe is better",
     )
 
@@ -221,6 +247,7 @@ OF_FINDINGS = (
     draw_ablations,
     draw_demo_mixes,
     draw_enumerated,
+    draw_factors,
     draw_fitting,
     draw_gptq_static,
     draw_informed,

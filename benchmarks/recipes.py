@@ -22,20 +22,25 @@ from coopq.core.sizes import Budget
 from coopq.core.specs import DEFAULT_SOLVER, Request
 from coopq.core.types import UNTOUCHED
 from coopq.game.prepared import usable_bits
+from coopq.judge.references import N_RANDOM, RANDOM, random_assignments
 from coopq.model.texts import HeldOut
-from coopq.plan.methods import make_plans
+from coopq.plan.methods import get_method, make_plans
 
 MEASURED = """\
-The paper's widths and players, and other backends, change one setting of the recipe each. All search with a limit of
-60 forwards, by the default method. Divergence is from the original on 32 x 256 tokens of WikiText-2, which no search
-sees, with the standard error over windows; beside it the loss there, as a perplexity. The ratio is the mean over
-windows of the ratio to the recipe's divergence. Sizes are those of our own form.
+Each row changes one setting of the recipe, or what its name says. All search with a limit of 60 forwards, by the
+default method; the score is what that search begins with, and random widths are the mean of 5 draws. Divergence is
+from the original on 32 x 256 tokens of WikiText-2, which no search sees, with the standard error over windows; beside
+it the loss there, as a perplexity. The ratio is the mean over windows of the ratio to the recipe's divergence. Sizes
+are those of our own form.
 """
 """Stands in the help and on the page."""
 FORWARDS = 60
 LENGTH, HELD_OUT = 256, 32 * 256
 _BLOCKS: dict[str, Any] = {"granularity": "block"}
 _FUSED: dict[str, Any] = {"granularity": "fused"}
+SCORE, RANDOM_WIDTHS = "the score alone", "random widths"
+_UNSEARCHED: dict[str, dict[str, Any]] = {SCORE: {"method": "auto-quantize"}, RANDOM_WIDTHS: {"method": RANDOM}}
+_FEWER, _MORE = {"tokens": 1024}, {"tokens": 16384}
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "coopq": {
         "blocks, 2 and 4 bits, nll": {**_BLOCKS, "bits": (2, 4), "loss": "nll"},
@@ -45,12 +50,18 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "nll": {"loss": "nll"},
         "hqq": {"backend": "hqq"},
         "gptq-static": {"backend": "gptq-static", "bits": (2, 4, 8)},
+        **_UNSEARCHED,
+        "1,024 tokens": _FEWER,
+        "16,384 tokens": _MORE,
     },
     "llama.cpp": {
         "ggml": {"backend": "ggml", "bits": (2, 3, 4, 4.5, 5, 5.5, 6, 8)},
         "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 8)},
         "blocks": _BLOCKS,
         "fused layers": _FUSED,
+        **_UNSEARCHED,
+        "1,024 tokens": _FEWER,
+        "16,384 tokens": _MORE,
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
     "transformers": {"fused layers": _FUSED, "blocks": _BLOCKS, "nll": {"loss": "nll"}},
@@ -62,7 +73,7 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "blocks": _BLOCKS,
     },
 }
-"""What each recipe is compared with: the settings that differ, by a name."""
+"""What each recipe is compared with: the settings and the method that differ, by a name. New ones go last."""
 
 
 def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run: Path) -> dict[str, Any]:
@@ -71,17 +82,26 @@ def measure(model: str, engine: str, size: str, changes: Mapping[str, Any], run:
     if engine == "llama.cpp":  # 16 is for bases that are quantized already
         settings["bits"] = tuple(width for width in settings["bits"] if width != UNTOUCHED)
     tokens = {"tokens": 1024, "sequence_length": 256} if model == "demo" else {"sequence_length": 512}
-    request = Request.from_options(model=source_of(model), **{**settings, **tokens, **changes})
+    options = {**settings, **tokens, **changes}
+    method = options.pop("method", "active")
+    request = Request.from_options(model=source_of(model), **options)
     request = request.replace(bits=usable_bits(request))
     with session_on(request, run) as session:
-        (plan,) = make_plans(session, "active", [Budget.parse(size)], DEFAULT_SOLVER, Limit(forwards=FORWARDS))
-        windows = HeldOut(LENGTH, HELD_OUT).windows(session.loaded.tokenizer)
-        chosen, judged = np.array([plan.assignment], dtype=np.float32), {}
+        budget = Budget.parse(size)
+        if method == RANDOM:
+            sizes, widths = session.sizes, session.request.widths.bits
+            chosen = random_assignments(sizes, widths, sizes.limit(budget, widths), N_RANDOM, seed=0)
+        else:
+            limit = Limit(forwards=FORWARDS) if get_method(method).is_anytime else None
+            (plan,) = make_plans(session, method, [budget], DEFAULT_SOLVER, limit)
+            chosen = np.array([plan.assignment], dtype=np.float32)
+        windows, judged = HeldOut(LENGTH, HELD_OUT).windows(session.loaded.tokenizer), {}
         for name, loss, journal in (("divergences", "kl", "held-out"), ("losses", "nll", "held-out-nll")):
             with session.game_on(windows, run / f"{journal}.jsonl", "judging", loss=loss) as judge:
-                judged[name] = judge.per_sequence(chosen)[0].tolist()
+                judged[name] = judge.per_sequence(chosen).mean(axis=0).tolist()
         n_weights = sum(session.sizes.n_weights)
-    return {**judged, "bits per weight": plan.bits_per_weight, "weights": n_weights}
+        bits = float(np.mean([session.sizes.bits_per_weight(one) for one in chosen]))
+    return {**judged, "bits per weight": bits, "weights": n_weights}
 
 
 def report_lines(found: Mapping[str, Any]) -> list[str]:
