@@ -59,6 +59,11 @@ def test_what_a_user_names_goes_before_the_recipe() -> None:
         recipe_options("llama.cp", "llama.cp", {})
     with pytest.raises(OptionError, match="takes the form 'gguf', not 'openvino'"):
         recipe_options("llama.cpp", "llama.cpp", {"target": "openvino"})
+    with pytest.raises(
+        OptionError, match="widths of recipe 'speed' are for backend 'ggml-gptq', not 'ggml'; name --bits"
+    ):
+        recipe_options("speed", "llama.cpp", {"backend": "ggml"})
+    assert recipe_options("speed", "llama.cpp", {"backend": "ggml", "bits": (2, 3)})["bits"] == (2, 3)
     for name, theirs in (("speed", "llama.cpp"), ("vllm", "vllm")):
         with pytest.raises(OptionError, match=f"recipe '{name}' is not for engine 'openvino'; use --for {theirs}, "):
             recipe_options(name, "openvino", {})

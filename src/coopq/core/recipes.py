@@ -180,7 +180,7 @@ def recipe_options(name: str, engine: str, given: Mapping[str, Any]) -> dict[str
         engine: Name of the engine that will run the model.
         given: Options by name.
     Raises:
-        OptionError: If a name is unknown, or the recipe is for another engine.
+        OptionError: If a name is unknown, or the recipe is for another engine or for another backend's widths.
     """
     if engine not in ENGINES:
         raise OptionError(f"engine {engine!r} is unknown; {hint(engine, ENGINES)}")
@@ -192,6 +192,12 @@ def recipe_options(name: str, engine: str, given: Mapping[str, Any]) -> dict[str
         theirs = next(other for other in ENGINES if RECIPES[other].form == own)
         raise OptionError(f"recipe {name!r} is not for engine {engine!r}; use --for {theirs}, or leave --recipe out")
     options = {option: setting.value for option, setting in get_recipe(name).settings.items()}
+    backend = given.get("backend", options["backend"])
+    if name == "speed" and backend != options["backend"] and "bits" not in given:  # its types have other widths there
+        raise OptionError(
+            f"the widths of recipe {name!r} are for backend {options['backend']!r}, not {backend!r}; name --bits too, "
+            "or leave --backend out"
+        )
     return {**options, **({} if form is None else {"target": form}), **given}
 
 
