@@ -10,6 +10,7 @@ from _answers import read_tables
 from _common import RESULTS
 from _figures import numbers_in, tables_of
 from _shapes import draw_dots, draw_lines
+from recipes import OF_FACTORS
 
 _SETTINGS = re.compile(r"^## (\w+), ([\w.]+), ([\d.]+)bpw$")
 MODELS = {"llama": "Llama", "qwen": "Qwen", "gemma": "Gemma", "demo": "SmolLM2-135M"}
@@ -62,10 +63,6 @@ def draw_informed(out: Path) -> list[Path]:
     )
 
 
-_ELSEWHERE = ("the recipe", "random widths", "the score alone", "1,024 tokens", "16,384 tokens")
-"""Rows of the recipes' tables that the figure leaves out: but for the first, those of `draw_factors`."""
-
-
 def draw_recipes(out: Path) -> list[Path]:
     """Divergence of each setting beside that of the recipe: a dot for each model, by engine."""
     rows: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -73,7 +70,7 @@ def draw_recipes(out: Path) -> list[Path]:
         _, engine, _ = case.split(", ")
         shown = "CoopQ's own form, MLX" if engine in ("coopq", "mlx") else engine  # the same settings
         for row in table:
-            if row["settings"] not in _ELSEWHERE:
+            if row["settings"] not in ("the recipe", *OF_FACTORS):
                 rows[row["settings"]][shown].append(float(row["ratio"]))
     ranked = sorted(rows.items(), key=lambda row: float(np.mean(np.log(np.concatenate(list(row[1].values()))))))
     return draw_dots(

@@ -25,6 +25,7 @@ from coopq.game.prepared import usable_bits
 from coopq.judge.references import N_RANDOM, RANDOM, random_assignments
 from coopq.model.texts import HeldOut
 from coopq.plan.methods import get_method, make_plans
+from coopq.search.prior import PRIOR_SCORE
 
 MEASURED = """\
 Each row changes one setting of the recipe, or what its name says. All search with a limit of 60 forwards, by the
@@ -39,8 +40,13 @@ LENGTH, HELD_OUT = 256, 32 * 256
 _BLOCKS: dict[str, Any] = {"granularity": "block"}
 _FUSED: dict[str, Any] = {"granularity": "fused"}
 SCORE, RANDOM_WIDTHS = "the score alone", "random widths"
-_UNSEARCHED: dict[str, dict[str, Any]] = {SCORE: {"method": "auto-quantize"}, RANDOM_WIDTHS: {"method": RANDOM}}
-_FEWER, _MORE = {"tokens": 1024}, {"tokens": 16384}
+OF_FACTORS: dict[str, dict[str, Any]] = {
+    SCORE: {"method": PRIOR_SCORE},
+    RANDOM_WIDTHS: {"method": RANDOM},
+    "1,024 tokens": {"tokens": 1024},
+    "16,384 tokens": {"tokens": 16384},
+}
+"""What is no other setting of an engine: how the widths are chosen, and on how many tokens (factors.py)."""
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
     "coopq": {
         "blocks, 2 and 4 bits, nll": {**_BLOCKS, "bits": (2, 4), "loss": "nll"},
@@ -50,18 +56,14 @@ OTHERS: dict[str, dict[str, dict[str, Any]]] = {
         "nll": {"loss": "nll"},
         "hqq": {"backend": "hqq"},
         "gptq-static": {"backend": "gptq-static", "bits": (2, 4, 8)},
-        **_UNSEARCHED,
-        "1,024 tokens": _FEWER,
-        "16,384 tokens": _MORE,
+        **OF_FACTORS,
     },
     "llama.cpp": {
         "ggml": {"backend": "ggml", "bits": (2, 3, 4, 4.5, 5, 5.5, 6, 8)},
         "ggml-iq": {"backend": "ggml-iq", "bits": (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 8)},
         "blocks": _BLOCKS,
         "fused layers": _FUSED,
-        **_UNSEARCHED,
-        "1,024 tokens": _FEWER,
-        "16,384 tokens": _MORE,
+        **OF_FACTORS,
     },
     "vllm": {"blocks": _BLOCKS, "4 and 8 bits": {"bits": (4, 8)}},
     "transformers": {"fused layers": _FUSED, "blocks": _BLOCKS, "nll": {"loss": "nll"}},

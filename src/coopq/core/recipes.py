@@ -122,7 +122,7 @@ RECIPES: dict[str, Recipe] = {
         "gguf",
         {
             **_LLAMA_CPP,
-            "bits": Setting((2.5, 3.5, 4.5, 6, 8, 16), "no type that a CPU writes more slowly than a larger one"),
+            "bits": Setting((2.5, 3.5, 4.5, 6, 8, 16), "without I-quants and Q5_K, slow on CPUs"),
         },
         _LLAMA_CPP_RUN,
     ),
